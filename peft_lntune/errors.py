@@ -1,0 +1,42 @@
+"""Errors, classed by what the user can do next. Each is also a `ValueError`, as PEFT's own are.
+
+Every message says what was expected, what came, and what to do; every error is raised before anything has changed.
+"""
+
+__all__ = [
+    "AdapterFileError",
+    "ConfigError",
+    "NoMatchError",
+    "PeftLNTuneError",
+    "RegistrationError",
+    "RoutingError",
+    "UnsupportedError",
+]
+
+
+class PeftLNTuneError(ValueError):
+    """Base of every error of this package."""
+
+
+class ConfigError(PeftLNTuneError):
+    """A field of a config has a value that is not allowed. Next: change the config."""
+
+
+class NoMatchError(PeftLNTuneError):
+    """A config selects nothing in this model. Next: look at the listed norms, change the selection."""
+
+
+class AdapterFileError(PeftLNTuneError):
+    """A saved adapter is damaged, torn, foreign or too new. Next: get a good copy, or upgrade this package."""
+
+
+class RoutingError(PeftLNTuneError):
+    """Rows of a batch cannot be matched with adapters. Next: correct the names, or the place of the call."""
+
+
+class UnsupportedError(PeftLNTuneError):
+    """The operation has no exact meaning for this layer or adapter. Next: use the way the message names."""
+
+
+class RegistrationError(PeftLNTuneError):
+    """Another package holds the PEFT type this one registers. Next: uninstall one of the two."""
