@@ -1,0 +1,35 @@
+"""PEFT's generic tests pass for our configs, and what they skip is known."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .run import SUITES, run_suite
+
+# One row a kind of config: its name in expected.json, the class, and what the class is always called with.
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "LNTuningConfig": ("peft_lntune:LNTuningConfig", {}),
+}
+# For each kind and suite: how many tests pass at least, and for which reasons the others are skipped.
+EXPECTED: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("expected.json").read_text())
+
+pytestmark = pytest.mark.full
+
+
+@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_suite_passes(kind: str, suite: str) -> None:
+    outcome = run_suite(suite, *KINDS[kind])
+    expected = EXPECTED[kind][suite]
+    assert not outcome.failed, "\n\n".join(f"{name}\n{text}" for name, text in outcome.failed.items())
+    assert sorted(outcome.skipped) == sorted(expected["skips"])
+    # Fewer would mean that tests were left out unnoticed, as after a renamed column in one of PEFT's tables.
+    assert outcome.passed >= expected["passed"]
+
+
+def test_a_failing_config_is_noticed() -> None:
+    """PEFT's own LN tuning knows no targets for RoBERTa, so a run that does not fail tests nothing."""
+    outcome = run_suite("token-classification", "peft:LNTuningConfig")
+    assert any("Please specify `target_modules`" in text for text in outcome.failed.values())
