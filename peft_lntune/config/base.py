@@ -1,0 +1,139 @@
+"""What every config of the family shares: where to tune, how deltas are kept, and what was saved with it."""
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.utils import PeftType
+
+from peft_lntune.errors import ConfigError
+from peft_lntune.version import __version__
+
+__all__ = ["FORMAT_VERSION", "PEFT_TYPE", "LNTuneConfig"]
+
+FORMAT_VERSION = 1
+"""Version of the saved files. A file of another version is refused, never guessed at."""
+
+PEFT_TYPE = "LNTUNE"
+"""The one PEFT type of this package: every kind of adapter can live in one model and in one batch."""
+
+CONFIG_FILE = "adapter_config.json"
+
+
+@dataclass(kw_only=True)
+class LNTuneConfig(PeftConfig):
+    """Base of the family. Not used by itself: take one of its kinds, such as `LNTuningConfig`.
+
+    Args:
+        target_modules: names (or endings of names) of the modules to tune, or one regular expression for the whole
+            name; any module with a floating weight. None: what the kind searches for, usually all norms.
+        exclude_modules: modules to leave out, in the same forms.
+        layers_to_transform: index or indices of the layers to tune. Modules outside numbered layers (embedding and
+            final norms) are then left out.
+        layers_pattern: name of the list that holds the layers, where a model has several.
+        modules_to_save: modules to train fully and save beside the adapter, such as a classification head.
+        delta_dtype: dtype of the deltas, as `"float32"`; None: float32, or the base dtype where that is wider.
+        init_weights: True starts as the identity. False starts at random, for tests.
+        kind: which config class this is; filled in.
+        format_version: of the saved files; filled in.
+        peft_lntune_version: which version of this package made it; filled in.
+        manifest: what the weight file saved beside this config holds, so that a torn pair is noticed; filled in.
+    """
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    delta_dtype: str | None = None
+    init_weights: bool = True
+    kind: str = ""
+    format_version: int = FORMAT_VERSION
+    peft_lntune_version: str = __version__
+    manifest: dict[str, Any] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType(PEFT_TYPE)
+        self.kind = type(self).__name__
+        if isinstance(self.delta_dtype, torch.dtype):
+            self.delta_dtype = str(self.delta_dtype).removeprefix("torch.")
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+        self._check()
+
+    def _check(self) -> None:
+        if self.format_version != FORMAT_VERSION:
+            raise ConfigError(
+                f"this adapter has format_version {self.format_version}, and peft_lntune {__version__} reads "
+                f"{FORMAT_VERSION}. Upgrade with `pip install -U peft-lntune`, or save the adapter again."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError(
+                f"layers_pattern={self.layers_pattern!r} says where layers are counted, but layers_to_transform does "
+                "not say which to take. Give both, or neither."
+            )
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ConfigError(
+                f"layers_to_transform={self.layers_to_transform!r} cannot narrow the regular expression "
+                f"target_modules={self.target_modules!r}. Put the layers into the expression, or give a list of names."
+            )
+        check_type(self, "init_weights", bool)
+        if self.delta_dtype is not None:
+            _ = self.torch_delta_dtype
+
+    @property
+    def torch_delta_dtype(self) -> torch.dtype | None:
+        """`delta_dtype` as torch has it."""
+        if self.delta_dtype is None:
+            return None
+        dtype = getattr(torch, self.delta_dtype, None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ConfigError(
+                f"delta_dtype={self.delta_dtype!r} is no floating dtype of torch. "
+                'Use "float32", "float64", "bfloat16" or "float16", or leave it out.'
+            )
+        return dtype
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's, but the file appears whole or not at all; it is written after the weights, so it is last."""
+        target = Path(save_directory)
+        if target.is_file():
+            raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target, prefix=".adapter_config-") as folder:
+            super().save_pretrained(folder, **kwargs)
+            written = Path(folder, CONFIG_FILE)
+            with written.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(written, target / CONFIG_FILE)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """As PEFT's, with an error that names the file where it is no JSON object."""
+        try:
+            loaded = super().from_json_file(path_json_file, **kwargs)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path_json_file} is damaged: {error}. Get a good copy of the adapter.") from error
+        return loaded
+
+
+def check_type(config: LNTuneConfig, name: str, kind: type) -> None:
+    """Raise a `ConfigError` where a field holds another type than `kind`."""
+    value = getattr(config, name)
+    if not isinstance(value, kind):
+        raise ConfigError(f"{name} takes a {kind.__name__}, but got {value!r} of type {type(value).__name__}.")
+
+
+def check_choice(config: LNTuneConfig, name: str, allowed: tuple[str, ...]) -> None:
+    """Raise a `ConfigError` where a field holds none of the allowed values."""
+    value = getattr(config, name)
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r} is not allowed; choose one of {', '.join(map(repr, allowed))}.")

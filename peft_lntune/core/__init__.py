@@ -1,0 +1,1 @@
+"""What an affine norm is and what a delta does to it: torch only, no PEFT, no transformers."""

@@ -1,0 +1,86 @@
+"""The formula of this package and the dtype it is computed in.
+
+    effective = base + delta
+
+Both are written once, here; the forward pass, merging, mixed batches and weighted sums all call these functions.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["delta_dtype", "effective", "pack_bits", "scatter", "stamp", "unpack_bits"]
+
+
+def delta_dtype(base_dtype: torch.dtype, override: torch.dtype | None = None) -> torch.dtype:
+    """The dtype a delta is kept in: at least float32, whatever the base model is stored in.
+
+    Near 1 the spacing of bfloat16 is 2^-7, so an AdamW step of 1e-4 on a bfloat16 gain rounds to no step at all.
+    A float32 delta keeps every such step.
+
+    Args:
+        base_dtype: dtype of the base parameter.
+        override: what the user asked for, or None.
+
+    Example:
+        >>> delta_dtype(torch.bfloat16), delta_dtype(torch.float64)
+        (torch.float32, torch.float64)
+    """
+    return override or torch.promote_types(base_dtype, torch.float32)
+
+
+def effective(base: Tensor, values: Tensor, index: Tensor | None = None) -> Tensor:
+    """Base plus delta, in the wider of the two dtypes.
+
+    Args:
+        base: the base parameter, any shape.
+        values: the delta; of the shape of `base`, or `(k,)` where `index` says which entries it tunes.
+        index: `(k,)`, int64, positions in the flattened base; None for a dense delta.
+
+    Returns:
+        A new tensor of the shape of `base`.
+
+    Example:
+        >>> effective(torch.ones(3), torch.tensor([0.5]), torch.tensor([1]))
+        tensor([1.0000, 1.5000, 1.0000])
+    """
+    if index is None:
+        return base + values
+    wide = base.to(torch.promote_types(base.dtype, values.dtype))
+    return wide.reshape(-1).index_add(0, index, values.to(wide.dtype)).view(base.shape)
+
+
+def scatter(values: Tensor, index: Tensor, shape: torch.Size) -> Tensor:
+    """The dense delta `(*shape)` of a masked one: `values` `(k,)` at the flat positions `index` `(k,)`, else zero."""
+    return values.new_zeros(shape.numel()).index_copy(0, index, values).view(shape)
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """A bool mask of n entries as ceil(n / 8) bytes, lowest bit first. Inverse of `unpack_bits`.
+
+    Example:
+        >>> pack_bits(torch.tensor([True, False, True])).tolist()
+        [5]
+    """
+    flat = mask.reshape(-1).to(torch.uint8)
+    flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
+    return (flat << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, shape: torch.Size) -> Tensor:
+    """The bool mask of `shape` that `pack_bits` turned into bytes.
+
+    Example:
+        >>> unpack_bits(torch.tensor([5], dtype=torch.uint8), torch.Size([3])).tolist()
+        [True, False, True]
+    """
+    bits = (packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
+    return bits.reshape(-1)[: shape.numel()].view(shape).bool()
+
+
+def stamp(tensor: Tensor) -> object:
+    """Changes whenever `tensor` is written to, or its memory exchanged; what is derived from it is kept by this.
+
+    A tensor made under `torch.inference_mode` counts no versions, so it gets a stamp equal to no other. Writing
+    through `tensor.data` in place is the one change that torch does not count.
+    """
+    return object() if tensor.is_inference() else (tensor.data_ptr(), tensor._version)

@@ -1,0 +1,85 @@
+"""How an effective parameter is made from its base: one small module for each adapter and base parameter."""
+
+import torch
+from torch import Tensor, nn
+
+from peft_lntune.core.delta import effective, pack_bits, scatter, stamp, unpack_bits
+
+__all__ = ["Delta"]
+
+
+class Delta(nn.Module):
+    """A trainable delta of one base parameter; its forward turns the base into the effective parameter.
+
+    `weight` is the trainable tensor: dense, of the shape of the base, or 1-D with the chosen entries only. So the
+    optimizer, weight decay, PEFT's counts and FSDP's wrapping rules see what is tuned and nothing else.
+
+    Args:
+        shape: shape of the base parameter.
+        dtype: dtype of the delta, see `peft_lntune.core.delta.delta_dtype`.
+        device: where the delta lives.
+        count: number of tuned entries, or None for all of them. The mask itself comes with `set_mask`, or is loaded.
+
+    Example:
+        >>> delta = Delta(torch.Size([4]), torch.float32)
+        >>> delta(torch.ones(4, dtype=torch.bfloat16)).dtype
+        torch.float32
+    """
+
+    mask: Tensor | None
+
+    def __init__(
+        self,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+        count: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.shape = torch.Size(shape)
+        size = self.shape if count is None else (count,)
+        self.weight = nn.Parameter(torch.zeros(size, dtype=dtype, device=device))
+        bits = None if count is None else torch.zeros(-(-self.shape.numel() // 8), dtype=torch.uint8, device=device)
+        self.register_buffer("mask", bits)
+        self._index: tuple[object, Tensor] | None = None
+
+    @classmethod
+    def masked(cls, mask: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> "Delta":
+        """A zero delta on the entries where `mask` (bool, shape of the base) is True."""
+        delta = cls(mask.shape, dtype, device, count=int(mask.sum()))
+        delta.mask = pack_bits(mask.to(device))
+        return delta
+
+    def forward(self, base: Tensor) -> Tensor:
+        return effective(base, self.weight, self.index)
+
+    @property
+    def index(self) -> Tensor | None:
+        """Flat positions of the tuned entries, `(k,)` int64; None when all are tuned. Kept until the mask changes."""
+        if self.mask is None:
+            return None
+        key = stamp(self.mask)
+        if self._index is None or self._index[0] != key:
+            self._index = key, unpack_bits(self.mask, self.shape).reshape(-1).nonzero().reshape(-1)
+        return self._index[1]
+
+    def dense(self) -> Tensor:
+        """The delta in the shape of the base, zero where nothing is tuned; detached."""
+        values = self.weight.detach()
+        index = self.index
+        return values if index is None else scatter(values, index, self.shape)
+
+    def tuned(self) -> Tensor:
+        """Bool, in the shape of the base: which entries are tuned."""
+        if self.mask is None:
+            return torch.ones(self.shape, dtype=torch.bool, device=self.weight.device)
+        return unpack_bits(self.mask, self.shape)
+
+    @torch.no_grad()
+    def fill(self, dense: Tensor) -> None:
+        """Take the tuned entries of `dense` (shape of the base) as the delta, in place."""
+        index = self.index
+        self.weight.copy_(dense if index is None else dense.reshape(-1)[index])
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.shape)}, tuned={self.weight.numel()}, dtype={self.weight.dtype}"

@@ -1,0 +1,153 @@
+"""Which row of a batch uses which adapter, and the rows of parameters that follow from it.
+
+All norms of one shape are stacked as `(adapters + 1, norms, 1, *shape)`, row 0 being the base model, so that a
+batch costs one gather for each shape and not one for each norm or adapter. One `Route` is shared by all layers of
+a model; a layer asks it for its own rows. See docs/design.md, "Route".
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from peft_lntune.errors import RoutingError
+
+__all__ = ["BASE", "Entry", "Rows", "Route"]
+
+BASE = "__base__"
+"""The name that stands for the base model in a list of adapter names, as in PEFT."""
+
+
+class Entry(NamedTuple):
+    """One routed parameter: whose it is, its value under each adapter, and what tells that one of them changed."""
+
+    owner: int
+    parameter: str
+    value: Callable[[str], Tensor]
+    key: tuple[object, ...]
+
+
+class Rows(NamedTuple):
+    """Parameters of one norm, a row for each sample of the batch: `(B, 1, *shape)`, or None where it has none."""
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class Route:
+    """The rows in force, or nothing. Plain Python state: it is set and cleared outside any compiled call."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self._index: Tensor | None = None
+        self._expansions: set[int] = {1}
+        self._rows: dict[int, dict[int, Rows]] = {}
+        self._stacks: list[tuple[list[Entry], Tensor]] = []
+        self._key: object = None
+
+    @property
+    def active(self) -> bool:
+        return self._index is not None
+
+    def __deepcopy__(self, memo: dict) -> "Route":
+        # A copy of a model routes on its own, and stacks are made again on demand.
+        return memo.setdefault(id(self), Route())
+
+    def __reduce__(self):
+        return Route, ()
+
+    def drop(self) -> None:
+        """Forget the stacks, because a delta or a base parameter changed."""
+        self._stacks, self._key = [], None
+
+    @contextmanager
+    def __call__(
+        self, names: Sequence[str] | str, adapters: Sequence[str], entries: Sequence[Entry], expansions: set[int]
+    ) -> Iterator[None]:
+        """Route the forward passes inside this context.
+
+        Args:
+            names: the adapter of each sample, or one string for all samples.
+            adapters: every adapter of the model, in the order of the stacks' rows from 1 on.
+            entries: every routed parameter of the model.
+            expansions: by which factors generation may repeat the samples (beams, return sequences).
+
+        Raises:
+            RoutingError: another routed forward of this model is under way.
+        """
+        if self.active:
+            raise RoutingError(
+                f"this model is already running a forward pass routed to {sorted(set(self.names))}; one model runs "
+                "one routed forward at a time. Wait for the first to end, or use a second copy of the model."
+            )
+        self._build(adapters, entries)
+        order = {name: row for row, name in enumerate((BASE, *adapters))}
+        self.names = [names] if isinstance(names, str) else list(names)
+        self._expansions = {1} if isinstance(names, str) else expansions
+        self._broadcast = isinstance(names, str)
+        self._index = torch.tensor([order[name] for name in self.names], dtype=torch.long)
+        try:
+            yield
+        finally:
+            self._index, self.names, self._rows = None, [], {}
+
+    def rows(self, owner: int, batch: int, label: str) -> Rows | None:
+        """The rows of one norm for a batch of `batch` samples; None where no adapter touches it.
+
+        Raises:
+            RoutingError: the batch has another length than the list of names.
+        """
+        factor = 1 if self._broadcast else self._factor(batch, label)
+        if factor not in self._rows:
+            self._rows[factor] = self._gather(factor)
+        return self._rows[factor].get(owner)
+
+    def names_for(self, batch: int, label: str) -> list[str]:
+        """The adapter of each of `batch` samples, beams and return sequences counted in."""
+        if self._broadcast:
+            return self.names * batch
+        factor = self._factor(batch, label)
+        return [name for name in self.names for _ in range(factor)]
+
+    def _factor(self, batch: int, label: str) -> int:
+        factor, rest = divmod(batch, len(self.names))
+        if rest or factor not in self._expansions:
+            raise RoutingError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(self.names)} and {batch} respectively. (Seen in {label}, along its first axis; a model that "
+                "flattens samples and tokens into one axis before a norm cannot be routed by sample.)"
+            )
+        return factor
+
+    def _build(self, adapters: Sequence[str], entries: Sequence[Entry]) -> None:
+        key = (tuple(adapters), tuple((entry.owner, entry.key) for entry in entries))
+        if key == self._key:
+            return
+        self.drop()
+        groups: dict[object, list[Entry]] = {}
+        for entry in entries:
+            base = entry.value(BASE)
+            groups.setdefault((base.shape, base.device), []).append(entry)
+        for group in groups.values():
+            rows = [torch.stack([entry.value(name) for entry in group]) for name in (BASE, *adapters)]
+            self._stacks.append((group, torch.stack(_one_dtype(rows)).unsqueeze(2)))
+        self._key = key
+
+    def _gather(self, factor: int) -> dict[int, Rows]:
+        assert self._index is not None
+        index = self._index if factor == 1 else self._index.repeat_interleave(factor)
+        parameters: dict[int, dict[str, Tensor]] = {}
+        for group, stack in self._stacks:
+            gathered = stack.index_select(0, index.to(stack.device)).unbind(1)
+            for entry, rows in zip(group, gathered, strict=True):
+                parameters.setdefault(entry.owner, {})[entry.parameter] = rows
+        return {owner: Rows(**found) for owner, found in parameters.items()}
+
+
+def _one_dtype(tensors: list[Tensor]) -> list[Tensor]:
+    dtype = tensors[0].dtype
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return [tensor.to(dtype) for tensor in tensors]

@@ -1,0 +1,226 @@
+"""The state machine of every tuner layer here: active, disabled, merged, routed.
+
+A layer wraps one leaf module and holds, for each adapter, a `Delta` of its weight and of its bias. What differs
+between norms and other modules is how the wrapped module is run with given parameters; subclasses say so.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from peft_lntune.core.delta import delta_dtype, stamp
+from peft_lntune.core.reparam import Delta
+from peft_lntune.core.route import BASE, Route
+
+__all__ = ["PARAMETERS", "LNTuneLayer"]
+
+PARAMETERS = ("weight", "bias")
+"""The parameters of a module that can carry a delta; the deltas of `weight` live in `lntune_weight`, and so on."""
+
+
+class LNTuneLayer(nn.Module, BaseTunerLayer):
+    """Base of the layers that replace a target module.
+
+    Args:
+        base_layer: the module to tune, or another tuner's layer around it (in a mixed model).
+        route: which row of a batch uses which adapter; one object shared by all layers of a model.
+        label: name of the module in the model, for errors.
+    """
+
+    adapter_layer_names = ("lntune_weight", "lntune_bias")
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module, route: Route, label: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lntune_weight = nn.ModuleDict()
+        self.lntune_bias = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self.label = label
+        self._route = route
+        self._unmerged: dict[str, Tensor] = {}
+        self._kept: tuple[object, dict[str, Tensor]] | None = None
+
+    # What a subclass says.
+
+    @abstractmethod
+    def run(self, parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Run the wrapped module with these parameters in place of its own."""
+
+    @abstractmethod
+    def run_routed(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run each sample of the batch with the adapter that the route gives it."""
+
+    # Deltas.
+
+    def deltas(self, parameter: str) -> nn.ModuleDict:
+        """The `Delta` of each adapter for one of `PARAMETERS`."""
+        return self.lntune_weight if parameter == "weight" else self.lntune_bias
+
+    def base_parameter(self, parameter: str) -> Tensor:
+        # Read through the module, not its `_parameters`: sharding and outer layers put tensors in its `__dict__`.
+        return getattr(self.get_base_layer(), parameter)
+
+    def update_layer(self, adapter_name: str, config: Any, counts: dict[str, int | None]) -> None:
+        """Add an adapter, a zero delta for each parameter in `counts` (None: every entry is tuned)."""
+        for parameter, count in counts.items():
+            base = self.base_parameter(parameter)
+            dtype = delta_dtype(base.dtype, config.torch_delta_dtype)
+            delta = Delta(base.shape, dtype, base.device, count)
+            if not config.init_weights:
+                nn.init.normal_(delta.weight, std=0.1)
+            self.deltas(parameter)[adapter_name] = delta
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self._forget()
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def set_mask(self, parameter: str, adapter_name: str, mask: Tensor | None) -> None:
+        """Tune only the entries where `mask` is True, keeping their values; without one, drop the delta."""
+        deltas = self.deltas(parameter)
+        old = deltas[adapter_name]
+        if mask is None or not mask.any():
+            del deltas[adapter_name]
+        else:
+            deltas[adapter_name] = Delta.masked(mask, old.weight.dtype, old.weight.device)
+            deltas[adapter_name].fill(old.dense())
+            deltas[adapter_name].requires_grad_(old.weight.requires_grad)
+        self._forget()
+
+    def effective(self, parameter: str, adapters: Sequence[str]) -> Tensor:
+        """The parameter under these adapters: base plus each delta that there is."""
+        value = self.base_parameter(parameter)
+        deltas = self.deltas(parameter)
+        for name in adapters:
+            if name in deltas:
+                value = deltas[name](value)
+        return value
+
+    def _present(self, adapters: Sequence[str]) -> list[str]:
+        return [name for name in adapters if name in self.lntune_weight or name in self.lntune_bias]
+
+    def _effective_all(self, adapters: Sequence[str]) -> dict[str, Tensor]:
+        tuned = [p for p in PARAMETERS if any(name in self.deltas(p) for name in adapters)]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return {p: self.effective(p, adapters) for p in tuned}
+        # Without gradients the sums are the same at every call, so they are kept until something they came from
+        # changes. Without this a forward pass would cost two more operations a norm.
+        sources = [self.base_parameter(p) for p in tuned]
+        sources += [self.deltas(p)[name].weight for p in tuned for name in adapters if name in self.deltas(p)]
+        key = (tuple(adapters), *map(stamp, sources))
+        if self._kept is None or self._kept[0] != key:
+            self._kept = key, {p: self.effective(p, adapters) for p in tuned}
+        return self._kept[1]
+
+    def _forget(self) -> None:
+        self._kept = None
+        self._route.drop()
+
+    # The state machine.
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        kwargs.pop("adapter_names", None)  # hooks of other tuners pass it on; here the route holds it
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(*args, **kwargs)
+        if self.merged:
+            return self.base_layer(*args, **kwargs)
+        if self._route.active:
+            return self.run_routed(*args, **kwargs)
+        adapters = self._present(self.active_adapters)
+        if not adapters:
+            return self.base_layer(*args, **kwargs)
+        return self.run(self._effective_all(adapters), *args, **kwargs)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the effective parameters, rounded to the base dtype, into the base module.
+
+        Args:
+            safe_merge: raise before anything is written where a merged value is NaN or infinite.
+            adapter_names: which adapters; None for the active ones.
+
+        Raises:
+            ValueError: `safe_merge` found a value that is not finite; nothing was merged in this layer.
+        """
+        added = self._present(check_adapters_to_merge(self, adapter_names))
+        if not added:
+            return
+        names = [*self.merged_adapters, *added]
+        before = {p: self._unmerged.get(p, self.base_parameter(p)) for p in PARAMETERS if self._tunes(p, names)}
+        merged = {p: self._sum(p, before[p], names) for p in before}
+        if safe_merge:
+            for parameter, value in merged.items():
+                if not value.isfinite().all():
+                    raise ValueError(
+                        f"NaNs detected in the merged weights. The adapter {added[0]} seems to be broken: the "
+                        f"{parameter} of {self.label} would not be finite. Nothing was merged here."
+                    )
+        for parameter, value in merged.items():
+            base = self.base_parameter(parameter)
+            # A copy of the old vector, because subtracting the delta again would not give it back in bfloat16.
+            self._unmerged.setdefault(parameter, base.detach().clone())
+            base.data = value
+        self.merged_adapters.extend(added)
+        self._forget()
+
+    def unmerge(self) -> None:
+        """Put the base parameters back, bit for bit."""
+        if not self.merged:
+            return
+        for parameter, value in self._unmerged.items():
+            base = self.base_parameter(parameter)
+            base.data = value.to(base.device, base.dtype)
+        self._unmerged = {}
+        self.merged_adapters = []
+        self._forget()
+
+    def _tunes(self, parameter: str, adapters: Sequence[str]) -> bool:
+        return any(name in self.deltas(parameter) for name in adapters)
+
+    @torch.no_grad()
+    def _sum(self, parameter: str, base: Tensor, adapters: Sequence[str]) -> Tensor:
+        value = base.detach()
+        for name in adapters:
+            if name in self.deltas(parameter):
+                value = self.deltas(parameter)[name](value)
+        return value.to(base.dtype)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._forget()
+
+    # What torch and PEFT do to a module, and what follows from it here.
+
+    def train(self, mode: bool = True) -> "LNTuneLayer":
+        self._forget()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "LNTuneLayer":
+        self._forget()
+        return super()._apply(*args, **kwargs)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own also casts to the dtype of the base, which is just what a delta must not be.
+        for parameter in PARAMETERS:
+            deltas = self.deltas(parameter)
+            if adapter_name in deltas and not deltas[adapter_name].weight.is_meta:
+                deltas[adapter_name].to(device or self.base_parameter(parameter).device)
+
+    def __getattr__(self, name: str) -> Any:
+        """Pass what the layer lacks on to the wrapped module: other libraries read `eps`, `normalized_shape`, ..."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name in ("base_layer", "weight", "bias"):
+                raise
+        return getattr(self.base_layer, name)
+
+    def __repr__(self) -> str:
+        return "lntune." + super().__repr__()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False

@@ -1,0 +1,45 @@
+"""The layer around any other module with a floating weight: the full delta of its weight and bias."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_lntune.core.affine import shadowed
+from peft_lntune.core.route import BASE
+from peft_lntune.layers.base import LNTuneLayer
+
+__all__ = ["ModuleLayer"]
+
+
+class ModuleLayer(LNTuneLayer):
+    """A module that a config names explicitly (Linear, Embedding, Conv, ...) and its deltas.
+
+        y = f(x; round(w + dw), round(b + db))
+
+    The sum is rounded to the base dtype, as in mixed-precision training: a matrix product in float32 would cost
+    more than all else. The delta itself stays in float32, so that small steps add up.
+    """
+
+    def run(self, parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        inner = self.get_base_layer()
+        rounded = {name: value.to(getattr(inner, name).dtype) for name, value in parameters.items()}
+        # Other tuners' layers may stand in between (LoRA in a mixed model): they run, and find these parameters.
+        return shadowed(inner, rounded, self.base_layer, *args, **kwargs)
+
+    def run_routed(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One pass for each adapter in the batch, as PEFT's LoRA does it: a full delta a row would not fit."""
+        x, *others = args
+        names = self._route.names_for(x.shape[0], self.label)
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(names):
+            rows.setdefault(name, []).append(row)
+        outputs = [self._run_one(name, x[index], *others, **kwargs) for name, index in rows.items()]
+        order = torch.tensor([row for index in rows.values() for row in index], device=x.device)
+        return torch.cat(outputs)[order.argsort()]
+
+    def _run_one(self, adapter: str, *args: Any, **kwargs: Any) -> Tensor:
+        present = self._present(() if adapter == BASE else (adapter,))
+        if not present:
+            return self.base_layer(*args, **kwargs)
+        return self.run(self._effective_all(present), *args, **kwargs)

@@ -1,0 +1,88 @@
+"""The layer around a norm: one call for one adapter, one gather for many."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_lntune.core.affine import call_hooked, call_with, normalize, output_dtype
+from peft_lntune.core.delta import stamp
+from peft_lntune.core.norms import Norm
+from peft_lntune.core.route import BASE, Entry, Route
+from peft_lntune.layers.base import PARAMETERS, LNTuneLayer
+
+__all__ = ["NormLayer"]
+
+
+class NormLayer(LNTuneLayer):
+    """A norm and its deltas.
+
+        y = f(x; w + dw, b + db)                one adapter: the norm's own forward with other parameters
+        y = xhat * (w + dw[r]) + (b + db[r])    a mixed batch: row i of the batch uses adapter r[i]
+
+    Args:
+        base_layer: the norm.
+        route: see `LNTuneLayer`.
+        norm: what `find_norms` found out about it.
+    """
+
+    def __init__(self, base_layer: nn.Module, route: Route, norm: Norm) -> None:
+        super().__init__(base_layer, route, norm.name)
+        self._offset = norm.offset
+        self._axis = norm.axis
+
+    def run(self, parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        x, args, kwargs = _split(args, kwargs)
+        return call_with(self.base_layer, x, parameters.get("weight"), parameters.get("bias"), *args, **kwargs)
+
+    def run_routed(self, *args: Any, **kwargs: Any) -> Tensor:
+        x, args, kwargs = _split(args, kwargs)
+        rows = self._route.rows(id(self), x.shape[0], self.label)
+        if rows is None:
+            return self.base_layer(x, *args, **kwargs)
+
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            xhat = normalize(self.base_layer, x, *args, **kwargs)
+            weight, bias = self._fit(rows.weight, x), self._fit(rows.bias, x)
+            y = xhat * weight if bias is None else torch.addcmul(bias, xhat, weight)
+            return y.to(output_dtype(self.base_layer, x))
+
+        return call_hooked(self.base_layer, forward, x, *args, **kwargs)
+
+    def entries(self) -> Iterator[Entry]:
+        """What this layer contributes to the stacks of a route; both parameters, where one of them is tuned."""
+        if not (self.lntune_weight or self.lntune_bias):
+            return
+        for parameter in PARAMETERS:
+            base = getattr(self.base_layer, parameter, None)
+            if base is None:
+                continue
+            deltas = self.deltas(parameter)
+            key = (stamp(base), *((name, stamp(delta.weight)) for name, delta in deltas.items()))
+            yield Entry(id(self), parameter, partial(self._value, parameter), key)
+
+    @torch.no_grad()
+    def _value(self, parameter: str, adapter: str) -> Tensor:
+        value = self.effective(parameter, () if adapter == BASE else (adapter,))
+        value = value.to(torch.promote_types(value.dtype, torch.float32))
+        return value + self._offset if parameter == "weight" and self._offset else value
+
+    def _fit(self, rows: Tensor | None, x: Tensor) -> Tensor | None:
+        """Rows `(B, 1, *shape)`, or one row for all, as they broadcast over `x`; no operation in the usual case."""
+        if rows is None:
+            return None
+        shape = rows.shape[2:]
+        if self._axis == 1:
+            return rows.reshape(rows.shape[0], *shape, *(1,) * (x.dim() - 1 - len(shape)))
+        middle = x.dim() - 1 - len(shape)
+        return rows if middle == 1 else rows.reshape(rows.shape[0], *(1,) * middle, *shape)
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """The input of a norm and its further arguments; a few models pass the input by name."""
+    if args:
+        return args[0], args[1:], kwargs
+    first, *others = kwargs
+    return kwargs[first], (), {name: kwargs[name] for name in others}

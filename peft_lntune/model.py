@@ -1,0 +1,326 @@
+"""The tuner: it puts layers into a model by a plan, and moves adapters about. What a layer does is in `layers/`."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from peft_lntune.config import LNTuneConfig
+from peft_lntune.core.reparam import Delta
+from peft_lntune.core.route import BASE, Route
+from peft_lntune.errors import AdapterFileError, ConfigError, RoutingError
+from peft_lntune.heads import routed_heads
+from peft_lntune.layers import PARAMETERS, LNTuneLayer, ModuleLayer, NormLayer
+from peft_lntune.plan import Plan, part_of, plan
+from peft_lntune.storage import check_tensors, is_ours, manifest_of
+from peft_lntune.weighted import combine, combined_config
+
+__all__ = ["Injection", "LNTuneModel", "create_and_replace", "is_target", "prepare"]
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What one injection needs at hand: the plan, the route the layers share, and PEFT's matcher for its messages."""
+
+    plan: Plan
+    route: Route
+    matcher: Any
+
+
+def prepare(config: LNTuneConfig, model: nn.Module) -> None:
+    """Plan the injection of `config` into `model`; raises before the first module is replaced."""
+    counts = (config.manifest or {}).get("masked", {}) if config.__dict__.pop("stored", False) else {}
+    planned = plan(model, config, counts)
+    targets = planned.parts.keys() if config.target_modules is None else config.target_modules
+    matcher = SimpleNamespace(
+        target_modules=targets,
+        exclude_modules=config.exclude_modules,
+        modules_to_save=config.modules_to_save,
+        layers_to_transform=config.layers_to_transform if config.target_modules is not None else None,
+        layers_pattern=config.layers_pattern,
+    )
+    config.__dict__["injection"] = Injection(planned, _route_of(model), matcher)
+
+
+def is_target(config: LNTuneConfig, key: str) -> Any:
+    """Whether the plan tunes the module `key`; falsy answers are PEFT's own, which its messages tell apart."""
+    injection: Injection = config.__dict__["injection"]
+    return check_target_module_exists(injection.matcher, key) and key in injection.plan.parts
+
+
+def create_and_replace(tuner: BaseTuner, config: LNTuneConfig, adapter_name: str, target: nn.Module, **where: Any) -> None:
+    """Give the module `target` a delta for `adapter_name`, in a layer around it if there is none yet.
+
+    Args:
+        tuner: ours or PEFT's mixed one.
+        config: a config that `prepare` has seen.
+        adapter_name: the new adapter.
+        target: the module, or the layer around it.
+        where: `target_name`, `parent` and `current_key`, as PEFT passes them.
+    """
+    injection: Injection = config.__dict__["injection"]
+    name = where["current_key"]
+    part = injection.plan.parts.get(name) or part_of(config, name, target)
+    if isinstance(target, LNTuneLayer):
+        target.update_layer(adapter_name, config, part.counts)
+        return
+    layer: LNTuneLayer
+    if part.norm is None:
+        layer = ModuleLayer(target, injection.route, name)
+    else:
+        layer = NormLayer(target, injection.route, part.norm)
+    layer.set_adapter(adapter_name)
+    layer.update_layer(adapter_name, config, part.counts)
+    if adapter_name not in tuner.active_adapters:
+        layer.requires_grad_(False)
+    tuner._replace_module(where["parent"], where["target_name"], layer, target)
+
+
+def _route_of(model: nn.Module) -> Route:
+    return next((m._route for m in model.modules() if isinstance(m, LNTuneLayer)), None) or Route()
+
+
+class LNTuneModel(BaseTuner):
+    """The one tuner of this package; made by `get_peft_model`, as `peft_model.base_model`."""
+
+    prefix = "lntune_"
+    tuner_layer_cls = LNTuneLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # PEFT's name; norms are found, not listed
+
+    # What PEFT's injection asks for.
+
+    def _prepare_adapter_config(self, peft_config: LNTuneConfig, model_config: dict) -> LNTuneConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: LNTuneConfig, model: nn.Module) -> None:
+        prepare(peft_config, model)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: LNTuneConfig, key: str) -> Any:
+        return is_target(peft_config, key)
+
+    def _create_and_replace(self, peft_config: Any, adapter_name: str, target: nn.Module, *args: Any, **kw: Any) -> None:
+        where = {**dict(zip(("target_name", "parent"), args, strict=False)), **kw}
+        create_and_replace(self, peft_config, adapter_name, target, **where)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            self.peft_config[adapter_name].__dict__.pop("injection", None)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # Deltas are made in float32. Only a user who says autocast_adapter_dtype=False wants the dtype of the base.
+        if autocast_adapter_dtype or self.peft_config[adapter_name].delta_dtype is not None:
+            return
+        for layer in self.layers():
+            for parameter in PARAMETERS:
+                if adapter_name in layer.deltas(parameter):
+                    layer.deltas(parameter)[adapter_name].to(layer.base_parameter(parameter).dtype)
+
+    # Storage.
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, config: Any, adapter_name: str, **kwargs: Any) -> dict[str, Tensor]:
+        tensors = super()._get_adapter_state_dict(model=model, config=config, adapter_name=adapter_name, **kwargs)
+        stored = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in tensors.items()}
+        # A sharded or empty state dict is not what the file will hold, so nothing is claimed about it.
+        whole = bool(stored) and not any(value.is_meta for value in stored.values())
+        config.manifest = manifest_of(stored) if whole else None
+        return tensors
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        check_tensors(None, state_dict, f"the weights for adapter {adapter_name!r}")
+        renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_fit(model, adapter_name, renamed)
+        return renamed
+
+    # Adapters.
+
+    def layers(self) -> Iterator[LNTuneLayer]:
+        """The tuner layers of the model."""
+        return (module for module in self.model.modules() if isinstance(module, LNTuneLayer))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        before = [name for name in self.active_adapters if name != adapter_name]
+        super().delete_adapter(adapter_name)
+        # Layers that never had another adapter answer for themselves alone; the model needs one answer.
+        after = before or list(self.peft_config)[:1]
+        if after and after != self.active_adapters:
+            self.set_adapter(after)
+
+    def set_masks(self, masks: Mapping[str, Tensor], adapter_name: str = "default") -> None:
+        """Tune only chosen entries. The deltas become new parameters, so make the optimizer afterwards.
+
+        Args:
+            masks: for each tuned base parameter, by its name in the base model, a bool tensor of its shape, True where
+                it is tuned. Parameters that are not named, or have no True entry, are no longer tuned.
+            adapter_name: the adapter.
+
+        Raises:
+            ConfigError: a name or shape does not fit this adapter, or nothing is chosen. Nothing has changed.
+        """
+        places = {
+            f"{layer.label}.{parameter}": (layer, parameter)
+            for layer in self.layers()
+            for parameter in PARAMETERS
+            if adapter_name in layer.deltas(parameter)
+        }
+        _check_masks(masks, {name: layer.base_parameter(p).shape for name, (layer, p) in places.items()}, adapter_name)
+        for name, (layer, parameter) in places.items():
+            layer.set_mask(parameter, adapter_name, masks.get(name))
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Add an adapter that is a weighted combination of others; deltas are additive, so the linear one is exact.
+
+        Args:
+            adapters: names of adapters of this model.
+            weights: one for each, negative ones too.
+            adapter_name: name of the new adapter.
+            combination_type: `"linear"`, or a sparse combination of PEFT's: `"ties"`, `"dare_linear"`, `"dare_ties"`,
+                `"magnitude_prune"`.
+            density: fraction of entries that the sparse combinations keep, above 0 and at most 1.
+            majority_sign_method: `"total"` or `"frequency"`, for the ties combinations.
+
+        Raises:
+            ConfigError: unknown adapter, weights of another number, unknown combination, or a name that is taken.
+        """
+        self._check_weighted(adapters, weights, adapter_name)
+        sources = {name: self.peft_config[name] for name in adapters}
+        config = combined_config(sources, list(self.layers()), combination_type, density)
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        for layer in self.layers():
+            combine(layer, adapters, weights, adapter_name, combination_type, density, majority_sign_method)
+        donor = next((name for name, source in sources.items() if source.modules_to_save), None)
+        if donor is not None:
+            _copy_heads(self.model, donor, adapter_name)
+
+    def _check_weighted(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        if adapter_name in self.peft_config:
+            raise ConfigError(f"an adapter named {adapter_name!r} exists. Delete it first, or choose another name.")
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown or not adapters:
+            raise ConfigError(f"adapters {unknown or adapters} not found; this model has {list(self.peft_config)}.")
+        if len(weights) != len(adapters):
+            raise ConfigError(f"expected one weight an adapter, got {len(weights)} weights for {len(adapters)} adapters.")
+
+    # Mixed batches.
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        self._check_route(names)
+        layers = [layer for layer in self.layers() if isinstance(layer, NormLayer)]
+        entries = [entry for layer in layers for entry in layer.entries()]
+        with ExitStack() as stack:
+            route = _route_of(self.model)
+            stack.enter_context(route(names, list(self.peft_config), entries, _expansions(self.model, kwargs)))
+            stack.enter_context(routed_heads(self.model, route, names))
+            yield
+
+    def _check_route(self, names: Sequence[str] | str) -> None:
+        if self.training:
+            raise RoutingError("Cannot pass `adapter_names` when the model is in training mode.")
+        if any(layer.merged for layer in self.layers()):
+            raise RoutingError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        known = list(self.peft_config)
+        unknown = {names} if isinstance(names, str) else set(names)
+        unknown -= {BASE, *known}
+        if unknown:
+            raise RoutingError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}. "
+                f"Known adapters: {', '.join([*known, BASE])}."
+            )
+
+
+def check_fit(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise where the tensors of an adapter, keyed as in the model's state dict, are not the ones the model expects.
+
+    Raises:
+        AdapterFileError: keys are missing or unexpected, or shapes differ. The model is as it was.
+    """
+    expected = {
+        f"{name}.lntune_{parameter}.{adapter_name}.{key}".replace("_fsdp_wrapped_module.", ""): value.shape
+        for name, layer in model.named_modules()
+        if isinstance(layer, LNTuneLayer)
+        for parameter in PARAMETERS
+        if adapter_name in layer.deltas(parameter)
+        for key, value in layer.deltas(parameter)[adapter_name].state_dict().items()
+    }
+    found = {name: value.shape for name, value in tensors.items() if is_ours(name.replace(f".{adapter_name}.", "."))}
+    missing, unexpected = expected.keys() - found.keys(), found.keys() - expected.keys()
+    shapes = [name for name in expected.keys() & found.keys() if expected[name] != found[name]]
+    if not (missing or unexpected or shapes):
+        return
+    problems = [f"{len(missing)} missing, such as {min(missing)}"] if missing else []
+    problems += [f"{len(unexpected)} unexpected, such as {min(unexpected)}"] if unexpected else []
+    problems += [
+        f"{len(shapes)} of another shape: {name} is {tuple(found[name])} in the file, {tuple(expected[name])} here"
+        for name in sorted(shapes)[:1]
+    ]
+    raise AdapterFileError(
+        f"the saved adapter does not fit this model for adapter {adapter_name!r}: {'; '.join(problems)}. "
+        "It was trained on another model, or the file or its config was changed."
+    )
+
+
+def _check_masks(masks: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], adapter_name: str) -> None:
+    unknown = sorted(masks.keys() - shapes.keys())
+    if unknown:
+        raise ConfigError(
+            f"masks name {unknown[0]!r} (and {len(unknown) - 1} more), which adapter {adapter_name!r} does not tune. It "
+            f"tunes: {', '.join(shapes)}."
+        )
+    for name, mask in masks.items():
+        if mask.dtype != torch.bool or mask.shape != shapes[name]:
+            raise ConfigError(
+                f"the mask of {name} should be a bool tensor of shape {tuple(shapes[name])}, but is {mask.dtype} of shape "
+                f"{tuple(mask.shape)}."
+            )
+    if not any(mask.any() for mask in masks.values()):
+        raise ConfigError("the masks choose no entry at all, so there would be nothing to train.")
+
+
+def _expansions(model: nn.Module, kwargs: Mapping[str, Any]) -> set[int]:
+    """By which factors `generate` may repeat the samples of a batch: beams, return sequences."""
+    configs = [kwargs.get("generation_config"), getattr(model, "generation_config", None)]
+    factors = {1}
+    for name in ("num_beams", "num_return_sequences"):
+        values = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
+        factors.add(next((value for value in values if value), 1))
+    return factors | {max(factors) * min(factors - {1}, default=1)}
+
+
+def _copy_heads(model: nn.Module, source: str, target: str) -> None:
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and not isinstance(module, BaseTunerLayer):
+            heads = module.modules_to_save
+            if source in heads and target in heads:
+                heads[target].load_state_dict(heads[source].state_dict())

@@ -1,0 +1,72 @@
+"""LN adapters in a `PeftMixedModel`, beside LoRA, LoHa, LoKr and the others.
+
+PEFT's mixed tuner dispatches on closed tuples of classes; these are extended, and three of its methods learn one more
+case. PEFT cannot save mixed models: for one saved adapter use a combined config.
+"""
+
+from collections.abc import Callable
+from typing import Any, Union
+
+from peft.tuners import mixed as package
+from peft.tuners.mixed import model as module
+from peft.utils import PeftType
+
+from peft_lntune.config import LNTuneConfig
+from peft_lntune.config.base import PEFT_TYPE
+from peft_lntune.layers import LNTuneLayer
+from peft_lntune.model import LNTuneModel, create_and_replace, is_target, prepare
+
+__all__ = ["join_mixed_models"]
+
+_CASES = ("_create_and_replace", "_prepare_adapter_config", "_prepare_model", "_check_target_module_exists")
+
+
+def join_mixed_models() -> None:
+    """Let `get_peft_model(..., mixed=True)` take LN configs. Idempotent."""
+    peft_type = PeftType(PEFT_TYPE)
+    tuner = module.MixedModel
+    if peft_type in module.COMPATIBLE_TUNER_TYPES:
+        return
+    # Everything is looked up before anything is changed.
+    types, prefixes, configs, layers = module.COMPATIBLE_TUNER_TYPES, module.PREFIXES, module.Configs, module.Layers
+    originals = {name: getattr(tuner, name) for name in _CASES}
+    _ = package.COMPATIBLE_TUNER_TYPES
+    package.COMPATIBLE_TUNER_TYPES = module.COMPATIBLE_TUNER_TYPES = (*types, peft_type)
+    module.PREFIXES = [*prefixes, LNTuneModel.prefix]
+    module.Configs = Union[(configs, LNTuneConfig)]  # noqa: UP007  # PEFT reads its __args__
+    module.Layers = (*layers, LNTuneLayer)
+    for name, case in _cases(originals).items():
+        setattr(tuner, name, case)
+
+
+def _cases(originals: dict[str, Callable[..., Any]]) -> dict[str, Any]:
+    """The methods of PEFT's mixed tuner, each with our case before its own."""
+
+    def _create_and_replace(self: Any, config: Any, adapter_name: str, target: Any, *args: Any, **kw: Any) -> None:
+        if not isinstance(config, LNTuneConfig):
+            return originals["_create_and_replace"](self, config, adapter_name, target, *args, **kw)
+        where = {**dict(zip(("target_name", "parent"), args, strict=False)), **kw}
+        return create_and_replace(self, config, adapter_name, target, **where)
+
+    def _prepare_adapter_config(peft_config: Any, model_config: Any) -> Any:
+        if isinstance(peft_config, LNTuneConfig):
+            return peft_config
+        return originals["_prepare_adapter_config"](peft_config, model_config)
+
+    def _prepare_model(self: Any, peft_config: Any, model: Any) -> None:
+        if isinstance(peft_config, LNTuneConfig):
+            prepare(peft_config, model)
+        else:
+            originals["_prepare_model"](self, peft_config, model)
+
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        if isinstance(peft_config, LNTuneConfig):
+            return is_target(peft_config, key)
+        return originals["_check_target_module_exists"](peft_config, key)
+
+    return {
+        "_create_and_replace": _create_and_replace,
+        "_prepare_adapter_config": staticmethod(_prepare_adapter_config),
+        "_prepare_model": _prepare_model,
+        "_check_target_module_exists": staticmethod(_check_target_module_exists),
+    }

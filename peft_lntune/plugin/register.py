@@ -1,0 +1,44 @@
+"""Make PEFT know the type LNTUNE. PEFT has no entry points, so a member is added to its enum, then registered."""
+
+from peft import mapping
+from peft.utils import PeftType, register_peft_method
+
+from peft_lntune.config import StoredConfig
+from peft_lntune.config.base import PEFT_TYPE
+from peft_lntune.errors import RegistrationError
+from peft_lntune.model import LNTuneModel
+
+__all__ = ["register"]
+
+
+def register() -> None:
+    """Register the family with PEFT. Idempotent.
+
+    Raises:
+        RegistrationError: another package has registered this type. Nothing has changed.
+    """
+    if PEFT_TYPE not in PeftType.__members__:
+        _add_member(PEFT_TYPE)
+    peft_type = PeftType(PEFT_TYPE)
+    holder = mapping.PEFT_TYPE_TO_TUNER_MAPPING.get(peft_type)
+    if holder is LNTuneModel:
+        return
+    if holder is not None:
+        raise RegistrationError(
+            f"the PEFT type {PEFT_TYPE} is held by {holder.__module__}.{holder.__qualname__}, and "
+            f"{LNTuneModel.__module__}.{LNTuneModel.__qualname__} needs it. Uninstall or do not import one of the two."
+        )
+    register_peft_method(name=PEFT_TYPE.lower(), config_cls=StoredConfig, model_cls=LNTuneModel)
+
+
+def _add_member(name: str) -> None:
+    """What `class PeftType` would have done with one line more; an enum with members cannot be subclassed."""
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType._member_names_)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    type.__setattr__(PeftType, name, member)

@@ -1,0 +1,126 @@
+"""What is in a weight file, and whether it is whole: the first line of defence against damaged adapters.
+
+An adapter is two files, `adapter_config.json` and `adapter_model.safetensors`. The config carries a manifest of the
+weights it was saved with, so that a config of one save beside the weights of another is noticed.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from peft_lntune.errors import AdapterFileError
+
+__all__ = ["WEIGHTS_FILE", "check_directory", "check_tensors", "is_ours", "manifest_of"]
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "lntune_"
+_PEFT_ROOT = "base_model.model."
+
+
+def is_ours(key: str) -> bool:
+    """Whether a key of a state dict names a tensor of this package, `<module>.lntune_<parameter>.weight` or `.mask`."""
+    return key.rpartition(".")[0].rpartition(".")[2].startswith(PREFIX)
+
+
+def manifest_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a config records of the weights saved with it.
+
+    Args:
+        tensors: the adapter's state dict as it is saved, without adapter names.
+
+    Returns:
+        `digest`: SHA-256 over name, dtype, shape and bytes of each of our tensors. `masked`: for each masked
+        parameter the number of tuned entries, so that it can be made in its final shape before the file is read.
+    """
+    ours = _ours(tensors)
+    masked = {name.removesuffix(".mask"): ours[f"{name.removesuffix('.mask')}.weight"].numel() for name in _masks(ours)}
+    manifest: dict[str, Any] = {"digest": _digest(ours)}
+    return {**manifest, "masked": masked} if masked else manifest
+
+
+def check_tensors(manifest: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise where a state dict cannot be the adapter that `manifest` describes.
+
+    Args:
+        manifest: as `manifest_of` made it; None skips the comparison.
+        tensors: a state dict as loaded, without adapter names.
+        where: the file or adapter, for the message.
+
+    Raises:
+        AdapterFileError: nothing of ours in it, a wrong dtype, a value that is not finite, or another digest.
+    """
+    ours = _ours(tensors)
+    if not ours:
+        raise AdapterFileError(
+            f"{where} holds no tensor named `...{PREFIX}...`, but {len(tensors)} others, such as "
+            f"{next(iter(tensors), 'none')!r}. It was not saved by peft_lntune, or its keys were renamed."
+        )
+    for name, tensor in ours.items():
+        wanted = "uint8" if name.endswith(".mask") else "a floating dtype"
+        if (tensor.dtype == torch.uint8) if wanted == "uint8" else tensor.is_floating_point():
+            continue
+        raise AdapterFileError(f"{where}: {name} should be of {wanted}, but is {tensor.dtype}. Get a good copy.")
+    broken = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+    if broken:
+        raise AdapterFileError(
+            f"{where}: {len(broken)} tensors hold NaN or infinite values, the first is {broken[0]}. "
+            "The training that wrote it diverged, or the file is damaged; take an earlier checkpoint."
+        )
+    if manifest and "digest" in manifest and manifest["digest"] != _digest(ours):
+        raise AdapterFileError(
+            f"{where} is not the file that its adapter_config.json was saved with: the digests differ. One of the two "
+            "comes from another save, or was changed since. Get both from one save."
+        )
+
+
+def check_directory(
+    manifest: Mapping[str, Any] | None, path: str | os.PathLike, subfolder: str | None = None, **hub: Any
+) -> None:
+    """Check the safetensors file beside a config, local or on the Hub. No such file is no error: PEFT will say so.
+
+    Raises:
+        AdapterFileError: the file cannot be read, or `check_tensors` refuses it.
+    """
+    file = _find(path, subfolder, hub)
+    if file is None:
+        return
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # not a dict
+    except (SafetensorError, OSError) as error:
+        raise AdapterFileError(f"{file} is damaged or cut off ({error}). Get a good copy of the adapter.") from error
+    check_tensors(manifest, tensors, str(file))
+
+
+def _find(path: str | os.PathLike, subfolder: str | None, hub: Mapping[str, Any]) -> Path | None:
+    folder = Path(path, subfolder or "")
+    if folder.is_dir():
+        return folder / WEIGHTS_FILE if (folder / WEIGHTS_FILE).exists() else None
+    try:
+        return Path(hf_hub_download(str(path), WEIGHTS_FILE, subfolder=subfolder, **hub))
+    except (EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError):
+        return None
+
+
+def _ours(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(_PEFT_ROOT): tensor for name, tensor in sorted(tensors.items()) if is_ours(name)}
+
+
+def _masks(ours: Mapping[str, Tensor]) -> list[str]:
+    return [name for name in ours if name.endswith(".mask")]
+
+
+def _digest(ours: Mapping[str, Tensor]) -> str:
+    total = hashlib.sha256()
+    for name, tensor in sorted(ours.items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()

@@ -1,0 +1,86 @@
+"""Weighted combinations of adapters: sums of deltas, and PEFT's sparse ways of summing."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
+from torch import Tensor
+
+from peft_lntune.config import LNTuneConfig
+from peft_lntune.core.reparam import Delta
+from peft_lntune.errors import ConfigError
+from peft_lntune.layers import PARAMETERS, LNTuneLayer
+
+__all__ = ["COMBINATIONS", "combine", "combined_config"]
+
+Combination = Callable[[list[Tensor], Tensor, float, str], Tensor]
+
+COMBINATIONS: dict[str, Combination] = {
+    "linear": lambda deltas, weights, density, sign: task_arithmetic(deltas, weights),
+    "ties": ties,
+    "dare_linear": lambda deltas, weights, density, sign: dare_linear(deltas, weights, density),
+    "dare_ties": dare_ties,
+    "magnitude_prune": lambda deltas, weights, density, sign: magnitude_prune(deltas, weights, density),
+}
+"""How deltas of one parameter become one: `(deltas, weights, density, majority_sign_method) -> delta`."""
+
+
+def combined_config(
+    configs: Mapping[str, LNTuneConfig], layers: Sequence[LNTuneLayer], combination: str, density: float | None
+) -> LNTuneConfig:
+    """The config of a combined adapter: it names every module that one of its sources tunes.
+
+    Raises:
+        ConfigError: unknown combination, a density that is missing or out of range, or two sources that save the
+            same module.
+    """
+    if combination not in COMBINATIONS:
+        raise ConfigError(f"combination_type={combination!r}: choose one of {', '.join(COMBINATIONS)}.")
+    if combination != "linear" and not (density and 0 < density <= 1):
+        raise ConfigError(f"combination_type={combination!r} keeps a fraction of the entries: give density in (0, 1].")
+    saved = [module for config in configs.values() for module in config.modules_to_save or ()]
+    if len(saved) > len(set(saved)):
+        raise ConfigError(
+            "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
+            f"{sorted(saved)}. A head has no delta to sum; combine adapters without heads, then add one."
+        )
+    tuned = {p for layer in layers for p in PARAMETERS if any(name in layer.deltas(p) for name in configs)}
+    touched = {layer.label for layer in layers if any(name in layer.deltas(p) for name in configs for p in PARAMETERS)}
+    return replace(
+        next(iter(configs.values())),
+        target_modules=touched,
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        modules_to_save=saved or None,
+        roles=None,
+        tune="both" if len(tuned) > 1 else tuned.pop(),
+        init_weights=True,
+        manifest=None,
+    )
+
+
+def combine(
+    layer: LNTuneLayer,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    into: str,
+    combination: str,
+    density: float | None,
+    majority_sign_method: str,
+) -> None:
+    """Fill the deltas of adapter `into` in one layer; where all sources are masked, the union of the masks is tuned."""
+    for parameter in PARAMETERS:
+        deltas = layer.deltas(parameter)
+        present = {name: weight for name, weight in zip(adapters, weights, strict=True) if name in deltas}
+        if into not in deltas or not present:
+            continue
+        dense = [deltas[name].dense().to(deltas[into].weight.dtype) for name in present]
+        factors = torch.tensor(list(present.values()), dtype=dense[0].dtype, device=dense[0].device)
+        summed = COMBINATIONS[combination](dense, factors, density or 1.0, majority_sign_method)
+        if all(deltas[name].mask is not None for name in present):
+            union = torch.stack([deltas[name].tuned() for name in present]).any(0)
+            deltas[into] = Delta.masked(union, summed.dtype, summed.device)
+        deltas[into].fill(summed)
+        deltas[into].requires_grad_(into in layer.active_adapters)
