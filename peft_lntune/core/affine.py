@@ -4,8 +4,8 @@ A norm is `y = xhat * (weight + offset) + bias`. In half precision it matters wh
 and then the product, Gemma's only the product, T5's rounds xhat if its weight is in half precision. So each norm is
 called in the first of these ways that repeats the base's bits, learnt by running a small copy once per norm and dtype:
 
-    wide      the norm's own forward on a widened input
     own       the norm's own forward on the input as it is
+    wide      the norm's own forward on a widened input, tried first where the result must not be rounded yet
     rounded   the norm's own forward with neutral parameters of its own dtype, then the affine part outside
     added     the base's output, plus what the change of the parameters adds to it
 
@@ -36,6 +36,7 @@ __all__ = [
     "fast_path",
     "normalize",
     "output_dtype",
+    "shadowed",
 ]
 
 FastPath = Callable[[Any, Tensor, Tensor, "Tensor | None"], Tensor]
@@ -102,7 +103,8 @@ def call_with(
     path = FAST_PATHS.get(type(norm))
     if path is not None and not args and not kwargs and _is_plain(norm):
         return path(norm, x, weight, bias)
-    rule, own, wider = _rule(norm, x.device, x.dtype, weight.dtype), norm.forward, (weight, bias)
+    outer_bias = bias is not None and own_bias is None
+    rule, own, wider = _rule(norm, x.device, x.dtype, weight.dtype, outer_bias), norm.forward, (weight, bias)
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return _by_rule(norm, rule, own, wider, x, args, kwargs)
@@ -135,7 +137,7 @@ def normalize(norm: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if type(norm) is nn.LayerNorm and not args and not kwargs:
         wide = torch.promote_types(x.dtype, _wide(norm))
         return F.layer_norm(x.to(wide), norm.normalized_shape, None, None, norm.eps).to(wide)
-    rule = _rule(norm, x.device, x.dtype, _wide(norm))
+    rule = _rule(norm, x.device, x.dtype, _wide(norm), True)
     if not rule.is_norm:
         raise UnsupportedError(
             f"normalize expects a norm, whose output is affine in its weight and free of its input's scale; "
@@ -151,7 +153,7 @@ def output_dtype(norm: nn.Module, x: Tensor) -> torch.dtype:
         >>> output_dtype(nn.LayerNorm(4), torch.ones(2, 4))
         torch.float32
     """
-    rule = _rule(norm, x.device, x.dtype, _wide(norm))
+    rule = _rule(norm, x.device, x.dtype, _wide(norm), True)
     return x.dtype if rule.dtype is None else rule.dtype
 
 
@@ -169,23 +171,37 @@ def call_hooked(norm: nn.Module, forward: Callable[..., Tensor], x: Tensor, *arg
         >>> call_hooked(nn.LayerNorm(2), lambda x: x + 1, torch.zeros(2))
         tensor([1., 1.])
     """
-    return _shadowed(norm, {"forward": forward}, norm, x, args, kwargs)
+    return shadowed(norm, {"forward": forward}, norm, x, *args, **kwargs)
 
 
-def _shadowed(
-    norm: nn.Module,
-    entries: Mapping[str, Any],
-    function: Callable[..., Tensor],
-    x: Tensor,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> Tensor:
-    """Call `function` while `entries` stand in the module's `__dict__`, then put back what was there."""
-    state = norm.__dict__
+def shadowed(
+    module: nn.Module, entries: Mapping[str, Any], function: Callable[..., Any], /, *args: Any, **kwargs: Any
+) -> Any:
+    """Call a function while `entries` stand in place of a module's attributes.
+
+    They are put in the instance's `__dict__`, which Python asks first: parameters and methods can be shadowed, and what
+    is registered is never touched.
+
+    Args:
+        module: afterwards it is as it was, also when `function` raises. Not for two threads at once.
+        entries: attributes by name.
+        function: called as `function(*args, **kwargs)`; usually the module itself, or its forward.
+        *args: passed on.
+        **kwargs: passed on.
+
+    Returns:
+        What `function` returns.
+
+    Example:
+        >>> norm = nn.LayerNorm(2)
+        >>> shadowed(norm, {"bias": torch.ones(2)}, norm, torch.zeros(1, 2))
+        tensor([[1., 1.]], grad_fn=<NativeLayerNormBackward0>)
+    """
+    state = module.__dict__
     before = {key: state.get(key, _MISSING) for key in entries}
     try:
         state.update(entries)
-        return function(x, *args, **kwargs)
+        return function(*args, **kwargs)
     finally:
         for key, value in before.items():
             if value is _MISSING:
@@ -218,7 +234,7 @@ def _by_rule(
         entries = {"weight": weight}
         if bias is not None and own_bias is not None:
             entries["bias"], bias = bias, None
-        y = _shadowed(norm, entries, own, x.to(rule.wide) if rule.way == "wide" else x, args, kwargs)
+        y = shadowed(norm, entries, own, x.to(rule.wide) if rule.way == "wide" else x, *args, **kwargs)
     y = y if bias is None else y + align(bias, x, rule.axis)
     return y if rule.dtype is None else y.to(rule.dtype)
 
@@ -237,7 +253,7 @@ def _neutral(
     entries = {"weight": torch.full_like(weight, 1.0 - rule.offset, dtype=dtype)}
     if bias is not None:
         entries["bias"] = torch.zeros_like(bias, dtype=dtype)
-    return _shadowed(norm, entries, own, x.to(rule.wide) if rule.way in ("wide", "added") else x, args, kwargs)
+    return shadowed(norm, entries, own, x.to(rule.wide) if rule.way in ("wide", "added") else x, *args, **kwargs)
 
 
 def _is_plain(norm: nn.Module) -> bool:
@@ -271,29 +287,32 @@ _RULES: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], _Rule]] = WeakKeyD
 
 
 @torch.compiler.assume_constant_result
-def _rule(norm: nn.Module, device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> _Rule:
-    """The rule for inputs of `dtype` on `device` and parameters in `wide`; learnt once, then remembered."""
+def _rule(norm: nn.Module, device: torch.device, dtype: torch.dtype, wide: torch.dtype, unrounded: bool) -> _Rule:
+    """The rule for inputs of `dtype` on `device` and parameters in `wide`; learnt once, then remembered.
+
+    Args:
+        unrounded: whether something is still done to the result before it is rounded.
+    """
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    key = (device.type, dtype, _parameter(norm, "weight").dtype, wide, autocast)
+    key = (device.type, dtype, _parameter(norm, "weight").dtype, wide, unrounded, autocast)
     rules = _RULES.setdefault(norm, {})
     if key not in rules:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            rules[key] = _learn(norm, device, dtype, wide)
+            warnings.simplefilter("error")  # torch warns when a fused norm gets two dtypes: that way is not taken
+            rules[key] = _learn(norm, device, dtype, wide, unrounded)
     return rules[key]
 
 
-def _learn(norm: nn.Module, device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> _Rule:
+def _learn(norm: nn.Module, device: torch.device, dtype: torch.dtype, wide: torch.dtype, unrounded: bool) -> _Rule:
     """Try the ways on a small copy, and take the first whose output has the bits of the copy's own."""
-    facts = probe.measure(norm)
-    if facts is None:
+    facts, parameters = probe.measure(norm), probe.parameters_of(norm)
+    if facts is None or "weight" not in parameters:
         return _Rule("own", None, wide)
     small = {
         name: probe.sample_input(tuple(value.shape), seed).to(device, value.dtype)
-        for seed, (name, value) in enumerate(norm._parameters.items(), start=3)
-        if value is not None
+        for seed, (name, value) in enumerate(parameters.items(), start=3)
     }
-    copy = probe.blank_copy(norm, {**dict.fromkeys(norm._parameters), **small}, own_forward=True)
+    copy = probe.blank_copy(norm, small, own_forward=True)
     copy.to(device)  # its buffers; the parameters are there
     samples = max(16, _PROBED_ENTRIES // math.prod(facts.shape[1:]))
     x = probe.sample_input((samples, *facts.shape[1:])).to(device, dtype)
@@ -305,14 +324,15 @@ def _learn(norm: nn.Module, device: torch.device, dtype: torch.dtype, wide: torc
     wider = small["weight"].to(wide), small["bias"].to(wide) if "bias" in small else None
     if device.type == "meta":  # there are no bits to compare, and none will be
         return best
-    for rule in [replace(best, way=way) for way in ("wide", "own", "rounded", "added")]:
+    ways = ("wide", "own", "rounded", "added") if unrounded else ("own", "wide", "rounded", "added")
+    for rule in [replace(best, way=way) for way in ways]:
 
         def by_rule(x: Tensor, *gate: Tensor, rule: _Rule = rule) -> Tensor:
             return _by_rule(copy, rule, copy.forward, wider, x, gate, {})
 
         try:
             wrong = (probe.run_with(by_rule, x) != base).sum().item()
-        except Exception:  # a fused forward may refuse two dtypes
+        except Exception:  # a fused forward may refuse two dtypes, or warn of them
             continue
         if wrong < fewest:
             fewest, best = wrong, rule

@@ -14,7 +14,7 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Facts", "align", "blank_copy", "measure", "run_with", "sample_input", "signature"]
+__all__ = ["Facts", "align", "blank_copy", "measure", "parameters_of", "run_with", "sample_input", "signature"]
 
 _SCALE = 4.0  # inputs have a variance of 16: no eps in use matters, and tanh or softmax are not yet saturated
 _HOOKS = tuple(key for key in nn.Module().__dict__ if key.endswith(("_hooks", "_hooks_with_kwargs", "_always_called")))
@@ -61,12 +61,21 @@ def align(parameter: Tensor, x: Tensor, axis: int = -1, *, rows: bool = False) -
     return parameter.reshape(*lead, *(1,) * (x.dim() - 1 - len(own)), *own) if rows else parameter
 
 
-def blank_copy(module: nn.Module, parameters: Mapping[str, Tensor | None], *, own_forward: bool = False) -> nn.Module:
+def parameters_of(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors that a leaf's forward finds under the names of its parameters.
+
+    Asked by attribute: FSDP shows the forward whole tensors, and keeps slices of them registered.
+    """
+    found = {name: getattr(module, name, None) for name in ("weight", "bias", *module._parameters)}
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def blank_copy(module: nn.Module, parameters: Mapping[str, Tensor], *, own_forward: bool = False) -> nn.Module:
     """Copy a leaf module without its tensors and hooks, and give the copy other parameters.
 
     Args:
         module: the module to copy; nothing of it changes.
-        parameters: the copy's parameters by name.
+        parameters: the copy's parameters by name; others that the module has become None.
         own_forward: keep a forward that was put on this one module (a fused kernel), not only the class's.
 
     Returns:
@@ -77,7 +86,7 @@ def blank_copy(module: nn.Module, parameters: Mapping[str, Tensor | None], *, ow
     # A forward that appends to a list of its own must not reach the model's list.
     state = {key: value.copy() if isinstance(value, (dict, list, set)) else value for key, value in state.items()}
     state |= {key: type(state[key])() for key in _HOOKS if key in state}
-    state["_parameters"] = dict(parameters)
+    state["_parameters"] = {**dict.fromkeys(module._parameters), **parameters}
     state["_buffers"] = {key: _fresh_buffer(value) for key, value in module._buffers.items()}
     state["training"] = False
     forward = module.__dict__.get("forward")
@@ -163,7 +172,7 @@ def measure(module: nn.Module) -> Facts | None:
 
 def _trials(module: nn.Module) -> Iterator[tuple[int, tuple[int, ...]]]:
     """Input shapes to try, each with the axis along which the parameters would lie."""
-    weight = module._parameters.get("weight")
+    weight = parameters_of(module).get("weight")
     if weight is not None:
         own = tuple(weight.shape)
     else:
@@ -179,14 +188,14 @@ def _trials(module: nn.Module) -> Iterator[tuple[int, tuple[int, ...]]]:
 
 
 def _measure_at(module: nn.Module, axis: int, shape: tuple[int, ...]) -> Facts | None:
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    own = parameters_of(module)
+    weight, bias = own.get("weight"), own.get("bias")
     x, seeds = sample_input(shape), torch.Generator().manual_seed(1)
 
     def run(x: Tensor, w: float | Tensor, b: float | Tensor) -> Tensor:
-        fresh = {name: value for name, value in (("weight", weight), ("bias", bias)) if value is not None}
         values = {"weight": w, "bias": b}
-        full = {n: torch.zeros(p.shape, dtype=torch.float32, device="cpu") + values[n] for n, p in fresh.items()}
-        y = run_with(blank_copy(module, {**dict.fromkeys(module._parameters), **full}), x)
+        fresh = {n: torch.zeros(p.shape, dtype=torch.float32, device="cpu") + values[n] for n, p in own.items()}
+        y = run_with(blank_copy(module, fresh), x)
         if not torch.isfinite(y).all():
             raise ArithmeticError("not finite")
         return y.float()
