@@ -21,6 +21,7 @@ from peft_lntune.errors import (
 )
 from peft_lntune.plan import Plan, plan
 from peft_lntune.plugin import install
+from peft_lntune.stock import from_stock, to_stock
 from peft_lntune.version import __version__
 
 __all__ = [
@@ -36,7 +37,9 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "find_norms",
+    "from_stock",
     "plan",
+    "to_stock",
 ]
 
 install()

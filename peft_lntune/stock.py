@@ -1,0 +1,154 @@
+"""To and from PEFT's own LN_TUNING format, which holds whole norms and loads without this package."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import peft
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import PeftType, load_peft_weights
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from peft_lntune.config import LNTuneConfig, LNTuningConfig
+from peft_lntune.core.norms import base_modules
+from peft_lntune.errors import AdapterFileError, ConfigError, UnsupportedError
+from peft_lntune.layers import PARAMETERS, LNTuneLayer
+from peft_lntune.storage import WEIGHTS_FILE, is_ours
+
+__all__ = ["from_stock", "to_stock"]
+
+_ROOT = "base_model.model."
+_CONTAINER = "ln_tuning_layers"
+
+
+def to_stock(peft_model: PeftModel, directory: str | os.PathLike, adapter_name: str = "default") -> None:
+    """Write an adapter in PEFT's own LN_TUNING format, for people who do not have this package.
+
+    The file holds each tuned module whole, base plus delta, rounded to the base dtype; over a bf16 base small deltas
+    are lost to that rounding. Heads in `modules_to_save` go along.
+
+    Args:
+        peft_model: a model with adapters of this package, not merged.
+        directory: where to write `adapter_config.json` and `adapter_model.safetensors`.
+        adapter_name: which adapter.
+
+    Raises:
+        ConfigError: there is no such adapter.
+        UnsupportedError: the model is merged, so its base parameters are not the base's.
+
+    Example:
+        >>> import tempfile
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), LNTuningConfig())
+        >>> directory = tempfile.mkdtemp()
+        >>> to_stock(model, directory)
+        >>> PeftConfig.from_pretrained(directory).peft_type.value
+        'LN_TUNING'
+    """
+    config = peft_model.peft_config.get(adapter_name)
+    if not isinstance(config, LNTuneConfig):
+        known = [name for name, other in peft_model.peft_config.items() if isinstance(other, LNTuneConfig)]
+        raise ConfigError(f"no adapter of this package is named {adapter_name!r}; this model has {known}.")
+    layers = [m for m in peft_model.modules() if isinstance(m, LNTuneLayer) and _has(m, adapter_name)]
+    if any(layer.merged for layer in layers):
+        raise UnsupportedError("the adapter is merged into the base model; call unmerge_adapter() first.")
+    state = get_peft_model_state_dict(peft_model, adapter_name=adapter_name)
+    tensors = {key: value for key, value in state.items() if not is_ours(key)}  # heads
+    for layer in layers:
+        for name, value in _whole(layer, adapter_name).items():
+            tensors[f"{_ROOT}{layer.label}.{_CONTAINER}.{name}"] = value
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / WEIGHTS_FILE, {"format": "pt"})
+    stock = peft.LNTuningConfig(
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        inference_mode=True,
+        target_modules=[layer.label for layer in layers],
+        modules_to_save=config.modules_to_save,
+    )
+    stock.save_pretrained(str(folder))
+
+
+def from_stock(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> PeftModel:
+    """Read an adapter in PEFT's own LN_TUNING format as one of this package.
+
+    A stock file holds whole norms, so the deltas are those norms minus the ones of `model`: it must be the base model
+    that the adapter was trained on, which the file cannot tell.
+
+    Args:
+        model: the base model, or a `PeftModel` with adapters of this package, to which this one is added.
+        directory: what PEFT's `save_pretrained` wrote.
+        adapter_name: name of the new adapter.
+
+    Returns:
+        The model with the adapter.
+
+    Raises:
+        AdapterFileError: not an LN_TUNING adapter, or one of another model. Nothing has changed.
+    """
+    stock = PeftConfig.from_pretrained(str(directory))
+    if stock.peft_type != PeftType.LN_TUNING:
+        raise AdapterFileError(
+            f"{directory} holds an adapter of type {stock.peft_type}, and from_stock reads LN_TUNING. "
+            "Load it with PeftModel.from_pretrained."
+        )
+    loaded = load_peft_weights(str(directory), device="cpu")
+    base = base_modules(model.get_base_model() if isinstance(model, PeftModel) else model)
+    heads = {key: value for key, value in loaded.items() if f".{_CONTAINER}." not in key}
+    deltas = _deltas(loaded, base, str(directory))
+    config = LNTuningConfig(
+        task_type=stock.task_type,
+        base_model_name_or_path=stock.base_model_name_or_path,
+        target_modules=sorted({key.rpartition(".lntune_")[0].removeprefix(_ROOT) for key in deltas}),
+        modules_to_save=stock.modules_to_save,
+    )
+    if isinstance(model, PeftModel):
+        model.add_adapter(adapter_name, config)
+    else:
+        model = get_peft_model(model, config, adapter_name)
+    set_peft_model_state_dict(model, {**heads, **deltas}, adapter_name)
+    return model
+
+
+def _has(layer: LNTuneLayer, adapter_name: str) -> bool:
+    return any(adapter_name in layer.deltas(parameter) for parameter in PARAMETERS)
+
+
+@torch.no_grad()
+def _whole(layer: LNTuneLayer, adapter_name: str) -> dict[str, Tensor]:
+    """The state of the wrapped module with the adapter in it, as PEFT's own tuner would have trained and saved it."""
+    state = dict(layer.get_base_layer().state_dict())
+    for parameter in PARAMETERS:
+        if adapter_name in layer.deltas(parameter):
+            state[parameter] = layer.effective(parameter, [adapter_name]).to(state[parameter].dtype)
+    return state
+
+
+def _deltas(loaded: Mapping[str, Tensor], base: Mapping[str, nn.Module], where: str) -> dict[str, Tensor]:
+    deltas: dict[str, Tensor] = {}
+    for key, value in loaded.items():
+        path, found, parameter = key.partition(f".{_CONTAINER}.")
+        if not found:
+            continue
+        name = path.removeprefix(_ROOT)
+        own = getattr(base.get(name), parameter, None)
+        if parameter not in PARAMETERS or own is None or own.shape != value.shape:
+            has = "has none" if own is None else f"has one of shape {tuple(own.shape)}"
+            raise AdapterFileError(
+                f"{where} tunes {parameter} of shape {tuple(value.shape)} in {name}, and this model {has} there. "
+                "It was trained on another model."
+            )
+        deltas[f"{_ROOT}{name}.lntune_{parameter}.weight"] = _difference(value, own.detach().cpu())
+    if not deltas:
+        raise AdapterFileError(f"{where} holds no tensor named `...{_CONTAINER}...`; it is no LN_TUNING adapter.")
+    return deltas
+
+
+def _difference(tuned: Tensor, base: Tensor) -> Tensor:
+    """A delta that gives `tuned` back when `base` is added to it."""
+    wide = torch.promote_types(torch.promote_types(tuned.dtype, base.dtype), torch.float32)
+    tuned, base = tuned.to(wide), base.to(wide)
+    delta = tuned - base
+    return delta + (tuned - (base + delta))  # what the first subtraction rounded off, where the two are far apart
