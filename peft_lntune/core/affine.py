@@ -33,6 +33,7 @@ __all__ = [
     "align",
     "call_hooked",
     "call_with",
+    "call_with_rows",
     "fast_path",
     "normalize",
     "output_dtype",
@@ -108,6 +109,39 @@ def call_with(
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return _by_rule(norm, rule, own, wider, x, args, kwargs)
+
+    return call_hooked(norm, forward, x, *args, **kwargs)
+
+
+def call_with_rows(norm: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+    """Call a norm with other parameters for each sample; hooks and output dtype as in `call_with`.
+
+    Args:
+        norm: the module, as in `call_with`.
+        x: its input, `(B, ..., d)`.
+        weight: `weight + offset` of each sample, `(B, 1, ..., d)` or whatever broadcasts over `x`; float32 or wider.
+        bias: likewise, or None where there is none.
+        *args: further arguments of the module's forward, such as a gate.
+        **kwargs: likewise.
+
+    Returns:
+        `xhat * weight + bias`.
+
+    Example:
+        >>> norm, x = nn.LayerNorm(2, bias=False), torch.tensor([[1.0, 3.0], [1.0, 3.0]])
+        >>> call_with_rows(norm, x, torch.tensor([[1.0, 1.0], [2.0, 2.0]]), None).round()
+        tensor([[-1.,  1.],
+                [-2.,  2.]])
+    """
+    if type(norm) is nn.LayerNorm and not args and not kwargs and _is_plain(norm):
+        wide = F.layer_norm(x.to(weight.dtype), norm.normalized_shape, None, None, norm.eps)
+        return (wide * weight if bias is None else torch.addcmul(bias, wide, weight)).to(x.dtype)
+    rule, own = _rule(norm, x.device, x.dtype, weight.dtype, True), norm.forward
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        xhat = _neutral(norm, rule, own, x, args, kwargs)
+        y = xhat * weight if bias is None else torch.addcmul(bias, xhat, weight)
+        return y.to(x.dtype if rule.dtype is None else rule.dtype)
 
     return call_hooked(norm, forward, x, *args, **kwargs)
 

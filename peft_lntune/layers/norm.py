@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_lntune.core.affine import call_hooked, call_with, normalize, output_dtype
+from peft_lntune.core.affine import call_with, call_with_rows
 from peft_lntune.core.delta import stamp
 from peft_lntune.core.norms import Norm
 from peft_lntune.core.route import BASE, Entry, Route
@@ -40,16 +40,9 @@ class NormLayer(LNTuneLayer):
     def run_routed(self, *args: Any, **kwargs: Any) -> Tensor:
         x, args, kwargs = _split(args, kwargs)
         rows = self._route.rows(id(self), x.shape[0], self.label)
-        if rows is None:
+        if rows is None or rows.weight is None:
             return self.base_layer(x, *args, **kwargs)
-
-        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            xhat = normalize(self.base_layer, x, *args, **kwargs)
-            weight, bias = self._fit(rows.weight, x), self._fit(rows.bias, x)
-            y = xhat * weight if bias is None else torch.addcmul(bias, xhat, weight)
-            return y.to(output_dtype(self.base_layer, x))
-
-        return call_hooked(self.base_layer, forward, x, *args, **kwargs)
+        return call_with_rows(self.base_layer, x, self._fit(rows.weight, x), self._fit(rows.bias, x), *args, **kwargs)
 
     def entries(self) -> Iterator[Entry]:
         """What this layer contributes to the stacks of a route; both parameters, where one of them is tuned."""
@@ -69,7 +62,7 @@ class NormLayer(LNTuneLayer):
         value = value.to(torch.promote_types(value.dtype, torch.float32))
         return value + self._offset if parameter == "weight" and self._offset else value
 
-    def _fit(self, rows: Tensor | None, x: Tensor) -> Tensor | None:
+    def _fit(self, rows: Any, x: Tensor) -> Any:
         """Rows `(B, 1, *shape)`, or one row for all, as they broadcast over `x`; no operation in the usual case."""
         if rows is None:
             return None
