@@ -40,16 +40,14 @@ class Route:
     """The rows in force, or nothing. Plain Python state: it is set and cleared outside any compiled call."""
 
     def __init__(self) -> None:
+        self.active = False
         self.names: list[str] = []
-        self._index: Tensor | None = None
+        self._index = torch.empty(0, dtype=torch.long)
+        self._broadcast = False
         self._expansions: set[int] = {1}
         self._rows: dict[int, dict[int, Rows]] = {}
         self._stacks: list[tuple[list[Entry], Tensor]] = []
         self._key: object = None
-
-    @property
-    def active(self) -> bool:
-        return self._index is not None
 
     def __deepcopy__(self, memo: dict) -> "Route":
         # A copy of a model routes on its own, and stacks are made again on demand.
@@ -88,10 +86,11 @@ class Route:
         self._expansions = {1} if isinstance(names, str) else expansions
         self._broadcast = isinstance(names, str)
         self._index = torch.tensor([order[name] for name in self.names], dtype=torch.long)
+        self.active = True
         try:
             yield
         finally:
-            self._index, self.names, self._rows = None, [], {}
+            self.active, self.names, self._rows = False, [], {}
 
     def rows(self, owner: int, batch: int, label: str) -> Rows | None:
         """The rows of one norm for a batch of `batch` samples; None where no adapter touches it.
@@ -136,7 +135,6 @@ class Route:
         self._key = key
 
     def _gather(self, factor: int) -> dict[int, Rows]:
-        assert self._index is not None
         index = self._index if factor == 1 else self._index.repeat_interleave(factor)
         parameters: dict[int, dict[str, Tensor]] = {}
         for group, stack in self._stacks:

@@ -43,7 +43,7 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         self.label = label
         self._route = route
         self._unmerged: dict[str, Tensor] = {}
-        self._kept: tuple[object, dict[str, Tensor]] | None = None
+        self._kept: tuple[list[object], dict[str, Tensor]] | None = None
 
     # What a subclass says.
 
@@ -99,20 +99,31 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
                 value = deltas[name](value)
         return value
 
-    def _present(self, adapters: Sequence[str]) -> list[str]:
-        return [name for name in adapters if name in self.lntune_weight or name in self.lntune_bias]
+    def _tuned(self, adapters: Sequence[str]) -> list[tuple[str, Delta]]:
+        """Parameter and delta, for each delta that these adapters have here; plain dict reads, it runs in forward."""
+        modules = self._modules
+        weight, bias = modules["lntune_weight"]._modules, modules["lntune_bias"]._modules  # type: ignore[union-attr]
+        tuned = [("weight", weight[name]) for name in adapters if name in weight]
+        return tuned + [("bias", bias[name]) for name in adapters if name in bias]  # type: ignore[return-value]
 
-    def _effective_all(self, adapters: Sequence[str]) -> dict[str, Tensor]:
-        tuned = [p for p in PARAMETERS if any(name in self.deltas(p) for name in adapters)]
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return {p: self.effective(p, adapters) for p in tuned}
-        # Without gradients the sums are the same at every call, so they are kept until something they came from
-        # changes. Without this a forward pass would cost two more operations a norm.
-        sources = [self.base_parameter(p) for p in tuned]
-        sources += [self.deltas(p)[name].weight for p in tuned for name in adapters if name in self.deltas(p)]
-        key = (tuple(adapters), *map(stamp, sources))
+    def _sums(self, tuned: list[tuple[str, Delta]]) -> dict[str, Tensor]:
+        """The effective parameters: base plus each delta."""
+        sums: dict[str, Tensor] = {}
+        for parameter, delta in tuned:
+            base = sums[parameter] if parameter in sums else self.base_parameter(parameter)
+            sums[parameter] = delta(base)
+        return sums
+
+    def _kept_sums(self, tuned: list[tuple[str, Delta]]) -> dict[str, Tensor]:
+        """As `_sums`, kept until something they came from changes.
+
+        Without gradients the sums are the same at every call, and making them would cost two operations a norm.
+        """
+        base = self.get_base_layer()
+        sources = [(getattr(base, parameter), delta.weight) for parameter, delta in tuned]
+        key = [stamp(tensor) for pair in sources for tensor in pair]
         if self._kept is None or self._kept[0] != key:
-            self._kept = key, {p: self.effective(p, adapters) for p in tuned}
+            self._kept = key, self._sums(tuned)
         return self._kept[1]
 
     def _forget(self) -> None:
@@ -123,18 +134,23 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         kwargs.pop("adapter_names", None)  # hooks of other tuners pass it on; here the route holds it
-        if self.disable_adapters:
-            if self.merged:
+        if self._disable_adapters:
+            if self.merged_adapters:
                 self.unmerge()
             return self.base_layer(*args, **kwargs)
-        if self.merged:
+        if self.merged_adapters:
             return self.base_layer(*args, **kwargs)
         if self._route.active:
             return self.run_routed(*args, **kwargs)
-        adapters = self._present(self.active_adapters)
-        if not adapters:
+        tuned = self._tuned(self.active_adapters)
+        if not tuned:
             return self.base_layer(*args, **kwargs)
-        return self.run(self._effective_all(adapters), *args, **kwargs)
+        return self.run(self._parameters_of(tuned), *args, **kwargs)
+
+    def _parameters_of(self, tuned: list[tuple[str, Delta]]) -> dict[str, Tensor]:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._sums(tuned)
+        return self._kept_sums(tuned)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the effective parameters, rounded to the base dtype, into the base module.
@@ -146,12 +162,11 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: `safe_merge` found a value that is not finite; nothing was merged in this layer.
         """
-        added = self._present(check_adapters_to_merge(self, adapter_names))
+        added = [name for name in check_adapters_to_merge(self, adapter_names) if self._tuned([name])]
         if not added:
             return
         names = [*self.merged_adapters, *added]
-        before = {p: self._unmerged.get(p, self.base_parameter(p)) for p in PARAMETERS if self._tunes(p, names)}
-        merged = {p: self._sum(p, before[p], names) for p in before}
+        merged = self._merged(names)
         if safe_merge:
             for parameter, value in merged.items():
                 if not value.isfinite().all():
@@ -178,16 +193,14 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         self._forget()
 
-    def _tunes(self, parameter: str, adapters: Sequence[str]) -> bool:
-        return any(name in self.deltas(parameter) for name in adapters)
-
     @torch.no_grad()
-    def _sum(self, parameter: str, base: Tensor, adapters: Sequence[str]) -> Tensor:
-        value = base.detach()
-        for name in adapters:
-            if name in self.deltas(parameter):
-                value = self.deltas(parameter)[name](value)
-        return value.to(base.dtype)
+    def _merged(self, adapters: Sequence[str]) -> dict[str, Tensor]:
+        """What the base parameters become: summed in the wide dtype from the unmerged ones, then rounded once."""
+        sums: dict[str, Tensor] = {}
+        for parameter, delta in self._tuned(adapters):
+            base = self._unmerged.get(parameter, self.base_parameter(parameter))
+            sums[parameter] = delta(sums.get(parameter, base))
+        return {parameter: value.to(self.base_parameter(parameter).dtype) for parameter, value in sums.items()}
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

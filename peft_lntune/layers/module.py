@@ -39,7 +39,5 @@ class ModuleLayer(LNTuneLayer):
         return torch.cat(outputs)[order.argsort()]
 
     def _run_one(self, adapter: str, *args: Any, **kwargs: Any) -> Tensor:
-        present = self._present(() if adapter == BASE else (adapter,))
-        if not present:
-            return self.base_layer(*args, **kwargs)
-        return self.run(self._effective_all(present), *args, **kwargs)
+        tuned = self._tuned(() if adapter == BASE else (adapter,))
+        return self.run(self._parameters_of(tuned), *args, **kwargs) if tuned else self.base_layer(*args, **kwargs)
