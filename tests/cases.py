@@ -14,8 +14,8 @@ from torch import Tensor, nn
 LAYERS = 2
 VOCAB = 40
 
-_TOKENS = dict(vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-_BODY = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=LAYERS, num_attention_heads=2)
+_TOKENS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_BODY = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
 _ENCODER = dict(_BODY, vocab_size=VOCAB, pad_token_id=0, max_position_embeddings=24)
 _DECODER = dict(_BODY, **_TOKENS, num_key_value_heads=1, max_position_embeddings=24)
 _SEQ2SEQ = dict(

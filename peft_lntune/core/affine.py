@@ -4,10 +4,10 @@ A norm is `y = xhat * (weight + offset) + bias`. In half precision it matters wh
 and then the product, Gemma's only the product, T5's rounds xhat if its weight is in half precision. So each norm is
 called in the first of these ways that repeats the base's bits, learnt by running a small copy once per norm and dtype:
 
-    own       the norm's own forward on the input as it is
-    wide      the norm's own forward on a widened input, tried first where the result must not be rounded yet
-    rounded   the norm's own forward with neutral parameters of its own dtype, then the affine part outside
-    added     the base's output, plus what the change of the parameters adds to it
+    own         the norm's own forward on the input as it is
+    wide        the norm's own forward on a widened input, tried first where the result must not be rounded yet
+    rounded     the norm's own forward with neutral parameters of its own dtype, then the affine part outside
+    corrected   as wide, plus what the base's output differs from that with unchanged parameters
 
 Each runs the module's own forward with its parameters shadowed in the instance's `__dict__`, which Python consults
 before `nn.Module.__getattr__`. This works in one graph of torch.compile, and where FSDP keeps its own entries there.
@@ -113,7 +113,9 @@ def call_with(
     return call_hooked(norm, forward, x, *args, **kwargs)
 
 
-def call_with_rows(norm: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+def call_with_rows(
+    norm: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any
+) -> Tensor:
     """Call a norm with other parameters for each sample; hooks and output dtype as in `call_with`.
 
     Args:
@@ -255,22 +257,36 @@ def _by_rule(
 ) -> Tensor:
     """The norm with the parameters `wider`, computed the rule's way by its forward `own`, in the rule's dtype."""
     weight, bias = wider
-    own_bias = _parameter(norm, "bias")
-    if rule.way == "added":
-        y = own(x, *args, **kwargs).to(rule.wide)
-        change = weight - _parameter(norm, "weight")
-        y = y + _neutral(norm, rule, own, x, args, kwargs) * align(change, x, rule.axis)
-        bias = bias if bias is None or own_bias is None else bias - own_bias
-    elif rule.way == "rounded":
+    if rule.way == "corrected":
+        # Rounded before the correction, which has the same spacing: the sum is exact where nothing has changed.
+        y = _by_rule(norm, replace(rule, way="wide"), own, wider, x, args, kwargs).to(rule.wide)
+        return (y + _correction(norm, rule, own, x, args, kwargs)).to(rule.dtype)
+    if rule.way == "rounded":
         y = _neutral(norm, rule, own, x, args, kwargs)
         y = y * align(weight + rule.offset if rule.offset else weight, x, rule.axis)
     else:
         entries = {"weight": weight}
-        if bias is not None and own_bias is not None:
+        if bias is not None and _parameter(norm, "bias") is not None:
             entries["bias"], bias = bias, None
         y = shadowed(norm, entries, own, x.to(rule.wide) if rule.way == "wide" else x, *args, **kwargs)
     y = y if bias is None else y + align(bias, x, rule.axis)
     return y if rule.dtype is None else y.to(rule.dtype)
+
+
+@torch.no_grad()
+def _correction(
+    norm: nn.Module,
+    rule: "_Rule",
+    own: Callable[..., Tensor],
+    x: Tensor,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Tensor:
+    """What the norm rounds away on its way, by which its output differs from the same computed wide."""
+    weight, bias = _parameter(norm, "weight").to(rule.wide), _parameter(norm, "bias")
+    wider = weight, None if bias is None else bias.to(rule.wide)
+    wide = _by_rule(norm, replace(rule, way="wide"), own, wider, x, args, kwargs)
+    return own(x, *args, **kwargs).to(rule.wide) - wide.to(rule.wide)
 
 
 def _neutral(
@@ -287,7 +303,7 @@ def _neutral(
     entries = {"weight": torch.full_like(weight, 1.0 - rule.offset, dtype=dtype)}
     if bias is not None:
         entries["bias"] = torch.zeros_like(bias, dtype=dtype)
-    return shadowed(norm, entries, own, x.to(rule.wide) if rule.way in ("wide", "added") else x, *args, **kwargs)
+    return shadowed(norm, entries, own, x.to(rule.wide) if rule.way in ("wide", "corrected") else x, *args, **kwargs)
 
 
 def _is_plain(norm: nn.Module) -> bool:
@@ -327,7 +343,8 @@ def _rule(norm: nn.Module, device: torch.device, dtype: torch.dtype, wide: torch
     Args:
         unrounded: whether something is still done to the result before it is rounded.
     """
-    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    has_autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    autocast = torch.get_autocast_dtype(device.type) if has_autocast else None
     key = (device.type, dtype, _parameter(norm, "weight").dtype, wide, unrounded, autocast)
     rules = _RULES.setdefault(norm, {})
     if key not in rules:
@@ -358,7 +375,7 @@ def _learn(norm: nn.Module, device: torch.device, dtype: torch.dtype, wide: torc
     wider = small["weight"].to(wide), small["bias"].to(wide) if "bias" in small else None
     if device.type == "meta":  # there are no bits to compare, and none will be
         return best
-    ways = ("wide", "own", "rounded", "added") if unrounded else ("own", "wide", "rounded", "added")
+    ways = ("wide", "own", "rounded", "corrected") if unrounded else ("own", "wide", "rounded", "corrected")
     for rule in [replace(best, way=way) for way in ways]:
 
         def by_rule(x: Tensor, *gate: Tensor, rule: _Rule = rule) -> Tensor:
