@@ -6,7 +6,7 @@ between norms and other modules is how the wrapped module is run with given para
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -20,6 +20,34 @@ __all__ = ["PARAMETERS", "LNTuneLayer"]
 
 PARAMETERS = ("weight", "bias")
 """The parameters of a module that can carry a delta; the deltas of `weight` live in `lntune_weight`, and so on."""
+
+
+class _Source(NamedTuple):
+    """A parameter that kept sums came from, and how it was then."""
+
+    owner: dict[str, Any]
+    name: str
+    tensor: Tensor | None
+    stamp: object
+
+
+class _Kept(NamedTuple):
+    """Effective parameters, and what they are true of."""
+
+    adapters: list[str]
+    sources: list[_Source]
+    sums: dict[str, Tensor]
+
+
+def _source(module: nn.Module, name: str) -> _Source:
+    # A tensor that sharding or an outer layer has put in the way is nobody's to keep; it never counts as unchanged.
+    tensor = None if name in module.__dict__ else module._parameters.get(name)
+    return _Source(module._parameters, name, tensor, None if tensor is None else stamp(tensor))
+
+
+def _unchanged(source: _Source) -> bool:
+    tensor = source.tensor
+    return tensor is not None and source.owner.get(source.name) is tensor and stamp(tensor) == source.stamp
 
 
 class LNTuneLayer(nn.Module, BaseTunerLayer):
@@ -43,7 +71,7 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         self.label = label
         self._route = route
         self._unmerged: dict[str, Tensor] = {}
-        self._kept: tuple[list[object], dict[str, Tensor]] | None = None
+        self._kept: _Kept | None = None
 
     # What a subclass says.
 
@@ -114,17 +142,21 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
             sums[parameter] = delta(base)
         return sums
 
-    def _kept_sums(self, tuned: list[tuple[str, Delta]]) -> dict[str, Tensor]:
-        """As `_sums`, kept until something they came from changes.
+    def _effective(self, adapters: Sequence[str]) -> dict[str, Tensor]:
+        """The effective parameters of these adapters; empty where none of them has a delta here.
 
-        Without gradients the sums are the same at every call, and making them would cost two operations a norm.
+        Without gradients the sums are the same at every call, and making them would cost two operations a norm. So
+        they are kept until something they came from changes.
         """
-        base = self.get_base_layer()
-        sources = [(getattr(base, parameter), delta.weight) for parameter, delta in tuned]
-        key = [stamp(tensor) for pair in sources for tensor in pair]
-        if self._kept is None or self._kept[0] != key:
-            self._kept = key, self._sums(tuned)
-        return self._kept[1]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._sums(self._tuned(adapters))
+        kept = self._kept
+        if kept is None or kept.adapters != adapters or not all(map(_unchanged, kept.sources)):
+            tuned = self._tuned(adapters)
+            base = self.get_base_layer()
+            owners = [(base, parameter) for parameter, _ in tuned] + [(delta, "weight") for _, delta in tuned]
+            kept = self._kept = _Kept(list(adapters), [_source(*owner) for owner in owners], self._sums(tuned))
+        return kept.sums
 
     def _forget(self) -> None:
         self._kept = None
@@ -142,15 +174,8 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(*args, **kwargs)
         if self._route.active:
             return self.run_routed(*args, **kwargs)
-        tuned = self._tuned(self.active_adapters)
-        if not tuned:
-            return self.base_layer(*args, **kwargs)
-        return self.run(self._parameters_of(tuned), *args, **kwargs)
-
-    def _parameters_of(self, tuned: list[tuple[str, Delta]]) -> dict[str, Tensor]:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._sums(tuned)
-        return self._kept_sums(tuned)
+        parameters = self._effective(self.active_adapters)
+        return self.run(parameters, *args, **kwargs) if parameters else self.base_layer(*args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the effective parameters, rounded to the base dtype, into the base module.

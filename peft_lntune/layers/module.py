@@ -39,5 +39,5 @@ class ModuleLayer(LNTuneLayer):
         return torch.cat(outputs)[order.argsort()]
 
     def _run_one(self, adapter: str, *args: Any, **kwargs: Any) -> Tensor:
-        tuned = self._tuned(() if adapter == BASE else (adapter,))
-        return self.run(self._parameters_of(tuned), *args, **kwargs) if tuned else self.base_layer(*args, **kwargs)
+        parameters = self._effective([] if adapter == BASE else [adapter])
+        return self.run(parameters, *args, **kwargs) if parameters else self.base_layer(*args, **kwargs)
