@@ -1,0 +1,66 @@
+"""What each tuning method trains beside the head, and the head that all of them train."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import peft
+from torch import nn
+from transformers import PreTrainedModel
+
+from peft_lntune import LNTuningConfig, find_norms
+
+
+def find_head(model: PreTrainedModel) -> list[str]:
+    """Modules that turn the body's output into logits: what lies outside the body, and the pooler's Linear inside it.
+
+    A BERT's pooler counts as head because the classifier sees the body through it. Its Linear is named, not the
+    pooler itself: as a plain layer PEFT can mix it by row when several adapters are served in one batch.
+    """
+    pooler = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and "pooler" in name.split(".")[:-1]
+    ]
+    outside = [
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in child.parameters())
+    ]
+    return pooler + outside
+
+
+def count_head(model: PreTrainedModel) -> int:
+    """Parameters of the head."""
+    return sum(p.numel() for name in find_head(model) for p in model.get_submodule(name).parameters())
+
+
+def tune_only(model: PreTrainedModel, chosen: Callable[[str], bool]) -> nn.Module:
+    """Train the head and the chosen parameters, freeze the rest: what one writes without PEFT."""
+    head = tuple(f"{name}." for name in find_head(model))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(head) or chosen(name))
+    return model
+
+
+def attach(model: PreTrainedModel, make_config: Callable[..., peft.PeftConfig], **fields: Any) -> nn.Module:
+    """Attach a PEFT adapter that trains and saves the head with it."""
+    config = make_config(task_type="SEQ_CLS", modules_to_save=find_head(model), **fields)
+    return peft.get_peft_model(model, config)
+
+
+class Method(NamedTuple):
+    """A learning rate that suits the method, and what turns the loaded model into the one to train."""
+
+    lr: float
+    prepare: Callable[[PreTrainedModel], nn.Module]
+
+
+METHODS = {
+    "head": Method(1e-3, lambda model: tune_only(model, lambda name: False)),
+    "ln": Method(5e-3, lambda model: attach(model, LNTuningConfig)),
+    # PEFT's own class of the same name; it has no default targets for most models
+    "stock-ln": Method(5e-3, lambda model: attach(model, peft.LNTuningConfig, target_modules=list(find_norms(model)))),
+    "bitfit": Method(2e-3, lambda model: tune_only(model, lambda name: name.endswith("bias"))),
+    "lora": Method(5e-4, lambda model: attach(model, peft.LoraConfig, r=8, lora_alpha=16)),
+    "full": Method(5e-5, lambda model: tune_only(model, lambda name: True)),
+}
