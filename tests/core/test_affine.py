@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from peft_lntune.core import affine, probe
-from peft_lntune.core.affine import align, call_hooked, call_with, fast_path, normalize, output_dtype, shadowed
+from peft_lntune.core import affine, probe, ways
+from peft_lntune.core.affine import align, call_with, fast_path, normalize, output_dtype
 from peft_lntune.errors import UnsupportedError
 from tests.cases import NORMS, build_norm, norm_inputs
 
@@ -244,9 +244,9 @@ def test_rules_are_learnt_once(monkeypatch):
 def test_rules_do_not_keep_a_norm_alive():
     norm, (x,) = build_norm("Llama"), norm_inputs("Llama")
     call_with(norm, x, *wider(norm))
-    known = len(affine._RULES)
+    known = len(ways._RULES)
     del norm
-    assert len(affine._RULES) == known - 1
+    assert len(ways._RULES) == known - 1
 
 
 def test_on_meta():
@@ -258,25 +258,6 @@ def test_on_meta():
 def test_normalize_refuses_what_is_no_norm():
     with pytest.raises(UnsupportedError, match=r"free of its input's scale; BatchNorm1d is none\. See find_norms"):
         normalize(nn.BatchNorm1d(4), torch.randn(2, 4))
-
-
-def test_call_hooked():
-    norm, seen = nn.LayerNorm(2), []
-    norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    y = call_hooked(norm, lambda x, *, add: x + add, torch.zeros(2), add=3)
-    assert torch.equal(y, torch.full((2,), 3.0))
-    assert seen[0] is y
-    with pytest.raises(ZeroDivisionError, match="division"):
-        call_hooked(norm, lambda x: 1 / 0, torch.zeros(2))
-    assert "forward" not in norm.__dict__
-
-
-def test_shadowed_twice():
-    norm, x = nn.LayerNorm(2), torch.tensor([[1.0, 3.0]])
-    outer, inner = torch.full((2,), 5.0), torch.full((2,), 7.0)
-    y = shadowed(norm, {"bias": outer}, lambda: shadowed(norm, {"bias": inner}, norm, x) - norm(x))
-    assert torch.equal(y, torch.full((1, 2), 2.0))
-    assert "bias" not in norm.__dict__
 
 
 @pytest.mark.parametrize(

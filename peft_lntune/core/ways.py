@@ -1,0 +1,170 @@
+"""The ways to compute a norm with wider parameters, and which of them repeats the base's bits.
+
+A norm is `y = xhat * (weight + offset) + bias`. In half precision it matters where a norm rounds: Llama's rounds xhat
+and then the product, Gemma's only the product, T5's rounds xhat if its weight is in half precision. So each norm is
+called in the first of these ways that repeats the base's bits, learnt by running a small copy once per norm and dtype:
+
+    own         the norm's own forward on the input as it is
+    wide        the norm's own forward on a widened input, tried first where the result must not be rounded yet
+    rounded     the norm's own forward with neutral parameters of its own dtype, then the affine part outside
+    corrected   as wide, plus what the base's output differs from that with unchanged parameters
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from peft_lntune.core import probe
+from peft_lntune.core.probe import align
+from peft_lntune.core.shadow import shadowed
+
+__all__ = ["Rule", "by_rule", "neutral", "parameter", "rule_for", "widened"]
+
+_PROBED_ENTRIES = 4096  # enough that a way which rounds elsewhere cannot agree by chance
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How to call one norm on one dtype: `dtype` is the output's (None: as it comes), `wide` the parameters'."""
+
+    way: str
+    dtype: torch.dtype | None
+    wide: torch.dtype
+    axis: int = -1
+    offset: float = 0.0
+    is_norm: bool = False
+
+
+_RULES: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Rule]] = WeakKeyDictionary()
+
+
+@torch.compiler.assume_constant_result
+def rule_for(norm: nn.Module, device: torch.device, dtype: torch.dtype, wide: torch.dtype, unrounded: bool) -> Rule:
+    """The rule for inputs of `dtype` on `device` and parameters in `wide`; learnt once, then remembered.
+
+    Args:
+        unrounded: whether something is still done to the result before it is rounded.
+    """
+    has_autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    autocast = torch.get_autocast_dtype(device.type) if has_autocast else None
+    key = (device.type, dtype, parameter(norm, "weight").dtype, wide, unrounded, autocast)
+    rules = _RULES.setdefault(norm, {})
+    if key not in rules:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            rules[key] = _learn(norm, device, dtype, wide, unrounded)
+    return rules[key]
+
+
+def _learn(norm: nn.Module, device: torch.device, dtype: torch.dtype, wide: torch.dtype, unrounded: bool) -> Rule:
+    """Try the ways on a small copy, and take the first whose output has the bits of the copy's own."""
+    facts, parameters = probe.measure(norm), probe.parameters_of(norm)
+    if facts is None or "weight" not in parameters:
+        return Rule("own", None, wide)
+    small = {
+        name: probe.sample_input(tuple(value.shape), seed).to(device, value.dtype)
+        for seed, (name, value) in enumerate(parameters.items(), start=3)
+    }
+    copy = probe.blank_copy(norm, small, own_forward=True)
+    copy._buffers.update({name: None if value is None else value.to(device) for name, value in copy._buffers.items()})
+    samples = max(16, _PROBED_ENTRIES // math.prod(facts.shape[1:]))
+    x = probe.sample_input((samples, *facts.shape[1:])).to(device, dtype)
+    try:
+        base = probe.run_with(copy, x)
+    except Exception:  # the norm does not take this input at all; let its own call say so
+        return Rule("own", None, wide, facts.axis, facts.offset, True)
+    fewest, best = math.inf, Rule("own", base.dtype, wide, facts.axis, facts.offset, True)
+    wider = small["weight"].to(wide), small["bias"].to(wide) if "bias" in small else None
+    if device.type == "meta":  # there are no bits to compare, and none will be
+        return best
+    ways = ("wide", "own", "rounded", "corrected") if unrounded else ("own", "wide", "rounded", "corrected")
+    warnings.simplefilter("error")  # torch warns when a fused norm gets two dtypes: that way is not taken
+    for rule in [replace(best, way=way) for way in ways]:
+
+        def candidate(x: Tensor, *gate: Tensor, rule: Rule = rule) -> Tensor:
+            return by_rule(copy, rule, copy.forward, wider, x, gate, {})
+
+        try:
+            wrong = (probe.run_with(candidate, x) != base).sum().item()
+        except Exception:  # a fused forward may refuse two dtypes, or warn of them
+            continue
+        if wrong < fewest:
+            fewest, best = wrong, rule
+        if not wrong:
+            break
+    return best
+
+
+def by_rule(
+    norm: nn.Module,
+    rule: Rule,
+    own: Callable[..., Tensor],
+    wider: tuple[Tensor, Tensor | None],
+    x: Tensor,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Tensor:
+    """The norm with the parameters `wider`, computed the rule's way by its forward `own`, in the rule's dtype."""
+    weight, bias = wider
+    if rule.way == "corrected":
+        # Rounded before the correction, which has the same spacing: the sum is exact where nothing has changed.
+        y = by_rule(norm, replace(rule, way="wide"), own, wider, x, args, kwargs).to(rule.wide)
+        return (y + _correction(norm, rule, own, x, args, kwargs)).to(rule.dtype)
+    if rule.way == "rounded":
+        y = neutral(norm, rule, own, x, args, kwargs)
+        y = y * align(weight + rule.offset if rule.offset else weight, x, rule.axis)
+    else:
+        entries = {"weight": weight}
+        if bias is not None and parameter(norm, "bias") is not None:
+            entries["bias"], bias = bias, None
+        y = shadowed(norm, entries, own, x.to(rule.wide) if rule.way == "wide" else x, *args, **kwargs)
+    y = y if bias is None else y + align(bias, x, rule.axis)
+    return y if rule.dtype is None else y.to(rule.dtype)
+
+
+@torch.no_grad()
+def _correction(
+    norm: nn.Module,
+    rule: Rule,
+    own: Callable[..., Tensor],
+    x: Tensor,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Tensor:
+    """What the norm rounds away on its way, by which its output differs from the same computed wide."""
+    weight, bias = parameter(norm, "weight").to(rule.wide), parameter(norm, "bias")
+    wider = weight, None if bias is None else bias.to(rule.wide)
+    wide = by_rule(norm, replace(rule, way="wide"), own, wider, x, args, kwargs)
+    return own(x, *args, **kwargs).to(rule.wide) - wide.to(rule.wide)
+
+
+def neutral(
+    norm: nn.Module,
+    rule: Rule,
+    own: Callable[..., Tensor],
+    x: Tensor,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Tensor:
+    """The norm's forward `own` with parameters that change nothing."""
+    weight, bias = parameter(norm, "weight"), parameter(norm, "bias")
+    dtype = weight.dtype if rule.way == "rounded" else rule.wide
+    entries = {"weight": torch.full_like(weight, 1.0 - rule.offset, dtype=dtype)}
+    if bias is not None:
+        entries["bias"] = torch.zeros_like(bias, dtype=dtype)
+    return shadowed(norm, entries, own, x.to(rule.wide) if rule.way in ("wide", "corrected") else x, *args, **kwargs)
+
+
+def widened(norm: nn.Module) -> torch.dtype:
+    return torch.promote_types(parameter(norm, "weight").dtype, torch.float32)
+
+
+def parameter(norm: nn.Module, name: str) -> Any:
+    """A parameter of the norm, or None; typed loosely since torch types every attribute as tensor or module."""
+    return getattr(norm, name, None)
