@@ -1,0 +1,1 @@
+"""Experiments and measurements: one question a script, one small harness below them all."""

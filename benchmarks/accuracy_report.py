@@ -1,0 +1,123 @@
+"""The table and the plot of `accuracy.py`, from its rows alone."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from benchmarks.harness.arms import find_arm
+from benchmarks.harness.classification import Protocol, best_rates, final_cells
+from benchmarks.harness.plots import plot_against_size
+from benchmarks.harness.rows import Row, Rows
+from benchmarks.harness.tables import markdown, mean_and_spread
+
+# The bounds this project set itself before it measured, in points of accuracy.
+NEAR_FULL = 2.0
+ABOVE_HEAD = 10.0
+NEAR_FLOAT32 = 1.0
+HEADER = ("arm", "tuned entries", "float32", "bf16 base", "rate", "rate, bf16", "moved", "moved, bf16")
+
+
+def write_report(
+    rows: Rows, results: Path, protocol: Protocol, tasks: Sequence[str], arms: Sequence[str], seeds: Sequence[int]
+) -> None:
+    """Write `accuracy.md` and `accuracy.png`, for another protocol than the CPU's with its name in them."""
+    stem = "accuracy" if protocol.name == "cpu" else f"accuracy_{protocol.name}"
+    parts = [
+        f"# Accuracy in per cent: mean ± standard deviation over {len(seeds)} seeds",
+        f"Protocol `{protocol.name}`: {protocol.steps} steps of {protocol.batch_size} rows for every arm.",
+    ]
+    found = _Finals(rows, protocol, seeds)
+    for task in tasks:
+        parts += [f"## {task}", markdown(HEADER, [_line(found, task, arm) for arm in arms])]
+        parts += ["\n".join(f"- {line}" for line in _wanted(found, task))]
+    parts += [_notes()]
+    results.mkdir(parents=True, exist_ok=True)
+    (results / f"{stem}.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    panels = {f"{task}, {dtype} base": found.panel(task, arms, dtype) for task in tasks for dtype in _with_rows(found)}
+    if any(scores for panel in panels.values() for scores in panel.values()):
+        plot_against_size(results / f"{stem}.png", panels, found.sizes(tasks, arms), "Accuracy at equal steps")
+
+
+class _Finals:
+    """The reported rows, by task, arm and dtype."""
+
+    def __init__(self, rows: Rows, protocol: Protocol, seeds: Sequence[int]) -> None:
+        self.rows, self.protocol, self.seeds = rows, protocol, seeds
+
+    def of(self, task: str, arm: str, dtype: str) -> list[Row]:
+        cells = final_cells(self.protocol, task, arm, dtype, self.seeds)
+        return [row for row in map(self.rows.get, cells) if row is not None]
+
+    def scores(self, task: str, arm: str, dtype: str) -> list[float]:
+        return [100 * row["metrics"]["accuracy"] for row in self.of(task, arm, dtype)]
+
+    def mean(self, task: str, arm: str, dtype: str) -> float | None:
+        scores = self.scores(task, arm, dtype)
+        return statistics.mean(scores) if scores else None
+
+    def panel(self, task: str, arms: Iterable[str], dtype: str) -> dict[str, list[float]]:
+        return {arm: self.scores(task, arm, dtype) for arm in arms}
+
+    def sizes(self, tasks: Iterable[str], arms: Sequence[str]) -> dict[str, int]:
+        places = [(task, arm, dtype) for task in tasks for arm in arms for dtype in ("float32", "bfloat16")]
+        return {arm: row["num_trainable_params"] for task, arm, dtype in places for row in self.of(task, arm, dtype)}
+
+    def rate(self, task: str, arm: str, dtype: str) -> str | None:
+        chosen = best_rates(self.rows, self.protocol, [(task, arm, dtype)]).get((task, arm, dtype))
+        if chosen is None:
+            return None
+        rates = find_arm(arm).rates
+        return f"{chosen:g}" + (" (edge)" if chosen in (min(rates), max(rates)) else "")
+
+    def moved(self, task: str, arm: str, dtype: str) -> str | None:
+        shares = [row["metrics"]["moved"] for row in self.of(task, arm, dtype)]
+        if not shares:
+            return None
+        return "no own entries" if shares[0] is None else f"{100 * statistics.mean(shares):.1f} %"
+
+
+def _with_rows(found: _Finals) -> list[str]:
+    return [
+        d
+        for d in ("float32", "bfloat16")
+        if any(r["cell"]["dtype"] == d and "accuracy" in r["metrics"] for r in found.rows)
+    ]
+
+
+def _line(found: _Finals, task: str, arm: str) -> list[object]:
+    rows = found.of(task, arm, "float32") + found.of(task, arm, "bfloat16")
+    dtypes = ("float32", "bfloat16")
+    return [
+        arm,
+        f"{rows[0]['num_method_params']:,}" if rows else None,
+        *(mean_and_spread(found.scores(task, arm, dtype), len(found.seeds)) for dtype in dtypes),
+        *(found.rate(task, arm, dtype) for dtype in dtypes),
+        *(found.moved(task, arm, dtype) for dtype in dtypes),
+    ]
+
+
+def _wanted(found: _Finals, task: str) -> list[str]:
+    """Compare the means with the bounds set beforehand."""
+    ln, wide = found.mean(task, "ln", "float32"), found.mean(task, "ln", "bfloat16")
+    full, head = found.mean(task, "full", "float32"), found.mean(task, "head", "float32")
+    lines = []
+    if ln is not None and full is not None:
+        lines.append(_verdict(f"ln within {NEAR_FULL:g} points of full", ln - full, ln - full >= -NEAR_FULL))
+    if ln is not None and head is not None:
+        lines.append(_verdict(f"ln at least {ABOVE_HEAD:g} points above head", ln - head, ln - head >= ABOVE_HEAD))
+    if ln is not None and wide is not None:
+        near = abs(wide - ln) <= NEAR_FLOAT32
+        lines.append(_verdict(f"ln over a bf16 base within {NEAR_FLOAT32:g} point of float32", wide - ln, near))
+    return lines
+
+
+def _verdict(wanted: str, difference: float, held: bool) -> str:
+    return f"Wanted: {wanted}. Measured: {difference:+.1f}. {'Held' if held else 'Did not hold'}."
+
+
+def _notes() -> str:
+    return (
+        "`rate` is the learning rate chosen on held-out training rows; `(edge)` marks the smallest or largest tried. "
+        "`tuned entries` leaves the head out, which every arm trains, in float32 also over a bf16 base. "
+        "`moved` is the share of the tuned entries that differ from their start after training."
+    )

@@ -1,0 +1,153 @@
+"""Arms: ways to choose what is trained. One small function each, model -> the same model, ready to train."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from benchmarks.harness.models import head_modules
+
+Tune = Callable[[nn.Module], nn.Module]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A name, what it does to a model, and the learning rates that are tried for it."""
+
+    name: str
+    tune: Tune
+    rates: tuple[float, ...]
+
+
+ARMS: dict[str, Arm] = {}
+
+
+def arm(name: str, rates: tuple[float, ...] = ()) -> Callable[[Tune], Tune]:
+    """Register a function as the arm `name`."""
+
+    def add(tune: Tune) -> Tune:
+        if name in ARMS:
+            raise ValueError(f"There is an arm {name} already; the arms are {sorted(ARMS)}.")
+        ARMS[name] = Arm(name, tune, rates)
+        return tune
+
+    return add
+
+
+def find_arm(name: str) -> Arm:
+    """Return an arm by name.
+
+    Raises:
+        ValueError: there is no such arm.
+    """
+    if name not in ARMS:
+        raise ValueError(f"There is no arm {name!r}; the arms are {sorted(ARMS)}.")
+    return ARMS[name]
+
+
+def norm_names(model: nn.Module) -> list[str]:
+    """Return the names of the norms, by class name: what a user of plain lines would write."""
+    return [name for name, module in model.named_modules() if "norm" in type(module).__name__.lower()]
+
+
+def own_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Return what the arm trains beside the head."""
+    heads = tuple(head_modules(model))
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not any(f"{head}." in name for head in heads)
+    }
+
+
+def _train_only(model: nn.Module, chosen: Callable[[str], bool]) -> nn.Module:
+    """Freeze everything but the head and the parameters whose names are chosen."""
+    heads = tuple(f"{name}." for name in head_modules(model))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(heads) or chosen(name))
+    return model
+
+
+def _peft(model: nn.Module, config: Any) -> nn.Module:
+    """Wrap a model by PEFT; the head is trained and saved with the adapter."""
+    import peft
+
+    heads = [name.split(".")[-1] for name in head_modules(model)]
+    config.modules_to_save = heads or None
+    config.task_type = "SEQ_CLS" if heads else "CAUSAL_LM"
+    return peft.get_peft_model(model, config)
+
+
+@arm("head", rates=(1e-3, 3e-3, 1e-2))
+def head(model: nn.Module) -> nn.Module:
+    """Train the head on a frozen body: the control."""
+    return _train_only(model, lambda name: False)
+
+
+@arm("full", rates=(5e-5, 1.5e-4, 5e-4))
+def full(model: nn.Module) -> nn.Module:
+    """Train everything."""
+    return _train_only(model, lambda name: True)
+
+
+@arm("plain", rates=(3e-3, 7e-3, 2e-2))
+def plain(model: nn.Module) -> nn.Module:
+    """Train the norms by plain `requires_grad` lines, without PEFT."""
+    norms = tuple(f"{name}." for name in norm_names(model))
+    return _train_only(model, lambda name: name.startswith(norms))
+
+
+@arm("bitfit", rates=(1e-3, 3e-3, 1e-2))
+def bitfit(model: nn.Module) -> nn.Module:
+    """Train every bias (BitFit)."""
+    return _train_only(model, lambda name: name.endswith("bias"))
+
+
+@arm("stock-ln", rates=(3e-3, 7e-3, 2e-2))
+def stock_ln(model: nn.Module) -> nn.Module:
+    """Train copies of the norms by PEFT's own LNTuningConfig."""
+    import peft
+
+    return _peft(model, peft.LNTuningConfig(target_modules=norm_names(model)))
+
+
+@arm("lora", rates=(5e-4, 1.5e-3, 5e-3))
+def lora(model: nn.Module) -> nn.Module:
+    """Train LoRA of rank 8 on PEFT's default targets (query and value)."""
+    import peft
+
+    return _peft(model, peft.LoraConfig(r=8, lora_alpha=16))
+
+
+@arm("road")
+def road(model: nn.Module) -> nn.Module:
+    """Train RoAd on PEFT's default targets."""
+    import peft
+
+    return _peft(model, peft.RoadConfig(group_size=math.gcd(64, model.config.hidden_size)))
+
+
+def _ln(model: nn.Module, tune: str) -> nn.Module:
+    from peft_lntune import LNTuningConfig
+
+    return _peft(model, LNTuningConfig(tune=tune))
+
+
+@arm("ln", rates=(3e-3, 7e-3, 2e-2))
+def ln(model: nn.Module) -> nn.Module:
+    """Train deltas on the weight and bias of every norm by this package."""
+    return _ln(model, "both")
+
+
+@arm("ln-weight", rates=(3e-3, 7e-3, 2e-2))
+def ln_weight(model: nn.Module) -> nn.Module:
+    """Train deltas on the weight of every norm."""
+    return _ln(model, "weight")
+
+
+@arm("ln-bias", rates=(3e-3, 7e-3, 2e-2))
+def ln_bias(model: nn.Module) -> nn.Module:
+    """Train deltas on the bias of every norm."""
+    return _ln(model, "bias")

@@ -1,0 +1,124 @@
+"""Runs the cells of an experiment that have no row yet, in order of worth, and says what is left."""
+
+import argparse
+import datetime
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness.environment import device_name
+from benchmarks.harness.rows import Cell, Row, Rows
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+Run = Callable[[Cell], Row]
+
+
+def base_parser(description: str) -> argparse.ArgumentParser:
+    """Return the options every experiment has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--list", action="store_true", help="print the runs left and an estimate, and run nothing")
+    parser.add_argument(
+        "--report", action="store_true", help="write the table and the plot from the rows, and run nothing"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="folder of the rows (default: benchmarks/results)"
+    )
+    parser.add_argument("--full", action="store_true", help="the long protocol, for a GPU")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--jobs", type=int, default=2, help="processes side by side on a CPU, each with one thread")
+    return parser
+
+
+def run_cells(cells: Sequence[Cell], rows: Rows, run: Run, jobs: int, title: str) -> None:
+    """Run every cell without a row and append its row as soon as it is known.
+
+    A run that raises is written to the terminal and leaves no row, so it is tried again the next time.
+
+    Args:
+        cells: independent of each other, the most valuable first.
+        rows: where the rows go; only this process writes.
+        run: cell -> row without `cell`, importable by name since it is sent to other processes.
+        jobs: processes side by side; 1 runs in this process.
+        title: of the progress bar.
+    """
+    from tqdm import tqdm
+
+    left = [cell for cell in cells if cell not in rows]
+    with tqdm(total=len(left), desc=title, file=sys.stderr, disable=not left) as bar:
+        for cell, outcome in _outcomes(left, run, jobs):
+            bar.update()
+            if isinstance(outcome, Exception):
+                bar.write(f"failed: {dict(cell)}: {type(outcome).__name__}: {outcome}")
+                continue
+            rows.append({"cell": dict(cell), **outcome})
+
+
+def stamp(device: torch.device) -> Row:
+    """Return what every row says about itself: status, device and time."""
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return {"status": "success", "device": device_name(device), "created_at": now}
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration in words.
+
+    Example:
+        >>> format_seconds(5400)
+        '1 h 30 min'
+    """
+    minutes = max(1, round(seconds / 60))
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+
+
+def start_process(threads: int = 1) -> None:
+    """Set up a process that trains: its threads, and no lines about fresh heads between the progress bars."""
+    from transformers.utils import logging
+
+    torch.set_num_threads(threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _outcomes(cells: Sequence[Cell], run: Run, jobs: int) -> Iterator[tuple[Cell, Row | Exception]]:
+    """Yield each cell with its row, or with what it raised, in the order they finish."""
+    if jobs == 1:
+        for cell in cells:
+            yield cell, _attempt(run, cell)
+        return
+    with _pool(jobs) as pool:
+        waiting = {pool.submit(run, cell): cell for cell in cells}
+        for future in as_completed(waiting):
+            error = future.exception()
+            if error is not None and not isinstance(error, Exception):
+                raise error
+            yield waiting[future], future.result() if error is None else error
+
+
+def _attempt(run: Run, cell: Cell) -> Row | Exception:
+    try:
+        return run(cell)
+    except Exception as error:
+        return error
+
+
+@contextmanager
+def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """Open fresh processes of one thread each; on an interrupt, cells that have not started are dropped."""
+    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=start_process)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def parse_device(options: argparse.Namespace) -> torch.device:
+    """Return the device asked for; an accelerator is not shared between processes."""
+    device = torch.device(options.device)
+    if device.type != "cpu":
+        options.jobs = 1
+    return device

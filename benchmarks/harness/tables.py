@@ -1,0 +1,48 @@
+"""Markdown tables of results; a cell without a row says so."""
+
+import statistics
+from collections.abc import Sequence
+
+NOT_RUN = "not run"
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
+    """Return a markdown table; None becomes 'not run'.
+
+    Example:
+        >>> print(markdown(["arm", "score"], [["ln", None]]))
+        | arm | score |
+        |---|---|
+        | ln | not run |
+    """
+    rows = [[NOT_RUN if value is None else str(value) for value in line] for line in lines]
+    return "\n".join([_line(header), "|" + "---|" * len(header), *map(_line, rows)])
+
+
+def mean_and_spread(values: Sequence[float], planned: int, digits: int = 1) -> str | None:
+    """Return 'mean ± standard deviation', with the number of runs where some of the planned ones are missing.
+
+    Example:
+        >>> mean_and_spread([84.0, 86.0], planned=3)
+        '85.0 ± 1.4 (2 of 3 runs)'
+    """
+    if not values:
+        return None
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    text = f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
+    return text if len(values) == planned else f"{text} ({len(values)} of {planned} runs)"
+
+
+def quartiles(values: Sequence[float], digits: int = 3) -> str:
+    """Return 'median (first quartile to third quartile)'.
+
+    Example:
+        >>> quartiles([1.0, 2.0, 3.0, 4.0, 5.0], digits=1)
+        '3.0 (2.0 to 4.0)'
+    """
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _line(row: Sequence[str]) -> str:
+    return "| " + " | ".join(row) + " |"

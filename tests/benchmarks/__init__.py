@@ -1,0 +1,1 @@
+"""Quick tests of the benchmarks: what they would write, on a tiny model."""
