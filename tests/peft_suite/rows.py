@@ -102,5 +102,8 @@ OPENED: dict[str, tuple[str, ...]] = {
     "test_mixed_adapter_batches": ("LoraConfig",),
     "test_generate_with_mixed_adapter_batches": ("LoraConfig",),
     "test_weighted_combination_of_adapters": ("IA3Config",),  # IA3's branch is the plain linear one
-    "test_training_decoders_layer_indexing": ("LoHaConfig",),  # the list of methods that get along with GPT-2's Conv1D
 }
+# OPT flattens samples and tokens into one axis before a layer's last norm, which then cannot tell the rows of a batch
+# apart and says so.
+FLATTENING = "peft-internal-testing/tiny-random-OPTForCausalLM"
+ROUTED = {"test_mixed_adapter_batches", "test_generate_with_mixed_adapter_batches"}

@@ -86,6 +86,7 @@ def suite_environment(root: Path, home: Path) -> dict[str, str]:
         "HF_HUB_CACHE": str(home / "hub"),
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",  # the models are tiny, and suites run side by side
         "TOKENIZERS_PARALLELISM": "false",
     }
 

@@ -1,12 +1,16 @@
 """PEFT's generic tests pass for our configs, and what they skip is known."""
 
 import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .run import SUITES, run_suite
+from .fetch import fetch_tests
+from .run import SUITES, Outcome, build_hub, run_suite
 
 # One row a kind of config: its name in expected.json, the class, and what the class is always called with.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -18,10 +22,22 @@ EXPECTED: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("expec
 pytestmark = pytest.mark.full
 
 
+@pytest.fixture(scope="module")
+def outcomes(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], Future[Outcome]]]:
+    """The suites that are asked for, one process a core, in the order of the tests, the longest first."""
+    calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    fetch_tests()
+    build_hub()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        wanted = [(call["kind"], call["suite"]) for call in calls if call.keys() == {"kind", "suite"}]
+        yield {(kind, suite): pool.submit(run_suite, suite, *KINDS[kind]) for kind, suite in wanted}
+        pool.shutdown(cancel_futures=True)
+
+
 @pytest.mark.parametrize("suite", SUITES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_suite_passes(kind: str, suite: str) -> None:
-    outcome = run_suite(suite, *KINDS[kind])
+def test_suite_passes(outcomes: dict[tuple[str, str], Future[Outcome]], kind: str, suite: str) -> None:
+    outcome = outcomes[kind, suite].result()
     expected = EXPECTED[kind][suite]
     assert not outcome.failed, "\n\n".join(f"{name}\n{text}" for name, text in outcome.failed.items())
     assert sorted(outcome.skipped) == sorted(expected["skips"])
