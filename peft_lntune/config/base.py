@@ -11,6 +11,7 @@ import torch
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from peft_lntune.card import name_import
 from peft_lntune.errors import ConfigError
 from peft_lntune.version import __version__
 
@@ -67,14 +68,16 @@ class LNTuneConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
+        if isinstance(self.layers_to_transform, (range, set, tuple)):
+            self.layers_to_transform = list(self.layers_to_transform)  # JSON knows none of the three
         self._check()
 
     def _check(self) -> None:
-        if self.format_version != FORMAT_VERSION:
-            raise ConfigError(
-                f"this adapter has format_version {self.format_version}, and peft_lntune {__version__} reads "
-                f"{FORMAT_VERSION}. Upgrade with `pip install -U peft-lntune`, or save the adapter again."
-            )
+        check_format(self.format_version)
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            check_names(self, name)
+        check_names(self, "modules_to_save", one_string=False)
+        check_layers(self, "layers_to_transform")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError(
                 f"layers_pattern={self.layers_pattern!r} says where layers are counted, but layers_to_transform does "
@@ -86,6 +89,9 @@ class LNTuneConfig(PeftConfig):
                 f"target_modules={self.target_modules!r}. Put the layers into the expression, or give a list of names."
             )
         check_type(self, "init_weights", bool)
+        check_type(self, "inference_mode", bool)
+        if self.manifest is not None:
+            check_type(self, "manifest", dict)
         if self.delta_dtype is not None:
             _ = self.torch_delta_dtype
 
@@ -94,7 +100,7 @@ class LNTuneConfig(PeftConfig):
         """`delta_dtype` as torch has it."""
         if self.delta_dtype is None:
             return None
-        dtype = getattr(torch, self.delta_dtype, None)
+        dtype = getattr(torch, self.delta_dtype, None) if isinstance(self.delta_dtype, str) else None
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ConfigError(
                 f"delta_dtype={self.delta_dtype!r} is no floating dtype of torch. "
@@ -108,12 +114,21 @@ class LNTuneConfig(PeftConfig):
         if target.is_file():
             raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
         target.mkdir(parents=True, exist_ok=True)
+        name_import(target)
         with tempfile.TemporaryDirectory(dir=target, prefix=".adapter_config-") as folder:
             super().save_pretrained(folder, **kwargs)
             written = Path(folder, CONFIG_FILE)
             with written.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(written, target / CONFIG_FILE)
+
+    def take_sizes(self, saved: "LNTuneConfig") -> None:
+        """Say that the next injection of this config is for the adapter that was saved with `saved`.
+
+        Masked deltas then get the sizes they have in the file; until their adapter is made, see `model.prepare`.
+        """
+        self.manifest = saved.manifest
+        self.__dict__["stored"] = True
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
@@ -123,6 +138,39 @@ class LNTuneConfig(PeftConfig):
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path_json_file} is damaged: {error}. Get a good copy of the adapter.") from error
         return loaded
+
+
+def check_format(version: Any) -> None:
+    """Raise a `ConfigError` where files of this version are not read here; the one place that says so."""
+    if version != FORMAT_VERSION:
+        raise ConfigError(
+            f"this adapter has format_version {version!r}, and peft_lntune {__version__} reads {FORMAT_VERSION}. "
+            "Upgrade with `pip install -U peft-lntune`, or save the adapter again."
+        )
+
+
+def check_names(config: LNTuneConfig, name: str, one_string: bool = True) -> None:
+    """Raise a `ConfigError` where a field that holds names holds anything else; one string is for expressions."""
+    value = getattr(config, name)
+    if value is None or (one_string and isinstance(value, str)):
+        return
+    if isinstance(value, (list, tuple, set)) and all(isinstance(item, str) for item in value):
+        return
+    allowed = "a string, a list of strings or None" if one_string else "a list of strings or None"
+    raise ConfigError(f"{name} takes {allowed}, but got {value!r} of type {type(value).__name__}.")
+
+
+def check_layers(config: LNTuneConfig, name: str) -> None:
+    """Raise a `ConfigError` where a field holds neither a layer index nor a list of them."""
+    value = getattr(config, name)
+    if value is None:
+        return
+    indices = value if isinstance(value, list) else [value]
+    if not all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in indices):
+        raise ConfigError(
+            f"{name} takes an index or a list of indices, counted from 0, but got {value!r}. For the last layers, "
+            "give their indices: in a model of 12, the last is 11."
+        )
 
 
 def check_type(config: LNTuneConfig, name: str, kind: type) -> None:

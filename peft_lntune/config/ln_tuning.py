@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from peft_lntune.config.base import LNTuneConfig, check_choice
+from peft_lntune.config.base import LNTuneConfig, check_choice, check_names
 from peft_lntune.core.roles import ROLES
 from peft_lntune.errors import ConfigError
 
@@ -49,6 +49,7 @@ class LNTuningConfig(LNTuneConfig):
             return
         if isinstance(self.roles, str):
             self.roles = [self.roles]
+        check_names(self, "roles", one_string=False)
         unknown = [role for role in self.roles if role not in ROLES]
         if unknown or not self.roles:
             raise ConfigError(f"roles={self.roles!r}: choose one or more of {', '.join(map(repr, ROLES))}.")

@@ -9,11 +9,10 @@ from dataclasses import fields
 from typing import Any
 
 from peft import PeftConfig
-from peft.utils import PeftType
 
-from peft_lntune.config.base import FORMAT_VERSION, LNTuneConfig
+from peft_lntune.config.base import FORMAT_VERSION, LNTuneConfig, check_format
 from peft_lntune.config.ln_tuning import LNTuningConfig
-from peft_lntune.errors import ConfigError
+from peft_lntune.errors import AdapterFileError, ConfigError
 from peft_lntune.storage import check_directory
 from peft_lntune.version import __version__
 
@@ -32,11 +31,7 @@ class StoredConfig(LNTuneConfig):
 
     def __new__(cls, **stored: Any) -> LNTuneConfig:  # type: ignore[misc]  # a door, not a constructor
         name = stored.get("kind")
-        if stored.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
-            raise ConfigError(
-                f"this adapter has format_version {stored['format_version']!r}, and peft_lntune {__version__} reads "
-                f"{FORMAT_VERSION}. Upgrade with `pip install -U peft-lntune`, or save the adapter again."
-            )
+        check_format(stored.get("format_version", FORMAT_VERSION))  # first: in a newer format all else may differ
         if name not in KINDS:
             raise ConfigError(
                 f"this adapter is of kind {name!r}, and peft_lntune {__version__} knows {', '.join(sorted(KINDS))}. "
@@ -55,7 +50,7 @@ class StoredConfig(LNTuneConfig):
                 stacklevel=2,
             )
         config = kind(**{name: value for name, value in stored.items() if name in known})
-        config.__dict__["stored"] = True  # until its adapter is made: then the manifest tells sizes, see model.prepare
+        config.take_sizes(config)
         return config
 
     @classmethod
@@ -63,11 +58,15 @@ class StoredConfig(LNTuneConfig):
         """Load the config, and check the weight file beside it before PEFT changes any model.
 
         Raises:
-            AdapterFileError: the weights are damaged, torn from this config, foreign or not finite.
+            AdapterFileError: the adapter is of another PEFT type, or its weights are missing, damaged, torn from this
+                config, foreign or not finite.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if not isinstance(config, LNTuneConfig):
+            raise AdapterFileError(
+                f"{pretrained_model_name_or_path} holds an adapter of PEFT type {config.peft_type}, not one of "
+                "peft_lntune. Load it under a name of its own, into a model with adapters of that type."
+            )
         hub = PeftConfig._split_kwargs(kwargs)[0]
         check_directory(config.manifest, pretrained_model_name_or_path, subfolder, **hub)
         return config
-
-
