@@ -12,7 +12,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -21,6 +26,7 @@ from peft_lntune.errors import AdapterFileError
 __all__ = ["WEIGHTS_FILE", "check_directory", "check_tensors", "is_ours", "manifest_of"]
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLED_FILE = "adapter_model.bin"  # PEFT writes and reads it where a user says safe_serialization=False
 PREFIX = "lntune_"
 _PEFT_ROOT = "base_model.model."
 
@@ -84,10 +90,10 @@ def check_tensors(manifest: Mapping[str, Any] | None, tensors: Mapping[str, Tens
 def check_directory(
     manifest: Mapping[str, Any] | None, path: str | os.PathLike, subfolder: str | None = None, **hub: Any
 ) -> None:
-    """Check the safetensors file beside a config, local or on the Hub. No such file is no error: PEFT will say so.
+    """Check the safetensors file beside a config, local or on the Hub. Pickled weights are left to PEFT.
 
     Raises:
-        AdapterFileError: the file cannot be read, or `check_tensors` refuses it.
+        AdapterFileError: a local directory holds no weights, the file cannot be read, or `check_tensors` refuses it.
     """
     file = _find(path, subfolder, hub)
     if file is None:
@@ -103,7 +109,11 @@ def check_directory(
 def _find(path: str | os.PathLike, subfolder: str | None, hub: Mapping[str, Any]) -> Path | None:
     folder = Path(path, subfolder or "")
     if folder.is_dir():
-        return folder / WEIGHTS_FILE if (folder / WEIGHTS_FILE).exists() else None
+        file = folder / WEIGHTS_FILE
+        if file.exists() or (folder / PICKLED_FILE).exists():
+            return file if file.exists() else None
+        # PEFT would take the path for the name of a repository on the Hub, and complain about its spelling.
+        raise AdapterFileError(f"{folder} holds a config, but no {WEIGHTS_FILE}. Get the whole adapter.")
     try:
         return Path(hf_hub_download(str(path), WEIGHTS_FILE, subfolder=subfolder, **hub))
     except (EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError):

@@ -1,26 +1,30 @@
 """A refused adapter leaves no trace, whichever way it is loaded.
 
 PEFT puts an adapter into the model before it reads the weights, so a bad file would leave a half-loaded adapter
-behind, and transformers' own loader only reports keys that do not fit. The three loaders are wrapped: the files are
-checked first, and where loading fails all the same, the adapter is taken out again.
+behind, and transformers' own loader only reports keys that do not fit. The loaders are wrapped: the files are checked
+first, and where loading fails all the same, the model is put back as it was.
 """
 
 import functools
 import inspect
+import itertools
+import json
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft import PeftConfig, PeftModel
-from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+import torch
+from peft import PeftConfig, PeftMixedModel, PeftModel
+from peft.utils.save_and_load import load_peft_weights
+from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
 from peft_lntune.config import LNTuneConfig, StoredConfig
 from peft_lntune.config.base import PEFT_TYPE
-from peft_lntune.errors import AdapterFileError
-from peft_lntune.layers import LNTuneLayer
-from peft_lntune.storage import is_ours
+from peft_lntune.errors import AdapterFileError, PeftLNTuneError
+from peft_lntune.model import LNTuneModel
+from peft_lntune.storage import check_tensors, is_ours
 
 __all__ = ["guard_loading"]
 
@@ -29,35 +33,40 @@ _MARK = "_lntune_guarded"
 
 def guard_loading() -> None:
     """Wrap PEFT's and transformers' loaders. Idempotent."""
-    loaders = [
-        (PeftModel, "load_adapter", PeftModel.load_adapter, _guarded_load),
-        (PeftModel, "from_pretrained", PeftModel.from_pretrained.__func__, _guarded_from_pretrained),
-        (PeftAdapterMixin, "load_adapter", PeftAdapterMixin.load_adapter, _guarded_native),
+    wraps: list[tuple[type, str, Callable[..., Any]]] = [
+        (PeftModel, "load_adapter", _guarded_load),
+        (PeftModel, "from_pretrained", _guarded_from_pretrained),
+        (PeftMixedModel, "from_pretrained", _guarded_from_pretrained),
+        (PeftAdapterMixin, "load_adapter", _guarded_native),
     ]
-    for owner, name, original, wrap in loaders:
+    # Everything is looked up before anything is changed.
+    _ = PeftConfig._get_peft_type, PeftConfig._split_kwargs
+    originals = [getattr(owner, name) for owner, name, _ in wraps]
+    for (owner, name, wrap), original in zip(wraps, originals, strict=True):
         if getattr(original, _MARK, False):
             continue
-        wrapped = functools.wraps(original)(wrap(original))
+        function = getattr(original, "__func__", original)
+        wrapped = functools.wraps(function)(wrap(function))
         setattr(wrapped, _MARK, True)
-        setattr(owner, name, classmethod(wrapped) if inspect.ismethod(getattr(owner, name)) else wrapped)
+        setattr(owner, name, classmethod(wrapped) if inspect.ismethod(original) else wrapped)
 
 
 def _guarded_load(original: Callable[..., Any]) -> Callable[..., Any]:
-    def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        if adapter_name in self.peft_config and isinstance(self.peft_config[adapter_name], LNTuneConfig):
-            _check_files(model_id, kwargs)  # PEFT reads the config only of adapters it does not have yet
-        with _restored_on_error(self):
+    def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        with _restored_on_error(self, adapter_name), _explained(self, model_id):
+            if isinstance(self.peft_config.get(adapter_name), LNTuneConfig):
+                _check_files(model_id, kwargs)  # PEFT reads the config only of adapters it does not have yet
             return original(self, model_id, adapter_name, *args, **kwargs)
 
     return load_adapter
 
 
 def _guarded_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
-    def from_pretrained(cls: type[PeftModel], model: nn.Module, model_id: Any, *args: Any, **kwargs: Any) -> PeftModel:
+    def from_pretrained(cls: type, model: nn.Module, model_id: Any, *args: Any, **kwargs: Any) -> Any:
         config = inspect.signature(original).bind(cls, model, model_id, *args, **kwargs).arguments.get("config")
-        if isinstance(config, LNTuneConfig):
-            _check_files(model_id, kwargs)  # a config that is passed in was not loaded by our own class
-        with _restored_on_error(model):
+        with _restored_on_error(model), _explained(model, model_id):
+            if isinstance(config, LNTuneConfig):  # then it was not our own class that loaded it
+                config.take_sizes(_check_files(model_id, kwargs))
             return original(cls, model, model_id, *args, **kwargs)
 
     return from_pretrained
@@ -66,13 +75,22 @@ def _guarded_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]
 def _guarded_native(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_adapter(self: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(original).bind(self, peft_model_id, *args, **kwargs).arguments
-        hub = {**(given.get("adapter_kwargs") or {})}
-        if peft_model_id is not None and _holds_ours(peft_model_id, hub):
-            _check_files(peft_model_id, hub)
-        with _restored_on_error(self):
-            info = original(self, peft_model_id, *args, **kwargs)
-            _check_report(info)
-        return info
+        name = given.get("adapter_name") or "default"
+        source = given.get("load_config")
+        model_id = peft_model_id or getattr(source, "pretrained_model_name_or_path", None)
+        hub = {**(getattr(source, "download_kwargs", None) or {}), **(given.get("adapter_kwargs") or {})}
+        with _restored_on_error(self), _explained(self, model_id):
+            if given.get("peft_config") is None and _holds_ours(model_id, hub):
+                _check_files(model_id, hub)
+            if isinstance(given.get("peft_config"), LNTuneConfig) and given.get("adapter_state_dict"):
+                check_tensors(None, given["adapter_state_dict"], f"the state dict for adapter {name!r}")
+            try:
+                info = original(self, peft_model_id, *args, **kwargs)
+            except RuntimeError:
+                _explain_misfit(self, name, model_id, hub)
+                raise
+            _check_report(info, name)
+            return info
 
     return load_adapter
 
@@ -84,21 +102,47 @@ def _holds_ours(model_id: Any, hub: dict[str, Any]) -> bool:
         return False  # the loader itself will say what is missing
 
 
-def _check_files(model_id: Any, kwargs: dict[str, Any]) -> None:
-    if isinstance(model_id, (str, bytes)) or hasattr(model_id, "__fspath__"):
-        StoredConfig.from_pretrained(str(model_id), **_hub_only(kwargs))
+def _check_files(model_id: Any, kwargs: dict[str, Any]) -> LNTuneConfig:
+    return StoredConfig.from_pretrained(str(model_id), **_hub_only(kwargs))
 
 
 def _hub_only(kwargs: dict[str, Any]) -> dict[str, Any]:
     return PeftConfig._split_kwargs(kwargs)[0]
 
 
-def _check_report(info: Any) -> None:
+@contextmanager
+def _explained(model: nn.Module, model_id: Any) -> Iterator[None]:
+    """Say which file is meant where JSON is broken, or what is missing where PEFT has a bare key."""
+    try:
+        yield
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AdapterFileError(
+            f"adapter_config.json of {model_id} is damaged: {error}. Get a good copy of the adapter."
+        ) from error
+    except KeyError as error:
+        # PEFT looks up each tensor of a head in modules_to_save by its name in the file.
+        if not _configs(model) or "." not in str(error):
+            raise
+        raise AdapterFileError(
+            f"{model_id} lacks {error}, a tensor of a module in modules_to_save. It was saved from another model, or "
+            "the file was changed."
+        ) from error
+
+
+def _explain_misfit(model: nn.Module, adapter_name: str, model_id: Any, hub: dict[str, Any]) -> None:
+    """transformers only logs which shapes differ; raise what PEFT's way of loading would have raised."""
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if isinstance(config, LNTuneConfig) and model_id is not None:
+        tensors = load_peft_weights(str(model_id), device="cpu", **_hub_only(hub))
+        LNTuneModel._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
+
+
+def _check_report(info: Any, adapter_name: str) -> None:
     """transformers reports keys that do not fit, and goes on; for ours that is an error, as with PEFT."""
     problems = {
-        "missing": [key for key in info.missing_keys if is_ours_in_model(key)],
+        "missing": [key for key in info.missing_keys if _belongs(key, adapter_name)],
         "unexpected": [key for key in info.unexpected_keys if is_ours(key)],
-        "of another shape": [key for key, *_ in info.mismatched_keys if is_ours_in_model(key)],
+        "of another shape": [key for key, *_ in info.mismatched_keys if _belongs(key, adapter_name)],
     }
     found = [f"{len(keys)} {what}, such as {min(keys)}" for what, keys in problems.items() if keys]
     if found:
@@ -108,57 +152,70 @@ def _check_report(info: Any) -> None:
         )
 
 
-def is_ours_in_model(key: str) -> bool:
-    """Whether a key of a model's state dict, adapter name included, names a tensor of ours."""
+def _belongs(key: str, adapter_name: str) -> bool:
+    """Whether a name in a model is of a tensor of this adapter: a delta of ours, or a head in modules_to_save."""
     parts = key.split(".")
-    return len(parts) > 2 and parts[-3].startswith("lntune_")
+    return any(
+        name == adapter_name and (container.startswith(LNTuneModel.prefix) or container == "modules_to_save")
+        for container, name in itertools.pairwise(parts)
+    )
 
 
 @contextmanager
-def _restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Take adapters of ours out of the model again where loading them fails."""
-    before = set(getattr(model, "peft_config", None) or ())
-    trainable = [(p, p.requires_grad) for p in model.parameters()]
-    native = getattr(model, "_hf_peft_config_loaded", None)
+def _restored_on_error(model: nn.Module, adapter_name: str | None = None) -> Iterator[None]:
+    """Put the model back as it was where an adapter of ours could not be loaded.
+
+    Args:
+        model: the model to load into.
+        adapter_name: the adapter whose tensors may be written over, where it exists.
+    """
+    before = set(_configs(model))
+    restore = _remember(model, adapter_name)
     try:
         yield
-    except Exception:
-        added = _adapters(model) - before
-        if added:
-            _eject(model, added)
-            for parameter, flag in trainable:
-                parameter.requires_grad_(flag)
-            if native is not None:
-                model._hf_peft_config_loaded = native
+    except BaseException as error:  # an interrupted load leaves no half adapter either
+        if isinstance(error, PeftLNTuneError) or before or set(_configs(model)):
+            restore()
         raise
 
 
-def _adapters(model: nn.Module) -> set[str]:
+def _configs(model: nn.Module) -> dict[str, LNTuneConfig]:
     configs = getattr(model, "peft_config", None) or {}
-    inside = {name for m in model.modules() if isinstance(m, LNTuneLayer) for d in (m.lntune_weight, m.lntune_bias) for name in d}
-    return {name for name, config in configs.items() if isinstance(config, LNTuneConfig)} | inside
+    return {name: config for name, config in configs.items() if isinstance(config, LNTuneConfig)}
 
 
-def _eject(model: nn.Module, adapters: set[str]) -> None:
-    for name in adapters:
-        if isinstance(model, PeftModel):
-            model.delete_adapter(name)
-            continue
-        for module in list(model.modules()):
-            if isinstance(module, LNTuneLayer):
-                module.delete_adapter(name)
-            elif isinstance(module, AuxiliaryTrainingWrapper) and name in module._adapters:
-                module.delete_adapter(name, new_active_adapters=None)
-        getattr(model, "peft_config", {}).pop(name, None)
-    if getattr(model, "peft_config", None):
-        return
-    for parent in list(model.modules()):
-        for child_name, child in list(parent.named_children()):
-            if isinstance(child, LNTuneLayer):
-                setattr(parent, child_name, child.base_layer)
-            elif isinstance(child, AuxiliaryTrainingWrapper):
-                setattr(parent, child_name, child.original_module)
-    if hasattr(model, "peft_config"):
-        del model.peft_config
+def _remember(model: nn.Module, adapter_name: str | None) -> Callable[[], None]:
+    """What puts the attributes of all modules back, and so the modules, adapters and modes; flags and values too.
+
+    Containers are put back in place, because PEFT shares them (`peft_config`) between its model, tuner and base model.
+    """
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    containers: dict[int, tuple[Any, Any]] = {}
+    for _, saved in attributes:
+        for value in saved.values():
+            if type(value) in (dict, OrderedDict, list, set):
+                containers[id(value)] = value, value.copy()
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    values = [(tensor, tensor.detach().clone()) for tensor in _tensors(model, adapter_name)]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for module, saved in attributes:
+            vars(module).clear()
+            vars(module).update(saved)
+        for container, content in containers.values():
+            container.clear()
+            container.extend(content) if isinstance(container, list) else container.update(content)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for tensor, value in values:
+            tensor.copy_(value)
+
+    return restore
 
 
+def _tensors(model: nn.Module, adapter_name: str | None) -> list[Tensor]:
+    if adapter_name is None:
+        return []
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return [tensor for name, tensor in named if _belongs(name, adapter_name)]
