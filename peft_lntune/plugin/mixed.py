@@ -7,6 +7,7 @@ case. PEFT cannot save mixed models: for one saved adapter use a combined config
 from collections.abc import Callable
 from typing import Any, Union
 
+from peft import mapping
 from peft.tuners import mixed as package
 from peft.tuners.mixed import model as module
 from peft.utils import PeftType
@@ -32,6 +33,7 @@ def join_mixed_models() -> None:
     originals = {name: getattr(tuner, name) for name in _CASES}
     _ = package.COMPATIBLE_TUNER_TYPES
     package.COMPATIBLE_TUNER_TYPES = module.COMPATIBLE_TUNER_TYPES = (*types, peft_type)
+    mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING[peft_type] = LNTuneModel  # from_pretrained asks whether it is there
     module.PREFIXES = [*prefixes, LNTuneModel.prefix]
     module.Configs = Union[(configs, LNTuneConfig)]  # noqa: UP007  # PEFT reads its __args__
     module.Layers = (*layers, LNTuneLayer)

@@ -23,12 +23,20 @@ def register() -> None:
     holder = mapping.PEFT_TYPE_TO_TUNER_MAPPING.get(peft_type)
     if holder is LNTuneModel:
         return
-    if holder is not None:
+    if holder is not None and _name(holder) != _name(LNTuneModel):
         raise RegistrationError(
-            f"the PEFT type {PEFT_TYPE} is held by {holder.__module__}.{holder.__qualname__}, and "
-            f"{LNTuneModel.__module__}.{LNTuneModel.__qualname__} needs it. Uninstall or do not import one of the two."
+            f"the PEFT type {PEFT_TYPE} is held by {_name(holder)}, and {_name(LNTuneModel)} "
+            "needs it. Uninstall or do not import one of the two."
         )
+    if holder is not None:  # this package, imported anew: its first classes make way
+        mapping.PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = LNTuneModel
+        mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = StoredConfig
+        return
     register_peft_method(name=PEFT_TYPE.lower(), config_cls=StoredConfig, model_cls=LNTuneModel)
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _add_member(name: str) -> None:
