@@ -54,7 +54,9 @@ def is_target(config: LNTuneConfig, key: str) -> Any:
     return check_target_module_exists(injection.matcher, key) and key in injection.plan.parts
 
 
-def create_and_replace(tuner: BaseTuner, config: LNTuneConfig, adapter_name: str, target: nn.Module, **where: Any) -> None:
+def create_and_replace(
+    tuner: BaseTuner, config: LNTuneConfig, adapter_name: str, target: nn.Module, **where: Any
+) -> None:
     """Give the module `target` a delta for `adapter_name`, in a layer around it if there is none yet.
 
     Args:
@@ -105,7 +107,9 @@ class LNTuneModel(BaseTuner):
     def _check_target_module_exists(peft_config: LNTuneConfig, key: str) -> Any:
         return is_target(peft_config, key)
 
-    def _create_and_replace(self, peft_config: Any, adapter_name: str, target: nn.Module, *args: Any, **kw: Any) -> None:
+    def _create_and_replace(
+        self, peft_config: Any, adapter_name: str, target: nn.Module, *args: Any, **kw: Any
+    ) -> None:
         where = {**dict(zip(("target_name", "parent"), args, strict=False)), **kw}
         create_and_replace(self, peft_config, adapter_name, target, **where)
 
@@ -127,7 +131,9 @@ class LNTuneModel(BaseTuner):
     # Storage.
 
     @classmethod
-    def _get_adapter_state_dict(cls, model: nn.Module, config: Any, adapter_name: str, **kwargs: Any) -> dict[str, Tensor]:
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, **kwargs: Any
+    ) -> dict[str, Tensor]:
         tensors = super()._get_adapter_state_dict(model=model, config=config, adapter_name=adapter_name, **kwargs)
         stored = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in tensors.items()}
         # A sharded or empty state dict is not what the file will hold, so nothing is claimed about it.
@@ -151,11 +157,13 @@ class LNTuneModel(BaseTuner):
         return (module for module in self.model.modules() if isinstance(module, LNTuneLayer))
 
     def delete_adapter(self, adapter_name: str) -> None:
-        before = [name for name in self.active_adapters if name != adapter_name]
+        before = list(self.active_adapters)
         super().delete_adapter(adapter_name)
-        # Layers that never had another adapter answer for themselves alone; the model needs one answer.
-        after = before or list(self.peft_config)[:1]
-        if after and after != self.active_adapters:
+        if adapter_name not in before:
+            return
+        # Each layer has chosen among the adapters that it holds itself; the model needs one answer.
+        after = [name for name in before if name != adapter_name] or list(self.peft_config)[:1]
+        if after:
             self.set_adapter(after)
 
     def set_masks(self, masks: Mapping[str, Tensor], adapter_name: str = "default") -> None:
@@ -224,7 +232,9 @@ class LNTuneModel(BaseTuner):
         if unknown or not adapters:
             raise ConfigError(f"adapters {unknown or adapters} not found; this model has {list(self.peft_config)}.")
         if len(weights) != len(adapters):
-            raise ConfigError(f"expected one weight an adapter, got {len(weights)} weights for {len(adapters)} adapters.")
+            raise ConfigError(
+                f"expected one weight an adapter, got {len(weights)} weights for {len(adapters)} adapters."
+            )
 
     # Mixed batches.
 
