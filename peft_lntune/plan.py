@@ -74,7 +74,9 @@ class Plan:
         ]
         rows.append((f"{len(self.parts)} modules", "", "", f"{self.entries:,}", f"{self.bytes:,}"))
         widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)
+        ]
         lines = [line.rstrip() for line in lines]
         if self.left_out:
             lines += ["", "not tuned:", *(f"  {name}: {reason}" for name, reason in self.left_out.items())]
@@ -150,8 +152,10 @@ def part_of(
         UnsupportedError: the module has no floating weight.
     """
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
-        has = "none" if weight is None else f"one of {getattr(weight, 'dtype', type(weight).__name__)}"
+    if not isinstance(weight, torch.Tensor) or not _takes_delta(weight):
+        kind = getattr(weight, "data", weight)
+        plain = type(kind) is torch.Tensor
+        has = "none" if weight is None else f"one of {kind.dtype if plain else type(kind).__name__}"
         raise UnsupportedError(
             f"{name} ({type(module).__name__}) is named in target_modules, but a delta needs a floating `weight`, and "
             f"it has {has}. Name its submodules instead, or leave it out."
@@ -162,6 +166,17 @@ def part_of(
     entries = {p: count for p, count in entries.items() if count[0]}
     size = sum(n * delta_dtype(tuned[p].dtype, config.torch_delta_dtype).itemsize for p, (n, _) in entries.items())
     return Part(name, type(module).__name__, norm, entries, size)
+
+
+def _takes_delta(weight: torch.Tensor) -> bool:
+    """Whether a delta can be added. Quantized tensors may call themselves floating, so a tensor class is tried."""
+    if type(weight.data) is torch.Tensor or not weight.is_floating_point():
+        return weight.is_floating_point()
+    try:
+        _ = weight.detach() + 0.0
+    except (NotImplementedError, RuntimeError, TypeError):
+        return False
+    return True
 
 
 def _count(counts: Mapping[str, int] | None, name: str, parameter: str, size: int) -> int:
@@ -193,7 +208,9 @@ def _in_layers(config: LNTuningConfig, name: str) -> bool:
 
 
 def _entries(entries: Mapping[str, tuple[int, int]]) -> str:
-    return ", ".join(f"{name} {tuned:,}" + ("" if tuned == size else f" of {size:,}") for name, (tuned, size) in entries.items())
+    return ", ".join(
+        f"{name} {tuned:,}" + ("" if tuned == size else f" of {size:,}") for name, (tuned, size) in entries.items()
+    )
 
 
 def _nothing(config: LNTuningConfig, norms: Mapping[str, Norm], left_out: Mapping[str, str], modules: Mapping) -> str:
