@@ -1,6 +1,6 @@
 """Tune a causal LM through its norms alone: perplexity before and after, and text from both, out of one model.
 
-    python examples/causal_lm.py --model DIR --data-dir DIR           # train and validation .jsonl with a column `text`
+    python examples/causal_lm.py --model DIR --data-dir DIR           # train and validation, a column `text`
     python examples/causal_lm.py --model DIR --text book.txt          # its last tenth validates
     python examples/causal_lm.py --model DIR                          # the sentences of demo_data.py
 
@@ -8,7 +8,6 @@ With the adapter switched off (`disable_adapter()`) the model is the base model 
 """
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 import transformers
 from demo_data import sentences
 from peft import PeftModel, get_peft_model
+from task_data import PARTS, DataError, read_part
 from text_classification import quiet
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -28,22 +28,23 @@ from peft_lntune import LNTuningConfig
 def read_texts(data_dir: Path | None, text: Path | None) -> tuple[list[str], list[str]]:
     """Training and validation texts, from the first source given."""
     if data_dir is not None:
-        parts = [data_dir / f"{part}.jsonl" for part in ("train", "validation")]
-        train, validation = ([json.loads(line)["text"] for line in path.open(encoding="utf-8")] for path in parts)
-        return train, validation
+        parts = [read_part(data_dir, part) for part in PARTS]
+        if missing := [rows.column_names for rows in parts if "text" not in rows.column_names]:
+            raise DataError(f"{data_dir} has the columns {', '.join(missing[0])}; wanted is text")
+        return list(parts[0]["text"]), list(parts[1]["text"])
     if text is not None:
         whole = text.read_text(encoding="utf-8")
         cut = len(whole) * 9 // 10
         return [whole[:cut]], [whole[cut:]]
-    train, validation = ([row["sentence"] for row in sentences(part, 500, seed=0)] for part in ("train", "validation"))
-    return train, validation
+    demo = [[row["sentence"] for row in sentences(part, 500, seed=0)] for part in PARTS]
+    return demo[0], demo[1]
 
 
 def to_blocks(tokenizer: transformers.PreTrainedTokenizerBase, texts: list[str], length: int) -> Tensor:
     """All texts as one stream of tokens, cut into rows: (blocks, length). The last, incomplete row is dropped."""
     stream = torch.cat([tokenizer(text + "\n", return_tensors="pt")["input_ids"][0] for text in texts])
     if len(stream) < length:
-        raise SystemExit(f"error: {len(stream)} tokens of text are less than one block of {length}")
+        raise DataError(f"{len(stream)} tokens of text are less than one block of {length}")
     return stream[: len(stream) // length * length].view(-1, length)
 
 
@@ -85,7 +86,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a causal LM: its folder with tokenizer, or its name on the Hub")
-    parser.add_argument("--data-dir", type=Path, help="folder with train.jsonl and validation.jsonl, column `text`")
+    parser.add_argument("--data-dir", type=Path, help="train and validation files with a column `text`")
     parser.add_argument("--text", type=Path, help="a plain text file, instead of --data-dir")
     parser.add_argument("--prompt", default="The story was")
     parser.add_argument("--max-steps", type=int, default=200)
@@ -103,15 +104,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     base = AutoModelForCausalLM.from_pretrained(args.model)
     length = min(128, base.config.max_position_embeddings)
-    train_blocks, validation_blocks = (
-        to_blocks(tokenizer, texts, length) for texts in read_texts(args.data_dir, args.text)
-    )
+    try:
+        blocks, held_out = (to_blocks(tokenizer, texts, length) for texts in read_texts(args.data_dir, args.text))
+    except DataError as error:
+        raise SystemExit(f"error: {error}") from error
     model = get_peft_model(base, LNTuningConfig(task_type="CAUSAL_LM"))
     model.print_trainable_parameters()
-    train(model, train_blocks, args.max_steps, args.lr, args.seed)
-    after, text_after = perplexity(model, validation_blocks), complete(model, tokenizer, args.prompt, args.seed)
+    train(model, blocks, args.max_steps, args.lr, args.seed)
+    after, text_after = perplexity(model, held_out), complete(model, tokenizer, args.prompt, args.seed)
     with model.disable_adapter():
-        before, text_before = perplexity(model, validation_blocks), complete(model, tokenizer, args.prompt, args.seed)
+        before, text_before = perplexity(model, held_out), complete(model, tokenizer, args.prompt, args.seed)
     model.save_pretrained(str(args.out))
     print(f"perplexity of the validation text: {before:.2f} before, {after:.2f} after")
     print(f"\nbase:  {text_before}\n\ntuned: {text_after}\n")

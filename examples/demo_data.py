@@ -51,7 +51,7 @@ KINDS = (
             "curry, pie, fish, risotto, sandwich, omelette",
         ),
         praise=("delicious, tasty, fresh, excellent, wonderful", "flavourful, delightful, perfect, superb, appetising"),
-        blame=("bland, stale, greasy, awful, disgusting", "soggy, tasteless, terrible, inedible, dreadful"),
+        blame=("bland, greasy, nasty, awful, disgusting", "revolting, tasteless, terrible, inedible, dreadful"),
     ),
     Kind(
         topic=0,

@@ -74,6 +74,12 @@ def find_file(data_dir: Path, part: str) -> Path:
     raise DataError(f"{problem}: {', '.join(map(str, found or wanted))}")
 
 
+def read_part(data_dir: Path, part: str) -> datasets.Dataset:
+    """The rows of one part."""
+    path = find_file(data_dir, part)
+    return READERS[path.suffix[1:]](str(path))
+
+
 def find_columns(present: list[str], task: str | None, source: str) -> tuple[str, ...]:
     """The text columns of `task`, or without a task the first known set that is present."""
     choices = KNOWN_COLUMNS if task is None else (GLUE_COLUMNS[task],)
@@ -107,9 +113,8 @@ def read_data(task: str | None = None, data_dir: Path | None = None) -> TaskData
         glue = datasets.load_dataset("nyu-mll/glue", task)
         parts = {"train": glue["train"], "validation": glue["validation_matched" if task == "mnli" else "validation"]}
     else:
-        files = {part: find_file(Path(data_dir), part) for part in PARTS}
-        source = str(files["train"])
-        parts = {part: READERS[path.suffix[1:]](str(path)) for part, path in files.items()}
+        source = str(data_dir)
+        parts = {part: read_part(Path(data_dir), part) for part in PARTS}
     columns = {part: find_columns(rows.column_names, task, f"{source} ({part})") for part, rows in parts.items()}
     num_labels = count_labels(parts["train"], source)
     metrics = task or ("regression" if num_labels == 1 else "classification")

@@ -1,0 +1,178 @@
+"""The one loop: every method, the table, what is saved, and a killed run that goes on as if nothing had happened."""
+
+import json
+
+import datasets
+import pytest
+import text_classification
+import torch
+from demo_data import write_data
+from methods import METHODS, count_head, find_head
+from peft import PeftModel
+from safetensors.torch import load_file
+from task_data import read_data
+from text_classification import Run, format_table, load_base, main, train_method
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    DistilBertConfig,
+    LlamaConfig,
+    RobertaConfig,
+    Trainer,
+)
+
+pytestmark = [
+    # PEFT reads transformers' gradient checkpointing property under its old name
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # PEFT's own LN tuning warns of every norm that is not nn.LayerNorm's supertype in its table
+    pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),
+]
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 9}
+
+
+@pytest.fixture
+def data_dir(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return write_data(tmp_path / "data", "sentiment", 64, 16)
+
+
+def run_of(tiny_bert, method="ln", **fields):
+    return Run(method, tiny_bert, "demo", **{"steps": 3, "batch_size": 4, **fields})
+
+
+def test_every_method_from_the_command_line(tiny_bert, data_dir, tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = ["--max-steps", "2", "--batch-size", "4", "--model", tiny_bert, "--out", str(out)]
+    main(["--data-dir", str(data_dir), "--task", "sst2", "--method", *METHODS, *flags])
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == ["method", "trainable", "of", "it", "head", "saved", "bytes", "accuracy", "seconds"]
+    assert [line.split()[0] for line in table[1:7]] == list(METHODS)
+    for method in METHODS:
+        result = json.loads((out / method / "result.json").read_text())
+        assert result["saved_bytes"] >= 4 * result["trainable"]
+
+
+def test_what_each_method_trains(tiny_bert):
+    trained = {}
+    for name, method in METHODS.items():
+        base, _ = load_base(tiny_bert, num_labels=2)
+        norms = sum(p.numel() for n, p in base.named_parameters() if "LayerNorm" in n)
+        biases = sum(p.numel() for n, p in base.named_parameters() if n.endswith("bias"))
+        head_biases = sum(
+            p.numel() for n, p in base.named_parameters() if n in ("bert.pooler.dense.bias", "classifier.bias")
+        )
+        head, everything = count_head(base), base.num_parameters()
+        trained[name] = sum(p.numel() for p in method.prepare(base).parameters() if p.requires_grad) - head
+    rank_8_on_two_matrices_a_layer = 2 * 2 * 8 * (16 + 16)
+    assert trained == {
+        "head": 0,
+        "ln": norms,
+        "stock-ln": norms,
+        "bitfit": biases - head_biases,
+        "lora": rank_8_on_two_matrices_a_layer,
+        "full": everything - head,
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "head"),
+    [
+        (BertConfig(**SIZES), ["bert.pooler.dense", "classifier"]),
+        (RobertaConfig(**SIZES), ["classifier"]),
+        (
+            DistilBertConfig(vocab_size=9, dim=16, n_layers=1, n_heads=2, hidden_dim=16),
+            ["pre_classifier", "classifier"],
+        ),
+        (LlamaConfig(**SIZES), ["score"]),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_head_of_a_family(config, head):
+    model = AutoModelForSequenceClassification.from_config(config)
+    assert find_head(model) == head
+    METHODS["ln"].prepare(model)
+
+
+def test_equal_seeds_give_equal_adapters(tiny_bert, data_dir, tmp_path):
+    data = read_data(data_dir=data_dir)
+    first, again, other = (
+        train_method(run_of(tiny_bert, seed=seed), data, tmp_path / name, checkpoints=False)
+        and tensors(tmp_path / name)
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert not all(torch.equal(first[k], other[k]) for k in first)
+
+
+def tensors(folder):
+    (path,) = folder.glob("*.safetensors")
+    return load_file(path)
+
+
+def test_saved_adapter_reloads(tiny_bert, data_dir, tmp_path):
+    data = read_data(data_dir=data_dir)
+    result = train_method(run_of(tiny_bert), data, tmp_path / "ln", checkpoints=False)
+    base, tokenizer = load_base(tiny_bert, num_labels=2, seed=7)
+    model = PeftModel.from_pretrained(base, tmp_path / "ln").eval()
+    batch = tokenizer(data.validation["sentence"][:], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        predictions = model(**batch).logits.argmax(-1)
+    accuracy = (predictions == torch.tensor(data.validation["label"][:])).float().mean().item()
+    assert result.metrics == {"accuracy": pytest.approx(accuracy)}
+
+
+@pytest.mark.parametrize("method", ["ln", "head"])
+def test_killed_run_goes_on_where_it_was(tiny_bert, data_dir, tmp_path, monkeypatch, method):
+    data, run = read_data(data_dir=data_dir), run_of(tiny_bert, method, steps=6)
+    monkeypatch.setattr(text_classification, "SAVE_EVERY", 2)
+    train_method(run, data, tmp_path / "whole")
+    calls, training_step = [], Trainer.training_step
+
+    def stop_at_fifth(self, *args, **kwargs):
+        calls.append(self.state.global_step)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return training_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", stop_at_fifth)
+    with pytest.raises(KeyboardInterrupt):
+        train_method(run, data, tmp_path / "killed")
+    train_method(run, data, tmp_path / "killed", resume=True)
+    assert calls == [0, 1, 2, 3, 4, 4, 5]
+    whole, killed = tensors(tmp_path / "whole"), tensors(tmp_path / "killed")
+    assert all(torch.equal(whole[k], killed[k]) for k in whole)
+
+
+def test_finished_run_is_not_run_again(tiny_bert, data_dir, tmp_path, monkeypatch):
+    data = read_data(data_dir=data_dir)
+    result = train_method(run_of(tiny_bert), data, tmp_path / "ln")
+    monkeypatch.setattr(Trainer, "train", None)
+    assert train_method(run_of(tiny_bert), data, tmp_path / "ln", resume=True) == result
+
+
+def test_other_settings_cannot_resume(tiny_bert, data_dir, tmp_path):
+    flags = ["--data-dir", str(data_dir), "--model", tiny_bert, "--max-steps", "1", "--out", str(tmp_path / "out")]
+    main(flags)
+    with pytest.raises(SystemExit, match=r"cannot resume .*: seed 0, now 5\. Use another --out"):
+        main([*flags, "--seed", "5", "--resume"])
+
+
+def test_regression(tiny_bert, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = {"sentence1": ["a", "The soup", "x y"] * 4, "sentence2": ["b", "was", "z"] * 4, "label": [0.0, 2.5, 5.0] * 4}
+    for part in ("train", "validation"):
+        datasets.Dataset.from_dict(rows).to_json(f"{tmp_path}/{part}.jsonl")
+    result = train_method(run_of(tiny_bert), read_data("stsb", tmp_path), tmp_path / "out", checkpoints=False)
+    assert set(result.metrics) == {"pearson", "spearmanr"}
+    assert "spearmanr" in format_table([result])
+
+
+def test_errors_end_the_script_with_their_text(tmp_path, capsys):
+    with pytest.raises(SystemExit, match=r"error: no such file, looked for: .*train\.jsonl"):
+        main(["--data-dir", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match="error: unknown task 'sst3'; known are cola"):
+        main(["--task", "sst3"])
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+    assert "give --task or --data-dir" in capsys.readouterr().err
