@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -114,6 +114,11 @@ class LNTuneModel(BaseTuner):
         create_and_replace(self, peft_config, adapter_name, target, **where)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
+            raise ConfigError(
+                f"an adapter cannot be named {adapter_name!r}: it is a key of a torch.nn.ModuleDict, which takes no "
+                "empty name, no dot and no name of its own attributes. Choose another name."
+            )
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
@@ -127,6 +132,29 @@ class LNTuneModel(BaseTuner):
             for parameter in PARAMETERS:
                 if adapter_name in layer.deltas(parameter):
                     layer.deltas(parameter)[adapter_name].to(layer.base_parameter(parameter).dtype)
+
+    # Merging: a safe merge looks at every layer before it changes the first.
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        if safe_merge:
+            self._check_merge(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge and safe_merge:
+            self._check_merge(adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_merge(self, adapter_names: list[str] | None) -> None:
+        for layer in self.layers():
+            with onload_layer(layer):
+                layer.check_merge(adapter_names)
 
     # Storage.
 

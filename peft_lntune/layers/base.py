@@ -190,15 +190,9 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         added = [name for name in check_adapters_to_merge(self, adapter_names) if self._tuned([name])]
         if not added:
             return
-        names = [*self.merged_adapters, *added]
-        merged = self._merged(names)
+        merged = self._merged([*self.merged_adapters, *added])
         if safe_merge:
-            for parameter, value in merged.items():
-                if not value.isfinite().all():
-                    raise ValueError(
-                        f"NaNs detected in the merged weights. The adapter {added[0]} seems to be broken: the "
-                        f"{parameter} of {self.label} would not be finite. Nothing was merged here."
-                    )
+            self._check_finite(merged, added)
         for parameter, value in merged.items():
             base = self.base_parameter(parameter)
             # A copy of the old vector, because subtracting the delta again would not give it back in bfloat16.
@@ -206,6 +200,16 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
             base.data = value
         self.merged_adapters.extend(added)
         self._forget()
+
+    def check_merge(self, adapter_names: list[str] | None = None) -> None:
+        """Raise as `merge(safe_merge=True)` would, without merging.
+
+        Raises:
+            ValueError: a merged value would be NaN or infinite.
+        """
+        names = self.active_adapters if adapter_names is None else adapter_names
+        added = [name for name in names if name not in self.merged_adapters and self._tuned([name])]
+        self._check_finite(self._merged([*self.merged_adapters, *added]), added)
 
     def unmerge(self) -> None:
         """Put the base parameters back, bit for bit."""
@@ -217,6 +221,14 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         self._unmerged = {}
         self.merged_adapters = []
         self._forget()
+
+    def _check_finite(self, merged: dict[str, Tensor], added: list[str]) -> None:
+        for parameter, value in merged.items():
+            if not value.isfinite().all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {', '.join(added)} seems to be broken: the "
+                    f"{parameter} of {self.label} would not be finite. Nothing was merged here."
+                )
 
     @torch.no_grad()
     def _merged(self, adapters: Sequence[str]) -> dict[str, Tensor]:
