@@ -19,7 +19,13 @@ from tests import cases
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 HALVES = [torch.bfloat16, torch.float16]
 
-_SIZES = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=cases.VOCAB)
+_SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": cases.VOCAB,
+}
 # Models with a head that PEFT saves beside the adapter.
 HEADED = {
     "bert-classifier": lambda: hf.BertForSequenceClassification(hf.BertConfig(**_SIZES, num_labels=3)),

@@ -24,7 +24,20 @@ from tests.adapted import (
 )
 from tests.oracles import alone, written
 
-FAMILIES = "bert roberta-classifier gpt2 llama gemma2 gemma3 qwen3 t5 bart vit mamba cohere".split()
+FAMILIES = [
+    "bert",
+    "roberta-classifier",
+    "gpt2",
+    "llama",
+    "gemma2",
+    "gemma3",
+    "qwen3",
+    "t5",
+    "bart",
+    "vit",
+    "mamba",
+    "cohere",
+]
 FEW = ["bert", "llama", "t5"]
 
 
@@ -362,6 +375,15 @@ class TestRefusals:
         model = nn.ModuleDict({"first": nn.Sequential(nn.Linear(8, 8), shared), "second": nn.Sequential(shared)})
         peft_model = get_peft_model(model, LNTuningConfig())
         assert list(deltas(peft_model)) == ["first.1.weight", "first.1.bias"]
+
+    @pytest.mark.parametrize("name", ["modules", "training", "pop", "with.dot"])
+    def test_names_that_torch_cannot_hold_are_refused_before_anything_changes(self, name):
+        peft_model = adapt(build("bert"))
+        before = snapshot(peft_model)
+        with pytest.raises(ConfigError, match=rf"cannot be named '{name}'.* Choose another name"):
+            peft_model.add_adapter(name, LNTuningConfig())
+        assert list(peft_model.peft_config) == ["default"]
+        assert_unchanged(peft_model, before)
 
     def test_config_errors_come_first(self):
         with pytest.raises(ConfigError, match="choose one of 'both', 'weight', 'bias'"):
