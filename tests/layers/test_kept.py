@@ -1,0 +1,161 @@
+"""Effective parameters are kept while gradients are off. Whatever changes what they came from, no output is stale."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from tests.adapted import adapt, build, deltas, fill, inputs, layers, output, said
+
+
+def fresh(model, batch):
+    """The output of a copy that has never kept anything: what the model must say now."""
+    twin = deepcopy(model)
+    for layer in layers(twin):
+        layer._kept = None
+        layer._route.drop()
+    return said(twin, batch).detach()
+
+
+def step(model, batch):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    said(model, batch).square().sum().backward()
+    optimizer.step()
+
+
+def replace(model, batch):
+    for delta in deltas(model).values():
+        delta.weight = nn.Parameter(torch.randn_like(delta.weight))
+
+
+def data(model, batch):
+    for delta in deltas(model).values():
+        delta.weight.data = torch.randn_like(delta.weight)
+
+
+def mask(model, batch):
+    model.set_masks({name: torch.arange(delta.shape[0]) % 2 == 0 for name, delta in deltas(model).items()})
+
+
+@torch.no_grad()
+def base(model, batch):
+    for layer in layers(model):
+        layer.base_layer.weight.mul_(1.5)
+
+
+def base_replaced(model, batch):
+    for layer in layers(model):
+        layer.base_layer.weight = nn.Parameter(torch.randn(16))
+
+
+def weighted(model, batch):
+    model.add_weighted_adapter(["default", "other"], [0.5, -1.0], "sum")
+    model.set_adapter("sum")
+
+
+CHANGES = {
+    "optimizer step": step,
+    "load_state_dict": lambda m, b: m.load_state_dict({k: v + 0.5 for k, v in m.state_dict().items()}),
+    "load_state_dict by assignment": lambda m, b: m.load_state_dict(
+        {k: v + 0.5 for k, v in m.state_dict().items()}, assign=True
+    ),
+    "in place": lambda m, b: fill(m, "default", seed=7),
+    "deltas replaced": replace,
+    "data exchanged": data,
+    "base in place": base,
+    "base replaced": base_replaced,
+    "masks": mask,
+    "set_adapter": lambda m, b: m.set_adapter("other"),
+    "two active": lambda m, b: m.base_model.set_adapter(["default", "other"]),
+    "merge": lambda m, b: m.merge_adapter(),
+    "merge and unmerge": lambda m, b: (m.merge_adapter(), m.unmerge_adapter()),
+    "delete": lambda m, b: (m.set_adapter("other"), m.delete_adapter("default")),
+    "weighted": weighted,
+    "to dtype": lambda m, b: m.double(),
+    "to dtype and back": lambda m, b: m.bfloat16().float(),
+    "train and eval": lambda m, b: (m.train(), fill(m, "default", seed=7), m.eval()),
+    "in place through data, then train()": lambda m, b: (
+        [d.weight.data.fill_(0.7) for d in deltas(m).values()],
+        m.train(),
+        m.eval(),
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_no_output_is_stale_after(change, mode):
+    peft_model, batch = adapt(build("bert"), "default", "other"), inputs("bert")
+    with mode():
+        before = said(peft_model, batch)
+    CHANGES[change](peft_model, batch)
+    with mode():
+        after = said(peft_model, batch)
+    expected = fresh(peft_model, batch)
+    assert torch.equal(after, expected)
+    if change not in ("merge", "merge and unmerge"):
+        assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("change", [name for name in CHANGES if "merge" not in name])
+def test_no_mixed_batch_is_stale_after(change):
+    peft_model, batch = adapt(build("bert"), "default", "other"), inputs("bert")
+    names = ["default", "__base__", "other"]
+    before = output(peft_model, batch, adapter_names=names)
+    CHANGES[change](peft_model, batch)
+    names = ["other" if name not in peft_model.peft_config and name != "__base__" else name for name in names]
+    after = output(peft_model, batch, adapter_names=names)
+    twin = deepcopy(peft_model)
+    assert torch.equal(after, output(twin, batch, adapter_names=names))
+    if change not in ("set_adapter", "two active", "weighted"):
+        assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("case", ["dense", "masked"])
+def test_inference_mode_then_no_grad_then_training(case):
+    """Nothing made under inference_mode may end up in a graph: torch refuses such tensors in backward."""
+    peft_model, batch = adapt(build("bert")), inputs("bert")
+    if case == "masked":
+        mask(peft_model, batch)
+    with torch.inference_mode():
+        first = said(peft_model, batch).clone()
+        mixed = said(peft_model, batch, adapter_names="default").clone()
+    assert torch.equal(output(peft_model, batch), first)
+    assert torch.equal(output(peft_model, batch, adapter_names="default"), mixed)
+    said(peft_model, batch).square().sum().backward()
+    assert all(delta.weight.grad is not None for delta in deltas(peft_model).values())
+    said(peft_model, batch, adapter_names="default").square().sum()  # with gradients on, though deltas get none
+
+
+def test_a_model_made_under_inference_mode_is_never_kept():
+    """Tensors made there count no versions, so nothing can tell that they changed."""
+    with torch.inference_mode():
+        peft_model, batch = adapt(build("bert")), inputs("bert")
+        before = said(peft_model, batch).clone()
+        for delta in deltas(peft_model).values():
+            delta.weight.mul_(2)
+        assert not torch.equal(said(peft_model, batch), before)
+
+
+def test_memory_that_is_used_again_is_not_mistaken_for_the_old():
+    """A delta that is freed and one made later may lie at the same address and have the same version."""
+    peft_model, batch = adapt(build("bert")), inputs("bert")
+    seen = [output(peft_model, batch)]
+    for number in range(6):
+        for delta in deltas(peft_model).values():
+            delta.weight = None  # frees the old one first, so that the allocator hands its memory out again
+        for delta in deltas(peft_model).values():
+            delta.weight = nn.Parameter(torch.full((16,), 0.1 * number))
+        seen.append(output(peft_model, batch))
+        assert torch.equal(seen[-1], fresh(peft_model, batch))
+        mixed = output(peft_model, batch, adapter_names=["default"] * 3)
+        torch.testing.assert_close(mixed, seen[-1], rtol=1e-5, atol=1e-5)
+
+
+def test_with_gradients_nothing_is_kept():
+    peft_model, batch = adapt(build("bert")), inputs("bert")
+    output(peft_model, batch)
+    y = said(peft_model, batch)
+    assert y.requires_grad
+    torch.autograd.grad(y.sum(), [delta.weight for delta in deltas(peft_model).values()])
