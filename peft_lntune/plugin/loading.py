@@ -24,7 +24,7 @@ from peft_lntune.config import LNTuneConfig, StoredConfig
 from peft_lntune.config.base import PEFT_TYPE
 from peft_lntune.errors import AdapterFileError, PeftLNTuneError
 from peft_lntune.model import LNTuneModel
-from peft_lntune.storage import check_tensors, is_ours
+from peft_lntune.storage import check_directory, check_tensors, is_ours
 
 __all__ = ["guard_loading"]
 
@@ -66,7 +66,7 @@ def _guarded_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]
         config = inspect.signature(original).bind(cls, model, model_id, *args, **kwargs).arguments.get("config")
         with _restored_on_error(model), _explained(model, model_id):
             if isinstance(config, LNTuneConfig):  # then it was not our own class that loaded it
-                config.take_sizes(_check_files(model_id, kwargs))
+                config.take_sizes(_check_files(model_id, kwargs) or config)
             return original(cls, model, model_id, *args, **kwargs)
 
     return from_pretrained
@@ -102,8 +102,16 @@ def _holds_ours(model_id: Any, hub: dict[str, Any]) -> bool:
         return False  # the loader itself will say what is missing
 
 
-def _check_files(model_id: Any, kwargs: dict[str, Any]) -> LNTuneConfig:
-    return StoredConfig.from_pretrained(str(model_id), **_hub_only(kwargs))
+def _check_files(model_id: Any, kwargs: dict[str, Any]) -> LNTuneConfig | None:
+    hub = _hub_only(kwargs)
+    try:
+        PeftConfig._get_peft_type(str(model_id), **hub)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except ValueError:  # there is no config, and where PEFT has one already it needs no other
+        check_directory(None, str(model_id), **hub)
+        return None
+    return StoredConfig.from_pretrained(str(model_id), **hub)
 
 
 def _hub_only(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -141,7 +149,8 @@ def _check_report(info: Any, adapter_name: str) -> None:
     """transformers reports keys that do not fit, and goes on; for ours that is an error, as with PEFT."""
     problems = {
         "missing": [key for key in info.missing_keys if _belongs(key, adapter_name)],
-        "unexpected": [key for key in info.unexpected_keys if is_ours(key)],
+        # These come with the adapter's name in them where transformers knows the container, or else as in the file.
+        "unexpected": [key for key in info.unexpected_keys if _belongs(key, adapter_name) or is_ours(key)],
         "of another shape": [key for key, *_ in info.mismatched_keys if _belongs(key, adapter_name)],
     }
     found = [f"{len(keys)} {what}, such as {min(keys)}" for what, keys in problems.items() if keys]
