@@ -1,0 +1,360 @@
+"""A damaged adapter is refused with a clear error, and the model is as it was, whichever way it is loaded."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftMixedModel, PeftModel, get_peft_model
+from peft import LNTuningConfig as StockConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
+
+from peft_lntune import AdapterFileError, ConfigError, LNTuningConfig, PeftLNTuneError
+from tests import adapted
+
+from .saved import HEADS, State, adapt, build_base, logits
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+DELTA = "base_model.model.bert.embeddings.LayerNorm.lntune_weight.weight"
+HEAD = "base_model.model.classifier.weight"
+
+
+# Ways to load. Each is a model to load into, and the call.
+
+
+def wrapped() -> nn.Module:
+    return adapt(build_base(), "first", seed=7)
+
+
+def native() -> nn.Module:
+    model = build_base()
+    model.add_adapter(LNTuningConfig(modules_to_save=HEADS, exclude_modules=["bert.embeddings.LayerNorm"]), "first")
+    adapted.fill(model, "first", seed=7)
+    return model
+
+
+# A config that is passed in, as someone does who has only the weights in mind.
+PASSED = {"task_type": "SEQ_CLS"}
+
+WAYS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Path], Any]]] = {
+    "load_adapter": (wrapped, lambda model, path: model.load_adapter(path, "other")),
+    "load_adapter-existing": (wrapped, lambda model, path: model.load_adapter(path, "first")),
+    "load_adapter-trainable": (wrapped, lambda model, path: model.load_adapter(path, "other", is_trainable=True)),
+    "load_adapter-meta": (wrapped, lambda model, path: model.load_adapter(path, "first", low_cpu_mem_usage=True)),
+    "from_pretrained": (build_base, PeftModel.from_pretrained),
+    "from_pretrained-meta": (
+        build_base,
+        lambda model, path: PeftModel.from_pretrained(model, path, low_cpu_mem_usage=True),
+    ),
+    "from_pretrained-config": (
+        build_base,
+        lambda model, path: PeftModel.from_pretrained(model, path, config=LNTuningConfig(**PASSED)),
+    ),
+    "mixed": (build_base, PeftMixedModel.from_pretrained),
+    "native": (build_base, lambda model, path: model.load_adapter(str(path))),
+    "native-second": (native, lambda model, path: model.load_adapter(str(path), "other")),
+}
+
+
+# Damages. Each changes the files in a folder.
+
+
+def cut(name: str, keep: float) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: int(len(content) * keep)])
+
+    return damage
+
+
+def write(name: str, content: bytes) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes(content) and None
+
+
+def pickle_weights(folder: Path) -> None:
+    torch.save(load_file(folder / WEIGHTS), folder / WEIGHTS)
+
+
+def edit_tensors(change: Callable[[dict[str, Tensor]], None], manifest: bool = True) -> Callable[[Path], None]:
+    """Change the weights; without a manifest the config does not give them away, and they have to be compared."""
+
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS)
+        if not manifest:
+            edit_config(manifest=None)(folder)
+
+    return damage
+
+
+def edit_config(**fields: Any) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        config = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps(config | fields))
+
+    return damage
+
+
+def take_weights(model: Callable[[], PeftModel]) -> Callable[[Path], None]:
+    """Put the weights of another adapter beside this config."""
+
+    def damage(folder: Path) -> None:
+        model().save_pretrained(folder / "another")
+        shutil.move(folder / "another" / WEIGHTS, folder / WEIGHTS)
+
+    return damage
+
+
+def take_all(model: Callable[[], PeftModel]) -> Callable[[Path], None]:
+    """Put another adapter into the folder, that says it is for the same base."""
+
+    def damage(folder: Path) -> None:
+        base = json.loads((folder / CONFIG).read_text())["base_model_name_or_path"]
+        model().save_pretrained(folder)
+        edit_config(base_model_name_or_path=base)(folder)
+
+    return damage
+
+
+def other_size(**sizes: int) -> PeftModel:
+    body = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(**{**body, "vocab_size": 40, "num_labels": 3, **sizes})
+    return adapt(BertForSequenceClassification(config))
+
+
+def lora() -> PeftModel:
+    return get_peft_model(build_base(), LoraConfig(task_type="SEQ_CLS"))
+
+
+def stock() -> PeftModel:
+    return get_peft_model(build_base(), StockConfig(task_type="SEQ_CLS", target_modules=["LayerNorm"]))
+
+
+BROKEN = r"damaged or cut off.*Get a good copy"
+FOREIGN = r"holds no tensor named `\.\.\.lntune_.*was not saved by peft_lntune"
+UNFIT = "does not fit this model.*"
+JSON = rf"{CONFIG}.*is damaged: .*Get a good copy"
+
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "truncated": (cut(WEIGHTS, 0.5), BROKEN),
+    "truncated-header": (cut(WEIGHTS, 0.01), BROKEN),
+    "empty": (write(WEIGHTS, b""), BROKEN),
+    "magic": (write(WEIGHTS, b"PK\x03\x04 not safetensors at all" * 9), BROKEN),
+    "pickled": (pickle_weights, BROKEN),
+    "foreign-lora": (take_weights(lora), FOREIGN),
+    "foreign-stock": (take_weights(stock), FOREIGN),
+    "hidden-size": (take_all(lambda: other_size(hidden_size=24)), UNFIT + "of another shape"),
+    "more-layers": (take_all(lambda: other_size(num_hidden_layers=3)), UNFIT + "unexpected, such as.*layer.2"),
+    "fewer-layers": (take_all(lambda: other_size(num_hidden_layers=1)), UNFIT + "missing, such as.*layer.1"),
+    "key-missing": (edit_tensors(lambda t: t.pop(DELTA), manifest=False), UNFIT + "1 missing, such as"),
+    "key-unexpected": (
+        edit_tensors(lambda t: t.update({DELTA.replace("bert", "x"): t[DELTA].clone()}), manifest=False),
+        UNFIT + "1 unexpected, such as",
+    ),
+    "shape": (edit_tensors(lambda t: t.update({DELTA: t[DELTA][:3]}), manifest=False), UNFIT + "of another shape"),
+    "dtype": (
+        edit_tensors(lambda t: t.update({DELTA: t[DELTA].long()})),
+        "lntune_weight.weight should be of a floating dtype, but is torch.int64",
+    ),
+    "torn": (take_weights(lambda: adapt(build_base(), seed=3)), "is not the file that .* digests differ"),
+    "nan": (edit_tensors(lambda t: t[DELTA].fill_(torch.nan)), "hold NaN or infinite values, the first is .*lntune"),
+    "inf": (edit_tensors(lambda t: t[DELTA].fill_(torch.inf)), "hold NaN or infinite values, the first is .*lntune"),
+    "nan-head": (edit_tensors(lambda t: t[HEAD].fill_(torch.nan)), "hold NaN or infinite values.*classifier"),
+    "head-missing": (edit_tensors(lambda t: t.pop(HEAD)), r"(lacks .*|missing, such as )'?[\w.]*classifier"),
+    "too-new": (edit_config(format_version=99), "format_version 99, and peft_lntune .* reads 1.*pip install -U"),
+    "kind": (edit_config(kind="FutureConfig"), "of kind 'FutureConfig', and peft_lntune .* knows LNTuningConfig"),
+    "field": (edit_config(tune="gain"), "tune='gain' is not allowed; choose one of 'both', 'weight', 'bias'"),
+    "no-weights": (lambda folder: (folder / WEIGHTS).unlink(), f"holds a config, but no {WEIGHTS}"),
+    "json-cut": (cut(CONFIG, 0.5), JSON),
+    "json-empty": (write(CONFIG, b""), JSON),
+    "json-bytes": (write(CONFIG, b"\xff\xfe\x00\x80"), JSON),
+}
+
+
+pytestmark = [
+    # PEFT says so of every second adapter that transformers loads by itself.
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning"),
+    # PEFT's own LN tuning says so of every norm.
+    pytest.mark.filterwarnings("ignore:Unsupported layer type.*LayerNorm:UserWarning"),
+]
+
+
+@pytest.fixture
+def folder(good: Path, tmp_path: Path) -> Path:
+    """The good adapter, to be changed."""
+    return Path(shutil.copytree(good, tmp_path / "adapter"))
+
+
+@pytest.fixture(scope="module")
+def damaged(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A folder with one of `DAMAGES`, made once."""
+
+    @cache
+    def make(damage: str) -> Path:
+        folder = Path(shutil.copytree(good, tmp_path_factory.mktemp("damaged") / "adapter"))
+        DAMAGES[damage][0](folder)
+        return folder
+
+    return make
+
+
+@dataclass
+class Target:
+    """A model that all damaged adapters of one way are loaded into, one after the other: each leaves it as it was."""
+
+    model: Any
+    load: Callable[[Any, Path], Any]
+    before: State
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def target(request: pytest.FixtureRequest) -> Target:
+    build, load = WAYS[request.param]
+    model = build().train()
+    return Target(model, load, State.of(model))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_refused_adapter_leaves_no_trace(target: Target, damage: str, damaged: Callable[[str], Path]) -> None:
+    with pytest.raises(PeftLNTuneError, match=f"(?s){DAMAGES[damage][1]}"):
+        target.load(target.model, damaged(damage))
+    target.before.assert_same(target.model)
+
+
+def test_a_good_one_then_loads_under_that_name(target: Target, good: Path) -> None:
+    loaded = target.load(target.model, good)
+    model = loaded if isinstance(loaded, nn.Module) else target.model
+    added = [name for name in model.peft_config if name not in target.before.adapters]
+    if target.before.adapters:
+        model.set_adapter(added[0] if added else "first")
+    assert torch.equal(logits(model), logits(adapt(build_base())))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_auto_models_refuse_it_too(damage: str, damaged: Callable[[str], Path]) -> None:
+    message = DAMAGES[damage][1]
+    # AutoPeftModel reads the JSON before it can know that it is ours.
+    message = "Expecting|Unterminated|invalid start byte" if damage.startswith("json") else message
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        AutoPeftModelForSequenceClassification.from_pretrained(damaged(damage))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_head_of_another_size(way: str, folder: Path) -> None:
+    """torch's own words are clear here, so they stay."""
+    build, load = WAYS[way]
+    other_size(num_labels=5).save_pretrained(folder)
+    model = build().train()
+    before = State.of(model)
+    with pytest.raises(RuntimeError, match=r"size mismatch for .*classifier|ignore_mismatched_sizes"):
+        load(model, folder)
+    before.assert_same(model)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_without_a_config(way: str, folder: Path) -> None:
+    """PEFT asks for no second config where it has one, and says itself where it has none."""
+    build, load = WAYS[way]
+    (folder / CONFIG).unlink()
+    model = build().train()
+    if way in ("load_adapter-existing", "load_adapter-meta", "from_pretrained-config"):
+        load(model, folder)
+        cut(WEIGHTS, 0.5)(folder)
+        model = build()
+        before = State.of(model)
+        with pytest.raises(AdapterFileError, match=BROKEN):
+            load(model, folder)
+        before.assert_same(model)
+        return
+    before = State.of(model)
+    with pytest.raises(ValueError, match=f"Can't find '{CONFIG}'|adapter model file not found"):
+        load(model, folder)
+    before.assert_same(model)
+
+
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        ("load_adapter", "Cannot combine adapters with different peft types"),
+        ("load_adapter-existing", "holds an adapter of PEFT type .*LORA, not one of peft_lntune"),
+        ("from_pretrained-config", "holds an adapter of PEFT type .*LORA, not one of peft_lntune"),
+    ],
+)
+def test_an_adapter_of_another_type(way: str, message: str, tmp_path: Path) -> None:
+    lora().save_pretrained(tmp_path)
+    build, load = WAYS[way]
+    model = build()
+    before = State.of(model)
+    with pytest.raises(ValueError, match=message):
+        load(model, tmp_path)
+    before.assert_same(model)
+
+
+MASK_DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "mask-dtype": (
+        edit_tensors(lambda t: t.update({DELTA[:-6] + "mask": t[DELTA[:-6] + "mask"].float()})),
+        "lntune_weight.mask should be of uint8, but is torch.float32",
+    ),
+    "mask-bit": (edit_tensors(lambda t: t[DELTA[:-6] + "mask"].bitwise_not_()), "digests differ"),
+    "mask-missing": (
+        edit_tensors(lambda t: t.pop(DELTA[:-6] + "mask")),
+        "digests differ",
+    ),
+    "mask-size": (
+        edit_tensors(lambda t: t.update({DELTA: t[DELTA][:-1]}), manifest=False),
+        UNFIT,
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", MASK_DAMAGES)
+@pytest.mark.parametrize("way", ["load_adapter", "from_pretrained", "from_pretrained-config", "native"])
+def test_damaged_masks(way: str, damage: str, masked: Path, tmp_path: Path) -> None:
+    build, load = WAYS[way]
+    spoil, message = MASK_DAMAGES[damage]
+    folder = Path(shutil.copytree(masked, tmp_path / "adapter"))
+    spoil(folder)
+    model = build()
+    before = State.of(model)
+    with pytest.raises(AdapterFileError, match=f"(?s){message}"):
+        load(model, folder)
+    before.assert_same(model)
+
+
+def test_an_interrupted_load_leaves_no_trace(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    model = wrapped()
+    before = State.of(model)
+    monkeypatch.setattr("peft.peft_model.set_peft_model_state_dict", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.load_adapter(good, "other")
+    before.assert_same(model)
+
+
+def test_errors_are_of_the_kind_that_says_what_to_do(good: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(good, tmp_path / "adapter"))
+    for damage, error in (("too-new", ConfigError), ("torn", AdapterFileError)):
+        DAMAGES[damage][0](folder)
+        with pytest.raises(error, match=DAMAGES[damage][1]):
+            wrapped().load_adapter(folder, "other")
+        shutil.copytree(good, folder, dirs_exist_ok=True)
+
+
+def test_a_failure_of_other_adapters_is_left_to_peft(tmp_path: Path) -> None:
+    """The guards change nothing for adapters that are not ours, not even what PEFT leaves behind."""
+    lora().save_pretrained(tmp_path)
+    cut(WEIGHTS, 0.5)(tmp_path)
+    base = build_base()
+    with pytest.raises(Exception, match=r"incomplete|HeaderTooLarge|InvalidHeader|deserializ"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert any(".lora_A." in name for name in base.state_dict())
