@@ -1,16 +1,16 @@
-"""Heads in `modules_to_save`, routed by row the way PEFT does it: a loop over adapters, plain layers only."""
+"""Heads in `modules_to_save`: mixed by row as PEFT does it, a loop over adapters, plain layers only; and copied."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from peft_lntune.core.route import Route
 from peft_lntune.errors import RoutingError
 
-__all__ = ["routed_heads"]
+__all__ = ["copy_heads", "routed_heads"]
 
 PLAIN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """The classes that PEFT's `modules_to_save` mixes by row."""
@@ -49,3 +49,10 @@ def routed_heads(model: nn.Module, route: Route, names: Sequence[str] | str) -> 
     finally:
         for handle in handles:
             handle.remove()
+
+
+def copy_heads(model: nn.Module, source: str, target: str) -> None:
+    """Give adapter `target` the heads that adapter `source` has trained."""
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and {source, target} <= module.modules_to_save.keys():
+            module.modules_to_save[target].load_state_dict(module.modules_to_save[source].state_dict())

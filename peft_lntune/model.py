@@ -2,90 +2,22 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
-import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists, onload_layer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from torch import Tensor, nn
 
-from peft_lntune.config import LNTuneConfig
-from peft_lntune.core.reparam import Delta
-from peft_lntune.core.route import BASE, Route
-from peft_lntune.errors import AdapterFileError, ConfigError, RoutingError
-from peft_lntune.heads import routed_heads
-from peft_lntune.layers import PARAMETERS, LNTuneLayer, ModuleLayer, NormLayer
-from peft_lntune.plan import Plan, part_of, plan
-from peft_lntune.storage import check_tensors, is_ours, manifest_of
+from peft_lntune.config import LNTuningConfig
+from peft_lntune.core.route import BASE
+from peft_lntune.errors import ConfigError, RoutingError
+from peft_lntune.fit import check_fit, check_masks
+from peft_lntune.heads import copy_heads, routed_heads
+from peft_lntune.inject import create_and_replace, is_target, prepare, route_of
+from peft_lntune.layers import PARAMETERS, LNTuneLayer, NormLayer
+from peft_lntune.storage import check_tensors, manifest_of
 from peft_lntune.weighted import combine, combined_config
 
-__all__ = ["Injection", "LNTuneModel", "create_and_replace", "is_target", "prepare"]
-
-
-@dataclass(frozen=True)
-class Injection:
-    """What one injection needs at hand: the plan, the route the layers share, and PEFT's matcher for its messages."""
-
-    plan: Plan
-    route: Route
-    matcher: Any
-
-
-def prepare(config: LNTuneConfig, model: nn.Module) -> None:
-    """Plan the injection of `config` into `model`; raises before the first module is replaced."""
-    counts = (config.manifest or {}).get("masked", {}) if config.__dict__.pop("stored", False) else {}
-    planned = plan(model, config, counts)
-    targets = planned.parts.keys() if config.target_modules is None else config.target_modules
-    matcher = SimpleNamespace(
-        target_modules=targets,
-        exclude_modules=config.exclude_modules,
-        modules_to_save=config.modules_to_save,
-        layers_to_transform=config.layers_to_transform if config.target_modules is not None else None,
-        layers_pattern=config.layers_pattern,
-    )
-    config.__dict__["injection"] = Injection(planned, _route_of(model), matcher)
-
-
-def is_target(config: LNTuneConfig, key: str) -> Any:
-    """Whether the plan tunes the module `key`; falsy answers are PEFT's own, which its messages tell apart."""
-    injection: Injection = config.__dict__["injection"]
-    return check_target_module_exists(injection.matcher, key) and key in injection.plan.parts
-
-
-def create_and_replace(
-    tuner: BaseTuner, config: LNTuneConfig, adapter_name: str, target: nn.Module, **where: Any
-) -> None:
-    """Give the module `target` a delta for `adapter_name`, in a layer around it if there is none yet.
-
-    Args:
-        tuner: ours or PEFT's mixed one.
-        config: a config that `prepare` has seen.
-        adapter_name: the new adapter.
-        target: the module, or the layer around it.
-        where: `target_name`, `parent` and `current_key`, as PEFT passes them.
-    """
-    injection: Injection = config.__dict__["injection"]
-    name = where["current_key"]
-    part = injection.plan.parts.get(name) or part_of(config, name, target)
-    if isinstance(target, LNTuneLayer):
-        target.update_layer(adapter_name, config, part.counts)
-        return
-    layer: LNTuneLayer
-    if part.norm is None:
-        layer = ModuleLayer(target, injection.route, name)
-    else:
-        layer = NormLayer(target, injection.route, part.norm)
-    layer.set_adapter(adapter_name)
-    layer.update_layer(adapter_name, config, part.counts)
-    if adapter_name not in tuner.active_adapters:
-        layer.requires_grad_(False)
-    tuner._replace_module(where["parent"], where["target_name"], layer, target)
-
-
-def _route_of(model: nn.Module) -> Route:
-    return next((m._route for m in model.modules() if isinstance(m, LNTuneLayer)), None) or Route()
+__all__ = ["LNTuneModel"]
 
 
 class LNTuneModel(BaseTuner):
@@ -97,14 +29,14 @@ class LNTuneModel(BaseTuner):
 
     # What PEFT's injection asks for.
 
-    def _prepare_adapter_config(self, peft_config: LNTuneConfig, model_config: dict) -> LNTuneConfig:
+    def _prepare_adapter_config(self, peft_config: LNTuningConfig, model_config: dict) -> LNTuningConfig:
         return peft_config
 
-    def _prepare_model(self, peft_config: LNTuneConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: LNTuningConfig, model: nn.Module) -> None:
         prepare(peft_config, model)
 
     @staticmethod
-    def _check_target_module_exists(peft_config: LNTuneConfig, key: str) -> Any:
+    def _check_target_module_exists(peft_config: LNTuningConfig, key: str) -> Any:
         return is_target(peft_config, key)
 
     def _create_and_replace(
@@ -211,7 +143,7 @@ class LNTuneModel(BaseTuner):
             for parameter in PARAMETERS
             if adapter_name in layer.deltas(parameter)
         }
-        _check_masks(masks, {name: layer.base_parameter(p).shape for name, (layer, p) in places.items()}, adapter_name)
+        check_masks(masks, {name: layer.base_parameter(p).shape for name, (layer, p) in places.items()}, adapter_name)
         for name, (layer, parameter) in places.items():
             layer.set_mask(parameter, adapter_name, masks.get(name))
 
@@ -251,7 +183,7 @@ class LNTuneModel(BaseTuner):
             combine(layer, adapters, weights, adapter_name, combination_type, density, majority_sign_method)
         donor = next((name for name, source in sources.items() if source.modules_to_save), None)
         if donor is not None:
-            _copy_heads(self.model, donor, adapter_name)
+            copy_heads(self.model, donor, adapter_name)
 
     def _check_weighted(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
         if adapter_name in self.peft_config:
@@ -276,7 +208,7 @@ class LNTuneModel(BaseTuner):
         layers = [layer for layer in self.layers() if isinstance(layer, NormLayer)]
         entries = [entry for layer in layers for entry in layer.entries()]
         with ExitStack() as stack:
-            route = _route_of(self.model)
+            route = route_of(self.model)
             stack.enter_context(route(names, list(self.peft_config), entries, _expansions(self.model, kwargs)))
             stack.enter_context(routed_heads(self.model, route, names))
             yield
@@ -298,54 +230,6 @@ class LNTuneModel(BaseTuner):
             )
 
 
-def check_fit(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raise where the tensors of an adapter, keyed as in the model's state dict, are not the ones the model expects.
-
-    Raises:
-        AdapterFileError: keys are missing or unexpected, or shapes differ. The model is as it was.
-    """
-    expected = {
-        f"{name}.lntune_{parameter}.{adapter_name}.{key}".replace("_fsdp_wrapped_module.", ""): value.shape
-        for name, layer in model.named_modules()
-        if isinstance(layer, LNTuneLayer)
-        for parameter in PARAMETERS
-        if adapter_name in layer.deltas(parameter)
-        for key, value in layer.deltas(parameter)[adapter_name].state_dict().items()
-    }
-    found = {name: value.shape for name, value in tensors.items() if is_ours(name.replace(f".{adapter_name}.", "."))}
-    missing, unexpected = expected.keys() - found.keys(), found.keys() - expected.keys()
-    shapes = [name for name in expected.keys() & found.keys() if expected[name] != found[name]]
-    if not (missing or unexpected or shapes):
-        return
-    problems = [f"{len(missing)} missing, such as {min(missing)}"] if missing else []
-    problems += [f"{len(unexpected)} unexpected, such as {min(unexpected)}"] if unexpected else []
-    problems += [
-        f"{len(shapes)} of another shape: {name} is {tuple(found[name])} in the file, {tuple(expected[name])} here"
-        for name in sorted(shapes)[:1]
-    ]
-    raise AdapterFileError(
-        f"the saved adapter does not fit this model for adapter {adapter_name!r}: {'; '.join(problems)}. "
-        "It was trained on another model, or the file or its config was changed."
-    )
-
-
-def _check_masks(masks: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], adapter_name: str) -> None:
-    unknown = sorted(masks.keys() - shapes.keys())
-    if unknown:
-        raise ConfigError(
-            f"masks name {unknown[0]!r} (and {len(unknown) - 1} more), which adapter {adapter_name!r} does not tune. It "
-            f"tunes: {', '.join(shapes)}."
-        )
-    for name, mask in masks.items():
-        if mask.dtype != torch.bool or mask.shape != shapes[name]:
-            raise ConfigError(
-                f"the mask of {name} should be a bool tensor of shape {tuple(shapes[name])}, but is {mask.dtype} of shape "
-                f"{tuple(mask.shape)}."
-            )
-    if not any(mask.any() for mask in masks.values()):
-        raise ConfigError("the masks choose no entry at all, so there would be nothing to train.")
-
-
 def _expansions(model: nn.Module, kwargs: Mapping[str, Any]) -> set[int]:
     """By which factors `generate` may repeat the samples of a batch: beams, return sequences."""
     configs = [kwargs.get("generation_config"), getattr(model, "generation_config", None)]
@@ -354,11 +238,3 @@ def _expansions(model: nn.Module, kwargs: Mapping[str, Any]) -> set[int]:
         values = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
         factors.add(next((value for value in values if value), 1))
     return factors | {max(factors) * min(factors - {1}, default=1)}
-
-
-def _copy_heads(model: nn.Module, source: str, target: str) -> None:
-    for module in model.modules():
-        if isinstance(module, AuxiliaryTrainingWrapper) and not isinstance(module, BaseTunerLayer):
-            heads = module.modules_to_save
-            if source in heads and target in heads:
-                heads[target].load_state_dict(heads[source].state_dict())

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -153,7 +154,7 @@ def part_of(
     """
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor) or not _takes_delta(weight):
-        kind = getattr(weight, "data", weight)
+        kind: Any = getattr(weight, "data", weight)
         plain = type(kind) is torch.Tensor
         has = "none" if weight is None else f"one of {kind.dtype if plain else type(kind).__name__}"
         raise UnsupportedError(
@@ -195,10 +196,10 @@ def _matches(pattern: Iterable[str] | str | None, name: str) -> bool:
 
 def _in_layers(config: LNTuningConfig, name: str) -> bool:
     """PEFT's rule: the first number in the name is the layer, or the first one after `layers_pattern`."""
-    wanted = config.layers_to_transform
-    if wanted is None or wanted == []:
+    layers = config.layers_to_transform
+    if layers is None or layers == []:
         return True
-    wanted = {wanted} if isinstance(wanted, int) else set(wanted)
+    wanted = {layers} if isinstance(layers, int) else set(layers)
     patterns = config.layers_pattern or r"[^.]*"
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         found = re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", name)

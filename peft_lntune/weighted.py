@@ -7,7 +7,7 @@ import torch
 from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
 from torch import Tensor
 
-from peft_lntune.config import LNTuneConfig
+from peft_lntune.config import LNTuningConfig
 from peft_lntune.core.reparam import Delta
 from peft_lntune.errors import ConfigError
 from peft_lntune.layers import PARAMETERS, LNTuneLayer
@@ -27,8 +27,8 @@ COMBINATIONS: dict[str, Combination] = {
 
 
 def combined_config(
-    configs: Mapping[str, LNTuneConfig], layers: Sequence[LNTuneLayer], combination: str, density: float | None
-) -> LNTuneConfig:
+    configs: Mapping[str, LNTuningConfig], layers: Sequence[LNTuneLayer], combination: str, density: float | None
+) -> LNTuningConfig:
     """The config of a combined adapter: it names every module that one of its sources tunes.
 
     Raises:
@@ -49,7 +49,7 @@ def combined_config(
     touched = {layer.label for layer in layers if any(name in layer.deltas(p) for name in configs for p in PARAMETERS)}
     return replace(
         next(iter(configs.values())),
-        target_modules=touched,
+        target_modules=sorted(touched),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,

@@ -33,7 +33,7 @@ class LNTuningConfig(LNTuneConfig):
     Example:
         >>> from peft import get_peft_model
         >>> from transformers import BertConfig, BertModel
-        >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, intermediate_size=8))
+        >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2))
         >>> peft_model = get_peft_model(model, LNTuningConfig(tune="bias", roles=["attention"]))
         >>> [name for name, p in peft_model.named_parameters() if p.requires_grad][0]
         'base_model.model.encoder.layer.0.attention.output.LayerNorm.lntune_bias.default.weight'

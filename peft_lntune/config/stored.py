@@ -29,7 +29,7 @@ class StoredConfig(LNTuneConfig):
         ConfigError: the kind is unknown, or the format is of another version.
     """
 
-    def __new__(cls, **stored: Any) -> LNTuneConfig:  # type: ignore[misc]  # a door, not a constructor
+    def __new__(cls, **stored: Any) -> LNTuneConfig:
         name = stored.get("kind")
         check_format(stored.get("format_version", FORMAT_VERSION))  # first: in a newer format all else may differ
         if name not in KINDS:

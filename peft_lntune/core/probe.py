@@ -18,7 +18,7 @@ __all__ = ["Facts", "align", "blank_copy", "measure", "parameters_of", "run_with
 
 _SCALE = 4.0  # inputs have a variance of 16: no eps in use matters, and tanh or softmax are not yet saturated
 _HOOKS = tuple(key for key in nn.Module().__dict__ if key.endswith(("_hooks", "_hooks_with_kwargs", "_always_called")))
-_FOREIGN = ("weight", "bias", "forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
+_FOREIGN = ("forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.Size, torch.device)
 
 
@@ -82,7 +82,8 @@ def blank_copy(module: nn.Module, parameters: Mapping[str, Tensor], *, own_forwa
         The copy, in evaluation mode. Buffers are copied to the CPU, those on meta become ones.
     """
     copy = type(module).__new__(type(module))
-    state = {key: value for key, value in module.__dict__.items() if key not in _FOREIGN}
+    # An entry of FSDP's would shadow the fresh parameter; a plain `self.bias = None` is the module's own and stays.
+    state = {k: v for k, v in module.__dict__.items() if k not in _FOREIGN and not (k in parameters and v is not None)}
     # A forward that appends to a list of its own must not reach the model's list.
     state = {key: value.copy() if isinstance(value, (dict, list, set)) else value for key, value in state.items()}
     state |= {key: type(state[key])() for key in _HOOKS if key in state}

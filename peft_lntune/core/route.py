@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peft_lntune.errors import RoutingError
 
-__all__ = ["BASE", "Entry", "Rows", "Route"]
+__all__ = ["BASE", "Entry", "Route", "Rows"]
 
 BASE = "__base__"
 """The name that stands for the base model in a list of adapter names, as in PEFT."""

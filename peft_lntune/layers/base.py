@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peft_lntune.core.delta import delta_dtype, stamp
 from peft_lntune.core.reparam import Delta
-from peft_lntune.core.route import BASE, Route
+from peft_lntune.core.route import Route
 
 __all__ = ["PARAMETERS", "LNTuneLayer"]
 
@@ -40,9 +40,11 @@ class _Kept(NamedTuple):
 
 
 def _source(module: nn.Module, name: str) -> _Source:
-    # A tensor that sharding or an outer layer has put in the way is nobody's to keep; it never counts as unchanged.
-    tensor = None if name in module.__dict__ else module._parameters.get(name)
-    return _Source(module._parameters, name, tensor, None if tensor is None else stamp(tensor))
+    owner: dict[str, Any] = module._parameters
+    if name in module.__dict__ or owner.get(name) is None:
+        # Sharding or an outer layer has put a tensor in the way, nobody's to keep: it never counts as unchanged.
+        return _Source(owner, name, None, None)
+    return _Source(owner, name, owner[name], stamp(owner[name]))
 
 
 def _unchanged(source: _Source) -> bool:
@@ -85,8 +87,8 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
 
     # Deltas.
 
-    def deltas(self, parameter: str) -> nn.ModuleDict:
-        """The `Delta` of each adapter for one of `PARAMETERS`."""
+    def deltas(self, parameter: str) -> Any:
+        """The `nn.ModuleDict` of adapter names and `Delta`s of one of `PARAMETERS`; torch types its items loosely."""
         return self.lntune_weight if parameter == "weight" else self.lntune_bias
 
     def base_parameter(self, parameter: str) -> Tensor:

@@ -49,7 +49,7 @@ class NormLayer(LNTuneLayer):
         if not (self.lntune_weight or self.lntune_bias):
             return
         for parameter in PARAMETERS:
-            base = getattr(self.base_layer, parameter, None)
+            base: Any = getattr(self.base_layer, parameter, None)
             if base is None:
                 continue
             deltas = self.deltas(parameter)

@@ -14,8 +14,9 @@ from peft.utils import PeftType
 
 from peft_lntune.config import LNTuneConfig
 from peft_lntune.config.base import PEFT_TYPE
+from peft_lntune.inject import create_and_replace, is_target, prepare
 from peft_lntune.layers import LNTuneLayer
-from peft_lntune.model import LNTuneModel, create_and_replace, is_target, prepare
+from peft_lntune.model import LNTuneModel
 
 __all__ = ["join_mixed_models"]
 
