@@ -40,7 +40,7 @@ class _Kept(NamedTuple):
 
 
 def _source(module: nn.Module, name: str) -> _Source:
-    owner: dict[str, Any] = module._parameters
+    owner: Any = module._parameters
     if name in module.__dict__ or owner.get(name) is None:
         # Sharding or an outer layer has put a tensor in the way, nobody's to keep: it never counts as unchanged.
         return _Source(owner, name, None, None)
