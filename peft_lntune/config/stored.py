@@ -32,7 +32,7 @@ class StoredConfig(LNTuneConfig):
     def __new__(cls, **stored: Any) -> LNTuneConfig:
         name = stored.get("kind")
         check_format(stored.get("format_version", FORMAT_VERSION))  # first: in a newer format all else may differ
-        if name not in KINDS:
+        if not isinstance(name, str) or name not in KINDS:
             raise ConfigError(
                 f"this adapter is of kind {name!r}, and peft_lntune {__version__} knows {', '.join(sorted(KINDS))}. "
                 "Upgrade with `pip install -U peft-lntune`, or check where the file comes from."
