@@ -1,0 +1,156 @@
+"""What a manifest records, what is refused, and what a saved adapter weighs."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import BertConfig, BertModel
+
+from peft_lntune import AdapterFileError, LNTuningConfig
+from peft_lntune.storage import WEIGHTS_FILE, check_directory, check_tensors, is_ours, manifest_of
+from tests import adapted
+
+
+def tensors(masked: bool = False) -> dict[str, Tensor]:
+    found = {"a.norm.lntune_weight.weight": torch.arange(3.0), "a.norm.lntune_bias.weight": torch.ones(3)}
+    if masked:
+        found["a.norm.lntune_weight.mask"] = torch.tensor([7], dtype=torch.uint8)
+    return {**found, "head.weight": torch.ones(2, 2)}
+
+
+@pytest.mark.parametrize(
+    ("key", "ours"),
+    [
+        ("norm.lntune_weight.weight", True),
+        ("base_model.model.norm.lntune_bias.mask", True),
+        ("lntune_weight.weight", True),
+        ("lntune_weight", False),
+        ("lntune_head.norm.weight", False),
+        ("norm.lora_A.weight", False),
+        ("norm.weight", False),
+    ],
+)
+def test_is_ours(key: str, ours: bool) -> None:
+    assert is_ours(key) is ours
+
+
+class TestManifest:
+    def test_of_a_dense_adapter(self) -> None:
+        manifest = manifest_of(tensors())
+        assert manifest.keys() == {"digest"}
+        assert len(manifest["digest"]) == 64
+
+    def test_of_a_masked_one(self) -> None:
+        assert manifest_of(tensors(masked=True))["masked"] == {"a.norm.lntune_weight": 3}
+
+    @pytest.mark.parametrize("prefix", ["", "base_model.model."])
+    def test_the_same_however_it_was_saved(self, prefix: str) -> None:
+        """PEFT's prefix, the order of tensors, and strides are not the adapter."""
+        other = {f"{prefix}{name}": value for name, value in reversed(tensors(masked=True).items())}
+        name = f"{prefix}a.norm.lntune_weight.weight"
+        other[name] = torch.stack([other[name], other[name]], 1)[:, 0]
+        assert manifest_of(other) == manifest_of(tensors(masked=True))
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda t: t["a.norm.lntune_bias.weight"].add_(2**-20),
+            lambda t: t.update({"a.norm.lntune_bias.weight": torch.ones(3, dtype=torch.float64)}),
+            lambda t: t.update({"a.norm.lntune_bias.weight": torch.ones(3, 1)}),
+            lambda t: t.update({"b.norm.lntune_bias.weight": t.pop("a.norm.lntune_bias.weight")}),
+            lambda t: t.pop("a.norm.lntune_bias.weight"),
+        ],
+        ids=["value", "dtype", "shape", "name", "missing"],
+    )
+    def test_another_for_any_change(self, change: object) -> None:
+        other = tensors()
+        change(other)
+        assert manifest_of(other) != manifest_of(tensors())
+        with pytest.raises(AdapterFileError, match=r"here is not the file .* digests differ.*Get both from one save"):
+            check_tensors(manifest_of(tensors()), other, "here")
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+    def test_every_dtype(self, dtype: torch.dtype) -> None:
+        found = {name: value.to(dtype) for name, value in tensors().items()}
+        check_tensors(manifest_of(found), found, "here")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.clear(), "here holds no tensor named .*, but 0 others, such as 'none'"),
+        (
+            lambda t: [t.pop(k) for k in [*t] if is_ours(k)],
+            "but 1 others, such as 'head.weight'.* not saved by peft_lntune",
+        ),
+        (
+            lambda t: t.update({"a.norm.lntune_bias.weight": torch.ones(3, dtype=torch.int32)}),
+            "a.norm.lntune_bias.weight should be of a floating dtype, but is torch.int32",
+        ),
+        (
+            lambda t: t.update({"a.norm.lntune_weight.mask": torch.ones(3, dtype=torch.bool)}),
+            "a.norm.lntune_weight.mask should be of uint8, but is torch.bool",
+        ),
+        (
+            lambda t: t["head.weight"].fill_(torch.nan),
+            "1 tensors hold NaN or infinite values, the first is head.weight",
+        ),
+    ],
+)
+def test_refused_tensors(change: object, message: str) -> None:
+    found = tensors(masked=True)
+    change(found)
+    with pytest.raises(AdapterFileError, match=message):
+        check_tensors(None, found, "here")
+
+
+class TestDirectory:
+    def test_a_good_one(self, tmp_path: Path) -> None:
+        save_file(tensors(), tmp_path / WEIGHTS_FILE)
+        check_directory(manifest_of(tensors()), tmp_path)
+        check_directory(manifest_of(tensors()), tmp_path.parent, tmp_path.name)
+        check_directory(None, str(tmp_path))
+
+    def test_no_weights(self, tmp_path: Path) -> None:
+        with pytest.raises(AdapterFileError, match=f"holds a config, but no {WEIGHTS_FILE}. Get the whole adapter"):
+            check_directory(None, tmp_path)
+
+    def test_pickled_weights_are_left_to_peft(self, tmp_path: Path) -> None:
+        (tmp_path / "adapter_model.bin").touch()
+        check_directory(None, tmp_path)
+
+    def test_what_is_not_here_is_left_to_peft(self) -> None:
+        check_directory(None, "somebody/something")
+
+
+def minilm() -> BertModel:
+    """The shape of all-MiniLM-L6-v2, but for the vocabulary, which no adapter of ours holds."""
+    return BertModel(
+        BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, vocab_size=40)
+    )
+
+
+def test_size_on_disk(tmp_path: Path) -> None:
+    model = get_peft_model(minilm(), LNTuningConfig())
+    assert model.get_nb_trainable_parameters()[0] == 9984
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / WEIGHTS_FILE)
+    assert sum(value.numel() for value in saved.values()) == 9984
+    assert os.path.getsize(tmp_path / WEIGHTS_FILE) <= 45_000
+
+
+def test_a_masked_adapter_stores_only_what_is_tuned(tmp_path: Path) -> None:
+    model = adapted.adapt(adapted.build("bert-classifier"))
+    masks = {label: torch.arange(delta.shape.numel()) < 3 for label, delta in adapted.deltas(model).items()}
+    model.base_model.set_masks(masks)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / WEIGHTS_FILE)
+    assert {tuple(value.shape) for value in saved.values()} == {(3,), (2,)}  # values; 16 bits of mask
+    manifest = json.loads((tmp_path / "adapter_config.json").read_text())["manifest"]
+    assert set(manifest["masked"].values()) == {3}
+    assert manifest == manifest_of(saved)
