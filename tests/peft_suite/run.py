@@ -1,6 +1,6 @@
 """Run PEFT's tests for a config class, each suite in its own process.
 
-By hand, in the folder above this one: `python -m peft_suite.run peft_lntune:LNTuningConfig [SUITE ...]`.
+By hand, in the project's folder: `python -m tests.peft_suite.run peft_lntune:LNTuningConfig [SUITE ...]`.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from xml.etree import ElementTree
 from .fetch import CACHE, PACKAGE, fetch_tests
 
 HERE = Path(__file__).resolve().parent
+PROJECT = HERE.parents[1]
 SUITES: dict[str, str] = {
     "custom": "test_custom_models.py",
     "decoder": "test_decoder_models.py",
@@ -54,7 +55,7 @@ def run_suite(suite: str, config: str, kwargs: dict[str, Any] | None = None, ext
     folder = HERE if SUITES[suite] == "mixed_checks.py" else root / PACKAGE
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch, "report.xml")
-        command = [sys.executable, "-m", "pytest", str(folder / SUITES[suite]), "-p", "peft_suite.plugin"]
+        command = [sys.executable, "-m", "pytest", str(folder / SUITES[suite]), "-p", "tests.peft_suite.plugin"]
         command += ["-c", str(root / "pytest.ini"), "--rootdir", str(root), "--noconftest", "-p", "no:cacheprovider"]
         command += ["--disable-warnings", "--tb=short", "-q", f"--junitxml={report}", f"--basetemp={scratch}/tmp"]
         command += ["--tuner", config, "--tuner-kwargs", json.dumps(kwargs or {}), *extra]
@@ -70,8 +71,8 @@ def build_hub() -> Path:
     digest = hashlib.sha256(source.read_bytes()).hexdigest()[:8]
     home = CACHE / f"hub-{version('transformers')}-{digest}"
     if not home.is_dir():
-        command = [sys.executable, "-m", "peft_suite.tiny_models", str(home)]
-        subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(HERE.parent)}, capture_output=True)
+        command = [sys.executable, "-m", "tests.peft_suite.tiny_models", str(home)]
+        subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(PROJECT)}, capture_output=True)
     return home
 
 
@@ -79,9 +80,8 @@ def suite_environment(root: Path, home: Path) -> dict[str, str]:
     """Offline, on the CPU, with this checkout and PEFT's tests on the path, without the calling pytest's settings."""
     hidden = ("PYTHONWARNINGS", "PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    path = [HERE.parents[1], HERE.parent, root]
     return environment | {
-        "PYTHONPATH": os.pathsep.join(map(str, path)),
+        "PYTHONPATH": os.pathsep.join([str(PROJECT), str(root)]),
         "HF_HOME": str(home),
         "HF_HUB_CACHE": str(home / "hub"),
         "HF_HUB_OFFLINE": "1",

@@ -1,7 +1,7 @@
 """Small random models under the Hub names that PEFT's tests load, in a private cache.
 
-Built by `python -m peft_suite.tiny_models HOME`. The tests then run with HF_HUB_OFFLINE=1 and find the models as if
-they had been downloaded.
+Built by `python -m tests.peft_suite.tiny_models HOME`. The tests then run with HF_HUB_OFFLINE=1 and find the models as
+if they had been downloaded.
 """
 
 import json
