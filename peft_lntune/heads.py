@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from torch import nn
+import torch
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
 
 from peft_lntune.core.route import Route
 from peft_lntune.errors import RoutingError
@@ -28,7 +30,7 @@ def routed_heads(model: nn.Module, route: Route, names: Sequence[str] | str) -> 
     Raises:
         RoutingError: a head is a module of several layers, which PEFT cannot mix; the message names it.
     """
-    heads = {name: module for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
+    heads = {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
     several = not isinstance(names, str) and len(set(names)) > 1
     for name, head in heads.items():
         if several and not isinstance(head.original_module, PLAIN):
@@ -37,18 +39,30 @@ def routed_heads(model: nn.Module, route: Route, names: Sequence[str] | str) -> 
                 f"Mixed batching is only supported for the following modules: {', '.join(c.__name__ for c in PLAIN)}. "
                 "Save a plain layer inside it instead, or run one batch an adapter."
             )
-    handles = []
+    before = {head: head.__dict__.get("forward") for head in heads.values()}
     try:
         for name, head in heads.items():
-
-            def put_names(_: nn.Module, args: tuple, kwargs: dict[str, Any], label: str = name) -> tuple[tuple, dict]:
-                return args, {**kwargs, "adapter_names": route.names_for(len(args[0]), label)}
-
-            handles.append(head.register_forward_pre_hook(put_names, with_kwargs=True))
+            # PEFT's own mixing takes the base model's head for every row where the *active* adapter has none.
+            head.__dict__["forward"] = partial(_by_row, head, route, name)
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for head, forward in before.items():
+            del head.__dict__["forward"]
+            if forward is not None:
+                head.__dict__["forward"] = forward
+
+
+def _by_row(head: ModulesToSaveWrapper, route: Route, label: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(route.names_for(len(x), label)):
+        rows.setdefault(name, []).append(row)
+    own = dict(head.modules_to_save.items())
+    saved = {name: own.get(name, head.original_module) for name in rows}
+    if len(rows) == 1:
+        return next(iter(saved.values()))(x, *args, **kwargs)
+    outputs = [saved[name](x[index], *args, **kwargs) for name, index in rows.items()]
+    order = torch.tensor([row for index in rows.values() for row in index], device=x.device)
+    return torch.cat(outputs)[order.argsort()]
 
 
 def copy_heads(model: nn.Module, source: str, target: str) -> None:
