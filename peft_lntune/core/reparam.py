@@ -60,7 +60,8 @@ class Delta(nn.Module):
             return None
         key = stamp(self.mask)
         if self._index is None or self._index[0] != key:
-            self._index = key, unpack_bits(self.mask, self.shape).reshape(-1).nonzero().reshape(-1)
+            with torch.inference_mode(False):  # what is kept here may be needed in a graph later
+                self._index = key, unpack_bits(self.mask, self.shape).reshape(-1).nonzero().reshape(-1)
         return self._index[1]
 
     def dense(self) -> Tensor:

@@ -111,7 +111,7 @@ class Route:
         return [name for name in self.names for _ in range(factor)]
 
     def _factor(self, batch: int, label: str) -> int:
-        factor, rest = divmod(batch, len(self.names))
+        factor, rest = divmod(batch, len(self.names)) if self.names else (0, batch)
         if rest or factor not in self._expansions:
             raise RoutingError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
