@@ -19,7 +19,7 @@ def written(model: nn.Module, deltas: Mapping[str, Tensor]) -> nn.Module:
 
 
 def each_alone(model: PeftModel, batch: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
-    """Row i of the result is row i of a run of the whole batch with adapter `names[i]` alone, in a copy of the model."""
+    """Row i of the result is row i of a run of the whole batch with adapter `names[i]` alone, in a copy."""
     rows = [alone(model, batch, name)[i] for i, name in enumerate(names)]
     return torch.stack(rows)
 

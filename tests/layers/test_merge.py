@@ -85,9 +85,7 @@ def test_a_safe_merge_that_is_refused_changes_nothing(verb, value):
     with torch.no_grad():
         last.weight[3] = value
     before, names = snapshot(peft_model), [name for name, _ in peft_model.named_modules()]
-    with pytest.raises(
-        ValueError, match=r"NaNs detected in the merged weights\. The adapter broken seems to be broken"
-    ):
+    with pytest.raises(ValueError, match=r"NaNs detected .*\. The adapter broken seems to be broken"):
         getattr(peft_model, verb)(safe_merge=True, adapter_names=["broken"])
     assert_equal_with_nans(snapshot(peft_model), before)
     assert [name for name, _ in peft_model.named_modules()] == names
