@@ -101,6 +101,7 @@ NOT_NORMS = {
     "bias only": Formula(lambda x, w, b: rms(x) + b),
     "weight never used": Formula(lambda x, w, b: rms(x), bias=False),
     "norm over the batch": Formula(lambda x, w, b: x / x.square().mean().sqrt() * w, bias=False),
+    "centred over the batch": Formula(lambda x, w, b: (rms(x) - rms(x).mean(0, keepdim=True)) * w, bias=False),
     "square of the weight": Formula(lambda x, w, b: rms(x) * w.square(), bias=False),
     "mixes after the weight": Formula(lambda x, w, b: (rms(x) * w).cumsum(-1), bias=False),
     "bias before the weight": Formula(lambda x, w, b: (rms(x) + b) * w),
@@ -110,6 +111,7 @@ NOT_NORMS = {
     "sum": Formula(lambda x, w, b: (rms(x) * w).sum(-1), bias=False),
     "tuple": Formula(lambda x, w, b: (rms(x) * w, x), bias=False),
     "constant": Formula(lambda x, w, b: torch.ones_like(x) * w, bias=False),
+    "constant of few entries": Formula(lambda x, w, b: torch.ones_like(x) * w, bias=False, width=2),
     "raises": Formula(lambda x, w, b: 1 / 0),
 }
 
@@ -122,6 +124,8 @@ def test_never(name):
 def test_a_formula_that_is_a_norm():
     """The counterpart of `test_never`: the class alone is no reason to be left out."""
     assert find_norms(Formula(lambda x, w, b: rms(x) * w + b))[""].bias_shape == (8,)
+    assert find_norms(Formula(lambda x, w, b: rms(x) * w, bias=False))[""].bias_shape is None
+    assert find_norms(Formula(lambda x, w, b: rms(x) * (w - 2), bias=False))[""].offset == -2
 
 
 def test_no_filter_is_needed_for_what_is_no_norm(monkeypatch):
@@ -273,11 +277,27 @@ def test_inside_other_contexts():
         assert find_norms(build("gemma")) == expected
 
 
-@pytest.mark.parametrize("norm", [UnheardOfNorm(2**20 + 1), nn.LayerNorm((2, 2, 2))])
-def test_what_is_too_large_is_not_run(norm, monkeypatch):
+def with_more(norm: nn.Module, **more: nn.Module | nn.Parameter) -> nn.Module:
+    for name, value in more.items():
+        setattr(norm, name, value)
+    return norm
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        UnheardOfNorm(2**20 + 1),
+        nn.LayerNorm((2, 2, 2)),
+        with_more(UnheardOfNorm(4), projection=nn.Linear(4, 4)),
+        with_more(UnheardOfNorm(4), alpha=nn.Parameter(torch.ones(1))),
+        with_more(UnheardOfNorm(4), bias=nn.Parameter(torch.ones(1))),
+    ],
+    ids=["too wide", "too many dimensions", "a child with parameters", "another parameter", "a bias of another shape"],
+)
+def test_what_cannot_be_a_norm_is_not_run(norm, monkeypatch):
     probed = count_probes(monkeypatch)
-    assert find_norms(norm) == {}
-    assert probed == []
+    assert "" not in find_norms(norm)
+    assert norm not in probed
 
 
 def test_a_forward_put_on_one_module_is_not_run():
