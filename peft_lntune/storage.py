@@ -5,6 +5,7 @@ weights it was saved with, so that a config of one save beside the weights of an
 """
 
 import hashlib
+import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from peft_lntune.errors import AdapterFileError
 
-__all__ = ["WEIGHTS_FILE", "check_directory", "check_tensors", "is_ours", "manifest_of"]
+__all__ = ["WEIGHTS_FILE", "check_directory", "check_tensors", "hub_options", "is_ours", "manifest_of"]
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_FILE = "adapter_model.bin"  # PEFT writes and reads it where a user says safe_serialization=False
@@ -104,6 +105,12 @@ def check_directory(
     except (SafetensorError, OSError) as error:
         raise AdapterFileError(f"{file} is damaged or cut off ({error}). Get a good copy of the adapter.") from error
     check_tensors(manifest, tensors, str(file))
+
+
+def hub_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a loader's keyword arguments that say where on the Hub to look: revision, token, subfolder, ..."""
+    known = inspect.signature(hf_hub_download).parameters
+    return {name: value for name, value in given.items() if name in known}
 
 
 def _find(path: str | os.PathLike, subfolder: str | None, hub: Mapping[str, Any]) -> Path | None:

@@ -8,12 +8,10 @@ import warnings
 from dataclasses import fields
 from typing import Any
 
-from peft import PeftConfig
-
 from peft_lntune.config.base import FORMAT_VERSION, LNTuneConfig, check_format
 from peft_lntune.config.ln_tuning import LNTuningConfig
 from peft_lntune.errors import AdapterFileError, ConfigError
-from peft_lntune.storage import check_directory
+from peft_lntune.storage import check_directory, hub_options
 from peft_lntune.version import __version__
 
 __all__ = ["KINDS", "StoredConfig"]
@@ -67,6 +65,5 @@ class StoredConfig(LNTuneConfig):
                 f"{pretrained_model_name_or_path} holds an adapter of PEFT type {config.peft_type}, not one of "
                 "peft_lntune. Load it under a name of its own, into a model with adapters of that type."
             )
-        hub = PeftConfig._split_kwargs(kwargs)[0]
-        check_directory(config.manifest, pretrained_model_name_or_path, subfolder, **hub)
+        check_directory(config.manifest, pretrained_model_name_or_path, subfolder, **hub_options(kwargs))
         return config

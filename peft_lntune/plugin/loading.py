@@ -24,7 +24,7 @@ from peft_lntune.config import LNTuneConfig, StoredConfig
 from peft_lntune.config.base import PEFT_TYPE
 from peft_lntune.errors import AdapterFileError, PeftLNTuneError
 from peft_lntune.model import LNTuneModel
-from peft_lntune.storage import check_directory, check_tensors, is_ours
+from peft_lntune.storage import check_directory, check_tensors, hub_options, is_ours
 
 __all__ = ["guard_loading"]
 
@@ -40,7 +40,7 @@ def guard_loading() -> None:
         (PeftAdapterMixin, "load_adapter", _guarded_native),
     ]
     # Everything is looked up before anything is changed.
-    _ = PeftConfig._get_peft_type, PeftConfig._split_kwargs
+    _ = PeftConfig._get_peft_type
     originals = [getattr(owner, name) for owner, name, _ in wraps]
     for (owner, name, wrap), original in zip(wraps, originals, strict=True):
         if getattr(original, _MARK, False):
@@ -97,13 +97,13 @@ def _guarded_native(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _holds_ours(model_id: Any, hub: dict[str, Any]) -> bool:
     try:
-        return PeftConfig._get_peft_type(str(model_id), **_hub_only(hub)) == PEFT_TYPE
+        return PeftConfig._get_peft_type(str(model_id), **hub_options(hub)) == PEFT_TYPE
     except (ValueError, KeyError):
         return False  # the loader itself will say what is missing
 
 
 def _check_files(model_id: Any, kwargs: dict[str, Any]) -> LNTuneConfig | None:
-    hub = _hub_only(kwargs)
+    hub = hub_options(kwargs)
     try:
         PeftConfig._get_peft_type(str(model_id), **hub)
     except (json.JSONDecodeError, UnicodeDecodeError):
@@ -112,10 +112,6 @@ def _check_files(model_id: Any, kwargs: dict[str, Any]) -> LNTuneConfig | None:
         check_directory(None, str(model_id), **hub)
         return None
     return StoredConfig.from_pretrained(str(model_id), **hub)
-
-
-def _hub_only(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return PeftConfig._split_kwargs(kwargs)[0]
 
 
 @contextmanager
@@ -141,7 +137,7 @@ def _explain_misfit(model: nn.Module, adapter_name: str, model_id: Any, hub: dic
     """transformers only logs which shapes differ; raise what PEFT's way of loading would have raised."""
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if isinstance(config, LNTuneConfig) and model_id is not None:
-        tensors = load_peft_weights(str(model_id), device="cpu", **_hub_only(hub))
+        tensors = load_peft_weights(str(model_id), device="cpu", **hub_options(hub))
         LNTuneModel._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
 
 

@@ -32,7 +32,7 @@ def join_mixed_models() -> None:
     # Everything is looked up before anything is changed.
     types, prefixes, configs, layers = module.COMPATIBLE_TUNER_TYPES, module.PREFIXES, module.Configs, module.Layers
     originals = {name: getattr(tuner, name) for name in _CASES}
-    _ = package.COMPATIBLE_TUNER_TYPES
+    _ = package.COMPATIBLE_TUNER_TYPES, mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING
     package.COMPATIBLE_TUNER_TYPES = module.COMPATIBLE_TUNER_TYPES = (*types, peft_type)
     mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING[peft_type] = LNTuneModel  # from_pretrained asks whether it is there
     module.PREFIXES = [*prefixes, LNTuneModel.prefix]
