@@ -15,7 +15,7 @@ from peft_lntune.heads import copy_heads, routed_heads
 from peft_lntune.inject import create_and_replace, is_target, prepare, route_of
 from peft_lntune.layers import PARAMETERS, LNTuneLayer, NormLayer
 from peft_lntune.storage import check_tensors, manifest_of
-from peft_lntune.weighted import combine, combined_config
+from peft_lntune.weighted import MAJORITY_SIGNS, combine, combined_config
 
 __all__ = ["LNTuneModel"]
 
@@ -171,6 +171,9 @@ class LNTuneModel(BaseTuner):
             ConfigError: unknown adapter, weights of another number, unknown combination, or a name that is taken.
         """
         self._check_weighted(adapters, weights, adapter_name)
+        if majority_sign_method not in MAJORITY_SIGNS:
+            allowed = ", ".join(map(repr, MAJORITY_SIGNS))
+            raise ConfigError(f"majority_sign_method={majority_sign_method!r}: choose one of {allowed}.")
         sources = {name: self.peft_config[name] for name in adapters}
         config = combined_config(sources, list(self.layers()), combination_type, density)
         self.peft_config[adapter_name] = config
@@ -181,8 +184,7 @@ class LNTuneModel(BaseTuner):
             raise
         for layer in self.layers():
             combine(layer, adapters, weights, adapter_name, combination_type, density, majority_sign_method)
-        donor = next((name for name, source in sources.items() if source.modules_to_save), None)
-        if donor is not None:
+        for donor in sources:
             copy_heads(self.model, donor, adapter_name)
 
     def _check_weighted(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:

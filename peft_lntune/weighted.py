@@ -12,7 +12,7 @@ from peft_lntune.core.reparam import Delta
 from peft_lntune.errors import ConfigError
 from peft_lntune.layers import PARAMETERS, LNTuneLayer
 
-__all__ = ["COMBINATIONS", "combine", "combined_config"]
+__all__ = ["COMBINATIONS", "MAJORITY_SIGNS", "combine", "combined_config"]
 
 Combination = Callable[[list[Tensor], Tensor, float, str], Tensor]
 
@@ -24,6 +24,9 @@ COMBINATIONS: dict[str, Combination] = {
     "magnitude_prune": lambda deltas, weights, density, sign: magnitude_prune(deltas, weights, density),
 }
 """How deltas of one parameter become one: `(deltas, weights, density, majority_sign_method) -> delta`."""
+
+MAJORITY_SIGNS = ("total", "frequency")
+"""How the ties combinations may find the sign of the majority."""
 
 
 def combined_config(
@@ -73,14 +76,14 @@ def combine(
     """Fill the deltas of adapter `into` in one layer; where all sources are masked, the union of the masks is tuned."""
     for parameter in PARAMETERS:
         deltas = layer.deltas(parameter)
-        present = {name: weight for name, weight in zip(adapters, weights, strict=True) if name in deltas}
+        present = [(deltas[name], weight) for name, weight in zip(adapters, weights, strict=True) if name in deltas]
         if into not in deltas or not present:
             continue
-        dense = [deltas[name].dense().to(deltas[into].weight.dtype) for name in present]
-        factors = torch.tensor(list(present.values()), dtype=dense[0].dtype, device=dense[0].device)
+        dense = [delta.dense().to(deltas[into].weight.dtype) for delta, _ in present]
+        factors = torch.tensor([weight for _, weight in present], dtype=dense[0].dtype, device=dense[0].device)
         summed = COMBINATIONS[combination](dense, factors, density or 1.0, majority_sign_method)
-        if all(deltas[name].mask is not None for name in present):
-            union = torch.stack([deltas[name].tuned() for name in present]).any(0)
+        if all(delta.mask is not None for delta, _ in present):
+            union = torch.stack([delta.tuned() for delta, _ in present]).any(0)
             deltas[into] = Delta.masked(union, summed.dtype, summed.device)
         deltas[into].fill(summed)
         deltas[into].requires_grad_(into in layer.active_adapters)
