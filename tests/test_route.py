@@ -113,7 +113,7 @@ class TestContract:
 
     def test_training_mode_is_refused(self):
         peft_model, batch = adapt(build("bert"), "a", "b").train(), inputs("bert")
-        with pytest.raises(ValueError, match="^Cannot pass `adapter_names` when the model is in training mode."):
+        with pytest.raises(ValueError, match=r"^Cannot pass `adapter_names` when the model is in training mode\."):
             peft_model(**batch, adapter_names=NAMES)
 
     @pytest.mark.parametrize("names", [["a"], ["a", "b"], ["a"] * 4, ["a"] * 6])
@@ -161,7 +161,7 @@ class TestContract:
             texts = []
             for peft_model in (lora, ours):
                 peft_model.train(training)
-                with pytest.raises(ValueError, match=".") as caught:
+                with pytest.raises(ValueError, match="adapter") as caught:
                     peft_model(**batch, adapter_names=names)
                 texts.append(str(caught.value))
             assert texts[1].startswith(texts[0])
@@ -211,7 +211,7 @@ class TestNothingLeaks:
         expected = output(peft_model, batch, adapter_names=NAMES)
         with peft_model._enable_peft_forward_hooks(adapter_names=NAMES):
             with pytest.raises(
-                RoutingError, match=r"already running a forward pass routed to \['__base__', 'a', 'b'\]"
+                RoutingError, match=r"running a forward pass routed to \['__base__', 'a', 'b'\]"
             ):
                 output(peft_model, batch, adapter_names=["a"] * 3)
             assert torch.equal(output(peft_model, batch), expected)

@@ -1,0 +1,189 @@
+"""Weighted combinations: linear ones are exact sums of deltas, sparse ones are PEFT's own functions on deltas."""
+
+import pytest
+import torch
+from peft.utils import merge_utils
+
+from peft_lntune import ConfigError, LNTuningConfig
+from tests.adapted import adapt, assert_unchanged, build, deltas, fill, inputs, output, snapshot
+from tests.oracles import weighted_sum, written
+
+
+def dense(model, adapter):
+    return {name: delta.dense() for name, delta in deltas(model, adapter).items()}
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [0.5, 0.25], [1.0, -1.0], [-0.7, 2.0], [0.0, 1.0]], ids=str)
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_linear_is_the_weighted_sum(family, weights):
+    """Exactly, as two products and a sum round the same however they are written."""
+    peft_model = adapt(build(family), "a", "b")
+    peft_model.add_weighted_adapter(["a", "b"], weights, "sum")
+    found = [dense(peft_model, name) for name in ("a", "b")]
+    for name, value in dense(peft_model, "sum").items():
+        assert torch.equal(value, weighted_sum([delta[name] for delta in found], weights))
+
+
+def test_the_output_of_a_linear_combination():
+    plain, batch = build("bert"), inputs("bert")
+    peft_model = adapt(build("bert"), "a", "b", "c")
+    peft_model.add_weighted_adapter(["c", "a", "b"], [0.5, -0.5, 2.0], "sum")
+    peft_model.set_adapter("sum")
+    assert torch.equal(output(peft_model, batch), output(written(plain, dense(peft_model, "sum")), batch))
+    expected = [
+        weighted_sum(d, [0.5, -0.5, 2.0]) for d in zip(*(dense(peft_model, n).values() for n in "cab"), strict=True)
+    ]
+    for value, other in zip(dense(peft_model, "sum").values(), expected, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-6, atol=1e-7)  # three terms: the order of the sum is torch's
+
+
+def test_an_adapter_and_its_negative_cancel():
+    model, batch = build("bert", torch.bfloat16), inputs("bert")
+    base = output(model, batch)
+    peft_model = adapt(model, "a", "b")
+    peft_model.add_weighted_adapter(["a", "a"], [1.0, -1.0], "nothing")
+    peft_model.set_adapter("nothing")
+    assert torch.equal(output(peft_model, batch), base)
+
+
+def test_a_name_may_come_twice():
+    peft_model = adapt(build("bert"), "a")
+    peft_model.add_weighted_adapter(["a", "a"], [0.25, 0.5], "sum")
+    for name, value in dense(peft_model, "sum").items():
+        torch.testing.assert_close(value, 0.75 * dense(peft_model, "a")[name], rtol=1e-6, atol=0)
+
+
+SPARSE = {
+    "ties": lambda d, w: merge_utils.ties(d, w, 0.5, "total"),
+    "ties by frequency": lambda d, w: merge_utils.ties(d, w, 0.5, "frequency"),
+    "dare_linear": lambda d, w: merge_utils.dare_linear(d, w, 0.5),
+    "dare_ties": lambda d, w: merge_utils.dare_ties(d, w, 0.5, "total"),
+    "magnitude_prune": lambda d, w: merge_utils.magnitude_prune(d, w, 0.5),
+}
+
+
+@pytest.mark.parametrize("case", SPARSE)
+def test_sparse_combinations_are_those_of_peft(case):
+    combination, _, by = case.partition(" by ")
+    peft_model = adapt(build("bert"), "a", "b", "c")
+    torch.manual_seed(3)
+    peft_model.add_weighted_adapter(
+        ["a", "b", "c"],
+        [1.0, 0.5, -1.0],
+        "sum",
+        combination_type=combination,
+        density=0.5,
+        majority_sign_method=by or "total",
+    )
+    found = [dense(peft_model, name) for name in ("a", "b", "c")]
+    torch.manual_seed(3)  # DARE drops at random; the layers are visited in the order of the model
+    for name, value in dense(peft_model, "sum").items():
+        expected = SPARSE[case]([delta[name] for delta in found], torch.tensor([1.0, 0.5, -1.0]))
+        assert torch.equal(value, expected)
+
+
+def test_masks_are_united():
+    peft_model = adapt(build("bert"), "a", "b")
+    masks = {"a": torch.arange(16) < 4, "b": torch.arange(16) % 3 == 0}
+    for adapter, mask in masks.items():
+        peft_model.set_masks(dict.fromkeys(deltas(peft_model, adapter), mask), adapter_name=adapter)
+    peft_model.add_weighted_adapter(["a", "b"], [1.0, -2.0], "sum")
+    for name, delta in deltas(peft_model, "sum").items():
+        assert torch.equal(delta.tuned(), masks["a"] | masks["b"])
+        assert delta.weight.numel() == int((masks["a"] | masks["b"]).sum())
+        expected = weighted_sum([dense(peft_model, "a")[name], dense(peft_model, "b")[name]], [1.0, -2.0])
+        assert torch.equal(delta.dense(), expected)
+
+
+def test_a_masked_and_a_dense_adapter_make_a_dense_one():
+    peft_model = adapt(build("bert"), "a", "b")
+    peft_model.set_masks(dict.fromkeys(deltas(peft_model, "a"), torch.arange(16) < 4), adapter_name="a")
+    peft_model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum")
+    assert all(delta.mask is None for delta in deltas(peft_model, "sum").values())
+
+
+def test_adapters_with_different_targets():
+    plain, batch = build("bert"), inputs("bert")
+    peft_model = adapt(build("bert"), "ffn", roles=["ffn"], tune="weight")
+    peft_model.add_adapter("attention", LNTuningConfig(roles=["attention"], tune="bias"))
+    fill(peft_model, "attention", seed=4)
+    peft_model.add_weighted_adapter(["ffn", "attention"], [2.0, -1.0], "sum")
+    expected = {name: 2.0 * value for name, value in dense(peft_model, "ffn").items()}
+    expected |= {name: -1.0 * value for name, value in dense(peft_model, "attention").items()}
+    for name, value in dense(peft_model, "sum").items():
+        assert torch.equal(value, expected.get(name, torch.zeros(16)))
+    peft_model.set_adapter("sum")
+    assert torch.equal(output(peft_model, batch), output(written(plain, expected), batch))
+
+
+def test_heads_are_taken_over():
+    peft_model, batch = adapt(build("bert-classifier"), "plain"), inputs("bert-classifier")
+    peft_model.add_adapter("headed", LNTuningConfig(modules_to_save=["classifier"]))
+    peft_model.add_adapter("pooled", LNTuningConfig(modules_to_save=["pooler"]))
+    for seed, name in enumerate(("headed", "pooled"), start=4):
+        fill(peft_model, name, seed=seed)
+    peft_model.add_weighted_adapter(["plain", "headed", "pooled"], [0.0, 1.0, 0.0], "sum")
+    head, pooler = (
+        {name: module.modules_to_save for name, module in peft_model.named_modules() if name.endswith(ending)}
+        for ending in ("model.classifier", "model.bert.pooler")
+    )
+    for wrapped, source in ((head, "headed"), (pooler, "pooled")):
+        (saved,) = wrapped.values()
+        for name, value in saved["sum"].state_dict().items():
+            assert torch.equal(value, saved[source].state_dict()[name])
+    peft_model.set_adapter("sum")
+    assert output(peft_model, batch).isfinite().all()
+
+
+def test_the_new_adapter_is_a_full_one():
+    peft_model, batch = adapt(build("bert"), "a", "b"), inputs("bert")
+    before = output(peft_model, batch)
+    peft_model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "sum")
+    assert peft_model.active_adapters == ["a"]
+    assert torch.equal(output(peft_model, batch), before)
+    assert not any(delta.weight.requires_grad for delta in deltas(peft_model, "sum").values())
+    peft_model.set_adapter("sum")
+    assert all(delta.weight.requires_grad for delta in deltas(peft_model, "sum").values())
+    mixed = output(peft_model, batch, adapter_names=["sum"] * 3)
+    torch.testing.assert_close(mixed, output(peft_model, batch), rtol=1e-5, atol=1e-5)
+    peft_model.delete_adapter("b")
+    peft_model.merge_adapter()
+
+
+REFUSED = {
+    "taken name": ((["a"], [1.0], "b"), {}, "an adapter named 'b' exists"),
+    "unknown adapter": (
+        (["a", "x"], [1.0, 1.0], "sum"),
+        {},
+        r"\['x'\] not found; this model has \['a', 'b'\]",
+    ),
+    "no adapter": (([], [], "sum"), {}, r"adapters \[\] not found"),
+    "too few weights": ((["a", "b"], [1.0], "sum"), {}, "got 1 weights for 2 adapters"),
+    "unknown combination": ((["a"], [1.0], "sum"), {"combination_type": "svd"}, "'svd': choose one of linear, ties"),
+    "no density": ((["a"], [1.0], "sum"), {"combination_type": "ties"}, r"give density in \(0, 1\]"),
+    "density of 2": ((["a"], [1.0], "sum"), {"combination_type": "ties", "density": 2.0}, r"give density in \(0, 1\]"),
+    "majority sign": (
+        (["a", "b"], [1.0, 1.0], "sum"),
+        {"combination_type": "ties", "density": 0.5, "majority_sign_method": "loudest"},
+        "majority_sign_method='loudest': choose one of 'total', 'frequency'",
+    ),
+    "name torch cannot hold": ((["a"], [1.0], "keys"), {}, "cannot be named 'keys'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused_changes_nothing(case):
+    arguments, options, message = REFUSED[case]
+    peft_model = adapt(build("bert"), "a", "b")
+    before = snapshot(peft_model)
+    with pytest.raises(ConfigError, match=message):
+        peft_model.add_weighted_adapter(*arguments, **options)
+    assert list(peft_model.peft_config) == ["a", "b"]
+    assert_unchanged(peft_model, before)
+
+
+def test_two_adapters_with_the_same_head_are_refused():
+    peft_model = adapt(build("bert-classifier"), "a", "b", task_type="SEQ_CLS")
+    with pytest.raises(ConfigError, match=r"target the same module with modules_to_save, but found .*classifier"):
+        peft_model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum")
+    assert list(peft_model.peft_config) == ["a", "b"]
