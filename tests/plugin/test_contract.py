@@ -1,0 +1,291 @@
+"""Every private name of PEFT and transformers that this package relies on, and what breaks without it.
+
+A new version of either that moves one of them fails here first, by name, and not in some user's training.
+"""
+
+import ast
+import importlib
+import inspect
+import sys
+import types
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+import peft_lntune
+from peft_lntune import LNTuningConfig
+from peft_lntune.plugin import install
+from peft_lntune.plugin.optional import PluginWarning, apply_optional
+from tests import adapted
+
+PACKAGE = Path(peft_lntune.__file__).parent
+
+
+@dataclass(frozen=True)
+class Name:
+    """A name of somebody else's.
+
+    Attributes:
+        path: where it lives, `module:attribute` or `module:Class.attribute`.
+        feature: what breaks without it.
+        files: the files that use it, within the package.
+    """
+
+    path: str
+    feature: str
+    files: tuple[str, ...]
+
+    @property
+    def owner(self) -> Any:
+        module, _, attribute = self.path.partition(":")
+        found: Any = importlib.import_module(module)
+        for part in attribute.split(".")[:-1]:
+            found = getattr(found, part)
+        return found
+
+    @property
+    def attribute(self) -> str:
+        return self.path.partition(":")[2].split(".")[-1]
+
+
+MIXED = "adapters in a PeftMixedModel"
+GUARD = "refusing damaged adapters without a trace, on every loading path"
+CARDS = "the line `import peft_lntune` in cards that PEFT or push_to_hub write"
+TUNER, LAYER = "peft.tuners.tuners_utils:BaseTuner", "peft.tuners.tuners_utils:BaseTunerLayer"
+
+# Patches that can be left out: one warning, and the rest works.
+OPTIONAL = [
+    Name("peft.tuners.mixed.model:COMPATIBLE_TUNER_TYPES", MIXED, ("plugin/mixed.py",)),
+    Name("peft.tuners.mixed:COMPATIBLE_TUNER_TYPES", MIXED, ("plugin/mixed.py",)),
+    Name("peft.tuners.mixed.model:PREFIXES", MIXED, ("plugin/mixed.py",)),
+    Name("peft.tuners.mixed.model:Configs", MIXED, ("plugin/mixed.py",)),
+    Name("peft.tuners.mixed.model:Layers", MIXED, ("plugin/mixed.py",)),
+    Name("peft.tuners.mixed.model:MixedModel", MIXED, ("plugin/mixed.py",)),
+    Name("peft.mapping:PEFT_TYPE_TO_MIXED_MODEL_MAPPING", MIXED, ("plugin/mixed.py",)),
+    Name("peft:PeftMixedModel", GUARD, ("plugin/loading.py",)),
+    Name("peft.peft_model:PeftModel.load_adapter", GUARD, ("plugin/loading.py",)),
+    Name("peft.peft_model:PeftModel.from_pretrained", GUARD, ("plugin/loading.py",)),
+    Name("peft.mixed_model:PeftMixedModel.from_pretrained", GUARD, ("plugin/loading.py",)),
+    Name("peft.config:PeftConfigMixin._get_peft_type", GUARD, ("plugin/loading.py",)),
+    Name("peft.utils.save_and_load:load_peft_weights", GUARD, ("plugin/loading.py",)),
+    Name("transformers.integrations.peft:PeftAdapterMixin", GUARD, ("plugin/loading.py",)),
+    Name("transformers.integrations.peft:PeftAdapterMixin.load_adapter", GUARD, ("plugin/loading.py",)),
+    Name("peft.peft_model:PeftModel.create_or_update_model_card", CARDS, ("plugin/cards.py",)),
+    Name("transformers.utils.hub:PushToHubMixin", CARDS, ("plugin/cards.py",)),
+    Name("transformers.utils.hub:PushToHubMixin._upload_modified_files", CARDS, ("plugin/cards.py",)),
+]
+# What the tuner and its layers are made of, and registration: nothing works without.
+REQUIRED = [
+    Name("peft.utils:register_peft_method", "registration", ("plugin/register.py",)),
+    Name("peft.mapping:PEFT_TYPE_TO_TUNER_MAPPING", "registration", ("plugin/register.py",)),
+    Name("peft.mapping:PEFT_TYPE_TO_CONFIG_MAPPING", "registration", ("plugin/register.py",)),
+    *(
+        Name(f"peft.utils:PeftType.{name}", "registration: a member of the enum", ("plugin/register.py",))
+        for name in ("_member_names_", "_member_map_", "_value2member_map_")
+    ),
+    Name(f"{TUNER}._prepare_adapter_config", "injection", ("model.py", "plugin/mixed.py")),
+    Name(f"{TUNER}._prepare_model", "planning before anything changes", ("model.py", "plugin/mixed.py")),
+    Name(f"{TUNER}._check_target_module_exists", "choosing modules", ("model.py", "plugin/mixed.py")),
+    Name(f"{TUNER}._create_and_replace", "injection", ("model.py", "plugin/mixed.py")),
+    Name(f"{TUNER}._replace_module", "injection", ("inject.py",)),
+    Name(f"{TUNER}._cast_adapter_dtype", "float32 deltas over a half precision base", ("model.py",)),
+    Name(f"{TUNER}._unload_and_optionally_merge", "safe_merge", ("model.py",)),
+    Name(f"{TUNER}._get_adapter_state_dict", "the manifest in the saved config", ("model.py",)),
+    Name(f"{TUNER}._remove_adapter_name_from_key", "the manifest in the saved config", ("model.py",)),
+    Name(
+        f"{TUNER}._remap_adapter_state_dict_for_load",
+        "refusing weights that do not fit",
+        ("model.py", "plugin/loading.py"),
+    ),
+    Name("peft.peft_model:PeftModel._enable_peft_forward_hooks", "adapter_names", ("model.py",)),
+    Name(f"{LAYER}._disable_adapters", "disable_adapter", ("layers/base.py",)),
+    Name(f"{LAYER}._move_adapter_to_device_of_base_layer", "deltas keep their dtype", ("layers/base.py",)),
+    Name("peft.tuners.tuners_utils:check_adapters_to_merge", "merging", ("layers/base.py",)),
+    Name("peft.tuners.tuners_utils:check_target_module_exists", "choosing modules", ("plan.py", "inject.py")),
+    Name("peft.tuners.tuners_utils:onload_layer", "merging under offloading", ("model.py",)),
+    Name("peft.utils.other:ModulesToSaveWrapper", "heads in mixed batches", ("heads.py",)),
+    *(
+        Name(f"peft.utils.merge_utils:{name}", "add_weighted_adapter", ("weighted.py",))
+        for name in ("dare_linear", "dare_ties", "magnitude_prune", "task_arithmetic", "ties")
+    ),
+]
+
+
+def ids(name: Name) -> str:
+    return name.path
+
+
+@pytest.mark.parametrize("name", OPTIONAL + REQUIRED, ids=ids)
+def test_it_is_there(name: Name) -> None:
+    assert hasattr(name.owner, name.attribute), f"gone: {name.path}. Without it: {name.feature}."
+
+
+@pytest.mark.parametrize("name", OPTIONAL + REQUIRED, ids=ids)
+def test_it_is_used_where_the_table_says(name: Name) -> None:
+    users = {str(file.relative_to(PACKAGE)) for file in PACKAGE.rglob("*.py") if name.attribute in words(file)}
+    assert set(name.files) <= users
+
+
+# Taking them away.
+
+
+@pytest.fixture
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """PEFT and transformers as they are without our optional patches; afterwards with them again."""
+    for owner, attribute in (
+        (PeftModel, "load_adapter"),
+        (PeftModel, "create_or_update_model_card"),
+        (importlib.import_module("transformers.integrations.peft").PeftAdapterMixin, "load_adapter"),
+        (importlib.import_module("transformers.utils.hub").PushToHubMixin, "_upload_modified_files"),
+    ):
+        monkeypatch.setattr(owner, attribute, getattr(owner, attribute).__wrapped__)
+    for owner in (PeftModel, peft.PeftMixedModel):
+        monkeypatch.setattr(owner, "from_pretrained", classmethod(owner.from_pretrained.__func__.__wrapped__))
+    mixed = importlib.import_module("peft.tuners.mixed.model")
+    for owner in (mixed, importlib.import_module("peft.tuners.mixed")):
+        monkeypatch.setattr(owner, "COMPATIBLE_TUNER_TYPES", mixed.COMPATIBLE_TUNER_TYPES[:6])
+    for attribute in ("PREFIXES", "Configs", "Layers", "MixedModel"):  # set again, so that they are put back
+        monkeypatch.setattr(mixed, attribute, getattr(mixed, attribute))
+    for attribute in (
+        "_create_and_replace",
+        "_prepare_adapter_config",
+        "_prepare_model",
+        "_check_target_module_exists",
+    ):
+        kept = inspect.getattr_static(mixed.MixedModel, attribute)
+        monkeypatch.setattr(mixed.MixedModel, attribute, kept)
+    for patch in ("mixed", "loading", "cards"):
+        monkeypatch.delitem(sys.modules, f"peft_lntune.plugin.{patch}", raising=False)
+    yield
+    monkeypatch.undo()
+    install()
+
+
+def patched(feature: str) -> bool:
+    """Whether the patch that gives a feature is in force, wholly or in part."""
+    mixed = importlib.import_module("peft.tuners.mixed.model")
+    native = importlib.import_module("transformers.integrations.peft")
+    hub = importlib.import_module("transformers.utils.hub")
+    if feature == MIXED:
+        return "LNTUNE" in getattr(mixed, "COMPATIBLE_TUNER_TYPES", ())
+    places: dict[str, list[Any]] = {
+        GUARD: [(PeftModel, "load_adapter"), (PeftModel, "from_pretrained"), (native, "PeftAdapterMixin.load_adapter")],
+        CARDS: [(PeftModel, "create_or_update_model_card"), (hub, "PushToHubMixin._upload_modified_files")],
+    }
+    functions = []
+    for place, path in places[feature]:
+        for part in path.split("."):
+            place = getattr(place, part, None)
+        functions.append(place)
+    return any(hasattr(function, "_lntune_guarded") or hasattr(function, "_lntune_card") for function in functions)
+
+
+def tune_once() -> None:
+    """Plain LN-tuning: inject, train a step, disable."""
+    model = get_peft_model(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)), LNTuningConfig())
+    x = torch.randn(2, 3)
+    before = model(x)
+    before.square().sum().backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0).step()
+    assert not torch.equal(model(x), before)
+    with model.disable_adapter():
+        assert torch.equal(model(x), before)
+
+
+@pytest.mark.usefixtures("forgotten")
+@pytest.mark.parametrize("name", OPTIONAL, ids=ids)
+def test_without_it_one_warning_and_the_rest_works(name: Name, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = next((cls for cls in getattr(name.owner, "__mro__", ()) if name.attribute in vars(cls)), name.owner)
+    features = {MIXED, GUARD, CARDS}
+    assert not any(patched(feature) for feature in features)
+    monkeypatch.delattr(owner, name.attribute)
+    with pytest.warns(PluginWarning, match=f"Everything works except: {name.feature}. Upgrade peft_lntune") as caught:
+        install()
+    # One name may serve several patches; each is named once, and is either in force or not at all.
+    lost = {feature for feature in features if any(feature in str(warning.message) for warning in caught)}
+    assert len(caught) == len(lost)
+    assert {feature for feature in features if patched(feature)} == features - lost
+    tune_once()
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_with_all_of_them_no_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        install()
+    assert all(patched(feature) for feature in (MIXED, GUARD, CARDS))
+    tune_once()
+
+
+def test_other_errors_of_a_patch_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("a_patch")
+    module.patch = lambda: 1 / 0
+    monkeypatch.setitem(sys.modules, "a_patch", module)
+    with pytest.raises(ZeroDivisionError, match="division by zero"):
+        apply_optional("something", "a_patch.patch")
+
+
+# The table is complete.
+
+
+def words(file: Path) -> set[str]:
+    """Every identifier in a file: names, attributes, functions, imports and strings that could be one."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.FunctionDef) or isinstance(node, ast.alias):
+            found.add(node.name)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)
+    return found
+
+
+def private_names_of_others() -> set[str]:
+    """Underscored attributes of the classes of PEFT and transformers that ours extend, patch or look into."""
+    named = {name.owner for name in OPTIONAL + REQUIRED if inspect.isclass(name.owner)}
+    hosts = {*named, peft.PeftConfig, transformers.PreTrainedModel, *adapted_classes()}
+    owned = {cls for host in hosts for cls in host.__mro__ if cls.__module__.split(".")[0] in ("peft", "transformers")}
+    inherited = set(dir(nn.Module)) | set(dir(object))
+    return {n for cls in owned for n in vars(cls) if n.startswith("_") and not n.startswith("__")} - inherited
+
+
+def adapted_classes() -> set[type]:
+    model = adapted.adapt(adapted.build("bert-classifier"), task_type="SEQ_CLS")
+    return {type(module) for module in model.modules()} | {type(model.peft_config["default"])}
+
+
+def test_no_other_private_name_is_used() -> None:
+    theirs = private_names_of_others()
+    assert "_create_and_replace" in theirs  # or the scan sees nothing
+    used = {(str(file.relative_to(PACKAGE)), word) for file in PACKAGE.rglob("*.py") for word in words(file) & theirs}
+    declared = {(file, name.attribute) for name in OPTIONAL + REQUIRED for file in name.files}
+    assert {(file, word) for file, word in used - declared if not ours(file, word)} == set()
+
+
+def ours(file: str, word: str) -> bool:
+    """Whether a file itself defines this name, at its top or in a class of its own that extends nobody's."""
+    tree = ast.parse((PACKAGE / file).read_text())
+    return word in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_no_private_name_is_imported() -> None:
+    imported = {
+        (str(file.relative_to(PACKAGE)), alias.name)
+        for file in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("peft", "transformers")
+        for alias in node.names
+    }
+    assert {name for name in imported if name[1].startswith("_")} == set()
