@@ -93,6 +93,8 @@ def call_with(
         return path(norm, x, weight, bias)
     outer_bias = bias is not None and own_bias is None
     rule, own, wider = rule_for(norm, x.device, x.dtype, weight.dtype, outer_bias), norm.forward, (weight, bias)
+    if _is_plain(norm):
+        return by_rule(norm, rule, own, wider, x, args, kwargs)
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return by_rule(norm, rule, own, wider, x, args, kwargs)
@@ -124,7 +126,8 @@ def call_with_rows(
     """
     if type(norm) is nn.LayerNorm and not args and not kwargs and _is_plain(norm):
         wide = F.layer_norm(x.to(weight.dtype), norm.normalized_shape, None, None, norm.eps)
-        return (wide * weight if bias is None else torch.addcmul(bias, wide, weight)).to(x.dtype)
+        y = wide * weight if bias is None else torch.addcmul(bias, wide, weight)
+        return y.to(output_dtype(norm, x) if torch.is_autocast_enabled(x.device.type) else x.dtype)
     rule, own = rule_for(norm, x.device, x.dtype, weight.dtype, True), norm.forward
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -132,6 +135,8 @@ def call_with_rows(
         y = xhat * weight if bias is None else torch.addcmul(bias, xhat, weight)
         return y.to(x.dtype if rule.dtype is None else rule.dtype)
 
+    if _is_plain(norm):
+        return forward(x, *args, **kwargs)
     return call_hooked(norm, forward, x, *args, **kwargs)
 
 

@@ -6,7 +6,7 @@ between norms and other modules is how the wrapped module is run with given para
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -44,7 +44,8 @@ def _source(module: nn.Module, name: str) -> _Source:
     if name in module.__dict__ or owner.get(name) is None:
         # Sharding or an outer layer has put a tensor in the way, nobody's to keep: it never counts as unchanged.
         return _Source(owner, name, None, None)
-    return _Source(owner, name, owner[name], stamp(owner[name]))
+    tensor = cast(Tensor, owner[name])
+    return _Source(owner, name, tensor, stamp(tensor))
 
 
 def _unchanged(source: _Source) -> bool:
