@@ -245,7 +245,7 @@ def words(file: Path) -> set[str]:
             found.add(node.attr)
         elif isinstance(node, ast.Name):
             found.add(node.id)
-        elif isinstance(node, ast.FunctionDef) or isinstance(node, ast.alias):
+        elif isinstance(node, (ast.FunctionDef, ast.alias)):
             found.add(node.name)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             found.add(node.value)
