@@ -50,7 +50,7 @@ def _source(module: nn.Module, name: str) -> _Source:
 
 def _unchanged(source: _Source) -> bool:
     tensor = source.tensor
-    return tensor is not None and source.owner.get(source.name) is tensor and stamp(tensor) == source.stamp
+    return tensor is not None and stamp(tensor) == source.stamp and source.owner.get(source.name) is tensor
 
 
 class LNTuneLayer(nn.Module, BaseTunerLayer):
