@@ -58,6 +58,11 @@ class Delta(nn.Module):
         """Flat positions of the tuned entries, `(k,)` int64; None when all are tuned. Kept until the mask changes."""
         if self.mask is None:
             return None
+        if torch.compiler.is_compiling():
+            # A graph can ask for no address or version, and what nonzero returns has no shape there. A stable sort
+            # gives the same positions, in a shape that is known.
+            bits = unpack_bits(self.mask, self.shape).reshape(-1).to(torch.uint8)
+            return bits.argsort(descending=True, stable=True)[: self.weight.numel()]
         key = stamp(self.mask)
         if self._index is None or self._index[0] != key:
             with torch.inference_mode(False):  # what is kept here may be needed in a graph later
