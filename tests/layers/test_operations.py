@@ -1,0 +1,92 @@
+"""Cost, counted in dispatched operations, which do not depend on the machine.
+
+With one adapter and no gradients a forward costs at most one operation more a norm than the base, a training step at
+most two more a tuned tensor than the plain `requires_grad` lines, and a mixed batch at most 1.10 of the base.
+"""
+
+import pytest
+import torch
+import transformers as hf
+from peft import get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from peft_lntune import LNTuningConfig, find_norms
+from tests.adapted import adapt, build, deltas, fill, inputs, layers, output, said
+
+
+class Counted(TorchDispatchMode):
+    """Counts what reaches the dispatcher below autograd, views included."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operations(run):
+    with Counted() as counted:
+        run()
+    return counted.count
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_one_adapter_costs_one_operation_a_norm_without_gradients(family, dtype):
+    model, batch = build(family, dtype), inputs(family, dtype)
+    base = operations(lambda: output(model, batch))
+    peft_model = adapt(model)
+    output(peft_model, batch)  # what is kept is made once
+    assert operations(lambda: output(peft_model, batch)) - base <= len(list(layers(peft_model)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_training_step_costs_two_operations_a_tuned_tensor(family, dtype):
+    def step(model):
+        said(model, batch).float().square().sum().backward()
+
+    plain, batch = build(family, dtype), inputs(family, dtype)
+    plain.requires_grad_(False)
+    for name in find_norms(plain):
+        plain.get_submodule(name).requires_grad_(True)
+    peft_model = adapt(build(family, dtype), std=0)
+    counts = []
+    for model in (plain, peft_model):
+        step(model)
+        model.zero_grad()
+        counts.append(operations(lambda model=model: step(model)))
+    assert counts[1] - counts[0] <= 2 * len(deltas(peft_model))
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    """A BERT body with 32 adapters, and what its forward costs without them; six layers, as MiniLM has."""
+    config = hf.BertConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=6, num_attention_heads=2, vocab_size=40
+    )
+    model = hf.BertModel(config, add_pooling_layer=False).eval()
+    base = operations(lambda: output(model, inputs("bert", batch=32)))
+    peft_model = get_peft_model(model, LNTuningConfig(), adapter_name="0")
+    for number in range(1, 32):
+        peft_model.add_adapter(str(number), LNTuningConfig())
+        fill(peft_model, str(number), seed=number)
+    return peft_model.eval(), base
+
+
+def test_a_mixed_batch_costs_a_tenth_more_however_many_adapters(encoder):
+    peft_model, base = encoder
+    batch, counts = inputs("bert", batch=32), {}
+    for distinct in (1, 8, 32):
+        names = [str(row % distinct) for row in range(32)]
+        output(peft_model, batch, adapter_names=names)  # the stacks are made once
+        counts[distinct] = operations(lambda names=names: output(peft_model, batch, adapter_names=names))
+    assert len(set(counts.values())) == 1
+    assert counts[1] <= 1.10 * base
+
+
+def test_the_base_can_be_mixed_in_at_no_further_cost(encoder):
+    peft_model, base = encoder
+    batch, names = inputs("bert", batch=32), ["__base__", *map(str, range(31))]
+    output(peft_model, batch, adapter_names=names)
+    assert operations(lambda: output(peft_model, batch, adapter_names=names)) <= 1.10 * base
