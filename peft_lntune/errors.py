@@ -6,6 +6,7 @@ Every message says what was expected, what came, and what to do; every error is 
 __all__ = [
     "AdapterFileError",
     "ConfigError",
+    "MixedHeadError",
     "NoMatchError",
     "PeftLNTuneError",
     "RegistrationError",
@@ -32,6 +33,10 @@ class AdapterFileError(PeftLNTuneError):
 
 class RoutingError(PeftLNTuneError):
     """Rows of a batch cannot be matched with adapters. Next: correct the names, or the place of the call."""
+
+
+class MixedHeadError(RoutingError, TypeError):
+    """A head in `modules_to_save` cannot be mixed by row. Also a `TypeError`, as PEFT raises it. Next: a plain head."""
 
 
 class UnsupportedError(PeftLNTuneError):

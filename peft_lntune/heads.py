@@ -5,12 +5,11 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from peft_lntune.core.route import Route
-from peft_lntune.errors import RoutingError
+from peft_lntune.errors import MixedHeadError
 
 __all__ = ["copy_heads", "routed_heads"]
 
@@ -28,13 +27,13 @@ def routed_heads(model: nn.Module, route: Route, names: Sequence[str] | str) -> 
         names: the adapter of each sample, or one for all.
 
     Raises:
-        RoutingError: a head is a module of several layers, which PEFT cannot mix; the message names it.
+        MixedHeadError: a head is a module of several layers, which PEFT cannot mix; the message names it.
     """
     heads = {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
     several = not isinstance(names, str) and len(set(names)) > 1
     for name, head in heads.items():
         if several and not isinstance(head.original_module, PLAIN):
-            raise RoutingError(
+            raise MixedHeadError(
                 f"{name} ({type(head.original_module).__name__}) is in modules_to_save and cannot be mixed by row: "
                 f"Mixed batching is only supported for the following modules: {', '.join(c.__name__ for c in PLAIN)}. "
                 "Save a plain layer inside it instead, or run one batch an adapter."
@@ -53,16 +52,8 @@ def routed_heads(model: nn.Module, route: Route, names: Sequence[str] | str) -> 
 
 
 def _by_row(head: ModulesToSaveWrapper, route: Route, label: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    rows: dict[str, list[int]] = {}
-    for row, name in enumerate(route.names_for(len(x), label)):
-        rows.setdefault(name, []).append(row)
     own = dict(head.modules_to_save.items())
-    saved = {name: own.get(name, head.original_module) for name in rows}
-    if len(rows) == 1:
-        return next(iter(saved.values()))(x, *args, **kwargs)
-    outputs = [saved[name](x[index], *args, **kwargs) for name, index in rows.items()]
-    order = torch.tensor([row for index in rows.values() for row in index], device=x.device)
-    return torch.cat(outputs)[order.argsort()]
+    return route.by_adapter(x, label, lambda name, rows: own.get(name, head.original_module)(rows, *args, **kwargs))
 
 
 def copy_heads(model: nn.Module, source: str, target: str) -> None:

@@ -14,7 +14,7 @@ from peft_lntune.fit import check_fit, check_masks
 from peft_lntune.heads import copy_heads, routed_heads
 from peft_lntune.inject import create_and_replace, is_target, prepare, route_of
 from peft_lntune.layers import PARAMETERS, LNTuneLayer, NormLayer
-from peft_lntune.storage import check_tensors, manifest_of
+from peft_lntune.storage import check_tensors, dropped_tensors, manifest_of, of_adapter
 from peft_lntune.weighted import MAJORITY_SIGNS, combine, combined_config
 
 __all__ = ["LNTuneModel"]
@@ -60,7 +60,7 @@ class LNTuneModel(BaseTuner):
         # Deltas are made in float32. Only a user who says autocast_adapter_dtype=False wants the dtype of the base.
         if autocast_adapter_dtype or self.peft_config[adapter_name].delta_dtype is not None:
             return
-        for layer in self.layers():
+        for layer in self.tuner_layers():
             for parameter in PARAMETERS:
                 if adapter_name in layer.deltas(parameter):
                     layer.deltas(parameter)[adapter_name].to(layer.base_parameter(parameter).dtype)
@@ -84,7 +84,7 @@ class LNTuneModel(BaseTuner):
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _check_merge(self, adapter_names: list[str] | None) -> None:
-        for layer in self.layers():
+        for layer in self.tuner_layers():
             with onload_layer(layer):
                 layer.check_merge(adapter_names)
 
@@ -94,7 +94,10 @@ class LNTuneModel(BaseTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, **kwargs: Any
     ) -> dict[str, Tensor]:
+        # In place: PEFT takes the heads in modules_to_save from the same state dict afterwards.
+        kwargs["state_dict"].update(dropped_tensors(model, adapter_name, kwargs["unwanted_adapter_names"]))
         tensors = super()._get_adapter_state_dict(model=model, config=config, adapter_name=adapter_name, **kwargs)
+        tensors = {key: value for key, value in tensors.items() if of_adapter(key, adapter_name)}
         stored = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in tensors.items()}
         # A sharded or empty state dict is not what the file will hold, so nothing is claimed about it.
         whole = bool(stored) and not any(value.is_meta for value in stored.values())
@@ -112,8 +115,8 @@ class LNTuneModel(BaseTuner):
 
     # Adapters.
 
-    def layers(self) -> Iterator[LNTuneLayer]:
-        """The tuner layers of the model."""
+    def tuner_layers(self) -> Iterator[LNTuneLayer]:
+        """The tuner layers of the model. Not `layers`: PEFT passes unknown names on, and many models have those."""
         return (module for module in self.model.modules() if isinstance(module, LNTuneLayer))
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -139,7 +142,7 @@ class LNTuneModel(BaseTuner):
         """
         places = {
             f"{layer.label}.{parameter}": (layer, parameter)
-            for layer in self.layers()
+            for layer in self.tuner_layers()
             for parameter in PARAMETERS
             if adapter_name in layer.deltas(parameter)
         }
@@ -175,14 +178,14 @@ class LNTuneModel(BaseTuner):
             allowed = ", ".join(map(repr, MAJORITY_SIGNS))
             raise ConfigError(f"majority_sign_method={majority_sign_method!r}: choose one of {allowed}.")
         sources = {name: self.peft_config[name] for name in adapters}
-        config = combined_config(sources, list(self.layers()), combination_type, density)
+        config = combined_config(sources, list(self.tuner_layers()), combination_type, density)
         self.peft_config[adapter_name] = config
         try:
             self.inject_adapter(self.model, adapter_name)
         except Exception:
             del self.peft_config[adapter_name]
             raise
-        for layer in self.layers():
+        for layer in self.tuner_layers():
             combine(layer, adapters, weights, adapter_name, combination_type, density, majority_sign_method)
         for donor in sources:
             copy_heads(self.model, donor, adapter_name)
@@ -207,7 +210,7 @@ class LNTuneModel(BaseTuner):
             yield
             return
         self._check_route(names)
-        layers = [layer for layer in self.layers() if isinstance(layer, NormLayer)]
+        layers = [layer for layer in self.tuner_layers() if isinstance(layer, NormLayer)]
         entries = [entry for layer in layers for entry in layer.entries()]
         with ExitStack() as stack:
             route = route_of(self.model)
@@ -218,7 +221,7 @@ class LNTuneModel(BaseTuner):
     def _check_route(self, names: Sequence[str] | str) -> None:
         if self.training:
             raise RoutingError("Cannot pass `adapter_names` when the model is in training mode.")
-        if any(layer.merged for layer in self.layers()):
+        if any(layer.merged for layer in self.tuner_layers()):
             raise RoutingError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )

@@ -7,7 +7,8 @@ weights it was saved with, so that a config of one save beside the weights of an
 import hashlib
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,20 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_lntune.errors import AdapterFileError
 
-__all__ = ["WEIGHTS_FILE", "check_directory", "check_tensors", "hub_options", "is_ours", "manifest_of"]
+__all__ = [
+    "WEIGHTS_FILE",
+    "check_directory",
+    "check_tensors",
+    "dropped_tensors",
+    "hub_options",
+    "is_ours",
+    "manifest_of",
+    "of_adapter",
+]
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_FILE = "adapter_model.bin"  # PEFT writes and reads it where a user says safe_serialization=False
@@ -35,6 +45,26 @@ _PEFT_ROOT = "base_model.model."
 def is_ours(key: str) -> bool:
     """Whether a key of a state dict names a tensor of this package, `<module>.lntune_<parameter>.weight` or `.mask`."""
     return key.rpartition(".")[0].rpartition(".")[2].startswith(PREFIX)
+
+
+def of_adapter(key: str, adapter_name: str) -> bool:
+    """Whether a name in a model is of a tensor of this adapter: a delta of ours, or a head in `modules_to_save`."""
+    return any(
+        name == adapter_name and (container.startswith(PREFIX) or container == "modules_to_save")
+        for container, name in pairwise(key.split("."))
+    )
+
+
+def dropped_tensors(model: nn.Module, adapter_name: str, others: Iterable[str]) -> dict[str, Tensor]:
+    """Tensors of an adapter that PEFT takes for those of another one, whose name stands somewhere in theirs.
+
+    Before it saves an adapter, PEFT drops every tensor with the name of another one in it. Beside an adapter called
+    `weight`, `LayerNorm` or `0`, that would be nearly all of ours.
+    """
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    own = {key: tensor for key, tensor in named.items() if of_adapter(key, adapter_name)}
+    others = set(others)
+    return {key: tensor.detach() for key, tensor in own.items() if others & set(key.split("."))}
 
 
 def manifest_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -329,3 +329,10 @@ def test_gradients_reach_the_inputs_of_a_mixed_batch():
     embedding = peft_model.base_model.model.bert.embeddings.word_embeddings.modules_to_save["b"]
     assert embedding.weight.grad.abs().sum() > 0
     assert len(deltas(peft_model, "a")) == len(deltas(peft_model, "b"))
+
+
+def test_samples_and_tokens_in_one_axis_are_told_apart():
+    """OPT flattens (B, T, d) to (B * T, d) before the norm of its feed-forward layer."""
+    peft_model, batch = adapt(build("opt"), "a", "b"), inputs("opt")
+    mixed = output(peft_model, batch, adapter_names=NAMES)
+    torch.testing.assert_close(mixed, each_alone(peft_model, batch, NAMES), rtol=1e-5, atol=1e-5)

@@ -28,7 +28,7 @@ class StoredConfig(LNTuneConfig):
     """
 
     def __new__(cls, **stored: Any) -> LNTuneConfig:
-        name = stored.get("kind")
+        name = stored.get("kind", LNTuningConfig.__name__)  # as in a dict written by hand
         check_format(stored.get("format_version", FORMAT_VERSION))  # first: in a newer format all else may differ
         if not isinstance(name, str) or name not in KINDS:
             raise ConfigError(

@@ -45,6 +45,7 @@ class Route:
         self._index = torch.empty(0, dtype=torch.long)
         self._broadcast = False
         self._expansions: set[int] = {1}
+        self._tokens = 0
         self._rows: dict[int, dict[int, Rows]] = {}
         self._stacks: list[tuple[list[Entry], Tensor]] = []
         self._key: object = None
@@ -90,33 +91,56 @@ class Route:
         try:
             yield
         finally:
-            self.active, self.names, self._rows = False, [], {}
+            self.active, self.names, self._rows, self._tokens = False, [], {}, 0
 
-    def rows(self, owner: int, batch: int, label: str) -> Rows | None:
-        """The rows of one norm for a batch of `batch` samples; None where no adapter touches it.
+    def rows(self, owner: int, shape: torch.Size, label: str) -> Rows | None:
+        """The rows of one norm for an input of `shape`, `(B, ..., d)`; None where no adapter touches it.
 
         Raises:
             RoutingError: the batch has another length than the list of names.
         """
-        factor = 1 if self._broadcast else self._factor(batch, label)
+        factor = 1 if self._broadcast else self._factor(shape, label)
         if factor not in self._rows:
             self._rows[factor] = self._gather(factor)
         return self._rows[factor].get(owner)
 
-    def names_for(self, batch: int, label: str) -> list[str]:
-        """The adapter of each of `batch` samples, beams and return sequences counted in."""
-        if self._broadcast:
-            return self.names * batch
-        factor = self._factor(batch, label)
-        return [name for name in self.names for _ in range(factor)]
+    def by_adapter(self, x: Tensor, label: str, run: Callable[[str, Tensor], Tensor]) -> Tensor:
+        """Run the rows of each adapter in one pass, for modules whose parameters do not fit a row.
 
-    def _factor(self, batch: int, label: str) -> int:
+        Args:
+            x: the input, `(B, ...)`.
+            label: name of the module, for errors.
+            run: `(adapter name, its rows of x) -> output`.
+
+        Returns:
+            The outputs, in the order of `x`.
+        """
+        if self._broadcast:
+            return run(self.names[0], x)
+        factor = self._factor(x.shape, label)
+        rows: dict[str, list[int]] = {}
+        for row in range(x.shape[0]):
+            rows.setdefault(self.names[row // factor], []).append(row)
+        if len(rows) == 1:
+            return run(self.names[0], x)
+        outputs = [run(name, x[index]) for name, index in rows.items()]
+        order = torch.tensor([row for index in rows.values() for row in index], device=x.device)
+        return torch.cat(outputs)[order.argsort()]
+
+    def _factor(self, shape: torch.Size, label: str) -> int:
+        """How many rows of an input belong to one name."""
+        batch = shape[0]
         factor, rest = divmod(batch, len(self.names)) if self.names else (0, batch)
-        if rest or factor not in self._expansions:
+        if not rest and factor in self._expansions:
+            self._tokens = shape[1] if len(shape) == 3 else self._tokens
+            return factor
+        # OPT puts samples and tokens into one axis before some norms: (B, T, d) becomes (B * T, d), sample by sample.
+        flattened = {expansion * self._tokens for expansion in self._expansions} if len(shape) == 2 else set()
+        if rest or factor not in flattened:
             raise RoutingError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(self.names)} and {batch} respectively. (Seen in {label}, along its first axis; a model that "
-                "flattens samples and tokens into one axis before a norm cannot be routed by sample.)"
+                f"{len(self.names)} and {batch} respectively. (Seen in {label}, along its first axis; where a model "
+                "reorders or drops tokens before a layer, as experts do, it cannot be routed by sample.)"
             )
         return factor
 

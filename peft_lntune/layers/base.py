@@ -72,6 +72,9 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         self.lntune_bias = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self.label = label
+        # PEFT has these two on every layer; a norm has neither.
+        self.in_features = getattr(base_layer, "in_features", None)
+        self.out_features = getattr(base_layer, "out_features", None)
         self._route = route
         self._unmerged: dict[str, Tensor] = {}
         self._kept: _Kept | None = None

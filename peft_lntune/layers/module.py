@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from peft_lntune.core.affine import shadowed
@@ -30,13 +29,7 @@ class ModuleLayer(LNTuneLayer):
     def run_routed(self, *args: Any, **kwargs: Any) -> Tensor:
         """One pass for each adapter in the batch, as PEFT's LoRA does it: a full delta a row would not fit."""
         x, *others = args
-        names = self._route.names_for(x.shape[0], self.label)
-        rows: dict[str, list[int]] = {}
-        for row, name in enumerate(names):
-            rows.setdefault(name, []).append(row)
-        outputs = [self._run_one(name, x[index], *others, **kwargs) for name, index in rows.items()]
-        order = torch.tensor([row for index in rows.values() for row in index], device=x.device)
-        return torch.cat(outputs)[order.argsort()]
+        return self._route.by_adapter(x, self.label, lambda name, rows: self._run_one(name, rows, *others, **kwargs))
 
     def _run_one(self, adapter: str, *args: Any, **kwargs: Any) -> Tensor:
         parameters = self._effective([] if adapter == BASE else [adapter])

@@ -39,7 +39,7 @@ class NormLayer(LNTuneLayer):
 
     def run_routed(self, *args: Any, **kwargs: Any) -> Tensor:
         x, args, kwargs = _split(args, kwargs)
-        rows = self._route.rows(id(self), x.shape[0], self.label)
+        rows = self._route.rows(id(self), x.shape, self.label)
         if rows is None or rows.weight is None:
             return self.base_layer(x, *args, **kwargs)
         return call_with_rows(self.base_layer, x, self._fit(rows.weight, x), self._fit(rows.bias, x), *args, **kwargs)

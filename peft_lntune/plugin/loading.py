@@ -7,7 +7,6 @@ first, and where loading fails all the same, the model is put back as it was.
 
 import functools
 import inspect
-import itertools
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from peft_lntune.config import LNTuneConfig, StoredConfig
 from peft_lntune.config.base import PEFT_TYPE
 from peft_lntune.errors import AdapterFileError, PeftLNTuneError
 from peft_lntune.model import LNTuneModel
-from peft_lntune.storage import check_directory, check_tensors, hub_options, is_ours
+from peft_lntune.storage import check_directory, check_tensors, hub_options, is_ours, of_adapter
 
 __all__ = ["guard_loading"]
 
@@ -144,10 +143,10 @@ def _explain_misfit(model: nn.Module, adapter_name: str, model_id: Any, hub: dic
 def _check_report(info: Any, adapter_name: str) -> None:
     """transformers reports keys that do not fit, and goes on; for ours that is an error, as with PEFT."""
     problems = {
-        "missing": [key for key in info.missing_keys if _belongs(key, adapter_name)],
+        "missing": [key for key in info.missing_keys if of_adapter(key, adapter_name)],
         # These come with the adapter's name in them where transformers knows the container, or else as in the file.
-        "unexpected": [key for key in info.unexpected_keys if _belongs(key, adapter_name) or is_ours(key)],
-        "of another shape": [key for key, *_ in info.mismatched_keys if _belongs(key, adapter_name)],
+        "unexpected": [key for key in info.unexpected_keys if of_adapter(key, adapter_name) or is_ours(key)],
+        "of another shape": [key for key, *_ in info.mismatched_keys if of_adapter(key, adapter_name)],
     }
     found = [f"{len(keys)} {what}, such as {min(keys)}" for what, keys in problems.items() if keys]
     if found:
@@ -155,15 +154,6 @@ def _check_report(info: Any, adapter_name: str) -> None:
             f"the saved adapter does not fit this model: {'; '.join(found)}. It was trained on another model, or the "
             "file or its config was changed."
         )
-
-
-def _belongs(key: str, adapter_name: str) -> bool:
-    """Whether a name in a model is of a tensor of this adapter: a delta of ours, or a head in modules_to_save."""
-    parts = key.split(".")
-    return any(
-        name == adapter_name and (container.startswith(LNTuneModel.prefix) or container == "modules_to_save")
-        for container, name in itertools.pairwise(parts)
-    )
 
 
 @contextmanager
@@ -223,4 +213,4 @@ def _tensors(model: nn.Module, adapter_name: str | None) -> list[Tensor]:
     if adapter_name is None:
         return []
     named = [*model.named_parameters(), *model.named_buffers()]
-    return [tensor for name, tensor in named if _belongs(name, adapter_name)]
+    return [tensor for name, tensor in named if of_adapter(name, adapter_name)]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from .rows import FLATTENING, LEFT_OUT, LET_IN, OPENED, ROUTED, RULES, Tuner
+from .rows import LEFT_OUT, OPENED, RULES, Tuner
 from .stand_ins import install_stand_ins
 
 TUNER = pytest.StashKey[Tuner]()
@@ -59,10 +59,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _is_ours(item: pytest.Function, cls: type) -> bool:
-    if item.originalname in LET_IN or "tuner" in item.fixturenames:
+    if "tuner" in item.fixturenames:
         return True
     given = item.callspec.params if hasattr(item, "callspec") else {}
-    if item.originalname in LEFT_OUT or (item.originalname in ROUTED and given.get("model_id") == FLATTENING):
+    if item.originalname in LEFT_OUT:
         return False
     return any(value is cls or isinstance(value, cls) for value in given.values())
 
