@@ -14,7 +14,7 @@ from peft_lntune.fit import check_fit, check_masks
 from peft_lntune.heads import copy_heads, routed_heads
 from peft_lntune.inject import create_and_replace, is_target, prepare, route_of
 from peft_lntune.layers import PARAMETERS, LNTuneLayer, NormLayer
-from peft_lntune.storage import check_tensors, dropped_tensors, manifest_of, of_adapter
+from peft_lntune.storage import check_tensors, dropped_tensors, manifest_of, of_adapter, without_adapter_name
 from peft_lntune.weighted import MAJORITY_SIGNS, combine, combined_config
 
 __all__ = ["LNTuneModel"]
@@ -103,6 +103,10 @@ class LNTuneModel(BaseTuner):
         whole = bool(stored) and not any(value.is_meta for value in stored.values())
         config.manifest = manifest_of(stored) if whole else None
         return tensors
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return without_adapter_name(key, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

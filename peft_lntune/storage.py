@@ -34,6 +34,7 @@ __all__ = [
     "is_ours",
     "manifest_of",
     "of_adapter",
+    "without_adapter_name",
 ]
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -53,6 +54,15 @@ def of_adapter(key: str, adapter_name: str) -> bool:
         name == adapter_name and (container.startswith(PREFIX) or container == "modules_to_save")
         for container, name in pairwise(key.split("."))
     )
+
+
+def without_adapter_name(key: str, adapter_name: str) -> str:
+    """A delta's name in a model as it stands in a file; any other name as it is.
+
+    Told by structure: PEFT's own rule takes `bias` off `classifier.bias` where that is the name of the adapter.
+    """
+    module, _, tensor = key.rpartition(f".{adapter_name}.")
+    return f"{module}.{tensor}" if module.rpartition(".")[2].startswith(PREFIX) and "." not in tensor else key
 
 
 def dropped_tensors(model: nn.Module, adapter_name: str, others: Iterable[str]) -> dict[str, Tensor]:
