@@ -12,7 +12,15 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from peft_lntune import AdapterFileError, LNTuningConfig
-from peft_lntune.storage import WEIGHTS_FILE, check_directory, check_tensors, is_ours, manifest_of
+from peft_lntune.storage import (
+    WEIGHTS_FILE,
+    check_directory,
+    check_tensors,
+    is_ours,
+    manifest_of,
+    of_adapter,
+    without_adapter_name,
+)
 from tests import adapted
 
 
@@ -154,3 +162,35 @@ def test_a_masked_adapter_stores_only_what_is_tuned(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "adapter_config.json").read_text())["manifest"]
     assert set(manifest["masked"].values()) == {3}
     assert manifest == manifest_of(saved)
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "stripped"),
+    [
+        ("a.norm.lntune_weight.x.weight", "x", "a.norm.lntune_weight.weight"),
+        ("a.norm.lntune_weight.weight.weight", "weight", "a.norm.lntune_weight.weight"),
+        ("a.norm.lntune_weight.weight.mask", "weight", "a.norm.lntune_weight.mask"),
+        ("a.norm.lntune_bias.norm.weight", "norm", "a.norm.lntune_bias.weight"),
+        ("lntune_bias.x.weight", "x", "lntune_bias.weight"),
+        ("a.norm.lntune_weight.weight", "weight", "a.norm.lntune_weight.weight"),
+        ("classifier.bias", "bias", "classifier.bias"),
+        ("a.x.weight", "x", "a.x.weight"),
+    ],
+)
+def test_without_adapter_name(key: str, name: str, stripped: str) -> None:
+    assert without_adapter_name(key, name) == stripped
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "belongs"),
+    [
+        ("a.norm.lntune_weight.x.weight", "x", True),
+        ("a.norm.lntune_weight.weight.weight", "weight", True),
+        ("a.norm.lntune_weight.x.weight", "weight", False),
+        ("head.modules_to_save.x.dense.bias", "x", True),
+        ("head.modules_to_save.x.dense.bias", "dense", False),
+        ("a.x.weight", "x", False),
+    ],
+)
+def test_of_adapter(key: str, name: str, belongs: bool) -> None:
+    assert of_adapter(key, name) is belongs

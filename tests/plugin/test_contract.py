@@ -99,8 +99,8 @@ REQUIRED = [
     Name(f"{TUNER}._replace_module", "injection", ("inject.py",)),
     Name(f"{TUNER}._cast_adapter_dtype", "float32 deltas over a half precision base", ("model.py",)),
     Name(f"{TUNER}._unload_and_optionally_merge", "safe_merge", ("model.py",)),
-    Name(f"{TUNER}._get_adapter_state_dict", "the manifest in the saved config", ("model.py",)),
-    Name(f"{TUNER}._remove_adapter_name_from_key", "the manifest in the saved config", ("model.py",)),
+    Name(f"{TUNER}._get_adapter_state_dict", "the manifest, and tensors told by structure", ("model.py",)),
+    Name(f"{TUNER}._remove_adapter_name_from_key", "adapters of any name", ("model.py",)),
     Name(
         f"{TUNER}._remap_adapter_state_dict_for_load",
         "refusing weights that do not fit",
