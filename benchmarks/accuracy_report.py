@@ -14,6 +14,7 @@ from benchmarks.harness.tables import markdown, mean_and_spread
 NEAR_FULL = 2.0
 ABOVE_HEAD = 10.0
 NEAR_FLOAT32 = 1.0
+DTYPES = ("float32", "bfloat16")
 HEADER = ("arm", "tuned entries", "float32", "bf16 base", "rate", "rate, bf16", "moved", "moved, bf16")
 
 
@@ -33,9 +34,11 @@ def write_report(
     parts += [_notes()]
     results.mkdir(parents=True, exist_ok=True)
     (results / f"{stem}.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
-    panels = {f"{task}, {dtype} base": found.panel(task, arms, dtype) for task in tasks for dtype in _with_rows(found)}
-    if any(scores for panel in panels.values() for scores in panel.values()):
-        plot_against_size(results / f"{stem}.png", panels, found.sizes(tasks, arms), "Accuracy at equal steps")
+    sizes = found.sizes(tasks, arms)
+    if sizes:
+        panels = {task: {dtype: found.panel(task, arms, dtype) for dtype in DTYPES} for task in tasks}
+        title = "Accuracy at equal steps: mean, worst and best seed"
+        plot_against_size(results / f"{stem}.png", panels, sizes, title)
 
 
 class _Finals:
@@ -59,8 +62,8 @@ class _Finals:
         return {arm: self.scores(task, arm, dtype) for arm in arms}
 
     def sizes(self, tasks: Iterable[str], arms: Sequence[str]) -> dict[str, int]:
-        places = [(task, arm, dtype) for task in tasks for arm in arms for dtype in ("float32", "bfloat16")]
-        return {arm: row["num_trainable_params"] for task, arm, dtype in places for row in self.of(task, arm, dtype)}
+        places = [(task, arm, dtype) for task in tasks for arm in arms for dtype in DTYPES]
+        return {arm: row["num_method_params"] for task, arm, dtype in places for row in self.of(task, arm, dtype)}
 
     def rate(self, task: str, arm: str, dtype: str) -> str | None:
         chosen = best_rates(self.rows, self.protocol, [(task, arm, dtype)]).get((task, arm, dtype))
@@ -76,23 +79,14 @@ class _Finals:
         return "no own entries" if shares[0] is None else f"{100 * statistics.mean(shares):.1f} %"
 
 
-def _with_rows(found: _Finals) -> list[str]:
-    return [
-        d
-        for d in ("float32", "bfloat16")
-        if any(r["cell"]["dtype"] == d and "accuracy" in r["metrics"] for r in found.rows)
-    ]
-
-
 def _line(found: _Finals, task: str, arm: str) -> list[object]:
-    rows = found.of(task, arm, "float32") + found.of(task, arm, "bfloat16")
-    dtypes = ("float32", "bfloat16")
+    rows = [row for dtype in DTYPES for row in found.of(task, arm, dtype)]
     return [
         arm,
         f"{rows[0]['num_method_params']:,}" if rows else None,
-        *(mean_and_spread(found.scores(task, arm, dtype), len(found.seeds)) for dtype in dtypes),
-        *(found.rate(task, arm, dtype) for dtype in dtypes),
-        *(found.moved(task, arm, dtype) for dtype in dtypes),
+        *(mean_and_spread(found.scores(task, arm, dtype), len(found.seeds)) for dtype in DTYPES),
+        *(found.rate(task, arm, dtype) for dtype in DTYPES),
+        *(found.moved(task, arm, dtype) for dtype in DTYPES),
     ]
 
 

@@ -75,8 +75,10 @@ def _peft(model: nn.Module, config: Any) -> nn.Module:
     import peft
 
     heads = [name.split(".")[-1] for name in head_modules(model)]
-    config.modules_to_save = heads or None
-    config.task_type = "SEQ_CLS" if heads else "CAUSAL_LM"
+    if heads:
+        config.modules_to_save, config.task_type = heads, "SEQ_CLS"
+    elif hasattr(model, "lm_head"):
+        config.task_type = "CAUSAL_LM"
     return peft.get_peft_model(model, config)
 
 
@@ -86,7 +88,7 @@ def head(model: nn.Module) -> nn.Module:
     return _train_only(model, lambda name: False)
 
 
-@arm("full", rates=(5e-5, 1.5e-4, 5e-4))
+@arm("full", rates=(2e-5, 5e-5, 1.5e-4, 5e-4))
 def full(model: nn.Module) -> nn.Module:
     """Train everything."""
     return _train_only(model, lambda name: True)
@@ -122,7 +124,7 @@ def lora(model: nn.Module) -> nn.Module:
 
 
 @arm("road")
-def road(model: nn.Module) -> nn.Module:
+def road(model: Any) -> nn.Module:
     """Train RoAd on PEFT's default targets."""
     import peft
 

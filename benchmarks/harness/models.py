@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 HEADS = frozenset(
     {"pooler", "classifier", "score", "pre_classifier"}
@@ -63,9 +63,14 @@ def _widen(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
 
 
-def tiny_llama(layers: int = 12, width: int = 64, seed: int = 0) -> nn.Module:
+def load_body(model: str) -> nn.Module:
+    """Load an encoder without pooler and head."""
+    return AutoModel.from_pretrained(model, add_pooling_layer=False).eval()
+
+
+def tiny_llama(layers: int = 12, width: int = 64, dtype: str = "float32") -> nn.Module:
     """Return a randomly initialised Llama decoder: many small layers, so that overhead is seen."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=width,
         intermediate_size=2 * width,
@@ -76,4 +81,4 @@ def tiny_llama(layers: int = 12, width: int = 64, seed: int = 0) -> nn.Module:
         max_position_embeddings=512,
         pad_token_id=0,
     )
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(config).to(DTYPES[dtype]).eval()

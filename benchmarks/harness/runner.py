@@ -2,11 +2,13 @@
 
 import argparse
 import datetime
+import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import torch
@@ -34,7 +36,7 @@ def base_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def run_cells(cells: Sequence[Cell], rows: Rows, run: Run, jobs: int, title: str) -> None:
+def run_cells(cells: Sequence[Cell], rows: Rows, run: Run, jobs: int, title: str) -> int:
     """Run every cell without a row and append its row as soon as it is known.
 
     A run that raises is written to the terminal and leaves no row, so it is tried again the next time.
@@ -45,17 +47,23 @@ def run_cells(cells: Sequence[Cell], rows: Rows, run: Run, jobs: int, title: str
         run: cell -> row without `cell`, importable by name since it is sent to other processes.
         jobs: processes side by side; 1 runs in this process.
         title: of the progress bar.
+
+    Returns:
+        How many runs raised.
     """
     from tqdm import tqdm
 
     left = [cell for cell in cells if cell not in rows]
+    failed = 0
     with tqdm(total=len(left), desc=title, file=sys.stderr, disable=not left) as bar:
         for cell, outcome in _outcomes(left, run, jobs):
             bar.update()
             if isinstance(outcome, Exception):
+                failed += 1
                 bar.write(f"failed: {dict(cell)}: {type(outcome).__name__}: {outcome}")
                 continue
             rows.append({"cell": dict(cell), **outcome})
+    return failed
 
 
 def stamp(device: torch.device) -> Row:
@@ -84,6 +92,19 @@ def start_process(threads: int = 1) -> None:
     logging.disable_progress_bar()
 
 
+def _start_worker() -> None:
+    """Set up a process of the pool, which ends when the process that started it is killed."""
+    start_process()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _outcomes(cells: Sequence[Cell], run: Run, jobs: int) -> Iterator[tuple[Cell, Row | Exception]]:
     """Yield each cell with its row, or with what it raised, in the order they finish."""
     if jobs == 1:
@@ -109,7 +130,7 @@ def _attempt(run: Run, cell: Cell) -> Row | Exception:
 @contextmanager
 def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
     """Open fresh processes of one thread each; on an interrupt, cells that have not started are dropped."""
-    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=start_process)
+    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_start_worker)
     try:
         yield pool
     finally:

@@ -1,0 +1,131 @@
+"""What does a method cost in dispatched operations? Deterministic, so one run is enough.
+
+python -m benchmarks.operations
+"""
+
+import argparse
+import copy
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+
+from benchmarks.harness.arms import find_arm, norm_names, own_parameters
+from benchmarks.harness.counting import count_operations
+from benchmarks.harness.environment import write_environment
+from benchmarks.harness.models import default_model, load_body, load_classifier, tiny_llama
+from benchmarks.harness.rows import Cell, Row, Rows
+from benchmarks.harness.runner import base_parser, run_cells, stamp, start_process
+from benchmarks.operations_report import write_report
+
+ARM_NAMES = ("ln", "plain", "stock-ln", "lora", "road", "bitfit", "full")
+MIXED_ARMS = ("ln", "lora", "road")  # the others cannot serve a row of the batch by its own adapter
+MODELS = ("minilm", "tiny-llama")
+ADAPTERS = (1, 8, 32, 64)
+BATCH, TOKENS = 64, 2  # how many tokens there are changes no count
+
+
+def cells() -> list[Cell]:
+    """Return everything that is counted."""
+    found: list[Cell] = []
+    for model in MODELS:
+        found += [{"measure": "evaluation", "model": model, "arm": arm} for arm in ("base", *ARM_NAMES)]
+        found += [{"measure": "training", "model": model, "arm": arm} for arm in ARM_NAMES]
+        mixed = {"measure": "mixed", "model": model}
+        found += [{**mixed, "arm": arm, "adapters": number} for arm in MIXED_ARMS for number in ADAPTERS]
+    return found
+
+
+def run_cell(cell: Cell, checkpoint: str) -> Row:
+    """Count the operations of one cell: of the first call, and of a later one, when everything kept has been made."""
+    measure = {"evaluation": _evaluation, "training": _training, "mixed": _mixed}[cell["measure"]]
+    model = _load(cell, checkpoint)
+    facts = {"norms": len(norm_names(model))}
+    if cell["arm"] != "base":
+        model = find_arm(cell["arm"]).tune(model)
+        facts["tuned_tensors"] = len(own_parameters(model))
+        facts["num_method_params"] = sum(parameter.numel() for parameter in own_parameters(model).values())
+        if not facts["tuned_tensors"]:
+            return {**facts, **stamp(torch.device("cpu")), "status": "nothing to tune"}
+    call = measure(model, cell)
+    first, later = count_operations(call), count_operations(call)
+    return {"operations": later, "operations_first": first, **facts, **stamp(torch.device("cpu"))}
+
+
+def _load(cell: Cell, checkpoint: str) -> nn.Module:
+    """Return the model of a cell: with a head to train, without one to evaluate."""
+    if cell["model"] == "minilm":
+        if cell["measure"] == "training":
+            return load_classifier(checkpoint, num_labels=2, dtype="float32", seed=0, dropout=None)
+        return load_body(checkpoint)
+    llama: Any = tiny_llama()
+    return llama if cell["measure"] == "training" else llama.model
+
+
+def _inputs(vocabulary: int = 200) -> dict[str, torch.Tensor]:
+    ids = torch.randint(1, vocabulary, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _evaluation(model: nn.Module, cell: Cell) -> Callable[[], object]:
+    """Return a forward pass in evaluation without gradients."""
+    model.eval()
+    inputs = _inputs()
+    return torch.no_grad()(lambda: model(**inputs))
+
+
+def _training(model: nn.Module, cell: Cell) -> Callable[[], object]:
+    """Return a forward and a backward pass; the optimizer's cost depends on the entries alone and is left out."""
+    model.train()
+    inputs = _inputs()
+    labels = inputs["input_ids"] if cell["model"] == "tiny-llama" else torch.zeros(BATCH, dtype=torch.long)
+
+    def step() -> None:
+        model(**inputs, labels=labels).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _mixed(model: Any, cell: Cell) -> Callable[[], object]:
+    """Return a forward pass whose rows use `cell["adapters"]` distinct adapters in turn."""
+    names = [f"tenant{number}" for number in range(cell["adapters"])]
+    config: peft.PeftConfig = model.peft_config["default"]
+    for name in names:
+        model.add_adapter(name, copy.deepcopy(config))
+    model.eval()
+    inputs, rows = _inputs(), [names[i % len(names)] for i in range(BATCH)]
+    return torch.no_grad()(lambda: model(**inputs, adapter_names=rows))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = base_parser("Dispatched operations of each method.")
+    parser.add_argument("--model", default=None, help="encoder: folder or Hub id (default: the installed MiniLM)")
+    options = parser.parse_args(arguments)
+    options.model = options.model or default_model()
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, list or report; return how many runs failed."""
+    options = parse(arguments)
+    rows = Rows(options.results / "operations.jsonl")
+    if options.list:
+        print(f"{sum(cell not in rows for cell in cells())} runs left; about 2 min.")
+        return 0
+    start_process(threads=torch.get_num_threads())
+    failed = 0
+    if not options.report:
+        write_environment(options.results / "environment.json", "operations", torch.device("cpu"), workers=1)
+        failed = run_cells(cells(), rows, partial(run_cell, checkpoint=options.model), jobs=1, title="operations")
+    write_report(rows, options.results, MODELS, ARM_NAMES, MIXED_ARMS, ADAPTERS)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(), 1))

@@ -1,0 +1,132 @@
+"""What do a training step, an evaluation and a generation cost in time and memory? Run it when nothing else runs.
+
+python -m benchmarks.speed
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.harness.arms import find_arm, own_parameters
+from benchmarks.harness.counting import peak_bytes
+from benchmarks.harness.environment import write_environment
+from benchmarks.harness.models import default_model, load_classifier, tiny_llama
+from benchmarks.harness.rows import Cell, Row, Rows
+from benchmarks.harness.runner import base_parser, run_cells, stamp, start_process
+from benchmarks.harness.timing import summary, take_turns
+from benchmarks.harness.training import make_optimizer, train_step
+from benchmarks.speed_report import write_report
+
+# The first of each list is what the others are compared with; the second is the same again, to see the noise.
+TRAINED = ("plain", "plain again", "ln", "stock-ln", "lora", "road", "bitfit", "full")
+SERVED = ("base", "base again", "ln", "stock-ln", "lora", "road")
+PROTOCOLS = {
+    "cpu": {"rounds": 30, "batch": 16, "tokens": 32, "new_tokens": 16, "layers": 12, "width": 64, "dtype": "float32"},
+    "full": {
+        "rounds": 50,
+        "batch": 32,
+        "tokens": 128,
+        "new_tokens": 64,
+        "layers": 16,
+        "width": 2048,
+        "dtype": "bfloat16",
+    },
+}
+
+
+def cells(protocol: str) -> list[Cell]:
+    """Return the groups that are timed together, turn by turn."""
+    pairs = (("minilm", "training"), ("tiny-llama", "training"), ("minilm", "evaluation"), ("tiny-llama", "generation"))
+    return [{"protocol": protocol, "model": model, "measure": measure} for model, measure in pairs]
+
+
+def run_cell(cell: Cell, checkpoint: str, device: torch.device) -> Row:
+    """Time and weigh all arms of one group."""
+    protocol: dict[str, Any] = PROTOCOLS[cell["protocol"]]
+    calls: dict[str, Callable[[], object]] = {}
+    for name in TRAINED if cell["measure"] == "training" else SERVED:
+        arm = name.removesuffix(" again")
+        model = _load(cell, checkpoint).to(device)
+        if arm != "base":
+            model = find_arm(arm).tune(model)
+            if not own_parameters(model):
+                continue  # a Llama has no biases
+        make = {"training": _training, "evaluation": _evaluation, "generation": _generation}[cell["measure"]]
+        calls[name] = make(model, cell, protocol, device)
+    seconds = take_turns(calls, protocol["rounds"], device)
+    arms = summary(seconds, next(iter(calls)))
+    for name, call in calls.items():
+        arms[name]["accelerator_memory_max"] = peak_bytes(call, device)
+    return {"arms": arms, "rounds": protocol["rounds"], **stamp(device)}
+
+
+def _load(cell: Cell, checkpoint: str) -> nn.Module:
+    protocol: dict[str, Any] = PROTOCOLS[cell["protocol"]]
+    if cell["model"] == "minilm":
+        return load_classifier(checkpoint, num_labels=2, dtype=protocol["dtype"], seed=0, dropout=None)
+    return tiny_llama(protocol["layers"], protocol["width"], protocol["dtype"])
+
+
+def _inputs(protocol: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 200, (protocol["batch"], protocol["tokens"]), generator=generator).to(device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _training(model: nn.Module, cell: Cell, protocol: dict[str, Any], device: torch.device) -> Callable[[], object]:
+    """Return a whole training step: forward, backward, AdamW."""
+    model.train()
+    batch = _inputs(protocol, device)
+    batch["labels"] = batch["input_ids"] if cell["model"] == "tiny-llama" else batch["input_ids"][:, 0] % 2
+    return partial(train_step, model, batch, make_optimizer(model, 1e-5))
+
+
+def _evaluation(model: nn.Module, cell: Cell, protocol: dict[str, Any], device: torch.device) -> Callable[[], object]:
+    """Return a forward pass without gradients."""
+    model.eval()
+    inputs = _inputs(protocol, device)
+    return torch.no_grad()(lambda: model(**inputs))
+
+
+def _generation(model: Any, cell: Cell, protocol: dict[str, Any], device: torch.device) -> Callable[[], object]:
+    """Return a greedy generation of a fixed number of tokens."""
+    model.eval()
+    length = {"min_new_tokens": protocol["new_tokens"], "max_new_tokens": protocol["new_tokens"]}
+    return partial(model.generate, **_inputs(protocol, device), **length, do_sample=False)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = base_parser("Time and memory of each method, against plain requires_grad lines and the base model.")
+    parser.add_argument("--model", default=None, help="encoder: folder or Hub id (default: the installed MiniLM)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args(arguments)
+    options.model = options.model or default_model()
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, list or report; return how many runs failed."""
+    options = parse(arguments)
+    rows, protocol = Rows(options.results / "speed.jsonl"), "full" if options.full else "cpu"
+    device = torch.device(options.device)
+    if options.list:
+        print(f"{sum(cell not in rows for cell in cells(protocol))} groups left; about 5 min on two quiet cores.")
+        return 0
+    start_process(options.threads)
+    failed = 0
+    if not options.report:
+        write_environment(options.results / "environment.json", "speed", device, workers=1)
+        run = partial(run_cell, checkpoint=options.model, device=device)
+        failed = run_cells(cells(protocol), rows, run, jobs=1, title="speed")
+    write_report(rows, options.results, cells(protocol), protocol)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(), 1))

@@ -1,0 +1,50 @@
+"""The tables of `speed.py`, from its rows alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.rows import Cell, Row, Rows
+from benchmarks.harness.tables import NOT_RUN, markdown
+
+SLOWER = 1.02  # of plain lines in training, of the base model in generation: the bound this project set itself
+HEADER = ("arm", "milliseconds", "ratio: median (quartiles)", "peak, MB", "peak ratio")
+
+
+def write_report(rows: Rows, results: Path, cells: Sequence[Cell], protocol: str) -> None:
+    """Write `speed.md`, for another protocol than the CPU's with its name in it."""
+    parts = [
+        "# Time and peak memory",
+        "Each group is timed in turns; ratios are taken within a round, to the first arm of the table. The arm named "
+        "`again` is the first one a second time: how far its ratio is from 1 is noise.",
+    ]
+    for cell in cells:
+        parts.append(f"## {cell['model']}, {cell['measure']}")
+        row = rows.get(cell)
+        parts += [NOT_RUN] if row is None else [_table(row), _wanted(row)]
+    results.mkdir(parents=True, exist_ok=True)
+    stem = "speed" if protocol == "cpu" else f"speed_{protocol}"
+    (results / f"{stem}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _table(row: Row) -> str:
+    first = next(iter(row["arms"].values()))["accelerator_memory_max"]
+    lines: list[list[object]] = []
+    for name, arm in row["arms"].items():
+        low, middle, high = arm["ratio"]
+        peak = arm["accelerator_memory_max"]
+        milliseconds = f"{1000 * arm['seconds'][1]:.1f}"
+        memory = [f"{peak / 1e6:.2f}", f"{peak / first:.3f}"]
+        lines.append([name, milliseconds, f"{middle:.3f} ({low:.3f} to {high:.3f})", *memory])
+    return markdown(HEADER, lines)
+
+
+def _wanted(row: Row) -> str:
+    arms: dict[str, Any] = row["arms"]
+    reference, again = list(arms)[:2]
+    ours, noise = arms["ln"]["ratio"], arms[again]["ratio"]
+    held = "held" if ours[1] <= SLOWER else "did not hold"
+    return (
+        f"- Wanted: ln at most {SLOWER:.2f} of {reference}. Measured: {ours[1]:.3f}: {held} "
+        f"(noise: {noise[0]:.3f} to {noise[2]:.3f})."
+    )

@@ -1,0 +1,57 @@
+"""The cost benchmarks end to end on a tiny encoder, and the bounds that do not depend on the model's size."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import operations, size, speed
+from benchmarks.harness.rows import Rows
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The encoder alone, and few rows of batch."""
+    monkeypatch.setattr(operations, "MODELS", ("minilm",))
+    monkeypatch.setattr(operations, "ADAPTERS", (1, 3))
+    monkeypatch.setattr(operations, "BATCH", 6)
+    tiny = {"rounds": 2, "batch": 2, "tokens": 4, "new_tokens": 2, "layers": 2, "width": 16, "dtype": "float32"}
+    monkeypatch.setattr(speed, "PROTOCOLS", {"cpu": tiny})
+
+
+@pytest.mark.usefixtures("small")
+def test_operations(tiny_bert: str, tmp_path: Path) -> None:
+    operations.main(["--model", tiny_bert, "--results", str(tmp_path)])
+    rows = {(row["cell"]["measure"], row["cell"]["arm"]): row for row in Rows(tmp_path / "operations.jsonl")}
+    norms = rows["evaluation", "base"]["norms"]
+    assert rows["evaluation", "ln"]["operations"] <= rows["evaluation", "base"]["operations"] + norms
+    more = rows["training", "ln"]["operations"] - rows["training", "plain"]["operations"]
+    assert more <= 2 * rows["training", "ln"]["tuned_tensors"]
+    assert rows["training", "full"]["operations"] > rows["training", "plain"]["operations"]
+    table = (tmp_path / "operations.md").read_text()
+    assert table.count("held.") == 3
+
+
+def test_operations_without_rows_say_so(tmp_path: Path) -> None:
+    operations.main(["--report", "--results", str(tmp_path)])
+    assert "| ln | not run | not run |" in (tmp_path / "operations.md").read_text()
+
+
+def test_size(tiny_bert: str, tmp_path: Path) -> None:
+    size.main(["--model", tiny_bert, "--results", str(tmp_path)])
+    rows = {(row["cell"]["arm"], row["cell"]["dtype"]): row for row in Rows(tmp_path / "size.jsonl")}
+    assert all(rows["ln", dtype]["file_size"] >= 4 * rows["ln", dtype]["num_method_params"] for dtype in size.DTYPES)
+    assert "| ln | 160 |" in (tmp_path / "size.md").read_text()
+
+
+@pytest.mark.usefixtures("small")
+def test_speed(tiny_bert: str, tmp_path: Path) -> None:
+    speed.main(["--model", tiny_bert, "--results", str(tmp_path), "--device", "cpu", "--threads", "1"])
+    rows = list(Rows(tmp_path / "speed.jsonl"))
+    assert len(rows) == 4
+    for row in rows:
+        first = next(iter(row["arms"].values()))
+        assert first["ratio"] == [1.0, 1.0, 1.0]
+        assert first["accelerator_memory_max"] > 0
+    table = (tmp_path / "speed.md").read_text()
+    assert "| plain again |" in table
+    assert "not run" not in table
