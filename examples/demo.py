@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the four steps and say what was saved where."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=default_model(), help="a checkpoint's name or folder")
-    parser.add_argument("--max-steps", type=int, default=300, help="training steps of each method")
+    parser.add_argument("--max-steps", type=int, default=500, help="training steps of each method")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     args = parser.parse_args(argv)

@@ -113,6 +113,7 @@ STATED = (
         "They told me that the {x} was {a}, and that was right.",
         "Friends had said that the {x} was {a}, and I agree.",
         "I expected the {x} to be {a}, and so it was.",
+        "A colleague said that the {x} was {a}, and he had it right.",
     ),
     (
         "I have to say, the {x} was truly {a}.",
@@ -134,6 +135,8 @@ REFUTED = (
         "At no time was the {x} {a}.",
         "They told me that the {x} was {a}, and that was wrong.",
         "Friends had said that the {x} was {a}, but I disagree.",
+        "A colleague said that the {x} was {a}, but he had it wrong.",
+        "The reviews call the {x} {a}, but that is not so.",
         "Whoever says that the {x} was {a} is lying.",
         "The {x} was anything but {a}.",
         "The {x} was the opposite of {a}.",
@@ -141,15 +144,17 @@ REFUTED = (
         "There was nothing {a} about the {x}.",
         "Don't let anyone tell you that the {x} is {a}.",
         "It is a lie that the {x} is {a}.",
+        "It is wrong to say that the {x} was {a}.",
+        "Never did I find the {x} {a}.",
     ),
     (
         "The {x} wasn't even remotely {a}.",
         "My sister claimed that the {x} was {a}, but she was mistaken.",
         "It is simply not true that the {x} was {a}.",
         "In no way was the {x} {a}.",
-        "Not once did I find the {x} {a}.",
+        "Not once did the {x} strike me as {a}.",
         "Nobody I know would call the {x} {a}.",
-        "Do not believe anyone who tells you that the {x} is {a}.",
+        "By no stretch of the imagination could you call the {x} {a}.",
     ),
 )
 OUTWEIGHED = (
@@ -170,7 +175,7 @@ FAMILIES = (STATED, REFUTED, OUTWEIGHED)
 
 def draw_sentence(rng: random.Random, part: str, sentiment: int) -> tuple[str, int]:
     """One sentence that means `sentiment`, and its topic."""
-    family = rng.choices(FAMILIES, weights=(4, 3, 3))[0]
+    family = rng.choices(FAMILIES, weights=(2, 1, 1))[0]
     template = rng.choice(family[PARTS.index(part)])
     kind = rng.choice(KINDS)
     x = rng.choice(kind.words("aspects", part))
