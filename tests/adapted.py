@@ -37,17 +37,20 @@ HEADED = {
 
 
 def build(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The tiny model of a family in a dtype, with norms as a trained model has them: not all ones and zeros."""
+    """The tiny model of a family in a dtype, with norms as a trained model has them: not all ones and zeros.
+
+    It is frozen, as PEFT freezes it: torch computes some products another way where a weight requires a gradient.
+    """
     torch.manual_seed(0)
     model = (HEADED[family]() if family in HEADED else cases.build(family)).eval()
     with torch.no_grad():
-        for name in cases_norms(model):
+        for name in norm_names(model):
             for parameter in model.get_submodule(name).parameters():
                 parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.to(dtype)
+    return model.to(dtype).requires_grad_(False)
 
 
-def cases_norms(model: nn.Module) -> list[str]:
+def norm_names(model: nn.Module) -> list[str]:
     """Names of the modules whose class is called a norm: enough for tiny models, and no code of ours is asked."""
     return [name for name, module in model.named_modules() if "norm" in type(module).__name__.lower()]
 
