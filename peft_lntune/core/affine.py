@@ -12,21 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_lntune.core.probe import align
-from peft_lntune.core.shadow import call_hooked, shadowed
+from peft_lntune.core.shadow import call_hooked, is_plain
 from peft_lntune.core.ways import by_rule, neutral, parameter, rule_for, widened
 from peft_lntune.errors import UnsupportedError
 
 __all__ = [
     "FAST_PATHS",
-    "align",
-    "call_hooked",
     "call_with",
     "call_with_rows",
     "fast_path",
     "normalize",
     "output_dtype",
-    "shadowed",
 ]
 
 FastPath = Callable[[Any, Tensor, Tensor, "Tensor | None"], Tensor]
@@ -89,11 +85,11 @@ def call_with(
     weight = parameter(norm, "weight").to(given.dtype) if weight is None else weight
     bias = own_bias.to(given.dtype) if bias is None and own_bias is not None else bias
     path = FAST_PATHS.get(type(norm))
-    if path is not None and not args and not kwargs and _is_plain(norm):
+    if path is not None and not args and not kwargs and is_plain(norm):
         return path(norm, x, weight, bias)
     outer_bias = bias is not None and own_bias is None
     rule, own, wider = rule_for(norm, x.device, x.dtype, weight.dtype, outer_bias), norm.forward, (weight, bias)
-    if _is_plain(norm):
+    if is_plain(norm):
         return by_rule(norm, rule, own, wider, x, args, kwargs)
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -124,7 +120,7 @@ def call_with_rows(
         tensor([[-1.,  1.],
                 [-2.,  2.]])
     """
-    if type(norm) is nn.LayerNorm and not args and not kwargs and _is_plain(norm):
+    if type(norm) is nn.LayerNorm and not args and not kwargs and is_plain(norm):
         wide = F.layer_norm(x.to(weight.dtype), norm.normalized_shape, None, None, norm.eps)
         y = wide * weight if bias is None else torch.addcmul(bias, wide, weight)
         return y.to(output_dtype(norm, x) if torch.is_autocast_enabled(x.device.type) else x.dtype)
@@ -135,7 +131,7 @@ def call_with_rows(
         y = xhat * weight if bias is None else torch.addcmul(bias, xhat, weight)
         return y.to(x.dtype if rule.dtype is None else rule.dtype)
 
-    if _is_plain(norm):
+    if is_plain(norm):
         return forward(x, *args, **kwargs)
     return call_hooked(norm, forward, x, *args, **kwargs)
 
@@ -183,9 +179,3 @@ def output_dtype(norm: nn.Module, x: Tensor) -> torch.dtype:
     """
     rule = rule_for(norm, x.device, x.dtype, widened(norm), True)
     return x.dtype if rule.dtype is None else rule.dtype
-
-
-def _is_plain(norm: nn.Module) -> bool:
-    """Whether nothing is attached to this module that a call of its function alone would skip."""
-    hooks = norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks
-    return not any(hooks) and "forward" not in norm.__dict__

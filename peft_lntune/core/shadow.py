@@ -2,14 +2,17 @@
 
 The instance's `__dict__` is where Python looks first; `nn.Module.__getattr__` is asked only when a name is not there.
 So an entry in it shadows a registered parameter, in one graph of torch.compile too, and where FSDP keeps entries.
+
+The entry is put into a twin that shares everything else with the module, so that several threads may run one model.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["call_hooked", "shadowed"]
+__all__ = ["call_hooked", "forward_with", "is_plain", "shadowed"]
 
 _MISSING = object()
 
@@ -29,6 +32,33 @@ def call_hooked(norm: nn.Module, forward: Callable[..., Tensor], x: Tensor, *arg
         tensor([1., 1.])
     """
     return shadowed(norm, {"forward": forward}, norm, x, *args, **kwargs)
+
+
+def forward_with(
+    module: nn.Module, entries: Mapping[str, Any], own: Callable[..., Tensor], /, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Run a module's forward with other attributes, without touching the module.
+
+    Args:
+        module: the module.
+        entries: attributes by name, usually parameters.
+        own: its forward. Where that is not the one of its class (accelerate puts another into the instance), or while
+            torch.compile traces, the module itself is shadowed instead, which is not for two threads at once.
+        *args: passed on.
+        **kwargs: passed on.
+
+    Example:
+        >>> norm = nn.LayerNorm(2)
+        >>> forward_with(norm, {"bias": torch.ones(2)}, norm.forward, torch.zeros(1, 2)).tolist()
+        [[1.0, 1.0]]
+    """
+    function = getattr(own, "__func__", None)
+    if function is not type(module).forward or torch.compiler.is_compiling():
+        return shadowed(module, entries, own, *args, **kwargs)
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__.update(entries)
+    return function(twin, *args, **kwargs)
 
 
 def shadowed(
@@ -65,3 +95,9 @@ def shadowed(
                 state.pop(key, None)
             else:
                 state[key] = value
+
+
+def is_plain(norm: nn.Module) -> bool:
+    """Whether nothing is attached to this module that a call of its function alone would skip."""
+    hooks = norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks
+    return not any(hooks) and "forward" not in norm.__dict__

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from peft_lntune.core import probe
 from peft_lntune.core.probe import align
-from peft_lntune.core.shadow import shadowed
+from peft_lntune.core.shadow import forward_with
 
 __all__ = ["Rule", "by_rule", "neutral", "parameter", "rule_for", "widened"]
 
@@ -123,7 +123,7 @@ def by_rule(
         entries = {"weight": weight}
         if bias is not None and parameter(norm, "bias") is not None:
             entries["bias"], bias = bias, None
-        y = shadowed(norm, entries, own, x.to(rule.wide) if rule.way == "wide" else x, *args, **kwargs)
+        y = forward_with(norm, entries, own, x.to(rule.wide) if rule.way == "wide" else x, *args, **kwargs)
     y = y if bias is None else y + align(bias, x, rule.axis)
     return y if rule.dtype is None else y.to(rule.dtype)
 
@@ -158,7 +158,9 @@ def neutral(
     entries = {"weight": torch.full_like(weight, 1.0 - rule.offset, dtype=dtype)}
     if bias is not None:
         entries["bias"] = torch.zeros_like(bias, dtype=dtype)
-    return shadowed(norm, entries, own, x.to(rule.wide) if rule.way in ("wide", "corrected") else x, *args, **kwargs)
+    return forward_with(
+        norm, entries, own, x.to(rule.wide) if rule.way in ("wide", "corrected") else x, *args, **kwargs
+    )
 
 
 def widened(norm: nn.Module) -> torch.dtype:

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from peft_lntune.core.affine import shadowed
 from peft_lntune.core.route import BASE
+from peft_lntune.core.shadow import forward_with, is_plain, shadowed
 from peft_lntune.layers.base import LNTuneLayer
 
 __all__ = ["ModuleLayer"]
@@ -23,7 +23,9 @@ class ModuleLayer(LNTuneLayer):
     def run(self, parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         inner = self.get_base_layer()
         rounded = {name: value.to(getattr(inner, name).dtype) for name, value in parameters.items()}
-        # Other tuners' layers may stand in between (LoRA in a mixed model): they run, and find these parameters.
+        if self.base_layer is inner and is_plain(inner):
+            return forward_with(inner, rounded, inner.forward, *args, **kwargs)
+        # Hooks run; and so do other tuners' layers in between (LoRA in a mixed model), and find these parameters.
         return shadowed(inner, rounded, self.base_layer, *args, **kwargs)
 
     def run_routed(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from peft_lntune.core import affine, probe, ways
-from peft_lntune.core.affine import align, call_with, fast_path, normalize, output_dtype
+from peft_lntune.core.affine import call_with, fast_path, normalize, output_dtype
+from peft_lntune.core.probe import align
 from peft_lntune.errors import UnsupportedError
 from tests.cases import NORMS, build_norm, norm_inputs
 
