@@ -34,8 +34,12 @@ def test_every_public_name_says_what_it_is() -> None:
     assert silent == []
 
 
-def test_every_error_is_public() -> None:
-    assert set(importlib.import_module("peft_lntune.errors").__all__) <= set(peft_lntune.__all__)
+def test_every_error_can_be_caught_by_a_public_name() -> None:
+    """What users do next depends on the public classes; a narrower one is there for those who catch PEFT's."""
+    errors = importlib.import_module("peft_lntune.errors")
+    public = {getattr(peft_lntune, name) for name in errors.__all__ if name in peft_lntune.__all__}
+    narrow = {getattr(errors, name) for name in errors.__all__} - public
+    assert all(set(error.__bases__) & (public - {peft_lntune.PeftLNTuneError}) for error in narrow)
 
 
 @pytest.mark.parametrize("name", modules())

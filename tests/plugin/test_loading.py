@@ -191,8 +191,10 @@ PREFIX_WARNING = "Adapter name .* should not be contained in the prefix 'lntune_
 
 
 @pytest.mark.filterwarnings(f"ignore:{PREFIX_WARNING}:UserWarning")  # PEFT's advice; here nothing goes wrong
-@pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "masked"),
+    [*((name, False) for name in NAMES), *((name, True) for name in ("weight", "mask", "lntune_bias", "0"))],
+)
 def test_any_name_will_do(name: str, masked: bool, tmp_path: Path) -> None:
     model = adapt(build_base(), "first", name, masked=masked)
     model.set_adapter(name)
