@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.harness.arms import find_arm
-from benchmarks.harness.classification import Protocol, best_rates, final_cells
+from benchmarks.harness.classification import Kind, Protocol, best_rates, final_cells
 from benchmarks.harness.plots import plot_against_size
 from benchmarks.harness.rows import Row, Rows
 from benchmarks.harness.tables import markdown, mean_and_spread
@@ -54,9 +54,12 @@ class _Finals:
     def scores(self, task: str, arm: str, dtype: str) -> list[float]:
         return [100 * row["metrics"]["accuracy"] for row in self.of(task, arm, dtype)]
 
-    def mean(self, task: str, arm: str, dtype: str) -> float | None:
-        scores = self.scores(task, arm, dtype)
-        return statistics.mean(scores) if scores else None
+    def differences(self, ours: Kind, theirs: Kind) -> list[float]:
+        """Return ours minus theirs for every seed that both have."""
+        scores = [
+            {row["cell"]["seed"]: 100 * row["metrics"]["accuracy"] for row in self.of(*k)} for k in (ours, theirs)
+        ]
+        return [scores[0][seed] - scores[1][seed] for seed in self.seeds if all(seed in known for known in scores)]
 
     def panel(self, task: str, arms: Iterable[str], dtype: str) -> dict[str, list[float]]:
         return {arm: self.scores(task, arm, dtype) for arm in arms}
@@ -91,22 +94,28 @@ def _line(found: _Finals, task: str, arm: str) -> list[object]:
 
 
 def _wanted(found: _Finals, task: str) -> list[str]:
-    """Compare the means with the bounds set beforehand."""
-    ln, wide = found.mean(task, "ln", "float32"), found.mean(task, "ln", "bfloat16")
-    full, head = found.mean(task, "full", "float32"), found.mean(task, "head", "float32")
+    """Compare ours with the bounds set beforehand, seed by seed."""
+    ours = (task, "ln", "float32")
+    near_full = found.differences(ours, (task, "full", "float32"))
+    above_head = found.differences(ours, (task, "head", "float32"))
+    wide = found.differences((task, "ln", "bfloat16"), ours)
+    planned = len(found.seeds)
     lines = []
-    if ln is not None and full is not None:
-        lines.append(_verdict(f"ln within {NEAR_FULL:g} points of full", ln - full, ln - full >= -NEAR_FULL))
-    if ln is not None and head is not None:
-        lines.append(_verdict(f"ln at least {ABOVE_HEAD:g} points above head", ln - head, ln - head >= ABOVE_HEAD))
-    if ln is not None and wide is not None:
-        near = abs(wide - ln) <= NEAR_FLOAT32
-        lines.append(_verdict(f"ln over a bf16 base within {NEAR_FLOAT32:g} point of float32", wide - ln, near))
+    if near_full:
+        held = statistics.mean(near_full) >= -NEAR_FULL
+        lines.append(_verdict(f"ln within {NEAR_FULL:g} points of full", near_full, planned, held))
+    if above_head:
+        held = statistics.mean(above_head) >= ABOVE_HEAD
+        lines.append(_verdict(f"ln at least {ABOVE_HEAD:g} points above head", above_head, planned, held))
+    if wide:
+        held = abs(statistics.mean(wide)) <= NEAR_FLOAT32
+        lines.append(_verdict(f"ln over a bf16 base within {NEAR_FLOAT32:g} point of float32", wide, planned, held))
     return lines
 
 
-def _verdict(wanted: str, difference: float, held: bool) -> str:
-    return f"Wanted: {wanted}. Measured: {difference:+.1f}. {'Held' if held else 'Did not hold'}."
+def _verdict(wanted: str, differences: Sequence[float], planned: int, held: bool) -> str:
+    measured = mean_and_spread(differences, planned)
+    return f"Wanted: {wanted}. Measured, seed by seed: {measured}: {'held' if held else 'did not hold'}."
 
 
 def _notes() -> str:
