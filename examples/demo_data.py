@@ -11,6 +11,9 @@ What is held out. No aspect, adjective or template of the validation part occurs
 Two tasks label the same sentences: `sentiment` (0 negative, 1 positive) and `topic` (0 a place, 1 a story). Columns
 are those of GLUE's sst2: sentence, label, idx. Equal seeds give equal bytes.
 
+It is made to show a difference in minutes, not to measure: the templates were chosen with an eye on what a small model
+can infer. Figures on real tasks are in benchmarks/.
+
     python examples/demo_data.py --out runs/demo/data
 """
 

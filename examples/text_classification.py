@@ -9,6 +9,7 @@ decay. `head` trains nothing else and is the control: a frozen body.
 
 import argparse
 import json
+import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -182,7 +183,9 @@ def train_method(run: Run, data: TaskData, folder: Path, *, resume: bool = False
         check_resumable(run, folder)
         if finished.is_file():
             return Result(**json.loads(finished.read_text()))
-    finished.unlink(missing_ok=True)
+    else:
+        finished.unlink(missing_ok=True)
+        shutil.rmtree(kept, ignore_errors=True)  # of an earlier run; a later --resume must not go on from them
     (folder / "settings.json").write_text(json.dumps(asdict(run)))
     base, tokenizer = load_base(run.model, data.num_labels, run.seed)
     head = count_head(base)
@@ -201,6 +204,7 @@ def train_method(run: Run, data: TaskData, folder: Path, *, resume: bool = False
         seconds=trained.metrics["train_runtime"],
     )
     finished.write_text(json.dumps(asdict(result)))
+    shutil.rmtree(kept, ignore_errors=True)  # of no use now, and large where the whole model was trained
     return result
 
 

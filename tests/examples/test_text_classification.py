@@ -139,9 +139,23 @@ def test_killed_run_goes_on_where_it_was(tiny_bert, data_dir, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         train_method(run, data, tmp_path / "killed")
     train_method(run, data, tmp_path / "killed", resume=True)
+    assert not (tmp_path / "killed" / "checkpoints").exists()
     assert calls == [0, 1, 2, 3, 4, 4, 5]
     whole, killed = tensors(tmp_path / "whole"), tensors(tmp_path / "killed")
     assert all(torch.equal(whole[k], killed[k]) for k in whole)
+
+
+def test_new_run_forgets_an_earlier_ones_checkpoints(tiny_bert, data_dir, tmp_path, monkeypatch):
+    def stop(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    stale = tmp_path / "ln" / "checkpoints" / "checkpoint-2"
+    stale.mkdir(parents=True)
+    data = read_data(data_dir=data_dir)
+    monkeypatch.setattr(Trainer, "training_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_method(run_of(tiny_bert), data, tmp_path / "ln")
+    assert not stale.exists()
 
 
 def test_finished_run_is_not_run_again(tiny_bert, data_dir, tmp_path, monkeypatch):
