@@ -10,11 +10,22 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MethodType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Facts", "align", "blank_copy", "measure", "parameters_of", "run_with", "sample_input", "signature"]
+__all__ = [
+    "Facts",
+    "align",
+    "blank_copy",
+    "is_lasting",
+    "measure",
+    "parameters_of",
+    "run_with",
+    "sample_input",
+    "signature",
+]
 
 _SCALE = 4.0  # inputs have a variance of 16: no eps in use matters, and tanh or softmax are not yet saturated
 _HOOKS = tuple(key for key in nn.Module().__dict__ if key.endswith(("_hooks", "_hooks_with_kwargs", "_always_called")))
@@ -123,19 +134,33 @@ def sample_input(shape: tuple[int, ...], seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu", dtype=torch.float32) * _SCALE
 
 
+class _Id(int):
+    """The identity of an object, told from a plain number."""
+
+    def __new__(cls, value: object) -> "_Id":
+        return super().__new__(cls, id(value))
+
+
 def signature(module: nn.Module) -> tuple[object, ...]:
     """What decides how a leaf computes, beside the values of its tensors: equal signatures need one probe.
 
-    Objects that are not plain values count by identity, so signatures may be compared only while the model lives.
+    Objects that are not plain values count by identity, which `is_lasting` tells: such signatures may be compared only
+    while the model lives.
     """
     plain = tuple(
-        (key, value if isinstance(value, _PLAIN) else repr(value) if isinstance(value, (tuple, list)) else id(value))
+        (key, value if isinstance(value, _PLAIN) else repr(value) if isinstance(value, (tuple, list)) else _Id(value))
         for key, value in sorted(module.__dict__.items())
         if not key.startswith("_") and key not in ("training", "forward")
     )
     shapes = tuple((key, None if value is None else tuple(value.shape)) for key, value in module._parameters.items())
-    children = tuple((key, id(child)) for key, child in module._modules.items())
+    children = tuple((key, _Id(child)) for key, child in module._modules.items())
     return type(module), shapes, plain, children
+
+
+def is_lasting(signature: tuple[object, ...]) -> bool:
+    """Whether a signature names nothing by identity, so that it may be kept beyond the life of its module."""
+    _, _, plain, children = signature
+    return not any(isinstance(value, _Id) for part in (plain, children) for _, value in cast(Any, part))
 
 
 def measure(module: nn.Module) -> Facts | None:

@@ -41,7 +41,9 @@ class Rule:
     is_norm: bool = False
 
 
-_RULES: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Rule]] = WeakKeyDictionary()
+_Key = tuple[object, ...]
+_RULES: WeakKeyDictionary[nn.Module, dict[_Key, Rule]] = WeakKeyDictionary()
+_ALIKE: dict[_Key, Rule] = {}  # by signature: the norms of a model's layers are alike, and one of them is run
 
 
 @torch.compiler.assume_constant_result
@@ -56,10 +58,18 @@ def rule_for(norm: nn.Module, device: torch.device, dtype: torch.dtype, wide: to
     key = (device.type, dtype, parameter(norm, "weight").dtype, wide, unrounded, autocast)
     rules = _RULES.setdefault(norm, {})
     if key not in rules:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            rules[key] = _learn(norm, device, dtype, wide, unrounded)
+        signature = probe.signature(norm)
+        alike = (signature, key)
+        rules[key] = _ALIKE[alike] if alike in _ALIKE else _learn_quietly(norm, device, dtype, wide, unrounded)
+        if probe.is_lasting(signature):
+            _ALIKE[alike] = rules[key]
     return rules[key]
+
+
+def _learn_quietly(norm: nn.Module, *what: Any) -> Rule:
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _learn(norm, *what)
 
 
 def _learn(norm: nn.Module, device: torch.device, dtype: torch.dtype, wide: torch.dtype, unrounded: bool) -> Rule:

@@ -1,5 +1,7 @@
 """A norm with other parameters: the base's bits where nothing has changed, and nothing left on the module."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -231,15 +233,25 @@ def test_an_outer_bias_is_added_before_rounding():
     assert not torch.equal(call_with(norm, x, weight, torch.full((24,), 1e-4)), norm(x))
 
 
-def test_rules_are_learnt_once(monkeypatch):
+def test_rules_are_learnt_once_for_all_norms_that_are_alike(monkeypatch):
     measured, measure = [], probe.measure
+    monkeypatch.setattr(ways, "_ALIKE", {})
     monkeypatch.setattr(probe, "measure", lambda module: measured.append(1) or measure(module))
     norm, (x,) = build_norm("Llama", torch.bfloat16), norm_inputs("Llama", torch.bfloat16)
     random = torch.get_rng_state()
-    for _ in range(3):
-        call_with(norm, x, *wider(norm))
+    for alike in (norm, norm, deepcopy(norm)):
+        call_with(alike, x, *wider(alike))
     assert len(measured) == 1
     assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_rule_is_not_shared_by_what_names_an_object(monkeypatch):
+    """An identity may be given to another object once this one is gone."""
+    monkeypatch.setattr(ways, "_ALIKE", {})
+    norm, (x,) = build_norm("Llama", torch.bfloat16), norm_inputs("Llama", torch.bfloat16)
+    norm.extra = object()
+    call_with(norm, x, *wider(norm))
+    assert not ways._ALIKE
 
 
 def test_rules_do_not_keep_a_norm_alive():
