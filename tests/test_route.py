@@ -210,9 +210,7 @@ class TestNothingLeaks:
         peft_model, batch = adapt(build("bert"), "a", "b"), inputs("bert")
         expected = output(peft_model, batch, adapter_names=NAMES)
         with peft_model._enable_peft_forward_hooks(adapter_names=NAMES):
-            with pytest.raises(
-                RoutingError, match=r"running a forward pass routed to \['__base__', 'a', 'b'\]"
-            ):
+            with pytest.raises(RoutingError, match=r"running a forward pass routed to \['__base__', 'a', 'b'\]"):
                 output(peft_model, batch, adapter_names=["a"] * 3)
             assert torch.equal(output(peft_model, batch), expected)
         assert torch.equal(output(peft_model, batch), alone(peft_model, batch, "a"))
