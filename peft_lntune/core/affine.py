@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_lntune.core.shadow import call_hooked, is_plain
-from peft_lntune.core.ways import by_rule, neutral, parameter, rule_for, widened
+from peft_lntune.core.delta import PARAMETERS
+from peft_lntune.core.shadow import call_hooked, is_plain, twin
+from peft_lntune.core.ways import Rule, by_rule, neutral, parameter, rule_for, widened
 from peft_lntune.errors import UnsupportedError
 
 __all__ = [
     "FAST_PATHS",
+    "bind",
     "call_with",
     "call_with_rows",
     "fast_path",
@@ -96,6 +98,49 @@ def call_with(
         return by_rule(norm, rule, own, wider, x, args, kwargs)
 
     return call_hooked(norm, forward, x, *args, **kwargs)
+
+
+def bind(norm: nn.Module, weight: Tensor | None, bias: Tensor | None) -> Callable[..., Tensor]:
+    """`call_with` for many calls with the same parameters: what does not depend on the input is done once.
+
+    Args:
+        norm: as in `call_with`; what is attached to it later is seen, a change of its other attributes is not.
+        weight: as in `call_with`.
+        bias: likewise.
+
+    Returns:
+        `(x, *args, **kwargs) -> y`, the same as `call_with(norm, x, weight, bias, *args, **kwargs)`.
+
+    Example:
+        >>> norm = nn.LayerNorm(2)
+        >>> bind(norm, None, torch.ones(2))(torch.zeros(1, 2)).tolist()
+        [[1.0, 1.0]]
+    """
+    fused = FAST_PATHS.get(type(norm))
+    given = {name: value for name, value in (("weight", weight), ("bias", bias)) if value is not None}
+    has_all = weight is not None and given.keys() == {name for name in PARAMETERS if parameter(norm, name) is not None}
+    moved = twin(norm, given)
+    forward = type(norm).forward
+    rules: dict[tuple[object, ...], Rule] = {}
+
+    def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if has_all and weight is not None and is_plain(norm):
+            if fused is not None and not args and not kwargs:
+                return fused(norm, x, weight, bias)
+            key = (x.dtype, x.device, _autocast(x.device.type))
+            if key not in rules:
+                rules[key] = rule_for(norm, x.device, x.dtype, weight.dtype, False)
+            rule = rules[key]
+            if rule.way == "own":
+                y = forward(moved, x, *args, **kwargs)
+                return y if rule.dtype is None or y.dtype is rule.dtype else y.to(rule.dtype)
+        return call_with(norm, x, weight, bias, *args, **kwargs)
+
+    return call
+
+
+def _autocast(device: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def call_with_rows(

@@ -8,7 +8,10 @@ Both are written once, here; the forward pass, merging, mixed batches and weight
 import torch
 from torch import Tensor
 
-__all__ = ["delta_dtype", "effective", "pack_bits", "scatter", "stamp", "unpack_bits"]
+__all__ = ["PARAMETERS", "delta_dtype", "effective", "pack_bits", "scatter", "stamp", "unpack_bits"]
+
+PARAMETERS = ("weight", "bias")
+"""The parameters of a module that can carry a delta."""
 
 
 def delta_dtype(base_dtype: torch.dtype, override: torch.dtype | None = None) -> torch.dtype:

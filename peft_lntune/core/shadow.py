@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["call_hooked", "forward_with", "is_plain", "shadowed"]
+__all__ = ["call_hooked", "forward_with", "is_plain", "shadowed", "twin"]
 
 _MISSING = object()
 
@@ -55,10 +55,21 @@ def forward_with(
     function = getattr(own, "__func__", None)
     if function is not type(module).forward or torch.compiler.is_compiling():
         return shadowed(module, entries, own, *args, **kwargs)
-    twin = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__)
-    twin.__dict__.update(entries)
-    return function(twin, *args, **kwargs)
+    return function(twin(module, entries), *args, **kwargs)
+
+
+def twin(module: nn.Module, entries: Mapping[str, Any]) -> nn.Module:
+    """A module that shares all with another one, but for `entries` in place of its attributes.
+
+    Example:
+        >>> norm = nn.LayerNorm(2)
+        >>> twin(norm, {"eps": 1.0}).weight is norm.weight
+        True
+    """
+    other = object.__new__(type(module))
+    other.__dict__.update(module.__dict__)
+    other.__dict__.update(entries)
+    return other
 
 
 def shadowed(

@@ -5,52 +5,56 @@ between norms and other modules is how the wrapped module is run with given para
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from peft_lntune.core.delta import delta_dtype, stamp
+from peft_lntune.core.delta import PARAMETERS, delta_dtype
 from peft_lntune.core.reparam import Delta
 from peft_lntune.core.route import Route
 
 __all__ = ["PARAMETERS", "LNTuneLayer"]
 
-PARAMETERS = ("weight", "bias")
-"""The parameters of a module that can carry a delta; the deltas of `weight` live in `lntune_weight`, and so on."""
-
 
 class _Source(NamedTuple):
-    """A parameter that kept sums came from, and how it was then."""
+    """A parameter that kept sums came from, and how it was then; `tensor` is None where that cannot be told."""
 
     owner: dict[str, Any]
     name: str
     tensor: Tensor | None
-    stamp: object
+    data_ptr: int = 0
+    version: int = 0
 
 
 class _Kept(NamedTuple):
-    """Effective parameters, and what they are true of."""
+    """A call with effective parameters, and what they are true of."""
 
     adapters: list[str]
     sources: list[_Source]
-    sums: dict[str, Tensor]
+    call: Callable[..., Tensor] | None
 
 
 def _source(module: nn.Module, name: str) -> _Source:
     owner: Any = module._parameters
-    if name in module.__dict__ or owner.get(name) is None:
-        # Sharding or an outer layer has put a tensor in the way, nobody's to keep: it never counts as unchanged.
-        return _Source(owner, name, None, None)
-    tensor = cast(Tensor, owner[name])
-    return _Source(owner, name, tensor, stamp(tensor))
+    tensor = owner.get(name)
+    # Sharding or an outer layer may have put a tensor in the way, nobody's to keep; inference tensors have no version.
+    if name in module.__dict__ or tensor is None or tensor.is_inference():
+        return _Source(owner, name, None)
+    return _Source(owner, name, tensor, tensor.data_ptr(), tensor._version)
 
 
 def _unchanged(source: _Source) -> bool:
-    tensor = source.tensor
-    return tensor is not None and stamp(tensor) == source.stamp and source.owner.get(source.name) is tensor
+    owner, name, tensor, data_ptr, version = source
+    return (
+        tensor is not None
+        and tensor._version == version
+        and tensor.data_ptr() == data_ptr
+        and owner.get(name) is tensor
+    )
 
 
 class LNTuneLayer(nn.Module, BaseTunerLayer):
@@ -85,6 +89,10 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
     def run(self, parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Run the wrapped module with these parameters in place of its own."""
 
+    def bind(self, parameters: dict[str, Tensor]) -> Callable[..., Tensor]:
+        """`run` with parameters that stay; what can be prepared once is."""
+        return partial(self.run, parameters)
+
     @abstractmethod
     def run_routed(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run each sample of the batch with the adapter that the route gives it."""
@@ -94,6 +102,13 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
     def deltas(self, parameter: str) -> Any:
         """The `nn.ModuleDict` of adapter names and `Delta`s of one of `PARAMETERS`; torch types its items loosely."""
         return self.lntune_weight if parameter == "weight" else self.lntune_bias
+
+    def get_base_layer(self) -> nn.Module:
+        # As PEFT's, by dict reads: a failing `hasattr` on a module costs more than a norm's whole call should.
+        base: Any = self._modules["base_layer"]
+        while "base_layer" in base._modules:
+            base = base._modules["base_layer"]
+        return base
 
     def base_parameter(self, parameter: str) -> Tensor:
         # Read through the module, not its `_parameters`: sharding and outer layers put tensors in its `__dict__`.
@@ -142,27 +157,33 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
 
     def _sums(self, tuned: list[tuple[str, Delta]]) -> dict[str, Tensor]:
         """The effective parameters: base plus each delta."""
+        base = self.get_base_layer()
         sums: dict[str, Tensor] = {}
         for parameter, delta in tuned:
-            base = sums[parameter] if parameter in sums else self.base_parameter(parameter)
-            sums[parameter] = delta(base)
+            sums[parameter] = delta(sums[parameter] if parameter in sums else getattr(base, parameter))
         return sums
 
-    def _effective(self, adapters: Sequence[str]) -> dict[str, Tensor]:
-        """The effective parameters of these adapters; empty where none of them has a delta here.
+    def _call(self, adapters: Sequence[str]) -> Callable[..., Tensor] | None:
+        """What to call in place of the wrapped module under these adapters; None where none has a delta here.
 
         Without gradients the sums are the same at every call, and making them would cost two operations a norm. So
         they are kept until something they came from changes.
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._sums(self._tuned(adapters))
+            sums = self._sums(self._tuned(adapters))
+            return partial(self.run, sums) if sums else None
         kept = self._kept
         if kept is None or kept.adapters != adapters or not all(map(_unchanged, kept.sources)):
             tuned = self._tuned(adapters)
             base = self.get_base_layer()
             owners = [(base, parameter) for parameter, _ in tuned] + [(delta, "weight") for _, delta in tuned]
-            kept = self._kept = _Kept(list(adapters), [_source(*owner) for owner in owners], self._sums(tuned))
-        return kept.sums
+            sources = [_source(*owner) for owner in owners]
+            kept = self._kept = _Kept(list(adapters), sources, self.bind(self._sums(tuned)) if tuned else None)
+        return kept.call
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy makes its own sums: kept ones hold on to this layer's tensors.
+        return {**self.__dict__, "_kept": None}
 
     def _forget(self) -> None:
         self._kept = None
@@ -180,8 +201,9 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(*args, **kwargs)
         if self._route.active:
             return self.run_routed(*args, **kwargs)
-        parameters = self._effective(self.active_adapters)
-        return self.run(parameters, *args, **kwargs) if parameters else self.base_layer(*args, **kwargs)
+        active = self._active_adapter
+        call = self._call([active] if isinstance(active, str) else active) or self.base_layer
+        return call(*args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the effective parameters, rounded to the base dtype, into the base module.

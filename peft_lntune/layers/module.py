@@ -34,5 +34,5 @@ class ModuleLayer(LNTuneLayer):
         return self._route.by_adapter(x, self.label, lambda name, rows: self._run_one(name, rows, *others, **kwargs))
 
     def _run_one(self, adapter: str, *args: Any, **kwargs: Any) -> Tensor:
-        parameters = self._effective([] if adapter == BASE else [adapter])
-        return self.run(parameters, *args, **kwargs) if parameters else self.base_layer(*args, **kwargs)
+        call = self._call([] if adapter == BASE else [adapter]) or self.base_layer
+        return call(*args, **kwargs)

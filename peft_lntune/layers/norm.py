@@ -1,13 +1,13 @@
 """The layer around a norm: one call for one adapter, one gather for many."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_lntune.core.affine import call_with, call_with_rows
+from peft_lntune.core.affine import bind, call_with, call_with_rows
 from peft_lntune.core.delta import stamp
 from peft_lntune.core.norms import Norm
 from peft_lntune.core.route import BASE, Entry, Route
@@ -36,6 +36,9 @@ class NormLayer(LNTuneLayer):
     def run(self, parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         x, args, kwargs = _split(args, kwargs)
         return call_with(self.base_layer, x, parameters.get("weight"), parameters.get("bias"), *args, **kwargs)
+
+    def bind(self, parameters: dict[str, Tensor]) -> Callable[..., Tensor]:
+        return bind(self.base_layer, parameters.get("weight"), parameters.get("bias"))
 
     def run_routed(self, *args: Any, **kwargs: Any) -> Tensor:
         x, args, kwargs = _split(args, kwargs)
