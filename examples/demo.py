@@ -78,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{len(sentiment.train)} training sentences, {len(sentiment.validation)} of other words and other templates\n"
     )
     results = compare(run, sentiment, args.out)
-    easier = replace(run, data="topic", steps=max(1, args.max_steps // 5))
+    print("\na second adapter, for the topic of a sentence:")
+    easier = replace(run, data="topic", steps=max(1, args.max_steps // 10))
     train_method(easier, topic, args.out / "topic", checkpoints=False)
     print(f"\n{format_table(results)}\n")
     model, tokenizer = reload(run, sentiment, args.out / "ln")
