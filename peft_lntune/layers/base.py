@@ -201,8 +201,7 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(*args, **kwargs)
         if self._route.active:
             return self.run_routed(*args, **kwargs)
-        active = self._active_adapter
-        call = self._call([active] if isinstance(active, str) else active) or self.base_layer
+        call = self._call(self.active_adapters) or self.base_layer
         return call(*args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
