@@ -4,15 +4,12 @@ python -m benchmarks.targets
 """
 
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
 import peft
 import torch
 
-from benchmarks.harness.environment import write_environment
 from benchmarks.harness.rows import Cell, Row, Rows
-from benchmarks.harness.runner import base_parser, run_cells, stamp, start_process
+from benchmarks.harness.runner import run_script, stamp
 from benchmarks.harness.tables import markdown
 from peft_lntune import LNTuningConfig, find_norms
 from tests.cases import FAMILIES, build
@@ -37,41 +34,22 @@ def run_cell(cell: Cell) -> Row:
     return {"norms": len(norms), "tuned": len(wrapped & norms.keys()), **stamp(torch.device("cpu"))}
 
 
-def write_report(rows: Rows, results: Path) -> None:
-    """Write `targets.md`."""
-    found = {cell["family"]: {} for cell in cells()}  # type: dict[str, dict[str, Row]]
-    for cell in cells():
-        row = rows.get(cell)
-        if row:
-            found[cell["family"]][cell["config"]] = row
+def report(rows: Rows) -> str:
+    """The table, and how often every norm was found."""
+    found = {family: {name: rows.get({"family": family, "config": name}) for name in CONFIGS} for family in FAMILIES}
     lines: list[list[object]] = []
     for family, by in found.items():
-        norms = next((row["norms"] for row in by.values()), None)
-        lines.append([family, norms, *(by[name]["tuned"] if name in by else None for name in CONFIGS)])
-    whole = [sum(c in by and by[c]["tuned"] == by[c]["norms"] for by in found.values()) for c in CONFIGS]
-    some = [sum(c in by and by[c]["tuned"] > 0 for by in found.values()) for c in CONFIGS]
+        norms = next((row["norms"] for row in by.values() if row), None)
+        lines.append([family, norms, *(row["tuned"] if row else None for row in by.values())])
     parts = ["# Norms that `LNTuningConfig()` tunes without being told where"]
-    parts.append(markdown(("model", "norms", *CONFIGS), lines))
-    for name, all_of, any_of in zip(CONFIGS, whole, some, strict=True):
-        parts.append(f"- {name}: every norm on {all_of} of {len(found)}, at least one on {any_of}.")
-    (results / "targets.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run, list or report; return how many runs failed."""
-    options = base_parser("Norms found without being told where.").parse_args(arguments)
-    rows = Rows(options.results / "targets.jsonl")
-    if options.list:
-        print(f"{sum(cell not in rows for cell in cells())} runs left; about 1 min.")
-        return 0
-    start_process(threads=1)
-    failed = 0
-    if not options.report:
-        write_environment(options.results / "environment.json", "targets", torch.device("cpu"), workers=1)
-        failed = run_cells(cells(), rows, run_cell, jobs=1, title="targets")
-    write_report(rows, options.results)
-    return failed
+    parts.append(markdown(("model", "norms with parameters", *CONFIGS), lines))
+    tunable = {family: by for family, by in found.items() if any(row and row["norms"] for row in by.values())}
+    for name in CONFIGS:
+        counted = [row for row in (by[name] for by in tunable.values()) if row]
+        every, some = sum(row["tuned"] == row["norms"] for row in counted), sum(row["tuned"] > 0 for row in counted)
+        parts.append(f"- {name}: every norm on {every} of {len(tunable)} that have norms to tune, some on {some}.")
+    return "\n\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":
-    sys.exit(min(main(), 1))
+    sys.exit(min(run_script("targets", "Norms found without being told where.", cells(), run_cell, report), 1))

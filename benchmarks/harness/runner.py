@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness.environment import device_name
+from benchmarks.harness.environment import device_name, write_environment
 from benchmarks.harness.rows import Cell, Row, Rows
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -143,3 +143,38 @@ def parse_device(options: argparse.Namespace) -> torch.device:
     if device.type != "cpu":
         options.jobs = 1
     return device
+
+
+def run_script(
+    name: str,
+    description: str,
+    cells: Sequence[Cell],
+    run: Run,
+    report: Callable[[Rows], str],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """The whole of a small script without options of its own: run what has no row, then write `<name>.md`.
+
+    Args:
+        name: of the files of rows and of the report.
+        description: for the help text.
+        cells: everything that is measured.
+        run: cell -> row.
+        report: rows -> the page.
+        arguments: the command line; None reads the process's own.
+
+    Returns:
+        How many runs failed.
+    """
+    options = base_parser(description).parse_args(arguments)
+    rows = Rows(options.results / f"{name}.jsonl")
+    if options.list:
+        print(f"{sum(cell not in rows for cell in cells)} runs left; about 1 min.")
+        return 0
+    start_process(threads=1)
+    failed = 0
+    if not options.report:
+        write_environment(options.results / "environment.json", name, torch.device("cpu"), workers=1)
+        failed = run_cells(cells, rows, run, jobs=1, title=name)
+    (options.results / f"{name}.md").write_text(report(rows), encoding="utf-8")
+    return failed
