@@ -48,8 +48,11 @@ def reload(run: Run, data: TaskData, folder: Path) -> tuple[PeftModel, PreTraine
     return model, tokenizer
 
 
-def serve(model: PeftModel, tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str]) -> None:
-    """Ask both adapters about every sentence in one batch, and each alone for comparison."""
+def serve(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], labels: Sequence[int]
+) -> None:
+    """Ask both adapters about every sentence in one batch, and each alone for comparison; wrong answers are marked."""
+    truth = [LABEL_NAMES["sentiment"][label] for label in labels]
     names = [name for _ in sentences for name in ("sentiment", "topic")]
     rows = [sentence for sentence in sentences for _ in ("sentiment", "topic")]
     batch = tokenizer(rows, padding=True, return_tensors="pt").to(model.device)
@@ -58,7 +61,9 @@ def serve(model: PeftModel, tokenizer: PreTrainedTokenizerBase, sentences: Seque
         alone = {name: model(**batch, adapter_names=[name] * len(rows)).logits for name in set(names)}
     print(f"\none batch of {len(rows)} rows, two adapters:")
     for i, (name, row) in enumerate(zip(names, rows, strict=True)):
-        print(f"  row {i:>2}  {name:<9}  {LABEL_NAMES[name][int(mixed[i].argmax())]:<8}  {row}")
+        answer = LABEL_NAMES[name][int(mixed[i].argmax())]
+        wrong = "  <- wrong" if name == "sentiment" and answer != truth[i // 2] else ""
+        print(f"  row {i:>2}  {name:<9}  {answer:<8}  {row}{wrong}")
     gap = max((mixed[i] - alone[name][i]).abs().max().item() for i, name in enumerate(names))
     print(f"largest difference of a logit to the same row with its adapter alone: {gap:.1e}")
 
@@ -67,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the four steps and say what was saved where."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=default_model(), help="a checkpoint's name or folder")
-    parser.add_argument("--max-steps", type=int, default=500, help="training steps of each method")
+    parser.add_argument("--max-steps", type=int, default=400, help="training steps of each method")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     args = parser.parse_args(argv)
@@ -84,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\n{format_table(results)}\n")
     model, tokenizer = reload(run, sentiment, args.out / "ln")
     model.load_adapter(str(args.out / "topic"), adapter_name="topic")
-    serve(model.eval(), tokenizer, sentiment.validation["sentence"][:4])
+    examples = sentiment.validation[:4]
+    serve(model.eval(), tokenizer, examples["sentence"], examples["label"])
     norms = {result.method: result.trainable - result.head for result in results}["ln"]
     print(f"\nsaved, with {norms:,} entries of norms and the head in each adapter:")
     for name in ("ln", "topic"):
