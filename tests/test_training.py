@@ -9,6 +9,7 @@ from peft import LNTuningConfig as StockConfig
 from peft import PeftModel, get_peft_model
 from torch.utils.data import Dataset
 
+from peft_lntune import find_norms
 from tests import cases
 from tests.adapted import HALVES, adapt, build, deltas, fill, inputs, output, said
 from tests.test_masks import random_masks
@@ -17,10 +18,10 @@ FAMILIES = ["bert", "roberta-classifier", "gpt2", "llama", "gemma2", "gemma3", "
 FAMILIES += ["cohere", "whisper", "modernbert"]
 
 
-def train(model, batch, steps=3, lr=1e-4):
+def train(model, batch, steps=3, lr=1e-4, weight_decay=0.01):
     """A few AdamW steps with torch's defaults, on a loss in which every output counts."""
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
     torch.manual_seed(0)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -68,6 +69,34 @@ class TestHalfPrecision:
         with torch.autocast("cpu", torch.bfloat16):
             train(peft_model, batch)
         assert all((delta.weight != 0).all() for delta in deltas(peft_model).values())
+
+
+class TestSameAsTheOthers:
+    """In float32 a delta, PEFT's copy and the norm itself are one and the same thing to train.
+
+    Without weight decay, that is: it draws a delta to the pretrained weight, and the other two to zero.
+    """
+
+    @pytest.mark.filterwarnings("ignore:Unsupported layer type")  # PEFT's, of every norm but nn.LayerNorm
+    @pytest.mark.parametrize("family", ["bert", "llama"])
+    def test_plain_lines_and_stock_tuning_go_the_same_way(self, family):
+        batch, outputs = inputs(family), {}
+        for way in ("ours", "stock", "plain"):
+            model = build(family)
+            names = list(find_norms(model))
+            if way == "ours":
+                model = adapt(model, std=0)
+            elif way == "stock":
+                model = get_peft_model(model, StockConfig(target_modules=names))
+            else:
+                model.requires_grad_(False)
+                for name in names:
+                    model.get_submodule(name).requires_grad_(True)
+            outputs[way] = output(train(model, batch, lr=1e-2, weight_decay=0.0), batch)
+        # AdamW divides by the size of the gradient, so a rounding of 1e-7 may grow a little.
+        torch.testing.assert_close(outputs["ours"], outputs["plain"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(outputs["ours"], outputs["stock"], rtol=1e-5, atol=1e-5)
+        assert (outputs["ours"] - output(build(family), batch)).abs().max() > 1e-3, "nothing was trained"
 
 
 class TestCheckpointing:
