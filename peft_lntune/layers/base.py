@@ -7,7 +7,7 @@ between norms and other modules is how the wrapped module is run with given para
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -16,45 +16,9 @@ from torch import Tensor, nn
 from peft_lntune.core.delta import PARAMETERS, delta_dtype
 from peft_lntune.core.reparam import Delta
 from peft_lntune.core.route import Route
+from peft_lntune.layers.kept import Kept, source_of, unchanged
 
 __all__ = ["PARAMETERS", "LNTuneLayer"]
-
-
-class _Source(NamedTuple):
-    """A parameter that kept sums came from, and how it was then; `tensor` is None where that cannot be told."""
-
-    owner: dict[str, Any]
-    name: str
-    tensor: Tensor | None
-    data_ptr: int = 0
-    version: int = 0
-
-
-class _Kept(NamedTuple):
-    """A call with effective parameters, and what they are true of."""
-
-    adapters: list[str]
-    sources: list[_Source]
-    call: Callable[..., Tensor] | None
-
-
-def _source(module: nn.Module, name: str) -> _Source:
-    owner: Any = module._parameters
-    tensor = owner.get(name)
-    # Sharding or an outer layer may have put a tensor in the way, nobody's to keep; inference tensors have no version.
-    if name in module.__dict__ or tensor is None or tensor.is_inference():
-        return _Source(owner, name, None)
-    return _Source(owner, name, tensor, tensor.data_ptr(), tensor._version)
-
-
-def _unchanged(source: _Source) -> bool:
-    owner, name, tensor, data_ptr, version = source
-    return (
-        tensor is not None
-        and tensor._version == version
-        and tensor.data_ptr() == data_ptr
-        and owner.get(name) is tensor
-    )
 
 
 class LNTuneLayer(nn.Module, BaseTunerLayer):
@@ -81,7 +45,7 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         self.out_features = getattr(base_layer, "out_features", None)
         self._route = route
         self._unmerged: dict[str, Tensor] = {}
-        self._kept: _Kept | None = None
+        self._kept: Kept | None = None
 
     # What a subclass says.
 
@@ -173,12 +137,12 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
             sums = self._sums(self._tuned(adapters))
             return partial(self.run, sums) if sums else None
         kept = self._kept
-        if kept is None or kept.adapters != adapters or not all(map(_unchanged, kept.sources)):
+        if kept is None or kept.adapters != adapters or not all(map(unchanged, kept.sources)):
             tuned = self._tuned(adapters)
             base = self.get_base_layer()
             owners = [(base, parameter) for parameter, _ in tuned] + [(delta, "weight") for _, delta in tuned]
-            sources = [_source(*owner) for owner in owners]
-            kept = self._kept = _Kept(list(adapters), sources, self.bind(self._sums(tuned)) if tuned else None)
+            sources = [source_of(*owner) for owner in owners]
+            kept = self._kept = Kept(list(adapters), sources, self.bind(self._sums(tuned)) if tuned else None)
         return kept.call
 
     def __getstate__(self) -> dict[str, Any]:
