@@ -3,11 +3,9 @@
 python -m benchmarks.operations
 """
 
-import argparse
 import copy
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import peft
@@ -16,11 +14,10 @@ from torch import nn
 
 from benchmarks.harness.arms import find_arm, norm_names, own_parameters
 from benchmarks.harness.counting import count_operations
-from benchmarks.harness.environment import write_environment
-from benchmarks.harness.models import default_model, load_body, load_classifier, tiny_llama
+from benchmarks.harness.models import load_body, load_classifier, tiny_llama
 from benchmarks.harness.rows import Cell, Row, Rows
-from benchmarks.harness.runner import base_parser, run_cells, stamp, start_process
-from benchmarks.operations_report import write_report
+from benchmarks.harness.runner import run_script, stamp
+from benchmarks.operations_report import page
 
 ARM_NAMES = ("ln", "plain", "stock-ln", "lora", "road", "bitfit", "full")
 MIXED_ARMS = ("ln", "lora", "road")  # the others cannot serve a row of the batch by its own adapter
@@ -102,29 +99,15 @@ def _mixed(model: Any, cell: Cell) -> Callable[[], object]:
     return torch.no_grad()(lambda: model(**inputs, adapter_names=rows))
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = base_parser("Dispatched operations of each method.")
-    parser.add_argument("--model", default=None, help="encoder: folder or Hub id (default: the installed MiniLM)")
-    options = parser.parse_args(arguments)
-    options.model = options.model or default_model()
-    return options
+def report(rows: Rows) -> str:
+    """The tables."""
+    return page(rows, MODELS, ARM_NAMES, MIXED_ARMS, ADAPTERS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, list or report; return how many runs failed."""
-    options = parse(arguments)
-    rows = Rows(options.results / "operations.jsonl")
-    if options.list:
-        print(f"{sum(cell not in rows for cell in cells())} runs left; about 2 min.")
-        return 0
-    start_process(threads=torch.get_num_threads())
-    failed = 0
-    if not options.report:
-        write_environment(options.results / "environment.json", "operations", torch.device("cpu"), workers=1)
-        failed = run_cells(cells(), rows, partial(run_cell, checkpoint=options.model), jobs=1, title="operations")
-    write_report(rows, options.results, MODELS, ARM_NAMES, MIXED_ARMS, ADAPTERS)
-    return failed
+    about = "Dispatched operations of each method."
+    return run_script("operations", about, cells(), run_cell, report, arguments, checkpoint=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The tables of `operations.py`, from its rows alone."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.rows import Row, Rows
@@ -13,23 +12,21 @@ A_TENSOR = 2  # operations more than plain `requires_grad` lines, a tuned tensor
 MIXED = 1.10  # of the base model's operations, for any number of adapters in the batch
 
 
-def write_report(
+def page(
     rows: Rows,
-    results: Path,
     models: Sequence[str],
     arms: Sequence[str],
     mixed_arms: Sequence[str],
     adapters: Sequence[int],
-) -> None:
-    """Write `operations.md`."""
+) -> str:
+    """The page of all tables."""
     parts = ["# Dispatched operations"]
     for model in models:
         parts += [f"## {model}", "### Evaluation without gradients, one adapter", _evaluation(rows, model, arms)]
         parts += ["### Training step: forward and backward", _training(rows, model, arms)]
         parts += ["### Mixed batch of 64 rows, body without head", _mixed(rows, model, mixed_arms, adapters)]
         parts += ["\n".join(f"- {line}" for line in _wanted(rows, model, adapters))]
-    results.mkdir(parents=True, exist_ok=True)
-    (results / "operations.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _row(rows: Rows, **cell: Any) -> Row:

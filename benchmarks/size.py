@@ -3,11 +3,9 @@
 python -m benchmarks.size
 """
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import peft
@@ -15,10 +13,9 @@ import torch
 from torch import nn
 
 from benchmarks.harness.arms import find_arm, own_parameters
-from benchmarks.harness.environment import write_environment
-from benchmarks.harness.models import default_model, load_body
+from benchmarks.harness.models import load_body
 from benchmarks.harness.rows import Cell, Row, Rows
-from benchmarks.harness.runner import base_parser, run_cells, stamp, start_process
+from benchmarks.harness.runner import run_script, stamp
 from benchmarks.harness.tables import markdown
 from benchmarks.harness.training import saved_bytes
 
@@ -48,8 +45,8 @@ def _file_size(model: nn.Module) -> int:
         return (Path(folder) / "adapter_model.safetensors").stat().st_size
 
 
-def write_report(rows: Rows, results: Path) -> None:
-    """Write `size.md`."""
+def report(rows: Rows) -> str:
+    """The table, and whether the limit held."""
     lines: list[list[object]] = []
     for arm in ARM_NAMES:
         found = {dtype: rows.get({"model": "minilm", "arm": arm, "dtype": dtype}) for dtype in DTYPES}
@@ -62,33 +59,12 @@ def write_report(rows: Rows, results: Path) -> None:
     if ours:
         verdict = "held" if ours["file_size"] <= LIMIT else "did not hold"
         parts.append(f"- Wanted: ln in at most {LIMIT:,} bytes. Weighed: {ours['file_size']:,}: {verdict}.")
-    results.mkdir(parents=True, exist_ok=True)
-    (results / "size.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = base_parser("Bytes of a saved adapter.")
-    parser.add_argument("--model", default=None, help="encoder: folder or Hub id (default: the installed MiniLM)")
-    options = parser.parse_args(arguments)
-    options.model = options.model or default_model()
-    return options
+    return "\n\n".join(parts) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, list or report; return how many runs failed."""
-    options = parse(arguments)
-    rows = Rows(options.results / "size.jsonl")
-    if options.list:
-        print(f"{sum(cell not in rows for cell in cells())} runs left; about 1 min.")
-        return 0
-    start_process(threads=torch.get_num_threads())
-    failed = 0
-    if not options.report:
-        write_environment(options.results / "environment.json", "size", torch.device("cpu"), workers=1)
-        failed = run_cells(cells(), rows, partial(run_cell, checkpoint=options.model), jobs=1, title="size")
-    write_report(rows, options.results)
-    return failed
+    return run_script("size", "Bytes of a saved adapter.", cells(), run_cell, report, arguments, checkpoint=True)
 
 
 if __name__ == "__main__":

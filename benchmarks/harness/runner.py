@@ -8,12 +8,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import torch
 
 from benchmarks.harness.environment import device_name, write_environment
+from benchmarks.harness.models import default_model
 from benchmarks.harness.rows import Cell, Row, Rows
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -149,32 +151,40 @@ def run_script(
     name: str,
     description: str,
     cells: Sequence[Cell],
-    run: Run,
+    run: Callable[..., Row],
     report: Callable[[Rows], str],
     arguments: Sequence[str] | None = None,
+    *,
+    checkpoint: bool = False,
 ) -> int:
-    """The whole of a small script without options of its own: run what has no row, then write `<name>.md`.
+    """The whole of a small script: run what has no row, then write `<name>.md`.
 
     Args:
         name: of the files of rows and of the report.
         description: for the help text.
         cells: everything that is measured.
-        run: cell -> row.
+        run: cell -> row; with `checkpoint`, also takes the encoder's folder or Hub id as `checkpoint`.
         report: rows -> the page.
         arguments: the command line; None reads the process's own.
+        checkpoint: whether the script has an option `--model`.
 
     Returns:
         How many runs failed.
     """
-    options = base_parser(description).parse_args(arguments)
+    parser = base_parser(description)
+    if checkpoint:
+        parser.add_argument("--model", default=None, help="encoder: folder or Hub id (default: the installed MiniLM)")
+    options = parser.parse_args(arguments)
     rows = Rows(options.results / f"{name}.jsonl")
     if options.list:
-        print(f"{sum(cell not in rows for cell in cells)} runs left; about 1 min.")
+        print(f"{sum(cell not in rows for cell in cells)} runs left; a few minutes at most.")
         return 0
     start_process(threads=1)
     failed = 0
     if not options.report:
+        one = partial(run, checkpoint=options.model or default_model()) if checkpoint else run
         write_environment(options.results / "environment.json", name, torch.device("cpu"), workers=1)
-        failed = run_cells(cells, rows, run, jobs=1, title=name)
+        failed = run_cells(cells, rows, one, jobs=1, title=name)
+    options.results.mkdir(parents=True, exist_ok=True)
     (options.results / f"{name}.md").write_text(report(rows), encoding="utf-8")
     return failed
