@@ -46,7 +46,13 @@ def is_target(config: LNTuningConfig, key: str) -> Any:
 
 
 def create_and_replace(
-    tuner: BaseTuner, config: LNTuningConfig, adapter_name: str, target: nn.Module, **where: Any
+    tuner: BaseTuner,
+    config: LNTuningConfig,
+    adapter_name: str,
+    target: nn.Module,
+    target_name: str,
+    parent: nn.Module,
+    current_key: str,
 ) -> None:
     """Give the module `target` a delta for `adapter_name`, in a layer around it if there is none yet.
 
@@ -55,24 +61,25 @@ def create_and_replace(
         config: a config that `prepare` has seen.
         adapter_name: the new adapter.
         target: the module, or the layer around it.
-        where: `target_name`, `parent` and `current_key`, as PEFT passes them.
+        target_name: its name in `parent`.
+        parent: the module that holds it.
+        current_key: its name in the model.
     """
     injection: Injection = config.__dict__["injection"]
-    name = where["current_key"]
-    part = injection.plan.parts.get(name) or part_of(config, name, target)
+    part = injection.plan.parts.get(current_key) or part_of(config, current_key, target)
     if isinstance(target, LNTuneLayer):
         target.update_layer(adapter_name, config, part.counts)
         return
     layer: LNTuneLayer
     if part.norm is None:
-        layer = ModuleLayer(target, injection.route, name)
+        layer = ModuleLayer(target, injection.route, current_key)
     else:
         layer = NormLayer(target, injection.route, part.norm)
     layer.set_adapter(adapter_name)
     layer.update_layer(adapter_name, config, part.counts)
     if adapter_name not in tuner.active_adapters:
         layer.requires_grad_(False)
-    tuner._replace_module(where["parent"], where["target_name"], layer, target)
+    tuner._replace_module(parent, target_name, layer, target)
 
 
 def route_of(model: nn.Module) -> Route:

@@ -42,8 +42,7 @@ class LNTuneModel(BaseTuner):
     def _create_and_replace(
         self, peft_config: Any, adapter_name: str, target: nn.Module, *args: Any, **kw: Any
     ) -> None:
-        where = {**dict(zip(("target_name", "parent"), args, strict=False)), **kw}
-        create_and_replace(self, peft_config, adapter_name, target, **where)
+        create_and_replace(self, peft_config, adapter_name, target, *args, **kw)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):

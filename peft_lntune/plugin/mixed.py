@@ -48,8 +48,7 @@ def _cases(originals: dict[str, Callable[..., Any]]) -> dict[str, Any]:
     def _create_and_replace(self: Any, config: Any, adapter_name: str, target: Any, *args: Any, **kw: Any) -> None:
         if not isinstance(config, LNTuneConfig):
             return originals["_create_and_replace"](self, config, adapter_name, target, *args, **kw)
-        where = {**dict(zip(("target_name", "parent"), args, strict=False)), **kw}
-        return create_and_replace(self, config, adapter_name, target, **where)
+        return create_and_replace(self, config, adapter_name, target, *args, **kw)
 
     def _prepare_adapter_config(peft_config: Any, model_config: Any) -> Any:
         if isinstance(peft_config, LNTuneConfig):
