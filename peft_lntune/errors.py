@@ -6,6 +6,7 @@ Every message says what was expected, what came, and what to do; every error is 
 __all__ = [
     "AdapterFileError",
     "ConfigError",
+    "DataError",
     "MixedHeadError",
     "NoMatchError",
     "PeftLNTuneError",
@@ -21,6 +22,10 @@ class PeftLNTuneError(ValueError):
 
 class ConfigError(PeftLNTuneError):
     """A field of a config has a value that is not allowed. Next: change the config."""
+
+
+class DataError(PeftLNTuneError):
+    """Batches are empty, lack labels, or give no finite loss. Next: look at the data, or pass the loss."""
 
 
 class NoMatchError(PeftLNTuneError):

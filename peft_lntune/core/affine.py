@@ -25,6 +25,7 @@ __all__ = [
     "fast_path",
     "normalize",
     "output_dtype",
+    "split_call",
 ]
 
 FastPath = Callable[[Any, Tensor, Tensor, "Tensor | None"], Tensor]
@@ -224,3 +225,11 @@ def output_dtype(norm: nn.Module, x: Tensor) -> torch.dtype:
     """
     rule = rule_for(norm, x.device, x.dtype, widened(norm), True)
     return x.dtype if rule.dtype is None else rule.dtype
+
+
+def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """The input of a norm and its further arguments; a few models pass the input by name."""
+    if args:
+        return args[0], args[1:], kwargs
+    first, *others = kwargs
+    return kwargs[first], (), {name: kwargs[name] for name in others}

@@ -13,7 +13,7 @@ from torch import nn
 from peft_lntune.core import probe
 from peft_lntune.core.roles import find_roles
 
-__all__ = ["Norm", "base_modules", "find_norms"]
+__all__ = ["Norm", "base_modules", "called_modules", "find_norms"]
 
 _MAX_ENTRIES = 2**20  # no norm has a wider weight, and a probe of it stays a matter of milliseconds
 _NEVER = (nn.Linear, nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
@@ -94,10 +94,21 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     A tuner's layer stands for the module it wraps (its child `base_layer`, or `original_module`), and what tuners have
     added is left out. Without adapters this is `dict(model.named_modules())`.
     """
-    return dict(_walk(model, "", set()))
+    return {name: base for name, _, base in _walk(model, "", set())}
 
 
-def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+def called_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules under the names of `base_modules`, as the model calls them: a tuner's layer where there is one.
+
+    Example:
+        >>> list(called_modules(nn.Sequential(nn.LayerNorm(2))))
+        ['', '0']
+    """
+    return {name: called for name, called, _ in _walk(model, "", set())}
+
+
+def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    called = module
     while _is_tuner_layer(module):
         base = next((module._modules[key] for key in _BASE_NAMES if module._modules.get(key) is not None), None)
         if base is None:  # it wraps nothing, so a tuner put it beside the model's own modules
@@ -106,7 +117,7 @@ def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[
     if module in seen:
         return
     seen.add(module)
-    yield name, module
+    yield name, called, module
     for child_name, child in module.named_children():
         yield from _walk(child, f"{name}.{child_name}" if name else child_name, seen)
 

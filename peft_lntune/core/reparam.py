@@ -45,7 +45,9 @@ class Delta(nn.Module):
 
     @classmethod
     def masked(cls, mask: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> "Delta":
-        """A zero delta on the entries where `mask` (bool, shape of the base) is True."""
+        """A zero delta on the entries where `mask` (bool, shape of the base) is True; a dense one where all are."""
+        if mask.all():
+            return cls(mask.shape, dtype, device)
         delta = cls(mask.shape, dtype, device, count=int(mask.sum()))
         delta.mask = pack_bits(mask.to(device))
         return delta

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_lntune.core.affine import bind, call_with, call_with_rows
+from peft_lntune.core.affine import bind, call_with, call_with_rows, split_call
 from peft_lntune.core.delta import stamp
 from peft_lntune.core.norms import Norm
 from peft_lntune.core.route import BASE, Entry, Route
@@ -34,14 +34,14 @@ class NormLayer(LNTuneLayer):
         self._axis = norm.axis
 
     def run(self, parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        x, args, kwargs = _split(args, kwargs)
+        x, args, kwargs = split_call(args, kwargs)
         return call_with(self.base_layer, x, parameters.get("weight"), parameters.get("bias"), *args, **kwargs)
 
     def bind(self, parameters: dict[str, Tensor]) -> Callable[..., Tensor]:
         return bind(self.base_layer, parameters.get("weight"), parameters.get("bias"))
 
     def run_routed(self, *args: Any, **kwargs: Any) -> Tensor:
-        x, args, kwargs = _split(args, kwargs)
+        x, args, kwargs = split_call(args, kwargs)
         rows = self._route.rows(id(self), x.shape, self.label)
         if rows is None or rows.weight is None:
             return self.base_layer(x, *args, **kwargs)
@@ -74,11 +74,3 @@ class NormLayer(LNTuneLayer):
             return rows.reshape(rows.shape[0], *shape, *(1,) * (x.dim() - 1 - len(shape)))
         middle = x.dim() - 1 - len(shape)
         return rows if middle == 1 else rows.reshape(rows.shape[0], *(1,) * middle, *shape)
-
-
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """The input of a norm and its further arguments; a few models pass the input by name."""
-    if args:
-        return args[0], args[1:], kwargs
-    first, *others = kwargs
-    return kwargs[first], (), {name: kwargs[name] for name in others}

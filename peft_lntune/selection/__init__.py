@@ -1,0 +1,19 @@
+"""What matters (scores) and how much of it (a budget): pure functions on named tensors, torch only."""
+
+from peft_lntune.selection.fisher import FisherState, fisher_scores
+from peft_lntune.selection.masks import check_masks, combine_masks, mask_density, mask_overlap
+from peft_lntune.selection.scores import change_scores, magnitude_scores, random_scores
+from peft_lntune.selection.select import select
+
+__all__ = [
+    "FisherState",
+    "change_scores",
+    "check_masks",
+    "combine_masks",
+    "fisher_scores",
+    "magnitude_scores",
+    "mask_density",
+    "mask_overlap",
+    "random_scores",
+    "select",
+]

@@ -1,0 +1,379 @@
+"""The Fisher diagonal of chosen parameters: the mean over samples of the squared gradient of each sample's loss.
+
+    F_i = mean over samples x of (d loss(x, y) / d w_i)^2
+
+Never the square of a batch's mean gradient, which is another quantity. `kind` says where y comes from: `empirical`
+takes the labels of the data, `mc` draws them from the model, `exact` takes the expectation over the model's classes.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_lntune.core.persample import PerSample, per_sample
+from peft_lntune.errors import ConfigError, DataError, UnsupportedError
+from peft_lntune.selection.losses import HEADS, Batch, Head, Loss, find_head
+from peft_lntune.selection.parameters import base_model, find_parameters, generator
+
+__all__ = ["KINDS", "MAX_CLASSES", "FisherState", "fisher_scores"]
+
+KINDS = ("empirical", "mc", "exact")
+
+MAX_CLASSES = 32
+"""The exact kind makes one backward pass a class, up to this many."""
+
+
+@dataclass
+class FisherState:
+    """Sums over the samples seen so far: what a pass is resumed from, and how several processes share one.
+
+    Attributes:
+        first: number of the first sample, where another process scores those before it. Labels that are drawn depend on
+            the seed and the number of the sample, not on the process.
+        samples: how many samples are in the sums; a resumed pass skips as many.
+        squares: the summed squares by parameter.
+
+    Example:
+        >>> model, x = nn.Sequential(nn.LayerNorm(2), nn.Linear(2, 2)), torch.randn(4, 2)
+        >>> def loss(outputs, batch):
+        ...     return outputs[:, 0]
+        >>> batches = [{"input": row.unsqueeze(0)} for row in x]
+        >>> one, two = FisherState(), FisherState(first=2)
+        >>> _ = fisher_scores(model, batches[:2], loss=loss, state=one)
+        >>> _ = fisher_scores(model, batches[2:], loss=loss, state=two)
+        >>> (one + two).samples
+        4
+    """
+
+    first: int = 0
+    samples: int = 0
+    squares: dict[str, Tensor] = field(default_factory=dict)
+
+    def scores(self) -> dict[str, Tensor]:
+        """The means so far.
+
+        Raises:
+            DataError: no sample has been seen.
+        """
+        if not self.samples:
+            raise DataError("no sample has been seen, so there is no score. The batches are empty.")
+        return {name: total / self.samples for name, total in self.squares.items()}
+
+    def __add__(self, other: "FisherState") -> "FisherState":
+        if self.squares.keys() != other.squares.keys():
+            raise ConfigError("these two states hold scores of different parameters, so they cannot be added.")
+        squares = {name: total + other.squares[name].to(total.device) for name, total in self.squares.items()}
+        return FisherState(min(self.first, other.first), self.samples + other.samples, squares)
+
+
+def fisher_scores(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    kind: str = "empirical",
+    parameters: Iterable[str] | None = None,
+    loss: Loss | str | None = None,
+    seed: int = 0,
+    *,
+    num_samples: int | None = None,
+    state: FisherState | None = None,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """Score parameters by Fisher information, exact a sample, in one forward and backward pass a batch.
+
+    The model runs in evaluation mode and is afterwards as it was: mode, gradients, requires_grad. Norms and linear
+    modules cost one pass; for parameters of any other module, or used outside their module's call, each sample gets a
+    backward pass of its own.
+
+    Source: Sung et al. 2021 (FISH mask, arXiv 2111.09839); ValizadehAslani and Liang 2024 (arXiv 2403.20284).
+
+    Args:
+        model: any model; with adapters, it is scored as it is, its active adapters in effect.
+        batches: dicts of tensors, with labels, as a `DataLoader` gives them; batch axis first.
+        kind: `"empirical"`, `"mc"` or `"exact"`. The last is for regression and heads of few classes (`MAX_CLASSES`).
+        parameters: names in the base model; None: weight and bias of every norm.
+        loss: None takes the loss of the model's own head, for tokens the mean of each sample. Or the name of one, such
+            as `"causal_lm_sum"` (see `peft_lntune.selection.losses.HEADS`), or a function `(outputs, batch) -> (B,)`.
+        seed: of the labels drawn by `"mc"`.
+        num_samples: stop after this many; None: all.
+        state: sums to go on with; it holds what was done where the pass is interrupted.
+        progress: show a bar where the pass takes longer than a few seconds.
+
+    Returns:
+        For each parameter its scores: same shape, at least 0, in float32 or wider. A parameter that no loss depends on
+        has zeros.
+
+    Raises:
+        ConfigError: an unknown kind, loss or parameter, or a loss that is not one value a sample.
+        DataError: no batches, no labels, or a loss that is not finite.
+        UnsupportedError: the model mixes the rows of a batch before a norm, or its head fits no known loss.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+        >>> model = BertForSequenceClassification(config)
+        >>> batch = {"input_ids": torch.randint(9, (4, 5)), "labels": torch.tensor([0, 1, 1, 0])}
+        >>> scores = fisher_scores(model, [batch])
+        >>> scores["bert.encoder.layer.0.output.LayerNorm.weight"].shape
+        torch.Size([8])
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"kind={kind!r}: choose one of {', '.join(map(repr, KINDS))}.")
+    if isinstance(loss, str) and loss not in HEADS:
+        raise ConfigError(f"loss={loss!r}: choose one of {', '.join(HEADS)}, or pass a function.")
+    if callable(loss) and kind != "empirical":
+        raise ConfigError(f"kind={kind!r} needs to know what the outputs mean, so loss takes a name, not a function.")
+    found = find_parameters(model, parameters)
+    state = FisherState() if state is None else state
+    with _frozen(model), per_sample(base_model(model), found) as taps:
+        scorer = _Scorer(model, found, taps, kind, loss, seed)
+        for batch, size in _left(batches, state, num_samples, progress):
+            scorer.add(batch, size, state)
+    return state.scores()
+
+
+class _Scorer:
+    """One pass: what is known of the model's head and batches, and how a batch is added."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, Tensor],
+        taps: PerSample,
+        kind: str,
+        loss: Loss | str | None,
+        seed: int,
+    ) -> None:
+        self.model, self.parameters, self.taps, self.kind, self.seed = model, parameters, taps, kind, seed
+        self.device = next(iter(parameters.values())).device
+        self.head: Head | None = HEADS[loss] if isinstance(loss, str) else None
+        self.loss: Loss | None = loss if callable(loss) else None
+        config = getattr(model, "config", None)
+        self.needs_labels = self.loss is not None or getattr(config, "is_encoder_decoder", False)
+        self.checked = False
+
+    def add(self, batch: Batch, size: int, state: FisherState) -> None:
+        """Add the squares of one batch to the sums; nothing is added where it raises."""
+        batch = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        number = state.first + state.samples
+        if self.head is None and self.loss is None:
+            self.head = self._find_head(batch, size)
+        if not self.checked:
+            self._check_taps(batch, size, number)
+            self.checked = True
+        found = self._tapped_squares(batch, size, number)
+        for sample in range(size) if self.taps.loose else ():
+            for name, square in self._loose_squares(_rows(batch, size, sample, sample + 1), number + sample).items():
+                found[name] = found[name] + square if name in found else square
+        for name, parameter in self.parameters.items():
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            total = state.squares.setdefault(name, torch.zeros_like(parameter, dtype=wide, requires_grad=False))
+            if name in found:
+                total += found[name].to(total)
+        state.samples += size
+
+    def _find_head(self, batch: Batch, size: int) -> Head:
+        """Read off the first sample with a label what the model's own loss is."""
+        labels = batch.get("labels")
+        sample = 0
+        if isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point():
+            counted = (labels != -100).flatten(1).sum(1)
+            sample = int(counted.argmax())  # most tokens: the readings differ most there
+        one = _rows(batch, size, sample, sample + 1)
+        self.taps.start(1, _lengths(one, 1))
+        return find_head(self.model, self.model(**one), one)
+
+    def _losses(self, batch: Batch, size: int, number: int) -> list[tuple[Tensor | None, Tensor]]:
+        """What to send back: losses `(B,)`, each with the weights of its squares, or None for one."""
+        labels = self.head.labels if self.head is not None and not self.needs_labels else ()
+        outputs = self.model(**{key: value for key, value in batch.items() if key not in labels})
+        if self.loss is not None:
+            terms: list[tuple[Tensor | None, Tensor]] = [(None, self.loss(outputs, batch))]
+        elif self.kind == "exact":
+            terms = [*self._expected(outputs)]
+        else:
+            assert self.head is not None
+            if self.kind == "mc":
+                generators = [generator(self.seed, number + row) for row in range(size)]
+                batch = {**batch, **self.head.draw(outputs, batch, generators)}
+            elif not all(name in batch for name in self.head.labels):
+                raise DataError(f"a batch lacks {' and '.join(self.head.labels)}: it has {', '.join(batch)}.")
+            terms = [(None, self.head.loss(outputs, batch))]
+        for _, losses in terms:
+            if not isinstance(losses, Tensor) or losses.shape != (size,):
+                shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+                raise ConfigError(f"loss should give one value a sample, of shape {(size,)}, but gave {shape}.")
+            if not losses.isfinite().all():
+                row = int((~losses.isfinite()).nonzero()[0])
+                raise DataError(
+                    f"the loss of sample {number + row} is {losses[row].item()}. Look at its inputs and labels, and at "
+                    "the model's outputs for it."
+                )
+        return terms
+
+    def _expected(self, outputs: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        assert self.head is not None
+        if self.head.expected is None:
+            raise UnsupportedError(
+                f'kind="exact" is for heads of few classes and for regression; a {self.head.name} head has too many '
+                'outcomes to sum over. Use kind="mc", which draws them.'
+            )
+        terms = self.head.expected(outputs)
+        if len(terms) > MAX_CLASSES:
+            raise UnsupportedError(
+                f'kind="exact" makes one backward pass a class, and this head has {len(terms)}, above {MAX_CLASSES}. '
+                'Use kind="mc", which draws a class a sample.'
+            )
+        yield from terms
+
+    def _send_back(self, terms: list[tuple[Tensor | None, Tensor]]) -> Iterator[None]:
+        """Run the backward pass of each term; squares of weighted gradients are those of gradients by sqrt(weight)."""
+        for left, (weights, losses) in zip(range(len(terms) - 1, -1, -1), terms, strict=True):
+            if not losses.requires_grad:
+                raise UnsupportedError(
+                    "the loss depends on no module with a wanted parameter, so nothing can be scored."
+                )
+            scaled = losses if weights is None else losses * weights.detach().sqrt()
+            scaled.sum().backward(retain_graph=left > 0)
+            yield
+
+    def _tapped_squares(self, batch: Batch, size: int, number: int) -> dict[str, Tensor]:
+        if not self.taps.tapped:
+            return {}
+        self.taps.start(size, _lengths(batch, size))
+        found: dict[str, Tensor] = {}
+        for _ in self._send_back(self._losses(batch, size, number)):
+            for name, square in self.taps.squares().items():
+                found[name] = found[name] + square if name in found else square
+        return found
+
+    def _loose_squares(self, one: Batch, number: int) -> dict[str, Tensor]:
+        """The squares of one sample by an ordinary backward pass."""
+        found: dict[str, Tensor] = {}
+        with _gradients_of({name: self.parameters[name] for name in self.taps.loose}) as gradients:
+            self.taps.start(1, _lengths(one, 1))
+            for _ in self._send_back(self._losses(one, 1, number)):
+                for name, gradient in gradients().items():
+                    square = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).square()
+                    found[name] = found[name] + square if name in found else square
+        return found
+
+    def _check_taps(self, batch: Batch, size: int, number: int) -> None:
+        """Compare the taps with autograd on the first sample, in a batch of two where there are two.
+
+        A parameter that the model uses outside its module's call has another gradient there; it goes the slow way.
+        And a loss that reaches the rows of another sample means that the rows are not what they seem.
+        """
+        if not self.taps.tapped:
+            return
+        pair = min(size, 2)
+        some = _rows(batch, size, 0, pair)
+        with _gradients_of({name: self.parameters[name] for name in self.taps.tapped}) as gradients:
+            self.taps.start(pair, _lengths(some, pair), whole=True)
+            weights, losses = self._losses(some, pair, number)[0]
+            for _ in self._send_back([(weights, losses * torch.eye(pair, device=losses.device)[0])]):
+                ours, theirs = self.taps.gradients(), gradients()
+        for name, gradient in ours.items():
+            if gradient[1:].any():
+                raise UnsupportedError(
+                    f"the loss of one sample depends on the rows of another at {name.rpartition('.')[0]}, so there is "
+                    "no gradient a sample: the batch axis is not the first there, or samples are mixed. Leave it out "
+                    "with parameters=, or give batches of one sample."
+                )
+        self.taps.drop(name for name in self.taps.tapped if not _agree(ours.get(name), theirs.get(name)))
+
+
+def _agree(ours: Tensor | None, theirs: Tensor | None) -> bool:
+    if theirs is None or ours is None:
+        return (theirs is None or not theirs.any()) and (ours is None or not ours.any())
+    tolerance = 0.1 if theirs.dtype.itemsize < 4 else 1e-2  # rounding of sums; a use that was missed is far larger
+    error = (ours[0].double() - theirs.double()).norm()
+    return bool(error <= tolerance * theirs.double().norm())
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and no parameter requires a gradient; afterwards all as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _gradients_of(parameters: Mapping[str, Tensor]) -> Iterator[Callable[[], dict[str, Tensor]]]:
+    """Let these parameters take gradients; what is given fetches and clears them. Their own are put back."""
+    own = {name: parameter.grad for name, parameter in parameters.items()}
+
+    def fetch() -> dict[str, Tensor]:
+        found = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        for parameter in parameters.values():
+            parameter.grad = None
+        return found
+
+    try:
+        for parameter in parameters.values():
+            parameter.grad = None
+            parameter.requires_grad_(True)
+        yield fetch
+    finally:
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(False)
+            parameter.grad = own[name]
+
+
+def _left(
+    batches: Iterable[Batch], state: FisherState, num_samples: int | None, progress: bool
+) -> Iterator[tuple[Batch, int]]:
+    """The batches, each with its size, that are not in `state` yet, cut to `num_samples` in all."""
+    from tqdm.auto import tqdm
+
+    seen, done = 0, state.samples
+    with tqdm(total=num_samples, initial=done, desc="Fisher", unit="sample", delay=3, disable=not progress) as bar:
+        for batch in batches:
+            if num_samples is not None and seen >= num_samples:
+                break
+            if not isinstance(batch, Mapping):
+                raise DataError(f"a batch should be a dict of tensors, but is {type(batch).__name__}.")
+            size = _size(batch)
+            begin = min(size, max(0, done - seen))
+            end = size if num_samples is None else min(size, num_samples - seen)
+            seen += size
+            if begin < end:
+                yield (batch if (begin, end) == (0, size) else _rows(batch, size, begin, end)), end - begin
+                bar.update(end - begin)
+
+
+def _size(batch: Batch) -> int:
+    """Samples of a batch: the length of its labels, or else of its first tensor."""
+    names = [name for head in HEADS.values() for name in head.labels if name in batch]
+    for value in (*(batch[name] for name in names), *batch.values()):
+        if isinstance(value, Tensor) and value.dim():
+            return len(value)
+    raise DataError(f"a batch holds no tensor with a batch axis; it has {', '.join(map(str, batch)) or 'nothing'}.")
+
+
+def _rows(batch: Batch, size: int, begin: int, end: int) -> dict[str, Any]:
+    """Some samples of a batch; what has no batch axis stays."""
+    return {
+        key: value[begin:end] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
+        for key, value in batch.items()
+    }
+
+
+def _lengths(batch: Batch, size: int) -> set[int]:
+    """How many rows a sample may have where a model flattens batch and tokens into one axis."""
+    tensors = [value for value in batch.values() if isinstance(value, Tensor)]
+    return {value.shape[1] for value in tensors if value.dim() > 1 and value.shape[0] == size}

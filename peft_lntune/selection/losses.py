@@ -1,0 +1,329 @@
+"""Losses a sample, `(B,)`, and labels drawn from the model: the one place that knows what a head's outputs mean.
+
+Each loss is what the head of a transformers model computes for a batch of that one sample. Over tokens that is a mean;
+`reduction="sum"` gives the negative log-likelihood of the whole sequence instead.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft_lntune.errors import DataError, UnsupportedError
+
+__all__ = [
+    "HEADS",
+    "Head",
+    "causal_lm_loss",
+    "classification_loss",
+    "find_head",
+    "multi_label_loss",
+    "question_answering_loss",
+    "regression_loss",
+    "token_loss",
+]
+
+Batch = Mapping[str, Any]
+Loss = Callable[[Any, Batch], Tensor]
+"""`(outputs, batch) -> (B,)`, as a user may give it."""
+
+IGNORED = -100
+
+
+def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy: logits `(B, C)`, labels `(B,)` int64 -> `(B,)`."""
+    return F.cross_entropy(_wide(logits), labels, reduction="none")
+
+
+def regression_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Squared error, mean over outputs: logits `(B, K)`, labels `(B,)` or `(B, K)` floating -> `(B,)`."""
+    return (logits - labels.reshape(logits.shape)).square().flatten(1).mean(1)
+
+
+def multi_label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross entropy, mean over classes: logits and floating labels `(B, C)` -> `(B,)`."""
+    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(1)
+
+
+def token_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross entropy of tokens: token classification, masked language models, sequence to sequence.
+
+    Args:
+        logits: `(B, T, C)`.
+        labels: `(B, T)` int64; -100 is left out, and a sample of nothing else has loss 0.
+        reduction: `"mean"` or `"sum"` over the tokens of a sample.
+
+    Returns:
+        `(B,)`.
+
+    Example:
+        >>> token_loss(torch.zeros(1, 3, 2), torch.tensor([[0, 1, -100]]), reduction="sum")
+        tensor([1.3863])
+    """
+    if reduction not in ("mean", "sum"):
+        raise UnsupportedError(f'reduction={reduction!r}: choose "mean" or "sum".')
+    each = F.cross_entropy(_wide(logits).transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
+    total = each.sum(1)
+    return total if reduction == "sum" else total / (labels != IGNORED).sum(1).clamp(min=1)
+
+
+def causal_lm_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross entropy of the next token: as `token_loss`, logits of position t against the label of position t + 1."""
+    return token_loss(logits[:, :-1], labels[:, 1:], reduction)
+
+
+def question_answering_loss(starts: Tensor, ends: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """Mean of two cross entropies over positions.
+
+    Args:
+        starts: logits of the first token, `(B, T)`.
+        ends: logits of the last token, `(B, T)`.
+        start: positions, `(B,)`; one outside the sequence is left out.
+        end: likewise.
+
+    Returns:
+        `(B,)`.
+    """
+    sides = zip((starts, ends), (start, end), strict=True)
+    losses = [
+        F.cross_entropy(_wide(logits), place.clamp(0, logits.shape[1]), reduction="none", ignore_index=logits.shape[1])
+        for logits, place in sides
+    ]
+    return (losses[0] + losses[1]) / 2
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the outputs of one kind of head mean.
+
+    Attributes:
+        name: as `fisher_scores(loss=name)` takes it.
+        labels: names of the labels in a batch.
+        fits: whether outputs and labels of a batch have the shapes of this head.
+        loss: `(outputs, batch) -> (B,)`.
+        draw: `(outputs, batch, generators) -> labels by name`, drawn from the model's own distribution, one generator
+            a sample.
+        expected: `outputs -> [(weights (B,), losses (B,))]`, so that the exact Fisher diagonal is the sum over the list
+            of weight times the squared gradient of the loss; None where that takes too many terms.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    fits: Callable[[Any, Batch], bool]
+    loss: Loss
+    draw: Callable[[Any, Batch, Sequence[torch.Generator]], dict[str, Tensor]]
+    expected: Callable[[Any], list[tuple[Tensor, Tensor]]] | None = None
+
+
+def find_head(model: nn.Module, outputs: Any, batch: Batch) -> Head:
+    """The head whose loss a sample is the loss that the model itself reports for a batch of one sample.
+
+    Args:
+        model: for the message.
+        outputs: of the model, called with `batch`, labels among it; its `loss` is the model's own.
+        batch: a batch of one sample.
+
+    Raises:
+        DataError: the batch has no labels, or its own loss is not finite.
+        UnsupportedError: the model reports no loss, or one that no known head computes.
+    """
+    own = _field(outputs, "loss")
+    if not any(name in batch for head in HEADS.values() for name in head.labels):
+        raise DataError(
+            f"no labels: a batch has {', '.join(batch)}, but a loss needs `labels` (or `start_positions` and "
+            "`end_positions`). Keep that column in the data, or pass loss=, a function (outputs, batch) -> (B,)."
+        )
+    if own is None:
+        raise UnsupportedError(
+            f"{type(model).__name__} reports no loss, so what its outputs mean cannot be told. Pass loss=, one of "
+            f"{', '.join(HEADS)}, or a function (outputs, batch) -> (B,)."
+        )
+    if not bool(torch.isfinite(own)):
+        raise DataError(f"the model's own loss is {own.item()} on a sample. Look at its labels and inputs.")
+    fitting = [head for head in HEADS.values() if all(n in batch for n in head.labels) and head.fits(outputs, batch)]
+    # The nearest, not the first near one: a model that knows nothing has nearly the same loss under several readings.
+    errors = [abs(head.loss(outputs, batch).item() - own.item()) for head in fitting]
+    if fitting and min(errors) <= 1e-3 + 1e-2 * abs(own.item()):
+        return fitting[errors.index(min(errors))]
+    raise UnsupportedError(
+        f"{type(model).__name__} reports a loss of {own.item():.4g} on a sample, which is none of the losses known "
+        f"here ({', '.join(HEADS)}). Pass loss=, a function (outputs, batch) -> (B,)."
+    )
+
+
+def _field(outputs: Any, name: str) -> Any:
+    """A named output of a model, whether outputs are a mapping, an object, or for logits a bare tensor."""
+    if isinstance(outputs, Mapping):
+        return outputs.get(name)
+    if isinstance(outputs, Tensor):
+        return outputs if name == "logits" else None
+    return getattr(outputs, name, None)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _logits(outputs: Any) -> Tensor:
+    logits = _field(outputs, "logits")
+    if not isinstance(logits, Tensor):
+        raise UnsupportedError(
+            f"expected outputs with `logits`, got {type(outputs).__name__}. Pass loss=, a function (outputs, batch) "
+            "-> (B,)."
+        )
+    return logits
+
+
+def _on_labels(loss: Callable[[Tensor, Tensor], Tensor]) -> Loss:
+    return lambda outputs, batch: loss(_logits(outputs), batch["labels"])
+
+
+def _has_dims(outputs: Any, dims: int) -> bool:
+    logits = _field(outputs, "logits")
+    return isinstance(logits, Tensor) and logits.dim() == dims
+
+
+def _fits_tokens(outputs: Any, batch: Batch) -> bool:
+    return _has_dims(outputs, 3) and _field(outputs, "logits").shape[:2] == batch["labels"].shape
+
+
+# Labels drawn from the model.
+
+
+def _draw_classes(logits: Tensor, generators: Sequence[torch.Generator], keep: Tensor | None = None) -> Tensor:
+    """One class for each row of logits `(B, ..., C)`, -100 where `keep` `(B, ...)` is False.
+
+    Draws are made on the CPU and for kept rows only, so neither the device nor the padding of a batch changes them.
+    """
+    drawn = []
+    for number, generator in enumerate(generators):
+        rows = logits[number] if keep is None else logits[number][keep[number]]
+        chances = rows.detach().double().softmax(-1).cpu().cumsum(-1)
+        uniform = torch.rand(chances.shape[:-1], generator=generator, dtype=torch.float64).unsqueeze(-1)
+        classes = torch.searchsorted(chances, uniform * chances[..., -1:], right=True).squeeze(-1)
+        classes = classes.clamp(max=logits.shape[-1] - 1).to(logits.device)
+        if keep is not None:
+            classes = torch.full_like(keep[number], IGNORED, dtype=torch.long).masked_scatter(keep[number], classes)
+        drawn.append(classes)
+    return torch.stack(drawn)
+
+
+def _draw_labels(outputs: Any, batch: Batch, generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
+    return {"labels": _draw_classes(_logits(outputs), generators)}
+
+
+def _draw_tokens(outputs: Any, batch: Batch, generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
+    return {"labels": _draw_classes(_logits(outputs), generators, _kept(outputs, batch))}
+
+
+def _draw_next_tokens(outputs: Any, batch: Batch, generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
+    logits = _logits(outputs)
+    drawn = _draw_classes(logits[:, :-1], generators, _kept(outputs, batch)[:, 1:])
+    return {"labels": F.pad(drawn, (1, 0), value=IGNORED)}
+
+
+def _kept(outputs: Any, batch: Batch) -> Tensor:
+    """Which tokens count, `(B, T)`: those with a label, or without labels those that are no padding."""
+    if "labels" in batch:
+        return batch["labels"] != IGNORED
+    logits = _logits(outputs)
+    mask = batch.get("attention_mask")
+    return torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device) if mask is None else mask.bool()
+
+
+def _draw_multi_label(outputs: Any, batch: Batch, generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
+    chances = _logits(outputs).detach().double().sigmoid().cpu()
+    uniform = torch.stack([torch.rand(chances.shape[1:], generator=g, dtype=torch.float64) for g in generators])
+    return {"labels": (uniform < chances).to(_logits(outputs))}
+
+
+def _draw_values(outputs: Any, batch: Batch, generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
+    # The squared error, a mean over K outputs, is the negative log-likelihood of a normal of variance K / 2.
+    logits = _logits(outputs).detach()
+    noise = torch.stack([torch.randn(logits.shape[1:], generator=g, dtype=torch.float64) for g in generators])
+    return {"labels": logits + noise.to(logits) * math.sqrt(logits[0].numel() / 2)}
+
+
+def _draw_spans(outputs: Any, batch: Batch, generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
+    starts, ends = (_field(outputs, f"{side}_logits") for side in ("start", "end"))
+    return {
+        "start_positions": _draw_classes(starts, generators),
+        "end_positions": _draw_classes(ends, generators),
+    }
+
+
+# Expectations over labels.
+
+
+def _expected_classes(outputs: Any) -> list[tuple[Tensor, Tensor]]:
+    surprises = -_wide(_logits(outputs)).log_softmax(-1)
+    return [((-column.detach()).exp(), column) for column in surprises.unbind(1)]
+
+
+def _expected_values(outputs: Any) -> list[tuple[Tensor, Tensor]]:
+    # With y drawn from the normal above, E[(d loss / d w)^2] = (2 / K) * sum over outputs of (d output / d w)^2.
+    logits = _logits(outputs).flatten(1)
+    share = torch.full_like(logits[:, 0].detach(), 2 / logits.shape[1])
+    return [(share, column) for column in logits.unbind(1)]
+
+
+HEADS: dict[str, Head] = {
+    head.name: head
+    for head in (
+        Head(
+            "classification",
+            ("labels",),
+            lambda outputs, batch: _has_dims(outputs, 2) and batch["labels"].dim() == 1,
+            _on_labels(lambda logits, labels: classification_loss(logits, labels.long())),
+            _draw_labels,
+            _expected_classes,
+        ),
+        Head(
+            "multi_label",
+            ("labels",),
+            lambda outputs, batch: _has_dims(outputs, 2) and _logits(outputs).shape == batch["labels"].shape,
+            _on_labels(multi_label_loss),
+            _draw_multi_label,
+        ),
+        Head(
+            "regression",
+            ("labels",),
+            lambda outputs, batch: (
+                _has_dims(outputs, 2)
+                and _logits(outputs).numel() == batch["labels"].numel()
+                and batch["labels"].is_floating_point()
+            ),
+            _on_labels(regression_loss),
+            _draw_values,
+            _expected_values,
+        ),
+        Head("token", ("labels",), _fits_tokens, _on_labels(token_loss), _draw_tokens),
+        Head("token_sum", ("labels",), _fits_tokens, _on_labels(partial(token_loss, reduction="sum")), _draw_tokens),
+        Head("causal_lm", ("labels",), _fits_tokens, _on_labels(causal_lm_loss), _draw_next_tokens),
+        Head(
+            "causal_lm_sum",
+            ("labels",),
+            _fits_tokens,
+            _on_labels(partial(causal_lm_loss, reduction="sum")),
+            _draw_next_tokens,
+        ),
+        Head(
+            "question_answering",
+            ("start_positions", "end_positions"),
+            lambda outputs, batch: _field(outputs, "start_logits") is not None,
+            lambda outputs, batch: question_answering_loss(
+                _field(outputs, "start_logits"),
+                _field(outputs, "end_logits"),
+                batch["start_positions"],
+                batch["end_positions"],
+            ),
+            _draw_spans,
+        ),
+    )
+}
+"""The heads by name, in the order in which `find_head` tries them."""

@@ -1,0 +1,67 @@
+"""Which parameters are scored, and the random numbers of each: by name and seed, never by order."""
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_lntune.core.delta import PARAMETERS
+from peft_lntune.core.norms import base_modules, find_norms
+from peft_lntune.errors import ConfigError
+
+__all__ = ["base_model", "find_parameters", "generator"]
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model that PEFT was given, whose names are those of scores and masks; a plain model is its own."""
+    unwrap: Any = getattr(model, "get_base_model", None)
+    return model if unwrap is None else unwrap()
+
+
+def find_parameters(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Base parameters by name.
+
+    Args:
+        model: any model; with adapters, the parameters that were there before them.
+        names: None: weight and bias of every norm.
+
+    Raises:
+        ConfigError: a name is unknown, or there is no norm.
+
+    Example:
+        >>> list(find_parameters(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))))
+        ['1.weight', '1.bias']
+    """
+    model = base_model(model)
+    modules = base_modules(model)
+    if names is None:
+        norms = find_norms(model)
+        names = [_join(norm, p) for norm in norms for p in PARAMETERS if modules[norm]._parameters.get(p) is not None]
+        if not names:
+            raise ConfigError("this model has no norm to score. Name other parameters in parameters=.")
+    found: dict[str, Tensor] = {}
+    for name in names:
+        module, _, parameter = name.rpartition(".")
+        value = modules[module]._parameters.get(parameter) if module in modules else None
+        if value is None:
+            known = [_join(m, p) for m, holder in modules.items() for p in holder._parameters]
+            raise ConfigError(
+                f"this model has no parameter {name!r}; among its {len(known)} are {', '.join(known[:3])}."
+            )
+        if not any(value is other for other in found.values()):  # a shared parameter is scored under its first name
+            found[name] = value
+    if not found:
+        raise ConfigError("parameters= names none. Leave it out for all norms.")
+    return found
+
+
+def generator(seed: int, key: object) -> torch.Generator:
+    """Random numbers of one sample or parameter: the same in whichever batch, order and process it comes."""
+    digest = hashlib.sha256(f"{seed} {key}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _join(module: str, parameter: str) -> str:
+    return f"{module}.{parameter}" if module else parameter

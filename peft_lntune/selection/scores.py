@@ -1,0 +1,92 @@
+"""Scores that need no data: magnitude, change, and chance as the control."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from peft_lntune.errors import ConfigError
+from peft_lntune.selection.parameters import find_parameters, generator
+
+__all__ = ["change_scores", "magnitude_scores", "random_scores"]
+
+Tensors = Mapping[str, Tensor]
+
+
+def magnitude_scores(model: nn.Module, parameters: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """The absolute value of each entry.
+
+    Args:
+        model: any model; with adapters, its base parameters.
+        parameters: names in the base model; None: weight and bias of every norm.
+
+    Example:
+        >>> magnitude_scores(nn.Sequential(nn.LayerNorm(2)))["0.weight"]
+        tensor([1., 1.])
+    """
+    return {name: _wide(value).abs() for name, value in find_parameters(model, parameters).items()}
+
+
+def change_scores(
+    before: nn.Module | Tensors, after: nn.Module | Tensors, parameters: Iterable[str] | None = None
+) -> dict[str, Tensor]:
+    """How far each entry moved in training: `|after - before|`.
+
+    To rank by it, set the model back and train only the entries on top is the rule of LT-SFT (Ansell et al. 2022, arXiv
+    2110.07560).
+
+    Args:
+        before: the model, or its parameters by name.
+        after: likewise.
+        parameters: names in the base model; None: weight and bias of every norm of a model, or all tensors given.
+
+    Raises:
+        ConfigError: the two have other parameters or shapes.
+
+    Example:
+        >>> change_scores({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([1.5, 0.0])})
+        {'w': tensor([0.5000, 2.0000])}
+    """
+    names = None if parameters is None else list(parameters)
+    one, two = _named(before, names), _named(after, names)
+    differing = sorted(one.keys() ^ two.keys()) or [name for name in one if one[name].shape != two[name].shape]
+    if differing:
+        raise ConfigError(
+            f"before and after should have the same parameters, but {differing[0]} (and {len(differing) - 1} more) is "
+            "missing in one of them or has another shape."
+        )
+    return {name: (_wide(two[name]).to(value.device) - _wide(value)).abs() for name, value in one.items()}
+
+
+def random_scores(model: nn.Module, parameters: Iterable[str] | None = None, seed: int = 0) -> dict[str, Tensor]:
+    """Uniform in [0, 1): the control that any other score has to beat. The same for a seed and a name everywhere.
+
+    Args:
+        model: any model; with adapters, its base parameters.
+        parameters: names in the base model; None: weight and bias of every norm.
+        seed: another seed gives other scores.
+
+    Example:
+        >>> scores = random_scores(nn.Sequential(nn.LayerNorm(2)), seed=1)
+        >>> scores["0.bias"].shape
+        torch.Size([2])
+    """
+    return {
+        name: torch.rand(value.shape, generator=generator(seed, name)).to(value.device)
+        for name, value in find_parameters(model, parameters).items()
+    }
+
+
+def _named(given: nn.Module | Tensors, names: list[str] | None) -> Tensors:
+    if isinstance(given, nn.Module):
+        return find_parameters(given, names)
+    if names is None:
+        return given
+    missing = [name for name in names if name not in given]
+    if missing:
+        raise ConfigError(f"there is no tensor named {missing[0]!r} (and {len(missing) - 1} more).")
+    return {name: given[name] for name in names}
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.detach().to(torch.promote_types(value.dtype, torch.float32))

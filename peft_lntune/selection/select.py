@@ -1,0 +1,115 @@
+"""From scores to masks: the best entries within a budget."""
+
+import math
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from peft_lntune.errors import ConfigError
+
+__all__ = ["SCOPES", "group_of", "select"]
+
+SCOPES = ("global", "tensor", "layer")
+
+
+def select(
+    scores: Mapping[str, Tensor],
+    *,
+    density: float | None = None,
+    count: int | None = None,
+    threshold: float | None = None,
+    scope: str = "global",
+    largest: bool = True,
+) -> dict[str, Tensor]:
+    """Choose the entries with the largest (or smallest) scores.
+
+    A density of n entries is `floor(density * n + 1/2)` of them, at least one. Equal scores are chosen in the order of
+    the parameters' names, then of their entries, so that every machine chooses alike.
+
+    Args:
+        scores: by parameter; any shapes.
+        density: fraction of the entries, above 0 and at most 1.
+        count: number of entries. Exactly one of `density`, `count` and `threshold` is given.
+        threshold: every entry with a score of at least this, or at most this where `largest` is False.
+        scope: over what density and count are meant: all entries together (`"global"`), each parameter (`"tensor"`), or
+            each layer (`"layer"`: the first number in the name; outside numbered layers, each module is a group).
+        largest: False takes the smallest scores, for controls.
+
+    Returns:
+        For each parameter of `scores` a bool mask of its shape, True where chosen.
+
+    Raises:
+        ConfigError: not exactly one budget, one out of range, an unknown scope, or scores that are NaN.
+
+    Example:
+        >>> select({"a": torch.tensor([1.0, 5.0]), "b": torch.tensor([3.0, 2.0])}, count=2)
+        {'a': tensor([False,  True]), 'b': tensor([ True, False])}
+    """
+    _check(scores, density, count, threshold, scope)
+    if threshold is not None:
+        return {name: score >= threshold if largest else score <= threshold for name, score in scores.items()}
+    groups: dict[str, list[str]] = {}
+    for name in sorted(scores):
+        groups.setdefault(group_of(name, scope), []).append(name)
+    sizes = {group: sum(scores[name].numel() for name in names) for group, names in groups.items()}
+    if count is not None and count > min(sizes.values()):
+        group = min(sizes, key=lambda key: sizes[key])
+        raise ConfigError(f"count={count} is more than the {sizes[group]} entries of {group or 'all parameters'}.")
+    chosen: dict[str, Tensor] = {}
+    for group, names in groups.items():
+        number = count if count is not None else max(1, math.floor((density or 0) * sizes[group] + 0.5))
+        chosen |= _best({name: scores[name] for name in names}, number, largest)
+    return {name: chosen[name] for name in scores}
+
+
+def group_of(name: str, scope: str) -> str:
+    """Which entries share a budget: the group of a parameter under a scope.
+
+    Example:
+        >>> [group_of("encoder.layer.3.output.LayerNorm.bias", scope) for scope in SCOPES]
+        ['', 'encoder.layer.3.output.LayerNorm.bias', 'encoder.layer.3']
+    """
+    if scope == "tensor":
+        return name
+    if scope == "global":
+        return ""
+    found = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
+    return found[0] if found else name.rpartition(".")[0]
+
+
+def _best(scores: Mapping[str, Tensor], number: int, largest: bool) -> dict[str, Tensor]:
+    device = next(iter(scores.values())).device
+    flat = torch.cat([score.detach().reshape(-1).to(device) for score in scores.values()])
+    order = flat.argsort(descending=largest, stable=True)  # topk would leave open which of two equal ones it takes
+    mask = torch.zeros_like(flat, dtype=torch.bool)
+    mask[order[:number]] = True
+    parts = mask.split([score.numel() for score in scores.values()])
+    return {
+        name: part.view(score.shape).to(score.device) for (name, score), part in zip(scores.items(), parts, strict=True)
+    }
+
+
+def _check(
+    scores: Mapping[str, Tensor], density: float | None, count: int | None, threshold: float | None, scope: str
+) -> None:
+    given = {"density": density, "count": count, "threshold": threshold}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) != 1:
+        raise ConfigError(f"give one of density, count and threshold; got {', '.join(given) or 'none of them'}.")
+    if scope not in SCOPES:
+        raise ConfigError(f"scope={scope!r}: choose one of {', '.join(map(repr, SCOPES))}.")
+    if not scores:
+        raise ConfigError("there are no scores to choose from.")
+    if density is not None and not 0 < density <= 1:
+        raise ConfigError(f"density={density} should be above 0 and at most 1: it is the fraction of entries to tune.")
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        raise ConfigError(f"count={count!r} should be a whole number of entries, at least 1.")
+    if threshold is not None and scope != "global":
+        raise ConfigError(
+            f"threshold={threshold} looks at each entry alone, so scope={scope!r} has no meaning with it."
+        )
+    broken = [name for name, score in scores.items() if score.isnan().any()]
+    if broken:
+        raise ConfigError(f"the scores of {broken[0]} (and {len(broken) - 1} more) hold NaN, so they have no order.")

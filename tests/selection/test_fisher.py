@@ -1,0 +1,415 @@
+"""Fisher scores: the loop of one backward a sample, in one backward a batch."""
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from peft_lntune import ConfigError, DataError, UnsupportedError
+from peft_lntune.core.persample import per_sample
+from peft_lntune.selection import FisherState, fisher_scores
+from peft_lntune.selection.losses import HEADS, causal_lm_loss
+from peft_lntune.selection.parameters import find_parameters
+from tests.cases import FAMILIES, NORMS, build, build_norm, inputs, norm_inputs
+from tests.selection.oracles import loop_scores
+
+ENCODER = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 24,
+    "pad_token_id": 0,
+}
+# CLIP's loss compares the samples of a batch, ViT has a head of those below, OLMo's norms have no parameters.
+LANGUAGE = [name for name in FAMILIES if name not in ("clip", "vit", "olmo")]
+# Their norms compute in float32 whatever the dtype of the model.
+EXACT = {"bert", "roberta", "xlm-roberta", "distilbert", "electra", "bart", "whisper", "opt", "gpt2", "modernbert"}
+
+
+def labelled(family, size=4, side="right"):
+    """A batch with padding, and labels of which some do not count."""
+    batch = inputs(family, size)
+    ids = batch.get("decoder_input_ids", batch.get("input_ids"))
+    labels = torch.randint(3, 40, ids.shape)
+    labels[0, 2] = -100
+    mask = batch.get("attention_mask")
+    if mask is not None:
+        for row in range(size):
+            padded = slice(0, row % 3) if side == "left" else slice(mask.shape[1] - row % 3, None)
+            mask[row, padded] = 0
+            if labels.shape == mask.shape:
+                labels[row, padded] = -100
+    return {**batch, "labels": labels}
+
+
+def assert_close(ours, oracle, tolerance):
+    assert ours.keys() == oracle.keys()
+    for name, score in oracle.items():
+        error = (ours[name].double() - score.double()).norm() / score.double().norm().clamp(min=1e-30)
+        assert error <= tolerance, f"{name}: {error}"
+
+
+def double(family, **options):
+    model, batch = build(family).double(), labelled(family, **options)
+    return model, {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
+
+
+@pytest.mark.parametrize("family", LANGUAGE)
+def test_every_family_equals_the_loop(family):
+    """The loop asks the model itself for its loss, which it computes in float32."""
+    model, batch = (build(family), labelled(family)) if family == "mixtral" else double(family)  # no double experts
+    expected = loop_scores(model, [batch])
+    assert any(score.any() for score in expected.values())
+    assert_close(fisher_scores(model, [batch]), expected, 1e-4 if family == "mixtral" else 1e-5)
+
+
+@pytest.mark.parametrize("family", sorted(EXACT))
+def test_equal_to_the_loop_to_the_last_digits(family):
+    model, batch = double(family)
+    loss = "causal_lm" if family in ("gpt2", "opt") else "token"
+    expected = loop_scores(model, [batch], loss=HEADS[loss].loss)
+    assert_close(fisher_scores(model, [batch], loss=loss), expected, 1e-10)
+    assert_close(fisher_scores(model, [batch]), expected, 1e-10)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "bart"])
+def test_padding_on_either_side(family, side):
+    model, batch = double(family, size=5, side=side)
+    assert_close(fisher_scores(model, [batch]), loop_scores(model, [batch]), 1e-5)
+
+
+def encoder(head, **options):
+    torch.manual_seed(0)
+    return getattr(hf, f"BertFor{head}")(hf.BertConfig(**ENCODER, **options)).double().eval()
+
+
+def words(size=5):
+    torch.manual_seed(1)
+    return {"input_ids": torch.randint(3, 40, (size, 7))}
+
+
+HEAD_CASES = {
+    "classification": (
+        lambda: encoder("SequenceClassification", num_labels=3),
+        lambda n: {"labels": torch.arange(n) % 3},
+    ),
+    "regression": (
+        lambda: encoder("SequenceClassification", num_labels=1),
+        lambda n: {"labels": torch.randn(n, dtype=torch.float64)},
+    ),
+    "multi_label": (
+        lambda: encoder("SequenceClassification", num_labels=3, problem_type="multi_label_classification"),
+        lambda n: {"labels": torch.randint(2, (n, 3)).double()},
+    ),
+    "token": (
+        lambda: encoder("TokenClassification", num_labels=3),
+        lambda n: {"labels": torch.randint(0, 3, (n, 7)).masked_fill(torch.rand(n, 7) < 0.3, -100)},
+    ),
+    "question_answering": (
+        lambda: encoder("QuestionAnswering"),
+        lambda n: {"start_positions": torch.arange(n) % 7, "end_positions": torch.arange(n) % 8},
+    ),
+}
+
+
+@pytest.mark.parametrize("head", HEAD_CASES)
+def test_every_head_has_the_loss_of_the_model(head):
+    """The oracle asks the model itself for the loss of a batch of one sample."""
+    model, batch = HEAD_CASES[head][0](), {**words(), **HEAD_CASES[head][1](5)}
+    assert_close(fisher_scores(model, [batch]), loop_scores(model, [batch]), 1e-6)
+
+
+def test_a_sum_over_tokens_and_a_loss_of_ones_own():
+    model, batch = double("gpt2")
+
+    def summed(outputs, batch):
+        return causal_lm_loss(outputs.logits, batch["labels"], reduction="sum")
+
+    expected = loop_scores(model, [batch], loss=summed)
+    assert_close(fisher_scores(model, [batch], loss="causal_lm_sum"), expected, 1e-9)
+    assert_close(fisher_scores(model, [batch], loss=summed), expected, 1e-9)
+
+
+@pytest.mark.parametrize("case", NORMS)
+def test_every_norm_equals_autograd(case):
+    norm = build_norm(case, torch.float64)
+    given = norm_inputs(case, torch.float64, batch=4)
+    names = [name for name, _ in norm.named_parameters()]
+    weight = torch.randn(given[0].shape, dtype=torch.float64)
+    model = nn.ModuleDict({"norm": norm})
+    expected = {name: [] for name in names}
+    for row in range(4):
+        norm.zero_grad()
+        (norm(*(t[row : row + 1] for t in given)) * weight[row]).sum().backward()
+        for name, parameter in norm.named_parameters():
+            expected[name].append(parameter.grad.clone())
+    norm.requires_grad_(False)
+    with per_sample(model, [f"norm.{name}" for name in names]) as taps:
+        taps.start(4, ())
+        (norm(*given) * weight).sum().backward()
+        found = taps.gradients()
+    for name in names:
+        torch.testing.assert_close(found[f"norm.{name}"], torch.stack(expected[name]), rtol=1e-5, atol=1e-6)
+
+
+class Shared(nn.Module):
+    """One norm called three times, and a linear module whose weight is used outside its call."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm, self.up = nn.Embedding(9, 6), nn.LayerNorm(6), nn.Linear(6, 6)
+        self.attend = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.recompute = None
+
+    def block(self, x):
+        x = self.norm(x + torch.tanh(self.up(x)))
+        return self.norm(x + self.attend(x, x, x, need_weights=False)[0])
+
+    def forward(self, ids, labels=None):
+        x = self.norm(self.embed(ids))
+        x = self.block(x) if self.recompute is None else checkpoint(self.block, x, use_reentrant=self.recompute)
+        logits = x @ self.embed.weight.T
+        return (
+            {"logits": logits}
+            if labels is None
+            else {"logits": logits, "loss": HEADS["token"].loss({"logits": logits}, {"labels": labels})[0]}
+        )
+
+
+def shared():
+    torch.manual_seed(0)
+    ids = torch.randint(9, (5, 4))
+    return Shared().double(), {"ids": ids, "labels": ids.flip(1)}
+
+
+@pytest.mark.parametrize("recompute", [None, True, False], ids=["plain", "reentrant", "checkpoint"])
+def test_shared_norms_and_gradient_checkpointing(recompute):
+    model, batch = shared()
+    expected = loop_scores(model, [batch])
+    model.recompute = recompute
+    assert_close(fisher_scores(model, [batch]), expected, 1e-10)
+
+
+def test_any_parameter_of_the_model():
+    """Linear weights by the outer product; embeddings, shared and functionally used parameters a sample at a time."""
+    model, batch = shared()
+    names = [name for name, _ in model.named_parameters()]
+    assert {"up.weight", "attend.out_proj.weight", "embed.weight", "attend.in_proj_weight"} <= set(names)
+    assert_close(fisher_scores(model, [batch], parameters=names), loop_scores(model, [batch], parameters=names), 1e-10)
+
+
+def test_linear_weights_of_an_encoder_cost_one_backward():
+    model, batch = encoder("SequenceClassification", num_labels=2), {**words(), "labels": torch.arange(5) % 2}
+    names = [name for name, _ in model.named_parameters() if "embeddings" not in name or "Norm" in name]
+    expected = loop_scores(model, [batch], parameters=names)
+    with per_sample(model, names) as taps:
+        assert taps.loose == []
+    assert_close(fisher_scores(model, [batch], parameters=names), expected, 1e-9)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gemma"])
+def test_a_bfloat16_model_is_summed_in_float32(family):
+    model, batch = build(family).bfloat16(), labelled(family)
+    scores = fisher_scores(model, [batch, batch])
+    assert all(score.dtype == torch.float32 for score in scores.values())
+    wide = build(family)
+    wide.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
+    assert_close(scores, loop_scores(wide, [batch]), 0.1)
+
+
+def test_exact_is_the_expectation_over_classes():
+    model, batch = encoder("SequenceClassification", num_labels=3), words()
+    expected = {}
+    chances = model(**batch).logits.softmax(-1).detach()
+    for row in range(5):
+        for label in range(3):
+            one = {"input_ids": batch["input_ids"][row : row + 1], "labels": torch.tensor([label])}
+            for name, score in loop_scores(model, [one]).items():
+                expected[name] = expected.get(name, 0) + chances[row, label] * score / 5
+    assert_close(fisher_scores(model, [batch], kind="exact", loss="classification"), expected, 1e-7)
+
+
+@pytest.mark.parametrize("head", ["classification", "multi_label", "regression", "token", "question_answering"])
+def test_mc_tends_to_the_expectation(head):
+    """Many draws of few samples; for heads with an exact kind, that is the limit."""
+    model, batch = HEAD_CASES[head][0](), {**words(2), **HEAD_CASES[head][1](2)}
+    many = [{key: value.repeat_interleave(150, 0) for key, value in batch.items()}]
+    one = fisher_scores(model, many, kind="mc", seed=0)
+    other = fisher_scores(model, many, kind="mc", seed=1)
+    assert any((one[name] != other[name]).any() for name in one)
+    limit = fisher_scores(model, [batch], kind="exact") if HEADS[head].expected else other
+    total, wanted = (sum(score.sum() for score in found.values()) for found in (one, limit))
+    assert 0.7 < total / wanted < 1.4
+
+
+def test_mc_draws_belong_to_the_sample_not_to_the_batch():
+    """Other batches, padding, and two processes give the scores of one."""
+    model = encoder("TokenClassification", num_labels=3)
+    batch = {**words(6), "attention_mask": torch.ones(6, 7, dtype=torch.long), **HEAD_CASES["token"][1](6)}
+    whole = fisher_scores(model, [batch], kind="mc", seed=3)
+    parts = [{key: value[begin : begin + 2] for key, value in batch.items()} for begin in (0, 2, 4)]
+    assert_close(fisher_scores(model, parts, kind="mc", seed=3), whole, 1e-9)
+    padded = {
+        key: nn.functional.pad(value, (0, 2), value=-100 if key == "labels" else 0) for key, value in batch.items()
+    }
+    assert_close(fisher_scores(model, [padded], kind="mc", seed=3), whole, 1e-9)
+    first, second = FisherState(), FisherState(first=2)
+    fisher_scores(model, parts[:1], kind="mc", seed=3, state=first)
+    fisher_scores(model, parts[1:], kind="mc", seed=3, state=second)
+    assert_close((first + second).scores(), whole, 1e-9)
+    assert (first + second).samples == 6
+
+
+def test_an_interrupted_pass_goes_on_where_it_was():
+    model, batch = encoder("SequenceClassification", num_labels=3), {**words(6), "labels": torch.arange(6) % 3}
+    whole = fisher_scores(model, [batch])
+
+    def torn():
+        yield {key: value[:4] for key, value in batch.items()}
+        raise KeyboardInterrupt
+
+    state = FisherState()
+    with pytest.raises(KeyboardInterrupt):
+        fisher_scores(model, torn(), state=state)
+    assert state.samples == 4
+    assert not any(module._forward_hooks for module in model.modules())
+    assert_close(fisher_scores(model, [batch], state=state), whole, 1e-12)  # batches of another size
+    assert state.samples == 6
+    part = fisher_scores(model, [batch, batch], num_samples=5)
+    assert_close(part, fisher_scores(model, [{key: value[:5] for key, value in batch.items()}]), 1e-12)
+
+
+def test_the_model_is_as_it_was():
+    model, batch = encoder("SequenceClassification", num_labels=3), {**words(), "labels": torch.arange(5) % 3}
+    model.train()
+    model.bert.encoder.eval()
+    parameters = dict(model.named_parameters())
+    for number, parameter in enumerate(parameters.values()):
+        parameter.requires_grad_(number % 2 == 0)
+        parameter.grad = torch.full_like(parameter, number) if number % 3 == 0 else None
+    modes = {name: module.training for name, module in model.named_modules()}
+    before = {
+        name: (p.clone(), p.requires_grad, None if p.grad is None else p.grad.clone()) for name, p in parameters.items()
+    }
+    random = torch.get_rng_state()
+    with torch.no_grad():  # a caller's own context does not matter
+        for parameters_of in (None, list(parameters)):
+            fisher_scores(model, [batch], kind="mc", parameters=parameters_of)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert torch.equal(torch.get_rng_state(), random)
+    for name, parameter in model.named_parameters():
+        value, flag, gradient = before[name]
+        assert torch.equal(parameter, value)
+        assert parameter.requires_grad == flag
+        assert parameter.grad is None if gradient is None else torch.equal(parameter.grad, gradient)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+class Mixed(nn.Module):
+    """Mixes samples before its norm, in one of the ways that models do."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.norm, self.head = how, nn.LayerNorm(6), nn.Linear(6, 2)
+
+    def forward(self, x, labels=None):
+        rows = {
+            "transposed": lambda: self.norm(x.transpose(0, 1)).transpose(0, 1),
+            "packed": lambda: self.norm(x.flatten(0, 1)[1:]).sum(0, keepdim=True).expand(x.shape[0], 1, 6),
+            "averaged": lambda: self.norm(x) + self.norm(x).mean(0),
+        }[self.how]()
+        return {"logits": self.head(rows.mean(1))}
+
+
+@pytest.mark.parametrize("how", ["transposed", "packed", "averaged"])
+def test_a_lost_batch_axis_names_the_module(how):
+    batch = {"x": torch.randn(4, 4, 6), "labels": torch.tensor([0, 1, 0, 1])}
+    model = Mixed(how)
+    with pytest.raises(UnsupportedError, match="norm"):
+        fisher_scores(model, [batch], loss="classification")
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def flattened(x):
+    """OPT's way: batch and tokens in one axis."""
+    return x.flatten(0, 1)
+
+
+def test_flattened_rows_are_told_apart():
+    class Flat(Mixed):
+        def forward(self, x, labels=None):
+            return {"logits": self.head(self.norm(flattened(x)).view(x.shape).mean(1))}
+
+    torch.manual_seed(0)
+    model, batch = Flat("").double(), {"x": torch.randn(4, 3, 6).double(), "labels": torch.tensor([0, 1, 0, 1])}
+    expected = loop_scores(model, [batch], loss=HEADS["classification"].loss)
+    assert_close(fisher_scores(model, [batch], loss="classification"), expected, 1e-10)
+
+
+def refused():
+    model, batch = encoder("SequenceClassification", num_labels=2), {**words(), "labels": torch.arange(5) % 2}
+    broken = {**batch, "labels": torch.arange(5) % 2}
+    generator = build("gpt2")
+    yield "kind", ConfigError, "choose one of", model, [batch], {"kind": "true"}
+    yield "loss name", ConfigError, "choose one of", model, [batch], {"loss": "hinge"}
+    yield "loss shape", ConfigError, "one value a sample", model, [batch], {"loss": lambda o, b: o.logits.sum()}
+    yield "mc with a function", ConfigError, "takes a name", model, [batch], {"loss": len, "kind": "mc"}
+    yield "parameter", ConfigError, "no parameter 'bert.nose'", model, [batch], {"parameters": ["bert.nose"]}
+    yield "no parameter", ConfigError, "names none", model, [batch], {"parameters": []}
+    yield "empty", DataError, "empty", model, [], {}
+    yield "no dict", DataError, "dict of tensors", model, [[1]], {}
+    yield "no labels", DataError, "no labels", model, [words()], {}
+    yield "labels later gone", DataError, "lacks labels", model, [batch, words()], {}
+    yield (
+        "no own loss",
+        UnsupportedError,
+        "reports no loss",
+        Mixed("averaged"),
+        [{"x": torch.ones(2, 3, 6), "labels": torch.ones(2)}],
+        {},
+    )
+    yield "nan", DataError, "sample 0 is nan", model, [broken], {"loss": lambda o, b: o.logits[:, 0] * float("nan")}
+    yield "exact of tokens", UnsupportedError, "mc", generator, [labelled("gpt2")], {"kind": "exact"}
+    yield "no norm with parameters", ConfigError, "no norm", build("olmo"), [labelled("bert")], {}
+    many = encoder("SequenceClassification", num_labels=40)
+    yield "exact of many classes", UnsupportedError, "has 40", many, [batch], {"kind": "exact"}
+
+
+REFUSED = list(refused())
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=[case[0] for case in REFUSED])
+def test_bad_input_is_refused_and_changes_nothing(case):
+    _, error, message, model, batches, options = case
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(error, match=message):
+        fisher_scores(model, batches, **options)
+    assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in model.named_parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_loss_that_is_not_finite_names_its_sample():
+    model, batch = encoder("SequenceClassification", num_labels=2), {**words(), "labels": torch.arange(5) % 2}
+    values = torch.tensor([0.0, 0.0, float("inf"), 0.0, 0.0], dtype=torch.float64)
+
+    def loss(outputs, batch):
+        return outputs.logits[:, 0] + values[: len(outputs.logits)]
+
+    with pytest.raises(DataError, match="sample 2 is inf"):
+        fisher_scores(model, [batch], loss=loss)
+
+
+def test_scores_are_named_as_in_the_base_model_under_adapters():
+    from peft import get_peft_model
+
+    from peft_lntune import LNTuningConfig
+
+    model, batch = encoder("SequenceClassification", num_labels=2), {**words(), "labels": torch.arange(5) % 2}
+    expected = fisher_scores(model, [batch])
+    peft_model = get_peft_model(model, LNTuningConfig(task_type="SEQ_CLS"))
+    assert_close(fisher_scores(peft_model, [batch]), expected, 1e-12)
+    assert find_parameters(peft_model).keys() == expected.keys()
