@@ -202,6 +202,33 @@ def test_any_parameter_of_the_model():
     assert_close(fisher_scores(model, [batch], parameters=names), loop_scores(model, [batch], parameters=names), 1e-10)
 
 
+def test_a_weight_used_outside_its_module_goes_the_slow_way():
+    class Twice(Shared):
+        def block(self, x):
+            return super().block(x + nn.functional.linear(x, self.up.weight))
+
+    torch.manual_seed(0)
+    model, batch = Twice().double(), shared()[1]
+    expected = loop_scores(model, [batch], parameters=["up.weight", "up.bias", "norm.weight"])
+    found = fisher_scores(model, [batch], parameters=["up.weight", "up.bias", "norm.weight"])
+    assert_close(found, expected, 1e-10)
+
+
+def test_a_shared_norm_costs_one_backward():
+    """All its calls are summed a sample; were one lost, the scores would still be right, but slow."""
+    model, batch = shared()
+    loss = HEADS["token"].loss
+    model.requires_grad_(False)
+    with per_sample(model, ["norm.weight", "up.weight"]) as taps:
+        taps.start(5, (), whole=True)
+        loss(model(batch["ids"]), batch).sum().backward()
+        found = taps.gradients()
+    model.requires_grad_(True)
+    loss(model(batch["ids"]), batch).sum().backward()
+    for name, gradients in found.items():
+        torch.testing.assert_close(gradients.sum(0), model.get_parameter(name).grad)
+
+
 def test_linear_weights_of_an_encoder_cost_one_backward():
     model, batch = encoder("SequenceClassification", num_labels=2), {**words(), "labels": torch.arange(5) % 2}
     names = [name for name, _ in model.named_parameters() if "embeddings" not in name or "Norm" in name]
