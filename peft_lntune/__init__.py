@@ -8,25 +8,42 @@ Importing this package registers it with PEFT. Then PEFT's own verbs do the work
     model = get_peft_model(model, LNTuningConfig(task_type="SEQ_CLS"))
 """
 
-from peft_lntune.config import LNTuningConfig
+from peft_lntune.config import FisherLNConfig, LNTuningConfig
 from peft_lntune.core.norms import Norm, find_norms
 from peft_lntune.errors import (
     AdapterFileError,
     ConfigError,
+    DataError,
     NoMatchError,
     PeftLNTuneError,
     RegistrationError,
     RoutingError,
     UnsupportedError,
 )
+from peft_lntune.fisher_fit import FisherFit, fit_fisher_masks
 from peft_lntune.plan import Plan, plan
 from peft_lntune.plugin import install
+from peft_lntune.selection import (
+    FisherState,
+    change_scores,
+    combine_masks,
+    fisher_scores,
+    magnitude_scores,
+    mask_density,
+    mask_overlap,
+    random_scores,
+    select,
+)
 from peft_lntune.stock import from_stock, to_stock
 from peft_lntune.version import __version__
 
 __all__ = [
     "AdapterFileError",
     "ConfigError",
+    "DataError",
+    "FisherFit",
+    "FisherLNConfig",
+    "FisherState",
     "LNTuningConfig",
     "NoMatchError",
     "Norm",
@@ -36,9 +53,18 @@ __all__ = [
     "RoutingError",
     "UnsupportedError",
     "__version__",
+    "change_scores",
+    "combine_masks",
     "find_norms",
+    "fisher_scores",
+    "fit_fisher_masks",
     "from_stock",
+    "magnitude_scores",
+    "mask_density",
+    "mask_overlap",
     "plan",
+    "random_scores",
+    "select",
     "to_stock",
 ]
 

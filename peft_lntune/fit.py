@@ -2,14 +2,59 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
-from peft_lntune.errors import AdapterFileError, ConfigError
+from peft_lntune.config import LNTuneConfig
+from peft_lntune.core.norms import base_modules
+from peft_lntune.core.reparam import Delta
+from peft_lntune.errors import AdapterFileError
 from peft_lntune.layers import PARAMETERS, LNTuneLayer
+from peft_lntune.packing import PREFIX, ROOT, unpack
 from peft_lntune.storage import is_ours
 
-__all__ = ["check_fit", "check_masks"]
+__all__ = ["check_fit", "deltas_of", "unpack_by", "unpack_for"]
+
+
+def deltas_of(model: nn.Module, adapter_name: str) -> dict[str, Delta]:
+    """The deltas of an adapter by their place in a model, `<module>.lntune_<parameter>`."""
+    return {
+        f"{name}.lntune_{parameter}".replace("_fsdp_wrapped_module.", ""): layer.deltas(parameter)[adapter_name]
+        for name, layer in model.named_modules()
+        if isinstance(layer, LNTuneLayer)
+        for parameter in PARAMETERS
+        if adapter_name in layer.deltas(parameter)
+    }
+
+
+def unpack_for(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file, unpacked by what is masked in this adapter of this model.
+
+    Raises:
+        AdapterFileError: they were not packed from such an adapter.
+    """
+    sizes = {
+        place.removeprefix(ROOT): (delta.weight.numel(), delta.shape)
+        for place, delta in deltas_of(model, adapter_name).items()
+        if delta.mask is not None
+    }
+    return unpack(tensors, sizes, f"the saved adapter for {adapter_name!r}")
+
+
+def unpack_by(model: nn.Module, config: LNTuneConfig, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The tensors of a file, unpacked by what its config records, for a model that has no such adapter yet.
+
+    Raises:
+        AdapterFileError: they were not packed from such an adapter of such a model.
+    """
+    modules = base_modules(model)
+    sizes = {}
+    for place, count in config.stored_counts.items():
+        name, _, parameter = place.rpartition(f".{PREFIX}")
+        base = getattr(modules.get(name), parameter, None)
+        # Of a module that is not in this model nothing can be unpacked, so the lengths will not fit.
+        if count is not None and isinstance(base, Tensor):
+            sizes[place] = count, base.shape
+    return unpack(tensors, sizes, where)
 
 
 def check_fit(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -19,12 +64,9 @@ def check_fit(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]
         AdapterFileError: keys are missing or unexpected, or shapes differ. The model is as it was.
     """
     expected = {
-        f"{name}.lntune_{parameter}.{adapter_name}.{key}".replace("_fsdp_wrapped_module.", ""): value.shape
-        for name, layer in model.named_modules()
-        if isinstance(layer, LNTuneLayer)
-        for parameter in PARAMETERS
-        if adapter_name in layer.deltas(parameter)
-        for key, value in layer.deltas(parameter)[adapter_name].state_dict().items()
+        f"{place}.{adapter_name}.{key}": value.shape
+        for place, delta in deltas_of(model, adapter_name).items()
+        for key, value in delta.state_dict().items()
     }
     found = {name: value.shape for name, value in tensors.items() if is_ours(name.replace(f".{adapter_name}.", "."))}
     missing, unexpected = expected.keys() - found.keys(), found.keys() - expected.keys()
@@ -41,25 +83,3 @@ def check_fit(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]
         f"the saved adapter does not fit this model for adapter {adapter_name!r}: {'; '.join(problems)}. "
         "It was trained on another model, or the file or its config was changed."
     )
-
-
-def check_masks(masks: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], adapter_name: str) -> None:
-    """Raise where masks, by parameter name, are not bool tensors of these shapes, or choose nothing.
-
-    Raises:
-        ConfigError: a name or shape does not fit the adapter, or no entry is chosen.
-    """
-    unknown = sorted(masks.keys() - shapes.keys())
-    if unknown:
-        raise ConfigError(
-            f"masks name {unknown[0]!r} (and {len(unknown) - 1} more), which adapter {adapter_name!r} does not tune. "
-            f"It tunes: {', '.join(shapes)}."
-        )
-    for name, mask in masks.items():
-        if mask.dtype != torch.bool or mask.shape != shapes[name]:
-            raise ConfigError(
-                f"the mask of {name} should be a bool tensor of shape {tuple(shapes[name])}, but is {mask.dtype} "
-                f"of shape {tuple(mask.shape)}."
-            )
-    if not any(mask.any() for mask in masks.values()):
-        raise ConfigError("the masks choose no entry at all, so there would be nothing to train.")

@@ -26,8 +26,8 @@ class Injection:
 
 def prepare(config: LNTuningConfig, model: nn.Module) -> None:
     """Plan the injection of `config` into `model`; raises before the first module is replaced."""
-    counts = (config.manifest or {}).get("masked", {}) if config.__dict__.pop("stored", False) else {}
-    planned = plan(model, config, counts)
+    planned = plan(model, config, config.stored_counts)
+    config.__dict__.pop("stored", None)
     targets = planned.parts.keys() if config.target_modules is None else config.target_modules
     matcher = SimpleNamespace(
         target_modules=targets,

@@ -1,21 +1,27 @@
 """The tuner: it puts layers into a model by a plan, and moves adapters about. What a layer does is in `layers/`."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from torch import Tensor, nn
 
-from peft_lntune.config import LNTuningConfig
+from peft_lntune.config import FisherLNConfig, LNTuningConfig
+from peft_lntune.config.ln_tuning import recorded
 from peft_lntune.core.route import BASE
 from peft_lntune.errors import ConfigError, RoutingError
-from peft_lntune.fit import check_fit, check_masks
+from peft_lntune.fit import check_fit, unpack_for
 from peft_lntune.heads import copy_heads, routed_heads
 from peft_lntune.inject import create_and_replace, is_target, prepare, route_of
 from peft_lntune.layers import PARAMETERS, LNTuneLayer, NormLayer
+from peft_lntune.packing import pack
+from peft_lntune.selection.masks import check_masks
 from peft_lntune.storage import check_tensors, dropped_tensors, manifest_of, of_adapter, without_adapter_name
-from peft_lntune.weighted import MAJORITY_SIGNS, combine, combined_config
+from peft_lntune.weighted import MAJORITY_SIGNS, combine, combined_config, drop_untuned
 
 __all__ = ["LNTuneModel"]
 
@@ -26,6 +32,7 @@ class LNTuneModel(BaseTuner):
     prefix = "lntune_"
     tuner_layer_cls = LNTuneLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # PEFT's name; norms are found, not listed
+    _warned_of: frozenset[str] = frozenset()
 
     # What PEFT's injection asks for.
 
@@ -50,6 +57,10 @@ class LNTuneModel(BaseTuner):
                 f"an adapter cannot be named {adapter_name!r}: it is a key of a torch.nn.ModuleDict, which takes no "
                 "empty name, no dot and no name of its own attributes. Choose another name."
             )
+        if "stored" not in self.peft_config[adapter_name].__dict__:
+            self._record(
+                adapter_name, None
+            )  # all entries are tuned, also where the config was that of a masked adapter
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
@@ -100,8 +111,8 @@ class LNTuneModel(BaseTuner):
         stored = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in tensors.items()}
         # A sharded or empty state dict is not what the file will hold, so nothing is claimed about it.
         whole = bool(stored) and not any(value.is_meta for value in stored.values())
-        config.manifest = manifest_of(stored) if whole else None
-        return tensors
+        config.manifest = manifest_of(stored, partial=config.mask_source is not None) if whole else None
+        return pack(stored) if whole else tensors
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -112,7 +123,8 @@ class LNTuneModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         check_tensors(None, state_dict, f"the weights for adapter {adapter_name!r}")
-        renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        tensors = unpack_for(model, adapter_name, state_dict)
+        renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
         check_fit(model, adapter_name, renamed)
         return renamed
 
@@ -132,26 +144,69 @@ class LNTuneModel(BaseTuner):
         if after:
             self.set_adapter(after)
 
-    def set_masks(self, masks: Mapping[str, Tensor], adapter_name: str = "default") -> None:
+    def set_masks(
+        self, masks: Mapping[str, Tensor], adapter_name: str = "default", source: Mapping[str, Any] | None = None
+    ) -> None:
         """Tune only chosen entries. The deltas become new parameters, so make the optimizer afterwards.
+
+        For masks made by hand, or from other tasks with `combine_masks`; `fit_fisher_masks` makes them from data.
+        Values of entries that stay are kept.
 
         Args:
             masks: for each tuned base parameter, by its name in the base model, a bool tensor of its shape, True where
                 it is tuned. Parameters that are not named, or have no True entry, are no longer tuned.
             adapter_name: the adapter.
+            source: how the masks were made, in words and numbers, such as `{"made": "union", "of": ["sst2", "trec"]}`;
+                the config keeps it as `mask_source`. None: by hand.
 
         Raises:
-            ConfigError: a name or shape does not fit this adapter, or nothing is chosen. Nothing has changed.
+            ConfigError: a name or shape does not fit this adapter, nothing is chosen, or JSON cannot hold `source`.
+                Nothing has changed.
         """
-        places = {
+        places = self._places(adapter_name)
+        shapes = {name: layer.base_parameter(parameter).shape for name, (layer, parameter) in places.items()}
+        check_masks(masks, shapes, f"adapter {adapter_name!r}")
+        source = recorded({"made": "by hand"} if source is None else source)
+        for name, (layer, parameter) in places.items():
+            layer.set_mask(parameter, adapter_name, masks.get(name))
+        self._record(adapter_name, source)
+
+    def clear_masks(self, adapter_name: str = "default") -> None:
+        """Tune every entry again that the config selects; the inverse of `set_masks`, and like it before the optimizer.
+
+        Values of entries that were tuned are kept, the others start from zero.
+
+        Args:
+            adapter_name: the adapter.
+
+        Raises:
+            ConfigError: there is no such adapter.
+        """
+        if adapter_name not in self.peft_config:
+            raise ConfigError(f"adapter {adapter_name!r} not found; this model has {list(self.peft_config)}.")
+        old = {(layer, p): layer.deltas(p)[adapter_name] for layer, p in self._places(adapter_name).values()}
+        own_dtype = all(delta.weight.dtype == layer.base_parameter(p).dtype for (layer, p), delta in old.items())
+        self.inject_adapter(self.model, adapter_name)
+        self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=not own_dtype)
+        for layer, parameter in self._places(adapter_name).values():
+            delta = layer.deltas(parameter)[adapter_name]
+            before = old.get((layer, parameter))
+            delta.fill(torch.zeros_like(delta.weight) if before is None else before.dense())
+
+    def _places(self, adapter_name: str) -> dict[str, tuple[LNTuneLayer, str]]:
+        """Where an adapter has its deltas: layer and parameter by the name of the base parameter."""
+        return {
             f"{layer.label}.{parameter}": (layer, parameter)
             for layer in self.tuner_layers()
             for parameter in PARAMETERS
             if adapter_name in layer.deltas(parameter)
         }
-        check_masks(masks, {name: layer.base_parameter(p).shape for name, (layer, p) in places.items()}, adapter_name)
-        for name, (layer, parameter) in places.items():
-            layer.set_mask(parameter, adapter_name, masks.get(name))
+
+    def _record(self, adapter_name: str, source: dict[str, Any] | None) -> None:
+        """Say how the mask of an adapter was made, in a config of its own: users make several adapters from one."""
+        config = self.peft_config[adapter_name]
+        if config.mask_source != source:
+            self.peft_config[adapter_name] = replace(config, mask_source=source)
 
     def add_weighted_adapter(
         self,
@@ -190,6 +245,9 @@ class LNTuneModel(BaseTuner):
             raise
         for layer in self.tuner_layers():
             combine(layer, adapters, weights, adapter_name, combination_type, density, majority_sign_method)
+            if config.mask_source is not None:
+                drop_untuned(layer, adapters, adapter_name)
+        self._record(adapter_name, config.mask_source)
         for donor in sources:
             copy_heads(self.model, donor, adapter_name)
 
@@ -203,6 +261,24 @@ class LNTuneModel(BaseTuner):
             raise ConfigError(
                 f"expected one weight an adapter, got {len(weights)} weights for {len(adapters)} adapters."
             )
+
+    # Training.
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._warn_of_missing_masks()
+        return super().forward(*args, **kwargs)
+
+    def _warn_of_missing_masks(self) -> None:
+        for name in self.active_adapters:
+            config = self.peft_config.get(name)
+            if isinstance(config, FisherLNConfig) and config.mask_source is None and name not in self._warned_of:
+                self._warned_of |= {name}
+                warnings.warn(
+                    f"adapter {name!r} has a FisherLNConfig, but no mask was fitted, so all its entries are trained. "
+                    f"Call fit_fisher_masks(peft_model, batches, {name!r}) or set_masks before making the optimizer.",
+                    stacklevel=3,
+                )
 
     # Mixed batches.
 

@@ -84,13 +84,14 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(model: nn.Module, config: LNTuningConfig, counts: Mapping[str, int] | None = None) -> Plan:
+def plan(model: nn.Module, config: LNTuningConfig, counts: Mapping[str, int | None] | None = None) -> Plan:
     """Say what `get_peft_model(model, config)` would tune, without changing the model or the config.
 
     Args:
         model: the model, plain or with adapters, on any device (meta too).
         config: which norms or modules.
-        counts: for each masked parameter the number of tuned entries, as the manifest of a saved adapter has it.
+        counts: for each tuned parameter the number of tuned entries, None for all, as the manifest of a saved adapter
+            has it; other parameters are then not tuned.
 
     Returns:
         The plan; `print` it for a table.
@@ -145,7 +146,7 @@ def part_of(
     name: str,
     module: nn.Module,
     norm: Norm | None = None,
-    counts: Mapping[str, int] | None = None,
+    counts: Mapping[str, int | None] | None = None,
 ) -> Part:
     """What `config` tunes of one module.
 
@@ -180,9 +181,10 @@ def _takes_delta(weight: torch.Tensor) -> bool:
     return True
 
 
-def _count(counts: Mapping[str, int] | None, name: str, parameter: str, size: int) -> int:
-    """Tuned entries of one parameter. In a masked adapter, a parameter that is not listed is not tuned."""
-    return counts.get(f"{name}.lntune_{parameter}", 0) if counts else size
+def _count(counts: Mapping[str, int | None] | None, name: str, parameter: str, size: int) -> int:
+    """Tuned entries of one parameter. Where some are listed, one that is not is not tuned."""
+    count = counts.get(f"{name}.lntune_{parameter}", 0) if counts else None
+    return size if count is None else count
 
 
 def _matches(pattern: Iterable[str] | str | None, name: str) -> bool:

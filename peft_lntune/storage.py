@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from peft_lntune.errors import AdapterFileError
+from peft_lntune.packing import PREFIX, ROOT, counts_of, pack
 
 __all__ = [
     "WEIGHTS_FILE",
@@ -39,8 +40,6 @@ __all__ = [
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_FILE = "adapter_model.bin"  # PEFT writes and reads it where a user says safe_serialization=False
-PREFIX = "lntune_"
-_PEFT_ROOT = "base_model.model."
 
 
 def is_ours(key: str) -> bool:
@@ -77,20 +76,22 @@ def dropped_tensors(model: nn.Module, adapter_name: str, others: Iterable[str]) 
     return {key: tensor.detach() for key, tensor in own.items() if others & set(key.split("."))}
 
 
-def manifest_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def manifest_of(tensors: Mapping[str, Tensor], partial: bool = False) -> dict[str, Any]:
     """What a config records of the weights saved with it.
 
     Args:
-        tensors: the adapter's state dict as it is saved, without adapter names.
+        tensors: the adapter's state dict without adapter names, not packed yet.
+        partial: whether the adapter may tune fewer parameters than its config alone says.
 
     Returns:
-        `digest`: SHA-256 over name, dtype, shape and bytes of each of our tensors. `masked`: for each masked
-        parameter the number of tuned entries, so that it can be made in its final shape before the file is read.
+        `digest`: SHA-256 over name, dtype, shape and bytes of each of our tensors, packed as they are saved. `tuned`,
+        where one is masked or `partial` is said: for each tuned parameter the number of its tuned entries, null for
+        all of them, so that each delta can be made in its final shape before the file is read.
     """
     ours = _ours(tensors)
-    masked = {name.removesuffix(".mask"): ours[f"{name.removesuffix('.mask')}.weight"].numel() for name in _masks(ours)}
-    manifest: dict[str, Any] = {"digest": _digest(ours)}
-    return {**manifest, "masked": masked} if masked else manifest
+    counts = counts_of(ours)
+    manifest: dict[str, Any] = {"digest": _digest(pack(ours))}
+    return {**manifest, "tuned": counts} if partial or any(counts.values()) else manifest
 
 
 def check_tensors(manifest: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], where: str) -> None:
@@ -168,11 +169,7 @@ def _find(path: str | os.PathLike, subfolder: str | None, hub: Mapping[str, Any]
 
 
 def _ours(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(_PEFT_ROOT): tensor for name, tensor in sorted(tensors.items()) if is_ours(name)}
-
-
-def _masks(ours: Mapping[str, Tensor]) -> list[str]:
-    return [name for name in ours if name.endswith(".mask")]
+    return {name.removeprefix(ROOT): tensor for name, tensor in sorted(tensors.items()) if is_ours(name)}
 
 
 def _digest(ours: Mapping[str, Tensor]) -> str:

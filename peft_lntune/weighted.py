@@ -1,7 +1,7 @@
 """Weighted combinations of adapters: sums of deltas, and PEFT's sparse ways of summing."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields
 
 import torch
 from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
@@ -12,7 +12,7 @@ from peft_lntune.core.reparam import Delta
 from peft_lntune.errors import ConfigError
 from peft_lntune.layers import PARAMETERS, LNTuneLayer
 
-__all__ = ["COMBINATIONS", "MAJORITY_SIGNS", "combine", "combined_config"]
+__all__ = ["COMBINATIONS", "MAJORITY_SIGNS", "combine", "combined_config", "drop_untuned"]
 
 Combination = Callable[[list[Tensor], Tensor, float, str], Tensor]
 
@@ -32,7 +32,9 @@ MAJORITY_SIGNS = ("total", "frequency")
 def combined_config(
     configs: Mapping[str, LNTuningConfig], layers: Sequence[LNTuneLayer], combination: str, density: float | None
 ) -> LNTuningConfig:
-    """The config of a combined adapter: it names every module that one of its sources tunes.
+    """The config of a combined adapter: an `LNTuningConfig` that names every module that one of its sources tunes.
+
+    Where a source is masked, `mask_source` says what was combined.
 
     Raises:
         ConfigError: unknown combination, a density that is missing or out of range, or two sources that save the
@@ -50,18 +52,23 @@ def combined_config(
         )
     tuned = {p for layer in layers for p in PARAMETERS if any(name in layer.deltas(p) for name in configs)}
     touched = {layer.label for layer in layers if any(name in layer.deltas(p) for name in configs for p in PARAMETERS)}
-    return replace(
-        next(iter(configs.values())),
-        target_modules=sorted(touched),
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
-        modules_to_save=saved or None,
-        roles=None,
-        tune="both" if len(tuned) > 1 else tuned.pop(),
-        init_weights=True,
-        manifest=None,
-    )
+    first = next(iter(configs.values()))
+    sources = {name: config.mask_source for name, config in configs.items()}
+    masked = any(source is not None for source in sources.values())
+    combined = {
+        **{field.name: getattr(first, field.name) for field in fields(LNTuningConfig)},
+        "target_modules": sorted(touched),
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "modules_to_save": saved or None,
+        "roles": None,
+        "tune": "both" if len(tuned) > 1 else tuned.pop(),
+        "init_weights": True,
+        "manifest": None,
+        "mask_source": {"made": "combination", "combination_type": combination, "of": sources} if masked else None,
+    }
+    return LNTuningConfig(**combined)
 
 
 def combine(
@@ -87,3 +94,11 @@ def combine(
             deltas[into] = Delta.masked(union, summed.dtype, summed.device)
         deltas[into].fill(summed)
         deltas[into].requires_grad_(into in layer.active_adapters)
+
+
+def drop_untuned(layer: LNTuneLayer, adapters: Sequence[str], into: str) -> None:
+    """Take away the deltas of `into` that none of these adapters has: masks may have left out a whole parameter."""
+    for parameter in PARAMETERS:
+        deltas = layer.deltas(parameter)
+        if into in deltas and not any(name in deltas for name in adapters):
+            layer.set_mask(parameter, into, None)

@@ -12,17 +12,19 @@ PACKAGE = Path(peft_lntune.__file__).parent
 # Rooms from the ground up; a room imports from itself and from those above it in this list. One line is one floor.
 FLOORS = [
     {"errors", "version", "card", "core"},
+    {"selection", "packing"},
+    {"analysis"},
     {"storage"},
     {"config"},
     {"plan", "layers", "heads"},
     {"fit", "inject", "weighted"},
     {"model"},
-    {"stock"},
+    {"fisher_fit", "stock"},
     {"plugin"},
     {"__init__"},
 ]
 # Neither PEFT nor transformers: usable, and testable, without.
-BARE = {"core", "errors", "version", "card", "storage"}
+BARE = {"core", "errors", "version", "card", "selection", "packing", "storage", "analysis"}
 FRAMEWORKS = {"peft", "transformers", "accelerate"}
 
 

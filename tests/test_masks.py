@@ -1,10 +1,13 @@
 """Masks: the chosen entries are parameters, and nobody sees the rest."""
 
+import dataclasses
+
 import pytest
 import torch
+from peft import PeftConfig, PeftModel, get_peft_model
 
-from peft_lntune import ConfigError
-from tests.adapted import adapt, assert_unchanged, build, deltas, inputs, output, said, snapshot
+from peft_lntune import ConfigError, FisherLNConfig, LNTuningConfig, UnsupportedError
+from tests.adapted import adapt, assert_unchanged, build, deltas, fill, inputs, output, said, snapshot
 
 
 def random_masks(model, adapter="default", density=0.3, seed=0):
@@ -106,6 +109,144 @@ def test_masked_and_dense_adapters_in_one_batch():
     names = ["masked", "dense", "__base__"]
     mixed = output(peft_model, batch, adapter_names=names)
     torch.testing.assert_close(mixed, each_alone(peft_model, batch, names), rtol=1e-5, atol=1e-5)
+
+
+def test_plain_and_fisher_adapters_in_one_batch():
+    """Row by row, over a model with heads: one tunes all entries, one some, one those of another parameter."""
+    from tests.oracles import each_alone
+
+    peft_model, batch = adapt(build("bert-classifier"), "plain"), inputs("bert-classifier", batch=5)
+    peft_model.add_adapter("fisher", FisherLNConfig(task_type="SEQ_CLS", modules_to_save=["classifier"]))
+    peft_model.add_adapter("biases", FisherLNConfig(tune="bias", roles=["ffn"]))
+    for seed, name in enumerate(("fisher", "biases"), start=5):
+        peft_model.set_masks(random_masks(peft_model, name, seed=seed), name)
+        fill(peft_model, name, seed=seed)
+    peft_model.eval()
+    names = ["fisher", "plain", "__base__", "biases", "fisher"]
+    mixed = output(peft_model, batch, adapter_names=names)
+    torch.testing.assert_close(mixed, each_alone(peft_model, batch, names), rtol=1e-5, atol=1e-5)
+    assert len({tuple(row.tolist()) for row in mixed}) == 5
+
+
+def test_a_mask_of_all_entries_is_a_dense_delta(tmp_path):
+    peft_model = adapt(build("bert"))
+    before = {name: delta.dense().clone() for name, delta in deltas(peft_model).items()}
+    first, _, third, *_ = before
+    peft_model.set_masks({first: torch.ones(16, dtype=torch.bool), third: torch.ones(16, dtype=torch.bool)})
+    for name, delta in deltas(peft_model).items():
+        assert delta.mask is None
+        assert torch.equal(delta.weight, before[name])
+    assert list(deltas(peft_model)) == [first, third]
+    peft_model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build("bert"), tmp_path)
+    assert list(deltas(loaded)) == [first, third]  # though its config alone would tune the second too
+    batch = inputs("bert")
+    assert torch.equal(output(loaded, batch), output(peft_model, batch))
+
+
+def test_the_config_of_a_file_without_its_weights(tmp_path):
+    """It is for loading that file; a copy of it makes a new adapter."""
+    peft_model = adapt(build("bert"))
+    peft_model.set_masks(random_masks(peft_model))
+    peft_model.save_pretrained(tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path)
+    fresh = get_peft_model(build("bert"), dataclasses.replace(config))
+    assert all(delta.mask is None for delta in deltas(fresh).values())
+    assert fresh.peft_config["default"].mask_source is None
+    with pytest.raises(UnsupportedError, match=r"were never loaded. Load the adapter with PeftModel.from_pretrained"):
+        output(get_peft_model(build("bert"), config), inputs("bert"))
+
+
+class TestSource:
+    """The config says how its mask was made."""
+
+    @pytest.mark.parametrize(
+        ("given", "kept"),
+        [
+            (None, {"made": "by hand"}),
+            ({"made": "union", "of": ("sst2", "trec")}, {"made": "union", "of": ["sst2", "trec"]}),
+        ],
+    )
+    def test_it_is_recorded_and_saved(self, given, kept, tmp_path):
+        peft_model = adapt(build("bert"))
+        peft_model.set_masks(random_masks(peft_model), source=given)
+        assert peft_model.peft_config["default"].mask_source == kept
+        peft_model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(build("bert"), tmp_path)
+        assert loaded.peft_config["default"].mask_source == kept
+        passed = PeftModel.from_pretrained(build("bert"), tmp_path, config=LNTuningConfig())
+        assert passed.peft_config["default"].mask_source == kept
+
+    @pytest.mark.parametrize(
+        ("source", "message"),
+        [({"data": torch.ones(1)}, "cannot be saved: .*JSON"), ("sst2", "mask_source takes a dict, but got 'sst2'")],
+    )
+    def test_what_json_cannot_hold_is_refused(self, source, message):
+        peft_model = adapt(build("bert"))
+        before = snapshot(peft_model)
+        with pytest.raises(ConfigError, match=message):
+            peft_model.set_masks(random_masks(peft_model), source=source)
+        assert_unchanged(peft_model, before)
+        assert peft_model.peft_config["default"].mask_source is None
+
+    def test_each_adapter_has_its_own(self):
+        """Also where users make several from one config, or one from that of another."""
+        config = LNTuningConfig()
+        peft_model = get_peft_model(build("bert"), config, adapter_name="a")
+        peft_model.add_adapter("b", config)
+        peft_model.set_masks(random_masks(peft_model, "a"), "a", {"made": "for a"})
+        peft_model.add_adapter("c", peft_model.peft_config["a"])
+        sources = {name: config.mask_source for name, config in peft_model.peft_config.items()}
+        assert sources == {"a": {"made": "for a"}, "b": None, "c": None}
+        assert config.mask_source is None
+        assert all(delta.mask is None for name in "bc" for delta in deltas(peft_model, name).values())
+
+
+class TestClear:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("options", [{}, {"autocast_adapter_dtype": False}], ids=["wide", "own dtype"])
+    def test_all_entries_are_back(self, dtype, options):
+        base, batch = build("bert", dtype), inputs("bert")
+        peft_model = get_peft_model(
+            base, LNTuningConfig(exclude_modules=["cls.predictions.transform.LayerNorm"]), **options
+        )
+        fill(peft_model, "default")
+        before = {name: (delta.weight.dtype, delta.shape) for name, delta in deltas(peft_model).items()}
+        masks = random_masks(peft_model)
+        del masks[min(masks)]
+        peft_model.set_masks(masks)
+        values = {name: delta.dense().clone() for name, delta in deltas(peft_model).items()}
+        expected = output(peft_model, batch)
+        peft_model.clear_masks()
+        found = deltas(peft_model)
+        assert {name: (delta.weight.dtype, delta.weight.shape) for name, delta in found.items()} == before
+        for name, delta in found.items():
+            assert torch.equal(delta.weight, values.get(name, torch.zeros_like(delta.weight)))
+            assert delta.weight.requires_grad
+        assert peft_model.peft_config["default"].mask_source is None
+        assert torch.equal(output(peft_model, batch), expected)
+
+    def test_of_an_adapter_that_was_loaded(self, tmp_path):
+        """The model has no layer then where nothing was tuned."""
+        peft_model = adapt(build("bert"), "a")
+        names = list(deltas(peft_model, "a"))
+        peft_model.set_masks({names[0]: torch.arange(16) < 3}, "a")
+        peft_model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(build("bert"), tmp_path / "a", "a", is_trainable=True)
+        loaded.add_adapter("other", dataclasses.replace(loaded.peft_config["a"], roles=["ffn"]))
+        fill(loaded, "other")
+        other = {name: delta.dense().clone() for name, delta in deltas(loaded, "other").items()}
+        loaded.clear_masks("a")
+        assert list(deltas(loaded, "a")) == names
+        assert torch.equal(deltas(loaded, "a")[names[0]].dense(), deltas(peft_model, "a")[names[0]].dense())
+        assert loaded.active_adapters == ["a"]
+        assert all(delta.weight.requires_grad for delta in deltas(loaded, "a").values())
+        assert {name for name, p in loaded.named_parameters() if p.requires_grad and ".a." not in name} == set()
+        assert all(torch.equal(delta.dense(), other[name]) for name, delta in deltas(loaded, "other").items())
+
+    def test_an_unknown_adapter(self):
+        with pytest.raises(ConfigError, match=r"adapter 'x' not found; this model has \['default'\]"):
+            adapt(build("bert")).clear_masks("x")
 
 
 ONES = torch.ones(16, dtype=torch.bool)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from peft_lntune import AdapterFileError, LNTuningConfig
+from peft_lntune.packing import pack
 from peft_lntune.storage import (
     WEIGHTS_FILE,
     check_directory,
@@ -54,7 +55,16 @@ class TestManifest:
         assert len(manifest["digest"]) == 64
 
     def test_of_a_masked_one(self) -> None:
-        assert manifest_of(tensors(masked=True))["masked"] == {"a.norm.lntune_weight": 3}
+        assert manifest_of(tensors(masked=True))["tuned"] == {"a.norm.lntune_weight": 3, "a.norm.lntune_bias": None}
+
+    def test_of_a_dense_one_without_some_parameters(self) -> None:
+        manifest = manifest_of(tensors(), partial=True)
+        assert manifest["tuned"] == {"a.norm.lntune_weight": None, "a.norm.lntune_bias": None}
+
+    def test_of_what_is_in_the_file(self) -> None:
+        packed = pack(tensors(masked=True))
+        assert manifest_of(packed)["digest"] == manifest_of(tensors(masked=True))["digest"]
+        check_tensors(manifest_of(tensors(masked=True)), packed, "here")
 
     @pytest.mark.parametrize("prefix", ["", "base_model.model."])
     def test_the_same_however_it_was_saved(self, prefix: str) -> None:
@@ -158,10 +168,16 @@ def test_a_masked_adapter_stores_only_what_is_tuned(tmp_path: Path) -> None:
     model.base_model.set_masks(masks)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / WEIGHTS_FILE)
-    assert {tuple(value.shape) for value in saved.values()} == {(3,), (2,)}  # values; 16 bits of mask
+    number = len(masks)
+    assert {name.rpartition(".lntune_")[2]: tuple(value.shape) for name, value in saved.items()} == {
+        "packed.weight": (3 * number,),
+        "packed.mask": (2 * number,),  # 16 bits each
+    }
     manifest = json.loads((tmp_path / "adapter_config.json").read_text())["manifest"]
-    assert set(manifest["masked"].values()) == {3}
-    assert manifest == manifest_of(saved)
+    assert manifest["tuned"] == {
+        name.replace(".weight", ".lntune_weight").replace(".bias", ".lntune_bias"): 3 for name in masks
+    }
+    assert manifest["digest"] == manifest_of(saved)["digest"]
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from peft import PeftModel
 from peft.utils import merge_utils
 
-from peft_lntune import ConfigError, LNTuningConfig
+from peft_lntune import ConfigError, FisherLNConfig, LNTuningConfig
 from tests.adapted import adapt, assert_unchanged, build, deltas, fill, inputs, output, snapshot
 from tests.oracles import weighted_sum, written
 
@@ -99,6 +100,61 @@ def test_a_masked_and_a_dense_adapter_make_a_dense_one():
     peft_model = adapt(build("bert"), "a", "b")
     peft_model.set_masks(dict.fromkeys(deltas(peft_model, "a"), torch.arange(16) < 4), adapter_name="a")
     peft_model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum")
+    assert all(delta.mask is None for delta in deltas(peft_model, "sum").values())
+
+
+def mixture(*kinds):
+    """Adapters of these kinds, `fisher` ones masked on some parameters and absent on one."""
+    peft_model = adapt(build("bert"), "plain", roles=["ffn"], tune="weight")
+    peft_model.add_adapter("fisher", FisherLNConfig(density=0.5))
+    peft_model.add_adapter("other", FisherLNConfig(roles=["attention"]))
+    for seed, name in enumerate(("fisher", "other"), start=5):
+        masks = {n: torch.arange(16) % (seed - 2) == 0 for n in deltas(peft_model, name)}
+        masks["bert.encoder.layer.0.attention.output.LayerNorm.weight"][:] = False
+        peft_model.set_masks(masks, name, {"made": name})
+        fill(peft_model, name, seed=seed)
+    peft_model.add_weighted_adapter(list(kinds), [0.5, -2.0], "sum")
+    return peft_model
+
+
+@pytest.mark.parametrize("kinds", [("fisher", "plain"), ("plain", "fisher"), ("fisher", "other")], ids="+".join)
+def test_a_sum_with_masks_tunes_their_union_and_reloads(kinds, tmp_path):
+    """Dense where one of them is, masked where all are, and nothing where none tunes anything."""
+    peft_model = mixture(*kinds)
+    found = [deltas(peft_model, name) for name in kinds]
+    summed = deltas(peft_model, "sum")
+    assert summed.keys() == found[0].keys() | found[1].keys()
+    assert "bert.encoder.layer.0.attention.output.LayerNorm.weight" not in summed
+    for name, delta in summed.items():
+        present = [(own[name], weight) for own, weight in zip(found, [0.5, -2.0], strict=True) if name in own]
+        assert torch.equal(delta.tuned(), torch.stack([own.tuned() for own, _ in present]).any(0))
+        assert delta.weight.numel() == delta.tuned().sum()
+        assert torch.equal(delta.dense(), weighted_sum([own.dense() for own, _ in present], [w for _, w in present]))
+    masked = {delta.mask is not None for delta in summed.values()}
+    assert masked == ({True} if "plain" not in kinds else {True, False})
+    config = peft_model.peft_config["sum"]
+    assert type(config) is LNTuningConfig
+    sources = {"plain": None, "fisher": {"made": "fisher"}, "other": {"made": "other"}}
+    of = {name: sources[name] for name in kinds}
+    assert config.mask_source == {"made": "combination", "combination_type": "linear", "of": of}
+
+    peft_model.set_adapter("sum")
+    peft_model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = PeftModel.from_pretrained(build("bert"), tmp_path / "sum", "again")
+    assert loaded.peft_config["again"].mask_source == config.mask_source
+    assert {name: delta.weight.shape for name, delta in deltas(loaded, "again").items()} == {
+        name: delta.weight.shape for name, delta in summed.items()
+    }
+    batch = inputs("bert")
+    assert torch.equal(output(loaded, batch), output(peft_model, batch))
+
+
+def test_a_sum_with_a_fisher_adapter_that_was_not_fitted_is_dense():
+    peft_model = adapt(build("bert"), "plain")
+    peft_model.add_adapter("fisher", FisherLNConfig())
+    peft_model.add_weighted_adapter(["fisher", "plain"], [1.0, 1.0], "sum")
+    assert type(peft_model.peft_config["sum"]) is LNTuningConfig
+    assert peft_model.peft_config["sum"].mask_source is None
     assert all(delta.mask is None for delta in deltas(peft_model, "sum").values())
 
 

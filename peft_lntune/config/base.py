@@ -92,6 +92,7 @@ class LNTuneConfig(PeftConfig):
         check_type(self, "inference_mode", bool)
         if self.manifest is not None:
             check_type(self, "manifest", dict)
+            check_counts(self.manifest.get("tuned", {}))
         if self.delta_dtype is not None:
             _ = self.torch_delta_dtype
 
@@ -130,6 +131,11 @@ class LNTuneConfig(PeftConfig):
         self.manifest = saved.manifest
         self.__dict__["stored"] = True
 
+    @property
+    def stored_counts(self) -> dict[str, int | None]:
+        """Tuned entries of each tuned parameter in the file that the next injection is for; empty: all of all."""
+        return (self.manifest or {}).get("tuned", {}) if "stored" in self.__dict__ else {}
+
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
         """As PEFT's, with an error that names the file where it is no JSON object."""
@@ -146,6 +152,17 @@ def check_format(version: Any) -> None:
         raise ConfigError(
             f"this adapter has format_version {version!r}, and peft_lntune {__version__} reads {FORMAT_VERSION}. "
             "Upgrade with `pip install -U peft-lntune`, or save the adapter again."
+        )
+
+
+def check_counts(counts: Any) -> None:
+    """Raise a `ConfigError` where `manifest["tuned"]` is not as it was saved."""
+    sizes = counts.values() if isinstance(counts, dict) else [counts]
+    wrong = [size for size in sizes if size is not None and (type(size) is not int or size < 1)]
+    if wrong:
+        raise ConfigError(
+            "manifest['tuned'] holds a number of entries, at least 1, or null for each tuned parameter, but got "
+            f"{wrong[0]!r}. It is filled in when an adapter is saved; get a good copy of adapter_config.json."
         )
 
 
@@ -176,8 +193,9 @@ def check_layers(config: LNTuneConfig, name: str) -> None:
 def check_type(config: LNTuneConfig, name: str, kind: type) -> None:
     """Raise a `ConfigError` where a field holds another type than `kind`."""
     value = getattr(config, name)
-    if not isinstance(value, kind):
-        raise ConfigError(f"{name} takes a {kind.__name__}, but got {value!r} of type {type(value).__name__}.")
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        article = "an" if kind is int else "a"
+        raise ConfigError(f"{name} takes {article} {kind.__name__}, but got {value!r} of type {type(value).__name__}.")
 
 
 def check_choice(config: LNTuneConfig, name: str, allowed: tuple[str, ...]) -> None:

@@ -1,12 +1,15 @@
 """LN-tuning: the gain and bias of norms, all of them or those of some roles and layers."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from peft_lntune.config.base import LNTuneConfig, check_choice, check_names
 from peft_lntune.core.roles import ROLES
 from peft_lntune.errors import ConfigError
 
-__all__ = ["LNTuningConfig"]
+__all__ = ["LNTuningConfig", "recorded"]
 
 TUNE = ("both", "weight", "bias")
 
@@ -27,6 +30,8 @@ class LNTuningConfig(LNTuneConfig):
             `"embedding"`, `"final"`. A norm's role is the sub-layer it feeds (pre-norm) or closes (post-norm).
             None: norms of every role, and those whose role is unknown.
         target_modules: instead of the search for norms, these modules, of any class with a floating weight.
+        mask_source: where only some entries are tuned, how their mask was made: the method and its settings, or what it
+            was combined from; never data. Filled in.
 
     Further arguments: see `LNTuneConfig`.
 
@@ -41,9 +46,11 @@ class LNTuningConfig(LNTuneConfig):
 
     tune: str = "both"
     roles: list[str] | None = None
+    mask_source: dict[str, Any] | None = None
 
     def _check(self) -> None:
         super()._check()
+        self.mask_source = None if self.mask_source is None else recorded(self.mask_source)
         check_choice(self, "tune", TUNE)
         if self.roles is None:
             return
@@ -59,7 +66,28 @@ class LNTuningConfig(LNTuneConfig):
                 "replaces that search. Give one of the two."
             )
 
+    def take_sizes(self, saved: LNTuneConfig) -> None:
+        super().take_sizes(saved)
+        self.mask_source = getattr(saved, "mask_source", None)
+
     @property
     def parameters(self) -> tuple[str, ...]:
         """Names of the parameters to tune."""
         return ("weight", "bias") if self.tune == "both" else (self.tune,)
+
+
+def recorded(source: Any) -> dict[str, Any]:
+    """A `mask_source` as it comes back from the JSON of a saved config.
+
+    Raises:
+        ConfigError: it is no dict, or holds what JSON has no word for.
+    """
+    if not isinstance(source, Mapping):
+        raise ConfigError(f"mask_source takes a dict, but got {source!r} of type {type(source).__name__}.")
+    try:
+        copied: dict[str, Any] = json.loads(json.dumps(dict(source)))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"mask_source={source!r} cannot be saved: {error}. It says in words and numbers how a mask was made."
+        ) from error
+    return copied

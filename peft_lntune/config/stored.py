@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from peft_lntune.config.base import FORMAT_VERSION, LNTuneConfig, check_format
+from peft_lntune.config.fisher_ln import FisherLNConfig
 from peft_lntune.config.ln_tuning import LNTuningConfig
 from peft_lntune.errors import AdapterFileError, ConfigError
 from peft_lntune.storage import check_directory, hub_options
@@ -16,7 +17,7 @@ from peft_lntune.version import __version__
 
 __all__ = ["KINDS", "StoredConfig"]
 
-KINDS: dict[str, type[LNTuneConfig]] = {LNTuningConfig.__name__: LNTuningConfig}
+KINDS: dict[str, type[LNTuneConfig]] = {kind.__name__: kind for kind in (LNTuningConfig, FisherLNConfig)}
 """The kinds of the family by name, as `kind` in the JSON has it."""
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_lntune.core.delta import effective, pack_bits, scatter, stamp, unpack_bits
+from peft_lntune.errors import UnsupportedError
 
 __all__ = ["Delta"]
 
@@ -57,7 +58,11 @@ class Delta(nn.Module):
 
     @property
     def index(self) -> Tensor | None:
-        """Flat positions of the tuned entries, `(k,)` int64; None when all are tuned. Kept until the mask changes."""
+        """Flat positions of the tuned entries, `(k,)` int64; None when all are tuned. Kept until the mask changes.
+
+        Raises:
+            UnsupportedError: the mask chooses nothing, since it was never loaded.
+        """
         if self.mask is None:
             return None
         if torch.compiler.is_compiling():
@@ -68,7 +73,13 @@ class Delta(nn.Module):
         key = stamp(self.mask)
         if self._index is None or self._index[0] != key:
             with torch.inference_mode(False):  # what is kept here may be needed in a graph later
-                self._index = key, unpack_bits(self.mask, self.shape).reshape(-1).nonzero().reshape(-1)
+                index = unpack_bits(self.mask, self.shape).reshape(-1).nonzero().reshape(-1)
+            if not len(index):
+                raise UnsupportedError(
+                    "a masked delta was made for values and a mask from a file, and these were never loaded. Load the "
+                    "adapter with PeftModel.from_pretrained, or make a new one from dataclasses.replace(config)."
+                )
+            self._index = key, index
         return self._index[1]
 
     def dense(self) -> Tensor:

@@ -8,7 +8,7 @@ __all__ = ["install"]
 # What users lose without it, and the patch that gives it.
 PATCHES = {
     "adapters in a PeftMixedModel": "mixed.join_mixed_models",
-    "refusing damaged adapters without a trace, on every loading path": "loading.guard_loading",
+    "refusing damaged adapters without a trace, and masked ones in transformers' load_adapter": "loading.guard_loading",
     "the line `import peft_lntune` in cards that PEFT or push_to_hub write": "cards.name_import_in_cards",
 }
 

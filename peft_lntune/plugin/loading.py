@@ -22,7 +22,9 @@ from transformers.integrations.peft import PeftAdapterMixin
 from peft_lntune.config import LNTuneConfig, StoredConfig
 from peft_lntune.config.base import PEFT_TYPE
 from peft_lntune.errors import AdapterFileError, PeftLNTuneError
+from peft_lntune.fit import unpack_by
 from peft_lntune.model import LNTuneModel
+from peft_lntune.packing import is_packed
 from peft_lntune.storage import check_directory, check_tensors, hub_options, is_ours, of_adapter
 
 __all__ = ["guard_loading"]
@@ -73,18 +75,21 @@ def _guarded_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]
 
 def _guarded_native(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_adapter(self: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(original).bind(self, peft_model_id, *args, **kwargs).arguments
+        bound = inspect.signature(original).bind(self, peft_model_id, *args, **kwargs)
+        given = bound.arguments
         name = given.get("adapter_name") or "default"
         source = given.get("load_config")
         model_id = peft_model_id or getattr(source, "pretrained_model_name_or_path", None)
-        hub = {**(getattr(source, "download_kwargs", None) or {}), **(given.get("adapter_kwargs") or {})}
+        places = [
+            getattr(source, "download_kwargs", None),
+            given.get("kwargs", {}).get("download_kwargs"),
+            given.get("adapter_kwargs"),
+        ]
+        hub = {name: value for place in places for name, value in (place or {}).items()}
         with _restored_on_error(self), _explained(self, model_id):
-            if given.get("peft_config") is None and _holds_ours(model_id, hub):
-                _check_files(model_id, hub)
-            if isinstance(given.get("peft_config"), LNTuneConfig) and given.get("adapter_state_dict"):
-                check_tensors(None, given["adapter_state_dict"], f"the state dict for adapter {name!r}")
+            _read_ours(self, given, model_id, hub)
             try:
-                info = original(self, peft_model_id, *args, **kwargs)
+                info = original(*bound.args, **bound.kwargs)
             except RuntimeError:
                 _explain_misfit(self, name, model_id, hub)
                 raise
@@ -92,6 +97,33 @@ def _guarded_native(original: Callable[..., Any]) -> Callable[..., Any]:
             return info
 
     return load_adapter
+
+
+def _read_ours(model: nn.Module, given: dict[str, Any], model_id: Any, hub: dict[str, Any]) -> None:
+    """Check what transformers is about to load, and give it masked deltas unpacked: it matches tensors by their names.
+
+    Args:
+        model: the model to load into.
+        given: the arguments of its `load_adapter`; config and tensors are put in where transformers should not read
+            them itself.
+        model_id: the adapter's folder or repository, if any.
+        hub: where on the Hub to look.
+    """
+    config, tensors = given.get("peft_config"), given.get("adapter_state_dict")
+    if config is None and model_id is not None and _holds_ours(model_id, hub):
+        config = _check_files(model_id, hub)
+    elif isinstance(config, LNTuneConfig) and not tensors and model_id is not None:
+        config.take_sizes(_check_files(model_id, hub) or config)
+    if not isinstance(config, LNTuneConfig) or (not tensors and model_id is None):
+        return
+    where = str(model_id)
+    if tensors:
+        where = f"the state dict for adapter {given.get('adapter_name') or 'default'!r}"
+        check_tensors(None, tensors, where)
+    else:
+        tensors = load_peft_weights(str(model_id), device="cpu", **hub_options(hub))
+    if is_packed(tensors):
+        given.update(peft_config=config, adapter_state_dict=unpack_by(model, config, tensors, where))
 
 
 def _holds_ours(model_id: Any, hub: dict[str, Any]) -> bool:

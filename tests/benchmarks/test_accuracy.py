@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks import accuracy
-from benchmarks.harness.classification import best_rates
+from benchmarks.harness.classification import PROTOCOLS, best_rates
 from benchmarks.harness.rows import Rows
 
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_bert: str, tiny_data: Path) -> list[str]:
     """The command line of a run of two steps a cell."""
-    protocol = dataclasses.replace(accuracy.CPU, steps=2, search_steps=2, batch_size=4)
-    monkeypatch.setattr(accuracy, "CPU", protocol)
+    protocol = dataclasses.replace(PROTOCOLS["cpu"], steps=2, search_steps=2, batch_size=4)
+    monkeypatch.setitem(PROTOCOLS, "cpu", protocol)
     places = ["--data-dir", str(tiny_data), "--model", tiny_bert, "--results", str(tmp_path)]
     return [*places, "--tasks", "sst2", "--seeds", "0", "--jobs", "1", "--device", "cpu"]
 
@@ -50,9 +50,9 @@ def test_a_repeated_run_gives_the_same_figures(short: list[str], tmp_path: Path)
 
 
 def test_equal_scores_choose_the_smaller_rate(tmp_path: Path) -> None:
-    rows = Rows(tmp_path / "rows.jsonl")
+    rows, protocol = Rows(tmp_path / "rows.jsonl"), PROTOCOLS["cpu"]
     place = ("sst2", "ln", "float32")
-    for cell in reversed(accuracy.search_cells(accuracy.CPU, *place)):
-        assert best_rates(rows, accuracy.CPU, [place]) == {}
+    for cell in reversed(accuracy.search_cells(protocol, *place)):
+        assert best_rates(rows, protocol, [place]) == {}
         rows.append({"cell": cell, "learning_rate": cell["learning_rate"], "metrics": {"held_out_accuracy": 0.5}})
-    assert best_rates(rows, accuracy.CPU, [place])[place] == min(row["learning_rate"] for row in rows)
+    assert best_rates(rows, protocol, [place])[place] == min(row["learning_rate"] for row in rows)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import operations, size, speed
+from benchmarks import fisher_cost, operations, size, speed
 from benchmarks.harness.rows import Rows
 
 
@@ -55,3 +55,23 @@ def test_speed(tiny_bert: str, tmp_path: Path) -> None:
     table = (tmp_path / "speed.md").read_text()
     assert "| plain again |" in table
     assert "not run" not in table
+
+
+def test_fisher_cost(monkeypatch: pytest.MonkeyPatch, tiny_bert: str, tmp_path: Path) -> None:
+    tiny = {"rounds": 2, "batches": 2, "batch": 3, "tokens": 4}
+    monkeypatch.setattr(fisher_cost, "PROTOCOLS", {"cpu": tiny})
+    fisher_cost.main(["--model", tiny_bert, "--results", str(tmp_path), "--device", "cpu", "--threads", "1"])
+    (row,) = Rows(tmp_path / "fisher_cost.jsonl")
+    assert row["difference"] < 1e-5
+    assert row["arms"]["step"]["ratio"] == [1.0, 1.0, 1.0]
+    assert all(arm["accelerator_memory_max"] > 0 for arm in row["arms"].values())
+    table = (tmp_path / "fisher_cost.md").read_text()
+    assert "| step again |" in table
+    assert table.count("- Wanted: ") == 2
+
+
+def test_fisher_cost_without_rows_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fisher_cost.main(["--list", "--results", str(tmp_path)])
+    assert capsys.readouterr().out.startswith("1 groups left")
+    fisher_cost.main(["--report", "--protocol", "gpu", "--results", str(tmp_path)])
+    assert "not run" in (tmp_path / "fisher_cost_gpu.md").read_text()

@@ -74,7 +74,23 @@ FIELDS: dict[str, tuple[Any, list[tuple[Any, str]]]] = {
             ("1", "format_version '1', and peft_lntune .* reads 1"),
         ],
     ),
-    "manifest": ({"digest": "0"}, [("digest", "manifest takes a dict, but got 'digest' of type str")]),
+    "manifest": (
+        {"digest": "0", "tuned": {"norm.lntune_weight": 3, "norm.lntune_bias": None}},
+        [
+            ("digest", "manifest takes a dict, but got 'digest' of type str"),
+            *(
+                ({"tuned": wrong}, rf"manifest\['tuned'\] holds a number of entries, .*, but got {said}")
+                for wrong, said in (({"a": 0}, 0), ({"a": "3"}, "'3'"), ({"a": True}, "True"), (["a"], r"\['a'\]"))
+            ),
+        ],
+    ),
+    "mask_source": (
+        {"made": "fisher", "samples": 3, "of": ["a", "b"]},
+        [
+            ("union", "mask_source takes a dict, but got 'union' of type str"),
+            ({"scores": torch.ones(2)}, "mask_source=.* cannot be saved: .*not JSON serializable"),
+        ],
+    ),
 }
 REFUSED = [(name, value, message) for name, (_, refused) in FIELDS.items() for value, message in refused]
 # Fields that go together with others.
@@ -250,7 +266,9 @@ class TestStored:
 
     @pytest.mark.parametrize("kind", ["FutureConfig", None, ["LNTuningConfig"]])
     def test_unknown_kinds(self, load: Any, kind: Any, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match=r"of kind .*, and peft_lntune .* knows LNTuningConfig. Upgrade with"):
+        with pytest.raises(
+            ConfigError, match=r"of kind .*, and peft_lntune .* knows FisherLNConfig, LNTuningConfig. Upgrade with"
+        ):
             load(self.edited(tmp_path, kind=kind))
 
     def test_another_format(self, load: Any, tmp_path: Path) -> None:

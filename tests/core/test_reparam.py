@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from peft_lntune.core.reparam import Delta
+from peft_lntune.errors import UnsupportedError
 
 SHAPES = [(5,), (16,), (3, 4), (2, 3, 4)]
 
@@ -47,10 +48,8 @@ class TestDelta:
             assert torch.equal(delta(torch.ones(shape)), 1 + values * mask)
 
     def test_a_mask_that_is_loaded_replaces_positions_kept_from_the_old(self, shape):
-        source, target = (
-            Delta.masked(half(shape), torch.float32),
-            Delta(shape, torch.float32, count=int(half(shape).sum())),
-        )
+        source = Delta.masked(half(shape), torch.float32)
+        target = Delta.masked(half(shape).reshape(-1).roll(1).view(shape), torch.float32)
         source.fill(torch.randn(shape))
         _ = target.index
         target.load_state_dict(source.state_dict())
@@ -68,6 +67,18 @@ class TestDelta:
     def test_the_representation_says_how_many_are_tuned(self, shape):
         tuned = int(half(shape).sum())
         assert repr(Delta.masked(half(shape), torch.float32)) == f"Delta({shape}, tuned={tuned}, dtype=torch.float32)"
+
+    def test_a_mask_of_all_entries_is_none(self, shape):
+        delta = Delta.masked(torch.ones(shape, dtype=torch.bool), torch.float64)
+        assert delta.mask is None
+        assert delta.weight.shape == shape
+        assert delta.weight.dtype == torch.float64
+
+    def test_one_that_waits_for_its_file_says_so(self, shape):
+        delta = Delta(shape, torch.float32, count=1)
+        for use in (delta.dense, lambda: delta(torch.ones(shape)), lambda: delta.fill(torch.ones(shape))):
+            with pytest.raises(UnsupportedError, match=r"never loaded.*from dataclasses.replace\(config\)"):
+                use()
 
 
 def test_a_mask_on_meta_has_its_final_shape():

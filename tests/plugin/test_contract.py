@@ -58,7 +58,7 @@ class Name:
 
 
 MIXED = "adapters in a PeftMixedModel"
-GUARD = "refusing damaged adapters without a trace, on every loading path"
+GUARD = "refusing damaged adapters without a trace, and masked ones in transformers' load_adapter"
 CARDS = "the line `import peft_lntune` in cards that PEFT or push_to_hub write"
 TUNER, LAYER = "peft.tuners.tuners_utils:BaseTuner", "peft.tuners.tuners_utils:BaseTunerLayer"
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from peft_lntune import AdapterFileError, ConfigError, LNTuningConfig, PeftLNTuneError
+from peft_lntune.storage import manifest_of
 from tests import adapted
 
 from .saved import HEADS, State, adapt, build_base, logits
@@ -124,10 +125,10 @@ def take_all(model: Callable[[], PeftModel]) -> Callable[[Path], None]:
     return damage
 
 
-def other_size(**sizes: int) -> PeftModel:
+def other_size(masked: bool = False, **sizes: int) -> PeftModel:
     body = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = BertConfig(**{**body, "vocab_size": 40, "num_labels": 3, **sizes})
-    return adapt(BertForSequenceClassification(config))
+    return adapt(BertForSequenceClassification(config), masked=masked)
 
 
 def lora() -> PeftModel:
@@ -170,7 +171,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "nan-head": (edit_tensors(lambda t: t[HEAD].fill_(torch.nan)), "hold NaN or infinite values.*classifier"),
     "head-missing": (edit_tensors(lambda t: t.pop(HEAD)), r"(lacks .*|missing, such as )'?[\w.]*classifier"),
     "too-new": (edit_config(format_version=99), "format_version 99, and peft_lntune .* reads 1.*pip install -U"),
-    "kind": (edit_config(kind="FutureConfig"), "of kind 'FutureConfig', and peft_lntune .* knows LNTuningConfig"),
+    "kind": (
+        edit_config(kind="FutureConfig"),
+        "of kind 'FutureConfig', and peft_lntune .* knows FisherLNConfig, LNTuningConfig",
+    ),
     "field": (edit_config(tune="gain"), "tune='gain' is not allowed; choose one of 'both', 'weight', 'bias'"),
     "no-weights": (lambda folder: (folder / WEIGHTS).unlink(), f"holds a config, but no {WEIGHTS}"),
     "json-cut": (cut(CONFIG, 0.5), JSON),
@@ -298,25 +302,80 @@ def test_an_adapter_of_another_type(way: str, message: str, tmp_path: Path) -> N
     before.assert_same(model)
 
 
+VALUES, BITS = "base_model.model.lntune_packed.weight", "base_model.model.lntune_packed.mask"
+
+
+def edit_signed(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
+    """Change the weights and the digest with them, so that only what is in the tensors gives them away."""
+
+    def damage(folder: Path) -> None:
+        edit_tensors(change)(folder)
+        config = json.loads((folder / CONFIG).read_text())
+        digest = manifest_of(load_file(folder / WEIGHTS))["digest"]
+        edit_config(manifest=config["manifest"] | {"digest": digest})(folder)
+
+    return damage
+
+
+def edit_counts(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """Change the numbers of tuned entries that the config records."""
+
+    def damage(folder: Path) -> None:
+        manifest = json.loads((folder / CONFIG).read_text())["manifest"]
+        change(manifest["tuned"])
+        edit_config(manifest=manifest)(folder)
+
+    return damage
+
+
+def exchange_counts(counts: dict[str, Any]) -> None:
+    """Give one parameter an entry of another one: the sums stay as they are."""
+    first, second, *_ = counts
+    counts[first] += 1
+    counts[second] -= 1
+
+
+WRONG_BITS = UNFIT + "the mask of .* has .* entries.*, expected"
 MASK_DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "mask-dtype": (
-        edit_tensors(lambda t: t.update({DELTA[:-6] + "mask": t[DELTA[:-6] + "mask"].float()})),
-        "lntune_weight.mask should be of uint8, but is torch.float32",
+        edit_tensors(lambda t: t.update({BITS: t[BITS].float()})),
+        "lntune_packed.mask should be of uint8, but is torch.float32",
     ),
-    "mask-bit": (edit_tensors(lambda t: t[DELTA[:-6] + "mask"].bitwise_not_()), "digests differ"),
-    "mask-missing": (
-        edit_tensors(lambda t: t.pop(DELTA[:-6] + "mask")),
-        "digests differ",
+    "mask-flipped": (edit_tensors(lambda t: t[BITS].bitwise_not_()), "digests differ"),
+    "mask-missing": (edit_tensors(lambda t: t.pop(BITS)), "digests differ"),
+    "packed-nan": (edit_tensors(lambda t: t[VALUES].fill_(torch.nan)), "hold NaN or infinite values.*lntune_packed"),
+    "bits": (edit_signed(lambda t: t[BITS].bitwise_not_()), WRONG_BITS),
+    "bit": (edit_signed(lambda t: t[BITS][:1].bitwise_xor_(1)), WRONG_BITS),
+    "mask-short": (
+        edit_signed(lambda t: t.update({BITS: t[BITS][1:]})),
+        UNFIT + r"lntune_packed.mask should be of shape .*bytes of mask of 10 parameters, but is of shape",
     ),
-    "mask-size": (
-        edit_tensors(lambda t: t.update({DELTA: t[DELTA][:-1]}), manifest=False),
-        UNFIT,
+    "values-short": (
+        edit_signed(lambda t: t.update({VALUES: t[VALUES][1:]})),
+        UNFIT + r"lntune_packed.weight should be of shape .*the values of 10 parameters, but is of shape",
+    ),
+    "values-shape": (edit_signed(lambda t: t.update({VALUES: t[VALUES][None]})), UNFIT + r"but is of shape \(1, "),
+    "values-missing": (edit_signed(lambda t: t.pop(VALUES)), UNFIT + "lntune_packed.weight .* but is missing"),
+    "no-mask": (edit_signed(lambda t: t.pop(BITS)), UNFIT + "lntune_packed.mask .* but is missing"),
+    "counts": (edit_counts(exchange_counts), WRONG_BITS),
+    "counts-fewer": (edit_counts(lambda counts: counts.popitem()), UNFIT + "of 9 parameters"),
+    "counts-dense": (edit_counts(lambda counts: counts.update(dict.fromkeys(counts))), "where all deltas are dense"),
+    "counts-type": (edit_counts(lambda counts: counts.update(dict.fromkeys(counts, "3"))), "manifest.*but got '3'"),
+    # Then all deltas are made dense.
+    "no-manifest": (edit_config(manifest=None), "does not fit this model, where all deltas are dense. Choose the same"),
+    "more-layers": (
+        take_all(lambda: other_size(masked=True, num_hidden_layers=3)),
+        UNFIT + "lntune_packed.weight should be of shape",
+    ),
+    "hidden-size": (
+        take_all(lambda: other_size(masked=True, hidden_size=24)),
+        UNFIT + "lntune_packed.mask should be of shape",
     ),
 }
 
 
 @pytest.mark.parametrize("damage", MASK_DAMAGES)
-@pytest.mark.parametrize("way", ["load_adapter", "from_pretrained", "from_pretrained-config", "native"])
+@pytest.mark.parametrize("way", [way for way in WAYS if way not in ("load_adapter-existing", "load_adapter-meta")])
 def test_damaged_masks(way: str, damage: str, masked: Path, tmp_path: Path) -> None:
     build, load = WAYS[way]
     spoil, message = MASK_DAMAGES[damage]
@@ -324,8 +383,21 @@ def test_damaged_masks(way: str, damage: str, masked: Path, tmp_path: Path) -> N
     spoil(folder)
     model = build()
     before = State.of(model)
-    with pytest.raises(AdapterFileError, match=f"(?s){message}"):
+    with pytest.raises(PeftLNTuneError, match=f"(?s){message}"):
         load(model, folder)
+    before.assert_same(model)
+
+
+@pytest.mark.parametrize("way", ["load_adapter-existing", "load_adapter-meta"])
+def test_a_masked_file_for_a_dense_adapter(way: str, masked: Path) -> None:
+    """As after `get_peft_model` with a `FisherLNConfig`, before its masks were fitted."""
+    build, load = WAYS[way]
+    model = build()
+    before = State.of(model)
+    with pytest.raises(
+        AdapterFileError, match=r"all deltas are dense. Choose .* first \(fit_fisher_masks or set_masks"
+    ):
+        load(model, masked)
     before.assert_same(model)
 
 

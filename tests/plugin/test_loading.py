@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-from peft_lntune import ConfigError, LNTuningConfig
+from peft_lntune import AdapterFileError, ConfigError, FisherLNConfig, LNTuningConfig
 from tests import adapted, cases
 
 from .saved import HEADS, State, adapt, build_base, logits, mask_half
@@ -313,6 +313,36 @@ class TestNative:
         model.load_adapter(adapter_state_dict=tensors, peft_config=config)
         assert torch.equal(logits(model), logits(adapt(build_base())))
 
+    def test_a_state_dict_that_is_packed(self, masked: Path) -> None:
+        tensors = load_file(masked / "adapter_model.safetensors")
+        model = build_base()
+        model.load_adapter(adapter_state_dict=tensors, peft_config=PeftConfig.from_pretrained(masked))
+        assert torch.equal(logits(model), logits(adapt(build_base(), masked=True, seed=5)))
+
+    def test_a_packed_state_dict_needs_a_config_that_knows_its_sizes(self, masked: Path) -> None:
+        tensors = load_file(masked / "adapter_model.safetensors")
+        model = build_base()
+        before = State.of(model)
+        with pytest.raises(AdapterFileError, match=r"the state dict for adapter 'x' holds masked deltas, but .* dense"):
+            model.load_adapter(adapter_name="x", adapter_state_dict=tensors, peft_config=LNTuningConfig())
+        before.assert_same(model)
+
+    @pytest.mark.parametrize("name", ["good", "masked"])
+    def test_a_config_that_is_passed(self, name: str, request: pytest.FixtureRequest) -> None:
+        model = build_base()
+        model.load_adapter(str(request.getfixturevalue(name)), peft_config=LNTuningConfig(modules_to_save=HEADS))
+        want = adapt(build_base(), masked=name == "masked", seed=5 if name == "masked" else 0)
+        assert torch.equal(logits(model), logits(want))
+
+    @pytest.mark.parametrize("argument", ["adapter_kwargs", "download_kwargs"])
+    @pytest.mark.parametrize("name", ["good", "masked"])
+    def test_a_subfolder(self, name: str, argument: str, request: pytest.FixtureRequest) -> None:
+        folder = request.getfixturevalue(name)
+        model = build_base()
+        model.load_adapter(str(folder.parent), **{argument: {"subfolder": folder.name}})
+        want = adapt(build_base(), masked=name == "masked", seed=5 if name == "masked" else 0)
+        assert torch.equal(logits(model), logits(want))
+
     def test_names_are_unique(self, model: nn.Module, good: Path) -> None:
         before = State.of(model)
         with pytest.raises(ValueError, match="Adapter with name good already exists"):
@@ -357,6 +387,22 @@ class TestTrainer:
         trainer.train()
         trainer.train(resume_from_checkpoint=True)
         assert trainer.state.global_step == 3
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_fisher_adapter_comes_back_as_one(way: str, tmp_path: Path) -> None:
+    model = get_peft_model(build_base(), FisherLNConfig(task_type="SEQ_CLS", density=0.1, scope="layer")).eval()
+    mask_half(model, "default", seed=2)
+    adapted.fill(model, "default")
+    folder = tmp_path / "adapter"
+    model.save_pretrained(folder)
+    loaded = WAYS[way](build_base(), folder)
+    assert torch.equal(logits(loaded), logits(model))
+    config = loaded.peft_config["default"]
+    assert config.mask_source == {"made": "by hand"}
+    if not way.endswith("config"):  # there the user named another class
+        assert type(config) is FisherLNConfig
+        assert (config.density, config.scope) == (0.1, "layer")
 
 
 def test_unknown_formats_on_every_path(good: Path, tmp_path: Path) -> None:

@@ -1,0 +1,177 @@
+"""Pictures of the tables of this room. They compute nothing that a table does not have."""
+
+import math
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+from peft_lntune.analysis.change import MEASURES
+from peft_lntune.analysis.tables import Table
+from peft_lntune.errors import ConfigError
+
+__all__ = ["plot_change", "plot_overlap", "plot_score_map"]
+
+Path = str | PathLike[str]
+Grid = Sequence[Sequence[float | None]]
+
+_SAID = {
+    "mean_change": "mean |change|",
+    "relative_to_mean": "mean |change| / mean |w0|",
+    "relative_to_std": "mean |change| / std(w0)",
+    "mean_score": "mean score",
+    "sum_of_scores": "sum of scores",
+    "share_tuned": "share of tuned entries",
+    "entries_tuned": "tuned entries",
+}
+_MOST_TICKS = 26  # layers named on one axis
+
+
+def plot_change(table: Table, path: Path, measure: str = "mean_change") -> None:
+    """Draw a `parameter_change` table: components by layers, on a logarithmic colour scale, weight and bias apart.
+
+    Args:
+        table: with `layers=True`.
+        path: PNG file, or another ending that matplotlib knows.
+        measure: the column that is shown.
+
+    Raises:
+        ConfigError: the table has no such measure, or no layers.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    if measure not in MEASURES:
+        raise ConfigError(f"measure={measure!r}: choose one of {', '.join(MEASURES)}.")
+    _draw_places(table, path, measure, f"{_capital(_SAID[measure])} of each component and layer", logarithmic=True)
+
+
+def plot_score_map(table: Table, path: Path) -> None:
+    """Draw a `score_map` table: components by layers, weight and bias apart; scores on a logarithmic colour scale.
+
+    Raises:
+        ConfigError: the table is not one of `score_map`.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    quantity = table.columns[-1]
+    if quantity not in _SAID:
+        raise ConfigError(f"a table of score_map is needed, but the last column of this one is {quantity!r}.")
+    title = f"{_capital(_SAID[quantity])} by component and layer"
+    _draw_places(table, path, quantity, title, logarithmic="score" in quantity)
+
+
+def plot_overlap(table: Table, path: Path) -> None:
+    """Draw an `overlap_matrix` table: the overlap of each two tasks, and beside it what chance gives.
+
+    Raises:
+        ConfigError: the table is not one of `overlap_matrix`.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    tasks = table.column("task")
+    rows = [f"{task}\n({density:.1%} tuned)" for task, density in zip(tasks, table.column("density"), strict=True)]
+    panels = {
+        "Masks": [table.column(task) for task in tasks],
+        "Random masks of the same sizes, mean": [table.column(f"{task}, by chance") for task in tasks],
+    }
+    grids = {said: list(zip(*columns, strict=True)) for said, columns in panels.items()}
+    quantity = "Jaccard index: entries in both / in either"
+    figure, colors = _matplotlib()
+    longest = max(map(len, tasks))
+    drawing = figure(figsize=(4.0 + 0.08 * longest + 1.6 * len(tasks), 2.4 + 0.7 * len(tasks)), layout="constrained")
+    axes = _draw(drawing, grids, rows, tasks, colors.Normalize(0, 1), quantity)
+    for axis, grid in zip(axes, grids.values(), strict=True):
+        if longest > 8:
+            for name in axis.get_xticklabels():
+                name.set(rotation=30, ha="right", rotation_mode="anchor")
+        _write(axis, grid)
+    drawing.suptitle("Overlap of masks between tasks")
+    drawing.savefig(path, dpi=120)
+
+
+def _draw_places(table: Table, path: Path, column: str, title: str, *, logarithmic: bool) -> None:
+    """Draw a column of a table whose rows are places: one panel for weights and one for biases."""
+    places = list(zip(*map(table.column, ("component", "layer", "parameter")), strict=True))
+    values = dict(zip(places, table.column(column), strict=True))
+    components = list(dict.fromkeys(component for component, _, _ in places))
+    # What belongs to no layer has a column of its own, on the left.
+    layers: list[int | None] = sorted(
+        {layer for _, layer, _ in places}, key=lambda layer: -1 if layer is None else layer
+    )
+    grids = {
+        parameter: [[values.get((component, layer, parameter)) for layer in layers] for component in components]
+        for parameter in dict.fromkeys(parameter for _, _, parameter in places)
+    }
+    figure, colors = _matplotlib()
+    label = 0.085 * max(map(len, components))
+    broad = max(2.4, min(0.42 * len(layers), 10.0))
+    size = (label + 2.0 + len(grids) * (broad + 0.2), 1.9 + max(1.6, 0.28 * len(components)))
+    drawing = figure(figsize=size, layout="constrained")
+    heads = ["none" if layer is None else str(layer) for layer in layers]
+    known = [value for value in values.values() if value is not None]
+    _draw(drawing, grids, components, heads, _norm(colors, known, logarithmic), _SAID[column])
+    drawing.supxlabel("layer (none: outside the layers; grey: no value)", fontsize="medium")
+    drawing.suptitle(title)
+    drawing.savefig(path, dpi=120)
+
+
+def _draw(
+    drawing: Any, grids: Mapping[str, Grid], rows: Sequence[str], heads: Sequence[str], norm: Any, quantity: str
+) -> Any:
+    """Draw heat maps side by side, with one scale and one bar, and return their axes.
+
+    Args:
+        drawing: the figure.
+        grids: by the panel's title, values `(rows, heads)`; None is an empty cell.
+        rows: names of the rows, on the left panel.
+        heads: names of the columns; where there are many, some are named.
+        norm: value -> place on the colour scale.
+        quantity: what the values are, beside the colour bar.
+    """
+    axes = drawing.subplots(1, len(grids), squeeze=False, sharey=True)[0]
+    ticks = range(0, len(heads), -(-len(heads) // _MOST_TICKS))
+    for axis, (said, grid) in zip(axes, grids.items(), strict=True):
+        axis.set_facecolor("#d9d9d9")
+        # A logarithm has no place for 0, so it is drawn as a value below the scale.
+        shown = [[math.nan if value is None else max(value, norm.vmin / 10) for value in row] for row in grid]
+        image = axis.imshow(shown, norm=norm, cmap=_colours(), aspect="auto", interpolation="nearest")
+        axis.set_title(said)
+        axis.set_xticks(ticks, [heads[tick] for tick in ticks])
+        axis.set_yticks(range(len(rows)), rows)
+    zeros = norm.vmin > 0 and any(value is not None and value <= 0 for grid in grids.values() for row in grid for value in row)
+    bar = drawing.colorbar(image, ax=list(axes), extend="min" if zeros else "neither")
+    bar.set_label(f"{quantity} (white: 0)" if zeros else quantity)
+    return axes
+
+
+def _norm(colors: Any, values: Sequence[float], logarithmic: bool) -> Any:
+    """The colour scale over these values."""
+    positive = [value for value in values if value > 0]
+    if not (logarithmic and positive):
+        return colors.Normalize(min([0.0, *values]), max([*values, 0.0]) or 1.0)
+    low, high = min(positive), max(positive)
+    return colors.LogNorm(low, high if high > low else 2 * low)
+
+
+def _write(axis: Any, grid: Grid) -> None:
+    """Write each value of a scale from 0 to 1 into its cell."""
+    for y, row in enumerate(grid):
+        for x, value in enumerate(row):
+            colour = "white" if value is not None and value < 0.6 else "black"
+            axis.text(x, y, "-" if value is None else f"{value:.2f}", ha="center", va="center", color=colour)
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _colours() -> Any:
+    import matplotlib
+
+    return matplotlib.colormaps["viridis"].with_extremes(bad=(0, 0, 0, 0), under="white")
+
+
+def _matplotlib() -> tuple[Any, Any]:
+    """`Figure` and `colors`; not pyplot, whose windows and backend are the user's."""
+    try:
+        from matplotlib import colors
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("plots need matplotlib: pip install 'matplotlib>=3.9'") from error
+    return Figure, colors

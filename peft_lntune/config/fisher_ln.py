@@ -1,0 +1,62 @@
+"""LN-tuning of the entries that Fisher information chooses."""
+
+from dataclasses import dataclass
+
+from peft_lntune.config.base import check_choice, check_type
+from peft_lntune.config.ln_tuning import LNTuningConfig
+from peft_lntune.errors import ConfigError
+from peft_lntune.selection.fisher import KINDS
+from peft_lntune.selection.select import SCOPES
+
+__all__ = ["FisherLNConfig"]
+
+
+@dataclass(kw_only=True)
+class FisherLNConfig(LNTuningConfig):
+    """Tune the entries of the norms that matter most for a task: those with the largest Fisher information.
+
+    An adapter with this config starts as that of `LNTuningConfig`, with every entry; `fit_fisher_masks` then looks at
+    batches of the task and leaves the chosen ones. That is a step of its own, because it needs data and makes new
+    parameters, so it comes before the optimizer. A mask made otherwise can be given with `set_masks` instead.
+
+    Source: ValizadehAslani and Liang 2024 (arXiv 2403.20284).
+
+    Args:
+        density: the fraction of the entries that is tuned, above 0 and at most 1.
+        fisher: which Fisher information: `"empirical"` takes the labels of the data, `"mc"` draws them from the model,
+            `"exact"` takes the expectation over the model's classes.
+        scope: over what `density` is meant: all entries together (`"global"`), each parameter (`"tensor"`), or each
+            layer (`"layer"`).
+        num_samples: how many samples to look at.
+        seed: of the labels that `"mc"` draws.
+
+    Further arguments: see `LNTuningConfig` and `LNTuneConfig`.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> config = BertConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2)
+        >>> model = BertForSequenceClassification(config)
+        >>> peft_model = get_peft_model(model, FisherLNConfig(task_type="SEQ_CLS", density=0.1))
+        >>> peft_model.peft_config["default"].mask_source is None  # not fitted yet
+        True
+    """
+
+    density: float = 0.2
+    fisher: str = "empirical"
+    scope: str = "global"
+    num_samples: int = 1024
+    seed: int = 0
+
+    def _check(self) -> None:
+        super()._check()
+        check_choice(self, "fisher", KINDS)
+        check_choice(self, "scope", SCOPES)
+        for name in ("num_samples", "seed"):
+            check_type(self, name, int)
+        if type(self.density) not in (int, float) or not 0 < self.density <= 1:
+            raise ConfigError(
+                f"density={self.density!r} should be a number above 0 and at most 1: the fraction of entries to tune."
+            )
+        if self.num_samples < 1:
+            raise ConfigError(f"num_samples={self.num_samples} should be at least 1: how many samples to look at.")

@@ -1,0 +1,25 @@
+"""The Fisher example from end to end, on a tiny model."""
+
+import datasets
+import pytest
+from fisher_layernorm import main
+
+# PEFT reads transformers' gradient checkpointing property under its old name
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def test_fisher_layernorm(tiny_bert, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    out = tmp_path / "fisher"
+    options = ["--model", tiny_bert, "--num-samples", "64", "--max-steps", "3", "--out", str(out)]
+    main([*options, "--density", "0.25"])
+    printed = capsys.readouterr().out
+    assert "40 of 160" in printed  # 5 norms of 16, weight and bias
+    assert "accuracy" in printed
+    assert "bit-equal" in printed
+    assert (out / "adapter_model.safetensors").exists()
+
+
+def test_no_such_data(tmp_path):
+    with pytest.raises(SystemExit, match="no such file"):
+        main(["--data-dir", str(tmp_path)])
