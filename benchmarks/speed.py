@@ -3,7 +3,6 @@
 python -m benchmarks.speed
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,10 +13,9 @@ from torch import nn
 
 from benchmarks.harness.arms import find_arm, own_parameters
 from benchmarks.harness.counting import peak_bytes
-from benchmarks.harness.environment import write_environment
-from benchmarks.harness.models import default_model, load_classifier, tiny_llama
-from benchmarks.harness.rows import Cell, Row, Rows
-from benchmarks.harness.runner import base_parser, run_cells, stamp, start_process
+from benchmarks.harness.models import load_classifier, tiny_llama
+from benchmarks.harness.rows import Cell, Row
+from benchmarks.harness.runner import run_timed, stamp
 from benchmarks.harness.timing import summary, take_turns
 from benchmarks.harness.training import make_optimizer, train_step
 from benchmarks.speed_report import write_report
@@ -100,32 +98,10 @@ def _generation(model: Any, cell: Cell, protocol: dict[str, Any], device: torch.
     return partial(model.generate, **_inputs(protocol, device), **length, do_sample=False)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = base_parser("Time and memory of each method, against plain requires_grad lines and the base model.")
-    parser.add_argument("--model", default=None, help="encoder: folder or Hub id (default: the installed MiniLM)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args(arguments)
-    options.model = options.model or default_model()
-    return options
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, list or report; return how many runs failed."""
-    options = parse(arguments)
-    rows, protocol = Rows(options.results / "speed.jsonl"), "full" if options.full else "cpu"
-    device = torch.device(options.device)
-    if options.list:
-        print(f"{sum(cell not in rows for cell in cells(protocol))} groups left; about 5 min on two quiet cores.")
-        return 0
-    start_process(options.threads)
-    failed = 0
-    if not options.report:
-        write_environment(options.results / "environment.json", "speed", device, workers=1)
-        run = partial(run_cell, checkpoint=options.model, device=device)
-        failed = run_cells(cells(protocol), rows, run, jobs=1, title="speed")
-    write_report(rows, options.results, cells(protocol), protocol)
-    return failed
+    description = "Time and memory of each method, against plain requires_grad lines and the base model."
+    return run_timed("speed", description, tuple(PROTOCOLS), cells, run_cell, write_report, 5, arguments)
 
 
 if __name__ == "__main__":

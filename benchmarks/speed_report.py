@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.rows import Cell, Row, Rows
-from benchmarks.harness.tables import NOT_RUN, markdown
+from benchmarks.harness.tables import NOT_RUN, cost_table
 
 SLOWER = 1.02  # of plain lines in training, of the base model in generation: the bound this project set itself
-HEADER = ("arm", "milliseconds", "ratio: median (quartiles)", "peak, MB", "peak ratio")
 
 
 def write_report(rows: Rows, results: Path, cells: Sequence[Cell], protocol: str) -> None:
@@ -21,22 +20,10 @@ def write_report(rows: Rows, results: Path, cells: Sequence[Cell], protocol: str
     for cell in cells:
         parts.append(f"## {cell['model']}, {cell['measure']}")
         row = rows.get(cell)
-        parts += [NOT_RUN] if row is None else [_table(row), _wanted(row)]
+        parts += [NOT_RUN] if row is None else [cost_table(row["arms"]), _wanted(row)]
     results.mkdir(parents=True, exist_ok=True)
     stem = "speed" if protocol == "cpu" else f"speed_{protocol}"
     (results / f"{stem}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-
-
-def _table(row: Row) -> str:
-    first = next(iter(row["arms"].values()))["accelerator_memory_max"]
-    lines: list[list[object]] = []
-    for name, arm in row["arms"].items():
-        low, middle, high = arm["ratio"]
-        peak = arm["accelerator_memory_max"]
-        milliseconds = f"{1000 * arm['seconds'][1]:.1f}"
-        memory = [f"{peak / 1e6:.2f}", f"{peak / first:.3f}"]
-        lines.append([name, milliseconds, f"{middle:.3f} ({low:.3f} to {high:.3f})", *memory])
-    return markdown(HEADER, lines)
 
 
 def _wanted(row: Row) -> str:

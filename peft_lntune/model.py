@@ -57,14 +57,14 @@ class LNTuneModel(BaseTuner):
                 f"an adapter cannot be named {adapter_name!r}: it is a key of a torch.nn.ModuleDict, which takes no "
                 "empty name, no dot and no name of its own attributes. Choose another name."
             )
-        if "stored" not in self.peft_config[adapter_name].__dict__:
-            self._record(
-                adapter_name, None
-            )  # all entries are tuned, also where the config was that of a masked adapter
+        stored = "stored" in self.peft_config[adapter_name].__dict__
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             self.peft_config[adapter_name].__dict__.pop("injection", None)
+        if not stored:
+            # All entries are tuned now, also where the config was taken from a masked adapter.
+            self._record(adapter_name, None)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Deltas are made in float32. Only a user who says autocast_adapter_dtype=False wants the dtype of the base.

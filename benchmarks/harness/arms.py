@@ -1,8 +1,8 @@
 """Arms: ways to choose what is trained. One small function each, model -> the same model, ready to train."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,23 +14,33 @@ Tune = Callable[[nn.Module], nn.Module]
 
 @dataclass(frozen=True)
 class Arm:
-    """A name, what it does to a model, and the learning rates that are tried for it."""
+    """One way to choose what is trained.
+
+    Attributes:
+        name: as in cells and tables.
+        tune: what it does to a model.
+        rates: learning rates that are tried for it.
+        searched_at: further coordinates of the runs that try them.
+        rate_of: the arm whose rate it takes, where none is searched for it.
+    """
 
     name: str
     tune: Tune
     rates: tuple[float, ...]
+    searched_at: Mapping[str, Any] = field(default_factory=dict)
+    rate_of: str | None = None
 
 
 ARMS: dict[str, Arm] = {}
 
 
-def arm(name: str, rates: tuple[float, ...] = ()) -> Callable[[Tune], Tune]:
-    """Register a function as the arm `name`."""
+def arm(name: str, rates: tuple[float, ...] = (), **further: Any) -> Callable[[Tune], Tune]:
+    """Register a function as the arm `name`; `further` are fields of `Arm`."""
 
     def add(tune: Tune) -> Tune:
         if name in ARMS:
             raise ValueError(f"There is an arm {name} already; the arms are {sorted(ARMS)}.")
-        ARMS[name] = Arm(name, tune, rates)
+        ARMS[name] = Arm(name, tune, rates, **further)
         return tune
 
     return add
@@ -131,25 +141,37 @@ def road(model: Any) -> nn.Module:
     return _peft(model, peft.RoadConfig(group_size=math.gcd(64, model.config.hidden_size)))
 
 
-def _ln(model: nn.Module, tune: str) -> nn.Module:
+def _ln(model: nn.Module, **fields: Any) -> nn.Module:
     from peft_lntune import LNTuningConfig
 
-    return _peft(model, LNTuningConfig(tune=tune))
+    return _peft(model, LNTuningConfig(**fields))
 
 
 @arm("ln", rates=(3e-3, 7e-3, 2e-2))
 def ln(model: nn.Module) -> nn.Module:
     """Train deltas on the weight and bias of every norm by this package."""
-    return _ln(model, "both")
+    return _ln(model)
 
 
 @arm("ln-weight", rates=(3e-3, 7e-3, 2e-2))
 def ln_weight(model: nn.Module) -> nn.Module:
     """Train deltas on the weight of every norm."""
-    return _ln(model, "weight")
+    return _ln(model, tune="weight")
 
 
 @arm("ln-bias", rates=(3e-3, 7e-3, 2e-2))
 def ln_bias(model: nn.Module) -> nn.Module:
     """Train deltas on the bias of every norm."""
-    return _ln(model, "bias")
+    return _ln(model, tune="bias")
+
+
+@arm("ln-ffn", rates=(3e-3, 7e-3, 2e-2))
+def ln_ffn(model: nn.Module) -> nn.Module:
+    """Train deltas on the norms of feed-forward layers: BERT's `output.LayerNorm`."""
+    return _ln(model, roles=["ffn"])
+
+
+@arm("ln-attention", rates=(3e-3, 7e-3, 2e-2))
+def ln_attention(model: nn.Module) -> nn.Module:
+    """Train deltas on the norms of attention layers: BERT's `attention.output.LayerNorm`."""
+    return _ln(model, roles=["attention"])

@@ -1,8 +1,10 @@
 """One cell of a classification experiment: an arm, a task, a dtype, a seed; and the search for its learning rate."""
 
+import argparse
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,15 @@ import torch
 from torch import nn
 
 from benchmarks.harness.arms import find_arm
+from benchmarks.harness.environment import write_environment
 from benchmarks.harness.models import load_classifier
 from benchmarks.harness.rows import Cell, Row, Rows
-from benchmarks.harness.runner import stamp
-from benchmarks.harness.tasks import batches, load_task
+from benchmarks.harness.runner import base_parser, format_seconds, parse_device, run_cells, stamp, start_process
+from benchmarks.harness.tasks import Task, batches, load_task
 from benchmarks.harness.training import Schedule, accuracy, counts, make_optimizer, saved_bytes, train, train_step
 
 Kind = tuple[str, str, str]
+Tuner = Callable[[nn.Module, Cell, Task], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Protocol:
         search_steps: of a run that only chooses a learning rate.
         batch_size: rows a step.
         dropout: replaces the checkpoint's; None keeps it.
+        mask_samples: training rows that a mask is chosen by.
     """
 
     name: str
@@ -36,10 +41,22 @@ class Protocol:
     search_steps: int
     batch_size: int
     dropout: float | None
+    mask_samples: int = 1024
 
     def length(self, cell: Cell) -> int:
         """Return the steps of a cell."""
         return self.search_steps if cell["phase"] == "search" else self.steps
+
+
+SEEDS = (0, 1, 2)
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol("cpu", steps=300, search_steps=200, batch_size=16, dropout=0.0),
+        Protocol("cpu-600", steps=600, search_steps=400, batch_size=32, dropout=0.0),
+        Protocol("full", steps=3000, search_steps=3000, batch_size=32, dropout=None),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -53,18 +70,18 @@ class Place:
 
 def kind(cell: Cell) -> Kind:
     """Return what a learning rate is chosen for."""
-    return cell["task"], cell["arm"], cell["dtype"]
+    return cell["task"], find_arm(cell["arm"]).rate_of or cell["arm"], cell["dtype"]
 
 
 def search_cells(protocol: Protocol, task: str, arm: str, dtype: str) -> list[Cell]:
     """Return the runs that choose an arm's learning rate, on one seed."""
     place = {"protocol": protocol.name, "phase": "search", "task": task, "arm": arm, "dtype": dtype, "seed": 0}
-    return [{**place, "learning_rate": rate} for rate in find_arm(arm).rates]
+    return [{**place, **find_arm(arm).searched_at, "learning_rate": rate} for rate in find_arm(arm).rates]
 
 
-def final_cells(protocol: Protocol, task: str, arm: str, dtype: str, seeds: Iterable[int]) -> list[Cell]:
-    """Return the runs that are reported."""
-    place = {"protocol": protocol.name, "phase": "final", "task": task, "arm": arm, "dtype": dtype}
+def final_cells(protocol: Protocol, task: str, arm: str, dtype: str, seeds: Iterable[int], **at: Any) -> list[Cell]:
+    """Return the runs that are reported; `at` are the further coordinates of an arm that has some."""
+    place = {"protocol": protocol.name, "phase": "final", "task": task, "arm": arm, "dtype": dtype, **at}
     return [{**place, "seed": seed} for seed in seeds]
 
 
@@ -83,7 +100,75 @@ def best_rates(rows: Rows, protocol: Protocol, kinds: Iterable[Kind]) -> dict[Ki
     return found
 
 
-def run_cell(cell: Cell, protocol: Protocol, place: Place, rates: dict[Kind, float]) -> Row:
+def needed_rates(cell: Cell) -> set[Kind]:
+    """Return the kinds whose learning rate must be known before a cell can run."""
+    return {kind(cell)} if cell["phase"] == "final" else set()
+
+
+def experiment_parser(description: str) -> argparse.ArgumentParser:
+    """Return the options that every classification experiment has."""
+    parser = base_parser(description, tuple(PROTOCOLS))
+    parser.add_argument("--data-dir", type=Path, help="folder of <task>/{train,validation}.jsonl (default: the Hub)")
+    parser.add_argument("--model", default=None, help="folder or Hub id (default: see the README)")
+    parser.add_argument("--tasks", nargs="+", default=None)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    return parser
+
+
+def run_experiment(
+    name: str,
+    options: argparse.Namespace,
+    protocol: Protocol,
+    rows: Rows,
+    waves: Sequence[Sequence[Cell]],
+    run: Callable[..., Row] | None = None,
+    needs: Callable[[Cell], set[Kind]] = needed_rates,
+) -> int:
+    """Run what has no row yet, wave by wave, or list it.
+
+    Args:
+        name: of the experiment, in `environment.json`.
+        options: the command line, see `experiment_parser`.
+        protocol: what is equal for all arms.
+        rows: where the rows go.
+        waves: cells in order of worth; a wave may need the learning rates that the waves before it have chosen.
+        run: takes a cell, and `protocol`, `place` and `rates` by name; `run_cell` where None.
+        needs: which learning rates a cell needs; one whose rates are not known is left for the next time.
+
+    Returns:
+        How many runs failed.
+    """
+    device = parse_device(options)
+    place = Place(options.model, options.data_dir, options.device)
+    start_process(threads=1 if options.jobs > 1 else torch.get_num_threads())
+    if options.list:
+        left = [cell for wave in waves for cell in wave if cell not in rows]
+        seconds = estimate(left, protocol, place) / options.jobs
+        print(f"{len(left)} runs left; about {format_seconds(seconds)} with {options.jobs} processes side by side.")
+        return 0
+    write_environment(options.results / "environment.json", name, device, options.jobs)
+    failed = 0
+    for wave in waves:
+        rates = best_rates(rows, protocol, {wanted for cell in wave for wanted in needs(cell)})
+        ready = [cell for cell in wave if needs(cell) <= rates.keys()]
+        one = partial(run or run_cell, protocol=protocol, place=place, rates=rates)
+        failed += run_cells(ready, rows, one, options.jobs, f"{wave[0]['dtype']} {wave[0]['phase']}")
+    return failed
+
+
+def by_name(model: nn.Module, cell: Cell, task: Task) -> nn.Module:
+    """Apply the arm that a cell names: all there is to do where an arm needs no data."""
+    return find_arm(cell["arm"]).tune(model)
+
+
+def run_cell(
+    cell: Cell,
+    protocol: Protocol,
+    place: Place,
+    rates: dict[Kind, float],
+    tune: Tuner = by_name,
+    inspect: Callable[[nn.Module], Row] | None = None,
+) -> Row:
     """Train one arm once and measure it.
 
     Args:
@@ -91,13 +176,15 @@ def run_cell(cell: Cell, protocol: Protocol, place: Place, rates: dict[Kind, flo
         protocol: what is equal for all arms.
         place: model, data and device.
         rates: learning rates of the reported cells.
+        tune: makes the base model with a fresh head ready to train; it may look at the training rows.
+        inspect: what else the row says of the trained model.
     """
     device, search = torch.device(place.device), cell["phase"] == "search"
     task = load_task(cell["task"], place.data_dir, place.model)
     if search:
         task = task.held_out()
     rate = cell["learning_rate"] if search else rates[kind(cell)]
-    model = _tuned(cell, protocol, place, task.num_labels)
+    model = tune(load_base(cell, protocol, place, task.num_labels), cell, task).to(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     steps = protocol.length(cell)
@@ -116,6 +203,7 @@ def run_cell(cell: Cell, protocol: Protocol, place: Place, rates: dict[Kind, flo
         "file_size": saved_bytes(model),
         "accelerator_memory_max": memory,
         **counts(model),
+        **(inspect(model) if inspect else {}),
         **stamp(device),
     }
 
@@ -123,7 +211,7 @@ def run_cell(cell: Cell, protocol: Protocol, place: Place, rates: dict[Kind, flo
 def step_seconds(cell: Cell, protocol: Protocol, place: Place) -> float:
     """Return the time of one training step, after one that warms up."""
     task = load_task(cell["task"], place.data_dir, place.model)
-    model = _tuned(cell, protocol, place, task.num_labels).train()
+    model = by_name(load_base(cell, protocol, place, task.num_labels), cell, task).to(place.device).train()
     optimizer = make_optimizer(model, 1e-5)
     seconds = 0.0
     for batch in batches(task.train, protocol.batch_size, 2, 0, torch.device(place.device)):
@@ -145,7 +233,6 @@ def estimate(cells: Iterable[Cell], protocol: Protocol, place: Place) -> float:
     return seconds
 
 
-def _tuned(cell: Cell, protocol: Protocol, place: Place, num_labels: int) -> nn.Module:
-    """Load the base model of a cell and apply its arm."""
-    base = load_classifier(place.model, num_labels, cell["dtype"], cell["seed"], protocol.dropout)
-    return find_arm(cell["arm"]).tune(base).to(place.device)
+def load_base(cell: Cell, protocol: Protocol, place: Place, num_labels: int) -> nn.Module:
+    """Load the base model of a cell with the fresh head of its seed."""
+    return load_classifier(place.model, num_labels, cell["dtype"], cell["seed"], protocol.dropout)

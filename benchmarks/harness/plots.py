@@ -1,15 +1,21 @@
 """Plots of results; they compute nothing that a table does not have."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 # Points of one arm keep their colour and marker in every panel.
-COLOURS = ("#1b6ca8", "#d1495b", "#6a994e", "#8d6cab", "#e09f3e", "#5c677d", "#3aafa9", "#a44a3f")
-MARKERS = "osD^vPX*"
+COLOURS = (
+    *("#1b6ca8", "#d1495b", "#6a994e", "#8d6cab", "#e09f3e", "#5c677d", "#3aafa9", "#a44a3f"),
+    *("#111111", "#c77dff", "#7f5539", "#80b918", "#ff8fab"),
+)
+MARKERS = "osD^vPX*<>phd"
 SMALLEST = 1000  # below this many entries the axis is linear, so that an arm with none of its own has a place
+SMALLEST_MASK = 50  # the same where masks of few entries are drawn
 Scores = Mapping[str, Mapping[str, Sequence[float]]]
+Curves = Mapping[str, Sequence[tuple[int, Sequence[float]]]]
 
 
 def plot_against_size(path: Path, panels: Mapping[str, Scores], sizes: Mapping[str, int], title: str) -> None:
@@ -22,28 +28,70 @@ def plot_against_size(path: Path, panels: Mapping[str, Scores], sizes: Mapping[s
         sizes: arm -> tuned entries beside the head.
         title: above the panels.
     """
+    with _figure(path, panels, title) as axes:
+        for axis, (task, scores) in zip(axes, panels.items(), strict=True):
+            for number, dtype in enumerate(scores):
+                _draw(axis, scores[dtype], sizes, hollow=number > 0)
+            _scale(axis, task, max([SMALLEST, *sizes.values()]), SMALLEST)
+
+
+def plot_curves(path: Path, panels: Mapping[str, Curves], title: str, bands: Sequence[str] = ()) -> None:
+    """Draw mean and reach of the scores against the tuned entries, one panel a task.
+
+    Args:
+        path: PNG file.
+        panels: task -> name -> points, each the tuned entries and the scores in per cent, one a seed. The points of a
+            name with several are joined.
+        title: above the panels.
+        bands: names of one point that are drawn across the panel, since they tune far more than the others.
+    """
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    sizes = [
+        size for curves in panels.values() for name, points in curves.items() for size, _ in points if name not in bands
+    ]
+    with _figure(path, panels, title) as axes:
+        for axis, (task, curves) in zip(axes, panels.items(), strict=True):
+            for name, points in curves.items():
+                number = names.index(name)
+                if name in bands:
+                    _band(axis, *points[0], label=name, color=_look(number)["color"])
+                    continue
+                # Curves of equal sizes stand a little beside each other, so that every bar is seen.
+                shift = 1.04 ** (number - len(names) / 2)
+                look = {**_look(number), "linestyle": "-" if len(points) > 1 else "none", "alpha": 0.85}
+                _points(axis, [(size * shift, scores) for size, scores in points], label=name, **look)
+            _scale(axis, task, max([SMALLEST, *sizes]), SMALLEST_MASK)
+
+
+@contextmanager
+def _figure(path: Path, panels: Iterable[str], title: str) -> Iterator[Sequence[Any]]:
+    """Make one panel a task beside each other, and after they are drawn a legend for all; write it."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(5.6 * len(panels), 4.4), squeeze=False, layout="constrained"
-    )
-    for axis, (task, scores) in zip(axes[0], panels.items(), strict=True):
-        for number, dtype in enumerate(scores):
-            _draw(axis, scores[dtype], sizes, hollow=number > 0)
-        axis.set_xscale("symlog", linthresh=SMALLEST)
-        largest = max([SMALLEST, *sizes.values()])
-        axis.set_xlim(-SMALLEST / 2, 3 * largest)
-        axis.set_xticks([0, *(10**power for power in range(3, len(str(largest))))])
-        axis.set(title=task, xlabel="tuned entries beside the head", ylabel="accuracy, %")
-        axis.grid(alpha=0.3)
-    named = {label: drawn for axis in axes[0] for drawn, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(named.values(), named.keys(), loc="outside right upper", frameon=False)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    pyplot.close(figure)
+    count = len(list(panels))
+    figure, axes = pyplot.subplots(1, count, figsize=(5.6 * count, 4.4), squeeze=False, layout="constrained")
+    try:
+        yield axes[0]
+        named = {
+            label: drawn for axis in axes[0] for drawn, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(named.values(), named.keys(), loc="outside right upper", frameon=False)
+        figure.suptitle(title)
+        figure.savefig(path, dpi=120, metadata={"Software": None})
+    finally:
+        pyplot.close(figure)
+
+
+def _scale(axis: Any, task: str, largest: int, smallest: int) -> None:
+    """Make the axis of entries logarithmic from `smallest` on, with a place for no entries at all."""
+    axis.set_xscale("symlog", linthresh=smallest)
+    axis.set_xlim(-smallest / 2, 3 * largest)
+    axis.set_xticks([0, *(10**power for power in range(len(str(smallest - 1)), len(str(largest))))])
+    axis.set(title=task, xlabel="tuned entries beside the head", ylabel="accuracy, %")
+    axis.grid(alpha=0.3)
 
 
 def _draw(axis: Any, scores: Mapping[str, Sequence[float]], sizes: Mapping[str, int], hollow: bool) -> None:
@@ -51,15 +99,30 @@ def _draw(axis: Any, scores: Mapping[str, Sequence[float]], sizes: Mapping[str, 
     for arm, values in scores.items():
         if not values:
             continue
-        number = list(sizes).index(arm)
-        colour = COLOURS[number % len(COLOURS)]
-        look = {"color": colour, "marker": MARKERS[number % len(MARKERS)], "mfc": "white" if hollow else colour}
-        mean = statistics.mean(values)
-        reach = [[mean - min(values)], [max(values) - mean]]
-        label = f"{arm}, bf16 base" if hollow else arm
+        look = _look(list(sizes).index(arm))
         # Arms of one size stand beside each other; the axis is logarithmic, so a factor is a shift.
         twins = [name for name in sizes if sizes[name] == sizes[arm]]
         shift = 1.3 ** (2 * twins.index(arm) + hollow - len(twins) + 0.5)
-        axis.errorbar(
-            [sizes[arm] * shift], [mean], yerr=reach, capsize=3, linestyle="none", markersize=7, label=label, **look
-        )
+        look |= {"mfc": "white"} if hollow else {}
+        label = f"{arm}, bf16 base" if hollow else arm
+        _points(axis, [(sizes[arm] * shift, values)], label=label, linestyle="none", **look)
+
+
+def _points(axis: Any, points: Sequence[tuple[float, Sequence[float]]], **look: Any) -> None:
+    """Draw the mean of each point's scores, with bars to the best and the worst."""
+    if not points:
+        return
+    means = [statistics.mean(scores) for _, scores in points]
+    below = [mean - min(scores) for mean, (_, scores) in zip(means, points, strict=True)]
+    above = [max(scores) - mean for mean, (_, scores) in zip(means, points, strict=True)]
+    axis.errorbar([size for size, _ in points], means, yerr=[below, above], capsize=3, markersize=7, **look)
+
+
+def _band(axis: Any, size: int, scores: Sequence[float], label: str, color: str) -> None:
+    """Draw the mean of scores as a line across the panel, in a band from the worst to the best."""
+    axis.axhspan(min(scores), max(scores), color=color, alpha=0.15, linewidth=0)
+    axis.axhline(statistics.mean(scores), color=color, linestyle="--", label=f"{label} ({size:,})")
+
+
+def _look(number: int) -> dict[str, Any]:
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}

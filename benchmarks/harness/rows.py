@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,11 @@ class Rows:
     def get(self, cell: Cell) -> Row | None:
         """Return the row of this cell, or None where it has not been run."""
         return self._rows.get(cell_key(cell))
+
+    def adopt(self, rows: Iterable[Row]) -> None:
+        """Count rows of another experiment as run here too; they stay in its file alone."""
+        for row in rows:
+            self._rows.setdefault(cell_key(row["cell"]), row)
 
     def append(self, row: Row) -> None:
         """Write a row and wait until it is on the disk.

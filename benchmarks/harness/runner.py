@@ -22,8 +22,13 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 Run = Callable[[Cell], Row]
 
 
-def base_parser(description: str) -> argparse.ArgumentParser:
-    """Return the options every experiment has."""
+def base_parser(description: str, protocols: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Return the options every experiment has.
+
+    Args:
+        description: for the help text.
+        protocols: names to choose from, the first by default; an experiment with one protocol gives none.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--list", action="store_true", help="print the runs left and an estimate, and run nothing")
     parser.add_argument(
@@ -32,7 +37,8 @@ def base_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--results", type=Path, default=RESULTS, help="folder of the rows (default: benchmarks/results)"
     )
-    parser.add_argument("--full", action="store_true", help="the long protocol, for a GPU")
+    if protocols:
+        parser.add_argument("--protocol", choices=protocols, default=protocols[0], help="default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side on a CPU, each with one thread")
     return parser
@@ -145,6 +151,51 @@ def parse_device(options: argparse.Namespace) -> torch.device:
     if device.type != "cpu":
         options.jobs = 1
     return device
+
+
+def run_timed(
+    name: str,
+    description: str,
+    protocols: Sequence[str],
+    cells: Callable[[str], Sequence[Cell]],
+    run: Callable[..., Row],
+    write_report: Callable[[Rows, Path, Sequence[Cell], str], None],
+    minutes: int,
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """The whole of a script that measures time, one cell after the other with all threads.
+
+    Args:
+        name: of the file of rows and in `environment.json`.
+        description: for the help text.
+        protocols: names to choose from.
+        cells: name of a protocol -> what is timed.
+        run: cell -> row; also takes `checkpoint`, the encoder's folder or Hub id, and `device`.
+        write_report: writes the page, from rows, folder, cells and the protocol's name.
+        minutes: that the first protocol takes about.
+        arguments: the command line; None reads the process's own.
+
+    Returns:
+        How many runs failed.
+    """
+    parser = base_parser(description, protocols)
+    parser.add_argument("--model", default=None, help="encoder: folder or Hub id (default: the installed MiniLM)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args(arguments)
+    rows, planned = Rows(options.results / f"{name}.jsonl"), cells(options.protocol)
+    device = torch.device(options.device)
+    if options.list:
+        left = sum(cell not in rows for cell in planned)
+        print(f"{left} groups left; about {minutes} min on two quiet cores for all of them.")
+        return 0
+    start_process(options.threads)
+    failed = 0
+    if not options.report:
+        write_environment(options.results / "environment.json", name, device, workers=1)
+        one = partial(run, checkpoint=options.model or default_model(), device=device)
+        failed = run_cells(planned, rows, one, jobs=1, title=name)
+    write_report(rows, options.results, planned, options.protocol)
+    return failed
 
 
 def run_script(

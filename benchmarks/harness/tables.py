@@ -1,7 +1,10 @@
 """Markdown tables of results; a cell without a row says so."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from peft_lntune.analysis import Table
 
 NOT_RUN = "not run"
 
@@ -15,8 +18,7 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
         |---|---|
         | ln | not run |
     """
-    rows = [[NOT_RUN if value is None else str(value) for value in line] for line in lines]
-    return "\n".join([_line(header), "|" + "---|" * len(header), *map(_line, rows)])
+    return Table(header, lines).to_markdown(missing=NOT_RUN)
 
 
 def mean_and_spread(values: Sequence[float], planned: int, digits: int = 1) -> str | None:
@@ -44,5 +46,19 @@ def quartiles(values: Sequence[float], digits: int = 3) -> str:
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def _line(row: Sequence[str]) -> str:
-    return "| " + " | ".join(row) + " |"
+def cost_table(arms: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the table of times and peaks of memory, each beside the first arm's.
+
+    Args:
+        arms: name -> `seconds` and `ratio`, each first quartile, median and third quartile, and
+            `accelerator_memory_max` in bytes.
+    """
+    first = next(iter(arms.values()))["accelerator_memory_max"]
+    lines: list[list[object]] = []
+    for name, arm in arms.items():
+        low, middle, high = arm["ratio"]
+        peak = arm["accelerator_memory_max"]
+        milliseconds = f"{1000 * arm['seconds'][1]:.1f}"
+        memory = [f"{peak / 1e6:.2f}", f"{peak / first:.3f}"]
+        lines.append([name, milliseconds, f"{middle:.3f} ({low:.3f} to {high:.3f})", *memory])
+    return markdown(("arm", "milliseconds", "ratio: median (quartiles)", "peak, MB", "peak ratio"), lines)

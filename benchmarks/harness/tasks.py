@@ -10,8 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HUB_NAMES = {"sst2": ("nyu-mll/glue", "sst2"), "trec": ("CogComp/trec", None)}
-TEXT_COLUMNS = {"sst2": ("sentence",), "trec": ("text",), "rte": ("sentence1", "sentence2"), "cola": ("sentence",)}
+HUB_NAMES = {"trec": ("CogComp/trec", None)}  # the others are GLUE's
+TEXT_COLUMNS = {
+    "sst2": ("sentence",),
+    "trec": ("text",),
+    "cola": ("sentence",),
+    "mrpc": ("sentence1", "sentence2"),
+    "qnli": ("question", "sentence"),
+    "qqp": ("question1", "question2"),
+    "rte": ("sentence1", "sentence2"),
+}
 LABEL_COLUMNS = {"trec": ("label", "coarse_label")}  # the Hub's copy calls the six classes coarse_label
 POOL = 16  # batches that are sorted by length together: little padding, still a random order
 Batch = dict[str, Tensor]
@@ -100,7 +108,7 @@ def load_task(name: str, data_dir: Path | None, model: str, max_length: int = 12
     """Load and tokenize a task.
 
     Args:
-        name: `sst2` or `trec`, or another task with GLUE's columns.
+        name: of `TEXT_COLUMNS`.
         data_dir: a folder of `<task>/{train,validation}.jsonl`; None loads the task from the Hub.
         model: folder or Hub id whose tokenizer is used.
         max_length: longer rows are cut.
@@ -126,7 +134,7 @@ def _read(name: str, data_dir: Path | None) -> dict[str, list[dict[str, Any]]]:
         return {part: [json.loads(line) for line in lines[part] if line] for part in lines}
     import datasets
 
-    found = datasets.load_dataset(*HUB_NAMES[name])
+    found = datasets.load_dataset(*HUB_NAMES.get(name, ("nyu-mll/glue", name)))
     return {"train": list(found["train"]), "validation": list(found["validation" if "validation" in found else "test"])}
 
 

@@ -74,7 +74,8 @@ def plot_overlap(table: Table, path: Path) -> None:
     quantity = "Jaccard index: entries in both / in either"
     figure, colors = _matplotlib()
     longest = max(map(len, tasks))
-    drawing = figure(figsize=(4.0 + 0.08 * longest + 1.6 * len(tasks), 2.4 + 0.7 * len(tasks)), layout="constrained")
+    size = (4.0 + 0.08 * longest + 1.6 * len(tasks), max(3.8, 2.4 + 0.7 * len(tasks)))
+    drawing = figure(figsize=size, layout="constrained")
     axes = _draw(drawing, grids, rows, tasks, colors.Normalize(0, 1), quantity)
     for axis, grid in zip(axes, grids.values(), strict=True):
         if longest > 8:
@@ -134,7 +135,9 @@ def _draw(
         axis.set_title(said)
         axis.set_xticks(ticks, [heads[tick] for tick in ticks])
         axis.set_yticks(range(len(rows)), rows)
-    zeros = norm.vmin > 0 and any(value is not None and value <= 0 for grid in grids.values() for row in grid for value in row)
+    zeros = norm.vmin > 0 and any(
+        value is not None and value <= 0 for grid in grids.values() for row in grid for value in row
+    )
     bar = drawing.colorbar(image, ax=list(axes), extend="min" if zeros else "neither")
     bar.set_label(f"{quantity} (white: 0)" if zeros else quantity)
     return axes

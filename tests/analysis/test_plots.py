@@ -1,0 +1,182 @@
+"""Each picture is written, shows what its table has, and names it; without matplotlib people learn what to install."""
+
+import struct
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+
+from peft_lntune.analysis import (
+    Table,
+    overlap_matrix,
+    parameter_change,
+    plot_change,
+    plot_overlap,
+    plot_score_map,
+    plots,
+    score_map,
+)
+from peft_lntune.errors import ConfigError
+from tests.analysis.test_change import moved
+from tests.cases import build
+
+matplotlib = pytest.importorskip("matplotlib")
+
+
+def change_table(family="bert"):
+    return parameter_change(build(family), moved(build(family)))
+
+
+def masks(*seeds):
+    found = {}
+    for seed in seeds:
+        torch.manual_seed(seed)
+        found[f"task {seed}"] = {"h.0.ln_1.weight": torch.rand(50) < 0.3, "h.1.ln_1.bias": torch.rand(50) < 0.1}
+    return found
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are made."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    keep = Figure.__init__
+
+    def init(self, *args, **kwargs):
+        keep(self, *args, **kwargs)
+        figures.append(self)
+
+    monkeypatch.setattr(Figure, "__init__", init)
+    return figures
+
+
+def png_size(path):
+    head = path.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", head[16:24])
+
+
+def texts(axis):
+    return [label.get_text() for label in axis.get_yticklabels()]
+
+
+DRAWINGS = {
+    "change": lambda path: plot_change(change_table(), path),
+    "relative change": lambda path: plot_change(change_table(), path, "relative_to_std"),
+    "no change": lambda path: plot_change(parameter_change(build("t5"), build("t5")), path),
+    "scores": lambda path: plot_score_map(score_map({"a.0.weight": torch.tensor([0.1, 3.0])}), path),
+    "masks": lambda path: plot_score_map(score_map(masks(0)["task 0"]), path),
+    "overlap": lambda path: plot_overlap(overlap_matrix(masks(0, 1, 2)), path),
+    "overlap of one": lambda path: plot_overlap(overlap_matrix({"one and only task": masks(3)["task 3"]}), path),
+}
+
+
+@pytest.mark.parametrize("drawing", DRAWINGS)
+def test_pictures(drawing, tmp_path, drawn):
+    backend = matplotlib.get_backend(auto_select=False)
+    DRAWINGS[drawing](tmp_path / "p.png")
+    width, height = png_size(tmp_path / "p.png")
+    assert width > 300
+    assert height > 200
+    assert (tmp_path / "p.png").stat().st_size > 5000
+    assert matplotlib.get_backend(auto_select=False) == backend  # the user's, in a notebook
+    assert_inside(drawn[0])
+
+
+def assert_inside(figure):
+    """Nothing is clipped at the edges, and no two names of an axis lie on each other."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for axis in figure.axes:
+        box = axis.get_tightbbox(renderer)
+        assert box.x0 >= -1
+        assert box.y0 >= -1
+        assert box.x1 <= figure.bbox.x1 + 1
+        assert box.y1 <= figure.bbox.y1 + 1
+        ticks = [label.get_window_extent(renderer) for label in axis.get_yticklabels() if label.get_text()]
+        assert not any(a.overlaps(b) for a, b in pairwise(ticks))
+
+
+def test_change_shows_the_table(tmp_path, drawn):
+    table = change_table()
+    plot_change(table, tmp_path / "p.png")
+    weight, bias, bar = drawn[0].axes
+    assert (weight.get_title(), bias.get_title()) == ("weight", "bias")
+    assert texts(weight) == list(dict.fromkeys(table.column("component")))
+    assert [label.get_text() for label in weight.get_xticklabels()] == ["none", "0", "1"]
+    assert bar.get_ylabel() == "mean |change|"
+    assert "change" in drawn[0].get_suptitle()
+    for axis in (weight, bias):
+        shown = axis.get_images()[0].get_array()
+        for y, component in enumerate(texts(axis)):
+            for x, layer in enumerate((None, 0, 1)):
+                place = (component, layer, axis.get_title())
+                row = [row for row in table.rows if row[:3] == place]
+                assert shown.mask[y, x] if not row else shown[y, x] == row[0][4]
+
+
+def test_zeros_on_a_logarithmic_scale(tmp_path, drawn):
+    plot_score_map(
+        score_map({"a.0.weight": torch.tensor([0.0]), "a.1.weight": torch.tensor([2.0])}), tmp_path / "p.png"
+    )
+    panel, bar = drawn[0].axes
+    image = panel.get_images()[0]
+    zero, two = image.cmap(image.norm(image.get_array()))[0]
+    assert tuple(zero) == (1, 1, 1, 1)
+    assert tuple(two) != (1, 1, 1, 1)
+    assert bar.get_ylabel() == "mean score (white: 0)"
+
+
+def test_overlap_shows_the_table(tmp_path, drawn):
+    table = overlap_matrix(masks(0, 1))
+    plot_overlap(table, tmp_path / "p.png")
+    left, right, _ = drawn[0].axes
+    assert left.get_images()[0].get_array().tolist() == [table.column("task 0"), table.column("task 1")]
+    assert right.get_images()[0].get_array()[0, 1] == table.column("task 1, by chance")[0]
+    assert texts(left)[0].startswith("task 0\n(")
+
+
+def test_many_layers_are_named_with_gaps(tmp_path, drawn):
+    rows = tuple(("query", layer, "weight", 4, 0.5) for layer in range(80))
+    plot_score_map(Table(("component", "layer", "parameter", "entries", "mean_score"), rows), tmp_path / "p.png")
+    assert len(drawn[0].axes[0].get_xticklabels()) <= 26
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: plot_change(change_table(), "p.png", "rank_mean_change"), "measure='rank_mean_change'"),
+        (
+            lambda: plot_change(parameter_change(build("bert"), build("bert"), layers=False), "p.png"),
+            "no column 'layer'",
+        ),
+        (lambda: plot_score_map(change_table(), "p.png"), "last column of this one is 'rank_relative_to_std'"),
+        (lambda: plot_overlap(change_table(), "p.png"), "no column 'task'"),
+    ],
+)
+def test_errors(call, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=said):
+        call()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_matplotlib(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install 'matplotlib"):
+        plot_overlap(overlap_matrix(masks(0, 1)), tmp_path / "p.png")
+
+
+def test_importing_takes_neither_matplotlib_nor_pandas():
+    code = "import sys; from peft_lntune.analysis import plots; print({'matplotlib', 'pandas'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"
+
+
+def test_every_column_that_is_drawn_has_its_words():
+    columns = set(change_table().columns) | {"mean_score", "sum_of_scores", "share_tuned", "entries_tuned"}
+    assert set(plots._SAID) <= columns
