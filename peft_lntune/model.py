@@ -262,12 +262,7 @@ class LNTuneModel(BaseTuner):
                 f"expected one weight an adapter, got {len(weights)} weights for {len(adapters)} adapters."
             )
 
-    # Training.
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._warn_of_missing_masks()
-        return super().forward(*args, **kwargs)
+    # Every forward pass of a PeftModel: training, mixed batches.
 
     def _warn_of_missing_masks(self) -> None:
         for name in self.active_adapters:
@@ -280,12 +275,12 @@ class LNTuneModel(BaseTuner):
                     stacklevel=3,
                 )
 
-    # Mixed batches.
-
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.pop("adapter_names", None)
         if names is None:
+            if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self._warn_of_missing_masks()
             yield
             return
         self._check_route(names)

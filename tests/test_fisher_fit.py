@@ -326,8 +326,9 @@ class TestTrainingWithoutMasks:
     def step(self, model):
         said(model.train(), batches()[0]).backward()
 
-    def test_it_warns_once_an_adapter(self):
-        peft_model = beside(adapt(), FisherLNConfig())
+    @pytest.mark.parametrize("task", ["SEQ_CLS", None])
+    def test_it_warns_once_an_adapter(self, task):
+        peft_model = beside(adapt(task_type=task), FisherLNConfig())
         for name in ("default", "other"):
             peft_model.set_adapter(name)
             with pytest.warns(UserWarning, match=self.MESSAGE) as caught:

@@ -55,7 +55,7 @@ def _merged(layer: Any) -> nn.Module:
     copy: Any = _wide(deepcopy(layer))
     if hasattr(copy, "unload_and_optionally_merge_module"):  # modules_to_save
         unload = copy.unload_and_optionally_merge_module
-        return unload(True, False, None)
+        return copy.original_module if copy.disable_adapters else unload(True, False, None)
     for part in list(copy.modules()):  # a layer of one tuner may lie around another's
         if hasattr(part, "merged_adapters") and not part.disable_adapters:
             left = [name for name in part.active_adapters if name not in part.merged_adapters]

@@ -106,7 +106,11 @@ REQUIRED = [
         "refusing weights that do not fit",
         ("model.py", "plugin/loading.py"),
     ),
-    Name("peft.peft_model:PeftModel._enable_peft_forward_hooks", "adapter_names", ("model.py",)),
+    Name(
+        "peft.peft_model:PeftModel._enable_peft_forward_hooks",
+        "adapter_names, and the warning before masks are fitted",
+        ("model.py",),
+    ),
     Name(f"{LAYER}._disable_adapters", "disable_adapter", ("layers/base.py",)),
     Name(f"{LAYER}._move_adapter_to_device_of_base_layer", "deltas keep their dtype", ("layers/base.py",)),
     Name("peft.tuners.tuners_utils:check_adapters_to_merge", "merging", ("layers/base.py",)),
