@@ -5,6 +5,7 @@ modules the table below holds one block a structure, whatever models are built t
 """
 
 from collections.abc import Iterable, Mapping
+from itertools import takewhile
 from typing import NamedTuple
 
 from peft_lntune.core.roles import find_roles
@@ -153,16 +154,16 @@ def find_components(names: Iterable[str], roles: Mapping[str, tuple[str, ...]] |
     """
     owners = {name: _owner(name) for name in names}
     known = {**find_roles(_with_parents(owners.values()), owners.values()), **(roles or {})}
-    stacks = _stacks(owners.values())
+    components = {owner: _component(owner, known.get(owner, ())) for owner in owners.values()}
+    stacks = _stacks(owner for owner, component in components.items() if component not in (None, "head"))
     places = {}
     for name, owner in owners.items():
-        parts = owner.split(".")
-        layer = next((int(part) for part in parts if part.isdigit()), None)
-        component = _component(owner, known.get(owner, ()))
-        if component is None:  # the path says all there is to say, the stack too
-            component = _without_layer(parts) or "model"
-        else:
-            component = f"{_stack_of(parts, stacks)}{component}"
+        above, layer, below = _split(owner)
+        component = components[owner]
+        if component is None:
+            component = ".".join((*above, *below)) or "model"
+        elif component != "head":
+            component = f"{_stack_of(owner, stacks)}{component}"
         places[name] = Place(component, layer, "bias" if name.endswith("bias") else "weight")
     return places
 
@@ -196,28 +197,29 @@ def _component(owner: str, roles: tuple[str, ...]) -> str | None:
     return next((_ENDS[end] for end in ends if end in _ENDS), None)
 
 
-def _without_layer(parts: list[str]) -> str:
-    """The path without its first number."""
-    number = next((number for number, part in enumerate(parts) if part.isdigit()), len(parts))
-    return ".".join(parts[:number] + parts[number + 1 :])
+def _split(owner: str) -> tuple[tuple[str, ...], int | None, tuple[str, ...]]:
+    """The parts of a path above its first number, that number, and the parts below; None where there is no number."""
+    parts = tuple(owner.split("."))
+    for place, part in enumerate(parts):
+        if part.isdigit():
+            return parts[:place], int(part), parts[place + 1 :]
+    return parts, None, ()
 
 
 def _stacks(owners: Iterable[str]) -> dict[tuple[str, ...], str]:
-    """By the first parts of a path, the name of its stack: of stacks that are alike but for one part of their path."""
-    paths: dict[tuple[str, ...], None] = {}
-    for owner in owners:
-        parts = owner.split(".")
-        number = next((number for number, part in enumerate(parts) if part.isdigit()), 0)
-        if number:
-            paths[tuple(parts[:number])] = None
+    """By the first parts of a path, what the stack of layers there is called; empty where there is but one stack."""
+    splits = [_split(owner) for owner in owners]
+    paths = list(dict.fromkeys(above for above, layer, _ in splits if layer is not None))
+    shared = len(list(takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))))
     named = {}
-    for path in paths:
-        for other in paths:
-            differ = [n for n, (a, b) in enumerate(zip(path, other, strict=False)) if a != b]
-            if len(path) == len(other) and len(differ) == 1 and path[-1] == other[-1]:
-                named[path[: differ[0] + 1]] = f"{path[differ[0]]} "
+    for path in paths if len(paths) > 1 else ():
+        others = [other for other in paths if other != path]
+        lengths = range(shared + 1, len(path))
+        length = next((n for n in lengths if all(other[:n] != path[:n] for other in others)), len(path))
+        named[path[:length]] = ".".join(path[shared:length])
     return named
 
 
-def _stack_of(parts: list[str], stacks: Mapping[tuple[str, ...], str]) -> str:
-    return next((said for path, said in stacks.items() if tuple(parts[: len(path)]) == path), "")
+def _stack_of(owner: str, stacks: Mapping[tuple[str, ...], str]) -> str:
+    parts = tuple(owner.split("."))
+    return next((f"{said} " for path, said in stacks.items() if said and parts[: len(path)] == path), "")

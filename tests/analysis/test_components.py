@@ -347,9 +347,29 @@ def test_unknown_names(name, place):
     assert find_components([name]) == {name: place}
 
 
-def test_numbered_heads_are_no_stack():
-    names = ["bert.encoder.layer.0.intermediate.dense.weight", "heads.0.weight", "heads.1.weight"]
-    assert [place.component for place in find_components(names).values()] == ["FFN up", "heads", "heads"]
+@pytest.mark.parametrize(
+    ("names", "components"),
+    [
+        (["layer.0.intermediate.dense.weight", "heads.0.weight", "cls.1.weight"], ["FFN up", "heads", "head"]),
+        (["a.0.mlp.fc1.weight", "b.0.mlp.fc1.weight"], ["a FFN up", "b FFN up"]),
+        (
+            [
+                "m.text.encoder.layer.0.output.dense.weight",
+                "m.vision.layers.0.mlp.fc2.weight",
+                "m.text.pooler.dense.bias",
+            ],
+            ["text FFN down", "vision FFN down", "text pooler"],
+        ),
+        (
+            [f"{stack}.0.mlp.fc1.weight" for stack in ("a.x.layers", "a.y.layers", "b.layers")],
+            ["a.x FFN up", "a.y FFN up", "b FFN up"],
+        ),
+        (["layers.0.fc1.weight", "layers.more.0.fc1.weight"], ["FFN up", "more FFN up"]),
+        (["0.mlp.fc1.weight", "b.0.mlp.fc1.weight"], ["FFN up", "b FFN up"]),
+    ],
+)
+def test_stacks_of_layers_are_told_apart(names, components):
+    assert [place.component for place in find_components(names).values()] == components
 
 
 def test_groups():

@@ -63,7 +63,7 @@ def test_norms_of_one_role_are_pooled():
     [
         ({}, {}, "at least one, but are 0 score and 0 mask"),
         ({"a": torch.ones(1), "b": torch.ones(1).bool()}, {}, "1 score and 1 mask"),
-        ({"a": torch.tensor([float("nan")])}, {}, "the scores of a have NaN"),
+        ({"a": torch.tensor([1.0, float("nan")])}, {}, "the scores of a have NaN"),
         ({"a": torch.ones(1)}, {"how": "max"}, "how='max'"),
     ],
 )
