@@ -162,7 +162,9 @@ def find_components(names: Iterable[str], roles: Mapping[str, tuple[str, ...]] |
         component = components[owner]
         if component is None:
             component = ".".join((*above, *below)) or "model"
-        elif component != "head":
+        elif component == "head":
+            layer = None  # a number in a head counts its own modules
+        else:
             component = f"{_stack_of(owner, stacks)}{component}"
         places[name] = Place(component, layer, "bias" if name.endswith("bias") else "weight")
     return places

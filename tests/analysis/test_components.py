@@ -341,6 +341,7 @@ def test_t5_with_a_gate():
         ("0.weight", ("model", 0, "weight")),
         ("net.3.sub.7.linear.bias", ("net.sub.7.linear", 3, "bias")),  # a second number stays: an expert, a sub-layer
         ("mixer.dt_bias", ("mixer.dt_bias", None, "bias")),
+        ("classifier.2.bias", ("head", None, "bias")),
     ],
 )
 def test_unknown_names(name, place):
