@@ -209,15 +209,14 @@ def _split(owner: str) -> tuple[tuple[str, ...], int | None, tuple[str, ...]]:
 
 
 def _stacks(owners: Iterable[str]) -> dict[tuple[str, ...], str]:
-    """By the first parts of a path, what the stack of layers there is called; empty where there is but one stack."""
+    """By the first parts of a path, what sets the stack of layers there apart from the others."""
     splits = [_split(owner) for owner in owners]
     paths = list(dict.fromkeys(above for above, layer, _ in splits if layer is not None))
     shared = len(list(takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))))
     named = {}
-    for path in paths if len(paths) > 1 else ():
+    for path in paths:
         others = [other for other in paths if other != path]
-        lengths = range(shared + 1, len(path))
-        length = next((n for n in lengths if all(other[:n] != path[:n] for other in others)), len(path))
+        length = next((n for n in range(len(path)) if all(other[:n] != path[:n] for other in others)), len(path))
         named[path[:length]] = ".".join(path[shared:length])
     return named
 
