@@ -17,9 +17,9 @@ import transformers
 from demo_data import sentences
 from peft import PeftModel, get_peft_model
 from task_data import PARTS, DataError, read_part
-from text_classification import quiet
 from torch import Tensor
 from tqdm.auto import tqdm
+from training import quiet
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_lntune import LNTuningConfig

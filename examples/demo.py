@@ -12,40 +12,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from demo_data import LABEL_NAMES, write_data
 from peft import PeftModel
-from task_data import Collator, TaskData, read_data
-from text_classification import (
-    Result,
-    Run,
-    default_model,
-    format_table,
-    load_base,
-    make_trainer,
-    predict,
-    quiet,
-    train_method,
-)
+from task_data import read_data
+from text_classification import text_task
+from training import Result, Run, Task, default_model, format_table, quiet, reload, train_method
 from transformers import PreTrainedTokenizerBase
 
 
-def compare(run: Run, data: TaskData, out: Path) -> list[Result]:
+def compare(run: Run, task: Task, out: Path) -> list[Result]:
     """Train each method in the same loop; no checkpoints, a run takes a minute or two."""
     methods = ("head", "ln", "full")
-    return [train_method(replace(run, method=name), data, out / name, checkpoints=False) for name in methods]
-
-
-def reload(run: Run, data: TaskData, folder: Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Load a saved adapter into a fresh model and check that it answers as the trained one did."""
-    base, tokenizer = load_base(run.model, data.num_labels, seed=run.seed + 1)  # another head, to be replaced
-    model = PeftModel.from_pretrained(base, str(folder), adapter_name="sentiment").eval()
-    logits = predict(make_trainer(run, model, data, Collator(tokenizer, data), None), data)
-    if not np.array_equal(logits, np.load(folder / "validation_logits.npy")):
-        raise RuntimeError(f"the adapter in {folder} answers differently after reloading")
-    print(f"reloaded {folder}: all {len(logits)} validation logits are bit-equal to those after training")
-    return model, tokenizer
+    return [train_method(replace(run, method=name), task, out / name, checkpoints=False) for name in methods]
 
 
 def serve(
@@ -77,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     args = parser.parse_args(argv)
     quiet()
-    sentiment, topic = (read_data(data_dir=write_data(args.out / "data", task)) for task in LABEL_NAMES)
+    sentiment, topic = (
+        text_task(read_data(data_dir=write_data(args.out / "data", name)), args.model) for name in LABEL_NAMES
+    )
     run = Run("ln", args.model, "sentiment", steps=args.max_steps, batch_size=16, seed=args.seed)
     print(
         f"{len(sentiment.train)} training sentences, {len(sentiment.validation)} of other words and other templates\n"
@@ -87,10 +68,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     easier = replace(run, data="topic", steps=max(1, args.max_steps // 10))
     train_method(easier, topic, args.out / "topic", checkpoints=False)
     print(f"\n{format_table(results)}\n")
-    model, tokenizer = reload(run, sentiment, args.out / "ln")
+    model = reload(run, sentiment, args.out / "ln", adapter_name="sentiment")
     model.load_adapter(str(args.out / "topic"), adapter_name="topic")
     examples = sentiment.validation[:4]
-    serve(model.eval(), tokenizer, examples["sentence"], examples["label"])
+    serve(model.eval(), sentiment.tokenizer, examples["sentence"], examples["label"])
     norms = {result.method: result.trainable - result.head for result in results}["ln"]
     print(f"\nsaved, with {norms:,} entries of norms and the head in each adapter:")
     for name in ("ln", "topic"):

@@ -12,13 +12,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from demo_data import write_data
 from methods import find_head
-from peft import PeftModel, get_peft_model
-from task_data import Collator, DataError, read_data
-from text_classification import Run, default_model, evaluate_logits, load_base, make_trainer, predict, quiet
+from peft import get_peft_model
+from task_data import DataError, read_data
+from text_classification import text_task
 from torch.utils.data import DataLoader
+from training import Run, default_model, load_base, make_trainer, predict, quiet, reload, save_tuned
 
 from peft_lntune import FisherLNConfig, fit_fisher_masks
 
@@ -47,15 +47,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.task is None and args.data_dir is None:
         args.data_dir = write_data(args.out / "data", "sentiment", seed=args.seed)
     try:
-        data = read_data(args.task, args.data_dir)
+        model_name = args.model or default_model()
+        task = text_task(read_data(args.task, args.data_dir), model_name)
     except DataError as error:
         raise SystemExit(f"error: {error}") from error
-    model_name = args.model or default_model()
-    base, tokenizer = load_base(model_name, data.num_labels, args.seed)
-    collator = Collator(tokenizer, data)
+    base = load_base(task, model_name, args.seed)
 
     config = FisherLNConfig(
-        task_type="SEQ_CLS",
+        task_type=task.peft_type,
         modules_to_save=find_head(base),
         density=args.density,
         fisher=args.fisher,
@@ -63,24 +62,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=args.seed,
     )
     model = get_peft_model(base, config)
-    rows = data.train.shuffle(seed=args.seed)
-    fit = fit_fisher_masks(model, DataLoader(rows, batch_size=args.batch_size, collate_fn=collator))
+    rows = task.train.shuffle(seed=args.seed)
+    fit = fit_fisher_masks(model, DataLoader(rows, batch_size=args.batch_size, collate_fn=task.collator))
     print(fit)
 
     # The masks have replaced parameters, so the optimizer, which the Trainer makes, comes after them.
-    run = Run("ln", model_name, str(args.data_dir), steps=args.max_steps, batch_size=args.batch_size, lr=args.lr)
-    trainer = make_trainer(run, model, data, collator, None)
+    source = str(args.data_dir or "Hub")
+    run = Run("ln", model_name, source, steps=args.max_steps, batch_size=args.batch_size, lr=args.lr, seed=args.seed)
+    trainer = make_trainer(run, model, task)
     trainer.train()
-    logits = predict(trainer, data)
-    print(", ".join(f"{name} {value:.4f}" for name, value in evaluate_logits(logits, data).items()))
-    model.save_pretrained(str(args.out))
-
-    fresh, _ = load_base(model_name, data.num_labels, args.seed + 1)  # another head, to be replaced
-    reloaded = PeftModel.from_pretrained(fresh, str(args.out)).eval()
-    same = np.array_equal(logits, predict(make_trainer(run, reloaded, data, collator, None), data))
-    if not same:
-        raise RuntimeError(f"the adapter in {args.out} answers differently after reloading")
-    print(f"saved {args.out}, reloaded: all {len(logits)} validation logits are bit-equal")
+    logits = predict(trainer, task)
+    print(", ".join(f"{name} {value:.4f}" for name, value in task.evaluate(logits).items()))
+    save_tuned(model, args.out, logits)
+    reload(run, task, args.out)
 
 
 if __name__ == "__main__":

@@ -42,25 +42,30 @@ def tune_only(model: PreTrainedModel, chosen: Callable[[str], bool]) -> nn.Modul
     return model
 
 
-def attach(model: PreTrainedModel, make_config: Callable[..., peft.PeftConfig], **fields: Any) -> nn.Module:
+def attach(model: PreTrainedModel, task: str, make_config: Callable[..., peft.PeftConfig], **fields: Any) -> nn.Module:
     """Attach a PEFT adapter that trains and saves the head with it."""
-    config = make_config(task_type="SEQ_CLS", modules_to_save=find_head(model), **fields)
+    config = make_config(task_type=task, modules_to_save=find_head(model), **fields)
     return peft.get_peft_model(model, config)
 
 
 class Method(NamedTuple):
-    """A learning rate that suits the method, and what turns the loaded model into the one to train."""
+    """A learning rate that suits the method, and what turns the loaded model into the one to train.
+
+    `prepare(model, task)` is also told PEFT's `task_type`, such as `SEQ_CLS`.
+    """
 
     lr: float
-    prepare: Callable[[PreTrainedModel], nn.Module]
+    prepare: Callable[[PreTrainedModel, str], nn.Module]
 
 
 METHODS = {
-    "head": Method(1e-3, lambda model: tune_only(model, lambda name: False)),
-    "ln": Method(5e-3, lambda model: attach(model, LNTuningConfig)),
+    "head": Method(1e-3, lambda model, task: tune_only(model, lambda name: False)),
+    "ln": Method(5e-3, lambda model, task: attach(model, task, LNTuningConfig)),
     # PEFT's own class of the same name; it has no default targets for most models
-    "stock-ln": Method(5e-3, lambda model: attach(model, peft.LNTuningConfig, target_modules=list(find_norms(model)))),
-    "bitfit": Method(2e-3, lambda model: tune_only(model, lambda name: name.endswith("bias"))),
-    "lora": Method(5e-4, lambda model: attach(model, peft.LoraConfig, r=8, lora_alpha=16)),
-    "full": Method(5e-5, lambda model: tune_only(model, lambda name: True)),
+    "stock-ln": Method(
+        5e-3, lambda model, task: attach(model, task, peft.LNTuningConfig, target_modules=list(find_norms(model)))
+    ),
+    "bitfit": Method(2e-3, lambda model, task: tune_only(model, lambda name: name.endswith("bias"))),
+    "lora": Method(5e-4, lambda model, task: attach(model, task, peft.LoraConfig, r=8, lora_alpha=16)),
+    "full": Method(5e-5, lambda model, task: tune_only(model, lambda name: True)),
 }

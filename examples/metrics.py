@@ -1,15 +1,18 @@
-"""GLUE's metrics as `evaluate.Metric` classes.
+"""The metrics of GLUE, of named entities and of SQuAD as `evaluate.Metric` classes.
 
-`evaluate.load("glue", task)` fetches a script from the Hub and runs it; these classes need neither network nor foreign
-code, and give the same numbers under the same names. The formulas are scikit-learn's, and SciPy's for the two
-correlations it lacks.
+`evaluate.load("glue", task)` fetches a script from the Hub and runs it, and so do "seqeval" and "squad"; these classes
+need neither network nor foreign code, and give the same numbers under the same names. The formulas of GLUE are
+scikit-learn's, and SciPy's for the two correlations it lacks.
 
     >>> score("mrpc", predictions=[1, 0, 1], references=[1, 0, 0])
     {'accuracy': 0.6666666666666666, 'f1': 0.6666666666666666}
 """
 
+import re
+import string
+from collections import Counter
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import datasets
 import evaluate
@@ -18,13 +21,13 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 
 class _TaskMetric(evaluate.Metric):
-    """One number from predictions and references; `dtype` is that of both columns."""
+    """Numbers from predictions and references; `prediction` and `reference` are the types of one row."""
 
-    dtype: ClassVar[str] = "int64"
+    prediction: ClassVar[Any] = datasets.Value("int64")
+    reference: ClassVar[Any] = datasets.Value("int64")
 
     def _info(self) -> evaluate.MetricInfo:
-        column = datasets.Value(self.dtype)
-        features = datasets.Features({"predictions": column, "references": column})
+        features = datasets.Features({"predictions": self.prediction, "references": self.reference})
         return evaluate.MetricInfo(description=self.__doc__ or "", citation="", features=features)
 
 
@@ -52,7 +55,7 @@ class MatthewsCorrelation(_TaskMetric):
 class Pearson(_TaskMetric):
     """Linear correlation of predicted and true values."""
 
-    dtype = "float32"
+    prediction = reference = datasets.Value("float32")
 
     def _compute(self, predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
         return {"pearson": float(pearsonr(references, predictions).statistic)}
@@ -61,10 +64,74 @@ class Pearson(_TaskMetric):
 class Spearman(_TaskMetric):
     """Linear correlation of the ranks of predicted and true values."""
 
-    dtype = "float32"
+    prediction = reference = datasets.Value("float32")
 
     def _compute(self, predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
         return {"spearmanr": float(spearmanr(references, predictions).statistic)}
+
+
+def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """Spans (type, first, last + 1) of a BIO sequence; an I- that continues nothing begins an entity, as in conlleval.
+
+    >>> sorted(entities(["B-person", "I-person", "O", "I-location", "B-location"]))
+    [('location', 3, 4), ('location', 4, 5), ('person', 0, 2)]
+    """
+    spans, kind, first = set(), "", 0
+    for position, tag in enumerate((*tags, "O")):
+        prefix, _, new = tag.partition("-")
+        if prefix == "I" and new == kind:
+            continue
+        if kind:
+            spans.add((kind, first, position))
+        kind, first = new, position
+    return spans
+
+
+class EntityF1(_TaskMetric):
+    """Precision, recall and F1 of whole entities: right is one with the reference's words and its type.
+
+    Over all sequences together, as seqeval's micro average and conlleval; 0 where nothing is found.
+    """
+
+    prediction = reference = datasets.Sequence(datasets.Value("string"))
+
+    def _compute(self, predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> dict[str, float]:
+        pairs = [(entities(p), entities(r)) for p, r in zip(predictions, references, strict=True)]
+        right = sum(len(found & true) for found, true in pairs)
+        precision = right / max(1, sum(len(found) for found, _ in pairs))
+        recall = right / max(1, sum(len(true) for _, true in pairs))
+        f1 = 2 * precision * recall / (precision + recall) if right else 0.0
+        return {"overall_precision": precision, "overall_recall": recall, "overall_f1": f1}
+
+
+def answer_words(answer: str) -> list[str]:
+    """The words of an answer that SQuAD's evaluation compares: lower case, no punctuation, no articles.
+
+    >>> answer_words("The  Panthers' defence, in 2015.")
+    ['panthers', 'defence', 'in', '2015']
+    """
+    letters = "".join(letter for letter in answer.lower() if letter not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", letters).split()
+
+
+def word_f1(answer: str, reference: str) -> float:
+    """Harmonic mean of precision and recall of an answer's words, repetitions counted."""
+    found, true = answer_words(answer), answer_words(reference)
+    common = (Counter(found) & Counter(true)).total()
+    return 2 * common / (len(found) + len(true)) if common else 0.0
+
+
+class Squad(_TaskMetric):
+    """Exact match and F1 of answers in percent, each against the best of its references (Rajpurkar et al., 2016)."""
+
+    prediction = datasets.Value("string")
+    reference = datasets.Sequence(datasets.Value("string"))
+
+    def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+        pairs = list(zip(predictions, references, strict=True))
+        exact = [any(answer_words(answer) == answer_words(true) for true in truths) for answer, truths in pairs]
+        f1 = [max(word_f1(answer, true) for true in truths) for answer, truths in pairs]
+        return {"exact_match": 100 * sum(exact) / len(pairs), "f1": 100 * sum(f1) / len(pairs)}
 
 
 METRICS: dict[str, tuple[type[_TaskMetric], ...]] = {
@@ -79,11 +146,16 @@ METRICS: dict[str, tuple[type[_TaskMetric], ...]] = {
     "wnli": (Accuracy,),
     "classification": (Accuracy,),
     "regression": (Pearson, Spearman),
+    "entities": (EntityF1,),
+    "squad": (Squad,),
 }
 
 
 def score(task: str, predictions: Sequence, references: Sequence) -> dict[str, float]:
-    """Every metric of one task, from predictions and references of shape (N,): classes, or values in a regression."""
+    """Every metric of one task, from N predictions and N references.
+
+    These are classes, values in a regression, lists of BIO tags, or answers, each of them with a list of right ones.
+    """
     results: dict[str, float] = {}
     for metric in METRICS[task]:
         # kept in memory, so that runs side by side share no cache file

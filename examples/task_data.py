@@ -1,5 +1,6 @@
-"""Sentence classification data: a GLUE task from the Hub, or the same columns from local files."""
+"""The two parts of a task, from the Hub or from local files with the same columns; and GLUE's sentences and pairs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,14 +81,32 @@ def read_part(data_dir: Path, part: str) -> datasets.Dataset:
     return READERS[path.suffix[1:]](str(path))
 
 
-def find_columns(present: list[str], task: str | None, source: str) -> tuple[str, ...]:
-    """The text columns of `task`, or without a task the first known set that is present."""
-    choices = KNOWN_COLUMNS if task is None else (GLUE_COLUMNS[task],)
-    for columns in choices:
-        if {*columns, "label"} <= set(present):
-            return columns
-    wanted = " or ".join(", ".join((*columns, "label")) for columns in choices)
-    raise DataError(f"{source} has the columns {', '.join(present)}; wanted are {wanted}")
+def load_parts(
+    data_dir: Path | None, hub: str, *config: str, validation: str = "validation", **options: str
+) -> tuple[str, dict[str, datasets.Dataset]]:
+    """The source's name and both parts, from `data_dir` where it is given and from the Hub otherwise."""
+    if data_dir is not None:
+        return str(data_dir), {part: read_part(Path(data_dir), part) for part in PARTS}
+    try:
+        loaded = datasets.load_dataset(hub, *config, **options)
+    except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise DataError(f"cannot load {hub}: {error}. Give --data-dir, a folder on this machine.") from error
+    return " ".join((hub, *config)), {"train": loaded["train"], "validation": loaded[validation]}
+
+
+def find_columns(
+    parts: dict[str, datasets.Dataset], choices: Sequence[tuple[str, ...]], source: str
+) -> tuple[str, ...]:
+    """The first choice whose columns are all present in the training part; each part has to offer one."""
+    found = {}
+    for part, rows in parts.items():
+        present = rows.column_names
+        fitting = [columns for columns in choices if set(columns) <= set(present)]
+        if not fitting:
+            wanted = " or ".join(", ".join(columns) for columns in choices)
+            raise DataError(f"{source} ({part}) has the columns {', '.join(present)}; wanted are {wanted}")
+        found[part] = fitting[0]
+    return found["train"]
 
 
 def count_labels(train: datasets.Dataset, source: str) -> int:
@@ -106,16 +125,12 @@ def read_data(task: str | None = None, data_dir: Path | None = None) -> TaskData
     """Read a task's two parts, from `data_dir` where it is given and from the Hub otherwise."""
     if task is not None and task not in GLUE_COLUMNS:
         raise DataError(f"unknown task {task!r}; known are {', '.join(GLUE_COLUMNS)}")
-    if data_dir is None:
-        if task is None:
-            raise DataError(f"give a data folder, or a task that is loaded from the Hub: {', '.join(GLUE_COLUMNS)}")
-        source = f"nyu-mll/glue {task}"
-        glue = datasets.load_dataset("nyu-mll/glue", task)
-        parts = {"train": glue["train"], "validation": glue["validation_matched" if task == "mnli" else "validation"]}
-    else:
-        source = str(data_dir)
-        parts = {part: read_part(Path(data_dir), part) for part in PARTS}
-    columns = {part: find_columns(rows.column_names, task, f"{source} ({part})") for part, rows in parts.items()}
+    if data_dir is None and task is None:
+        raise DataError(f"give a data folder, or a task that is loaded from the Hub: {', '.join(GLUE_COLUMNS)}")
+    validation = "validation_matched" if task == "mnli" else "validation"
+    source, parts = load_parts(data_dir, "nyu-mll/glue", str(task), validation=validation)
+    choices = KNOWN_COLUMNS if task is None else (GLUE_COLUMNS[task],)
+    *columns, _ = find_columns(parts, [(*names, "label") for names in choices], source)
     num_labels = count_labels(parts["train"], source)
     metrics = task or ("regression" if num_labels == 1 else "classification")
-    return TaskData(metrics, columns["train"], num_labels, **parts)
+    return TaskData(metrics, tuple(columns), num_labels, **parts)

@@ -3,9 +3,10 @@
 import datasets
 import numpy as np
 import pytest
-from demo import main, reload
+from demo import main
 from task_data import read_data
-from text_classification import Run
+from text_classification import text_task
+from training import Run, reload
 
 # PEFT reads transformers' gradient checkpointing property under its old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -25,4 +26,4 @@ def test_demo(tiny_bert, tmp_path, monkeypatch, capsys):
     np.save(out / "ln" / "validation_logits.npy", np.zeros((500, 2), np.float32))
     run = Run("ln", tiny_bert, "sentiment", batch_size=16)
     with pytest.raises(RuntimeError, match="answers differently after reloading"):
-        reload(run, read_data(data_dir=out / "data" / "sentiment"), out / "ln")
+        reload(run, text_task(read_data(data_dir=out / "data" / "sentiment"), tiny_bert), out / "ln")

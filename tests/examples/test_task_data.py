@@ -47,6 +47,15 @@ def test_hub_task(monkeypatch):
     assert (data.columns, data.num_labels) == (("premise", "hypothesis"), 3)
 
 
+def test_hub_out_of_reach(monkeypatch):
+    def load_dataset(*args):
+        raise ConnectionError("Couldn't reach 'nyu-mll/glue' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match=r"cannot load nyu-mll/glue: Couldn't reach .*\. Give --data-dir, a folder"):
+        read_data("sst2")
+
+
 def test_missing_file_names_what_was_looked_for(tmp_path):
     write(tmp_path, "csv", parts=["train"])
     with pytest.raises(DataError, match=r"no such file, looked for: .*validation\.jsonl, .*validation\.parquet"):

@@ -4,14 +4,15 @@ import json
 
 import datasets
 import pytest
-import text_classification
 import torch
+import training
 from demo_data import write_data
 from methods import METHODS, count_head, find_head
 from peft import PeftModel
 from safetensors.torch import load_file
 from task_data import read_data
-from text_classification import Run, format_table, load_base, main, train_method
+from text_classification import main, text_task
+from training import Run, format_table, load_base, reload, train_method
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -41,6 +42,10 @@ def run_of(tiny_bert, method="ln", **fields):
     return Run(method, tiny_bert, "demo", **{"steps": 3, "batch_size": 4, **fields})
 
 
+def task_of(tiny_bert, data_dir):
+    return text_task(read_data(data_dir=data_dir), tiny_bert)
+
+
 def test_every_method_from_the_command_line(tiny_bert, data_dir, tmp_path, capsys):
     out = tmp_path / "out"
     flags = ["--max-steps", "2", "--batch-size", "4", "--model", tiny_bert, "--out", str(out)]
@@ -53,17 +58,17 @@ def test_every_method_from_the_command_line(tiny_bert, data_dir, tmp_path, capsy
         assert result["saved_bytes"] >= 4 * result["trainable"]
 
 
-def test_what_each_method_trains(tiny_bert):
-    trained = {}
+def test_what_each_method_trains(tiny_bert, data_dir):
+    task, trained = task_of(tiny_bert, data_dir), {}
     for name, method in METHODS.items():
-        base, _ = load_base(tiny_bert, num_labels=2)
+        base = load_base(task, tiny_bert)
         norms = sum(p.numel() for n, p in base.named_parameters() if "LayerNorm" in n)
         biases = sum(p.numel() for n, p in base.named_parameters() if n.endswith("bias"))
         head_biases = sum(
             p.numel() for n, p in base.named_parameters() if n in ("bert.pooler.dense.bias", "classifier.bias")
         )
         head, everything = count_head(base), base.num_parameters()
-        trained[name] = sum(p.numel() for p in method.prepare(base).parameters() if p.requires_grad) - head
+        trained[name] = sum(p.numel() for p in method.prepare(base, "SEQ_CLS").parameters() if p.requires_grad) - head
     rank_8_on_two_matrices_a_layer = 2 * 2 * 8 * (16 + 16)
     assert trained == {
         "head": 0,
@@ -91,13 +96,13 @@ def test_what_each_method_trains(tiny_bert):
 def test_head_of_a_family(config, head):
     model = AutoModelForSequenceClassification.from_config(config)
     assert find_head(model) == head
-    METHODS["ln"].prepare(model)
+    METHODS["ln"].prepare(model, "SEQ_CLS")
 
 
 def test_equal_seeds_give_equal_adapters(tiny_bert, data_dir, tmp_path):
-    data = read_data(data_dir=data_dir)
+    task = task_of(tiny_bert, data_dir)
     first, again, other = (
-        train_method(run_of(tiny_bert, seed=seed), data, tmp_path / name, checkpoints=False)
+        train_method(run_of(tiny_bert, seed=seed), task, tmp_path / name, checkpoints=False)
         and tensors(tmp_path / name)
         for name, seed in (("a", 1), ("b", 1), ("c", 2))
     )
@@ -111,22 +116,30 @@ def tensors(folder):
 
 
 def test_saved_adapter_reloads(tiny_bert, data_dir, tmp_path):
-    data = read_data(data_dir=data_dir)
-    result = train_method(run_of(tiny_bert), data, tmp_path / "ln", checkpoints=False)
-    base, tokenizer = load_base(tiny_bert, num_labels=2, seed=7)
+    task = task_of(tiny_bert, data_dir)
+    result = train_method(run_of(tiny_bert), task, tmp_path / "ln", checkpoints=False)
+    base = load_base(task, tiny_bert, seed=7)
     model = PeftModel.from_pretrained(base, tmp_path / "ln").eval()
-    batch = tokenizer(data.validation["sentence"][:], padding=True, return_tensors="pt")
+    batch = task.tokenizer(task.validation["sentence"][:], padding=True, return_tensors="pt")
     with torch.no_grad():
         predictions = model(**batch).logits.argmax(-1)
-    accuracy = (predictions == torch.tensor(data.validation["label"][:])).float().mean().item()
+    accuracy = (predictions == torch.tensor(task.validation["label"][:])).float().mean().item()
     assert result.metrics == {"accuracy": pytest.approx(accuracy)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_reloads(tiny_bert, data_dir, tmp_path, method, capsys):
+    run, task = run_of(tiny_bert, method), task_of(tiny_bert, data_dir)
+    train_method(run, task, tmp_path, checkpoints=False)
+    reload(run, task, tmp_path)
+    assert f"reloaded {tmp_path}: all 16 validation logits are bit-equal" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", ["ln", "head"])
 def test_killed_run_goes_on_where_it_was(tiny_bert, data_dir, tmp_path, monkeypatch, method):
-    data, run = read_data(data_dir=data_dir), run_of(tiny_bert, method, steps=6)
-    monkeypatch.setattr(text_classification, "SAVE_EVERY", 2)
-    train_method(run, data, tmp_path / "whole")
+    task, run = task_of(tiny_bert, data_dir), run_of(tiny_bert, method, steps=6)
+    monkeypatch.setattr(training, "SAVE_EVERY", 2)
+    train_method(run, task, tmp_path / "whole")
     calls, training_step = [], Trainer.training_step
 
     def stop_at_fifth(self, *args, **kwargs):
@@ -137,8 +150,8 @@ def test_killed_run_goes_on_where_it_was(tiny_bert, data_dir, tmp_path, monkeypa
 
     monkeypatch.setattr(Trainer, "training_step", stop_at_fifth)
     with pytest.raises(KeyboardInterrupt):
-        train_method(run, data, tmp_path / "killed")
-    train_method(run, data, tmp_path / "killed", resume=True)
+        train_method(run, task, tmp_path / "killed")
+    train_method(run, task, tmp_path / "killed", resume=True)
     assert not (tmp_path / "killed" / "checkpoints").exists()
     assert calls == [0, 1, 2, 3, 4, 4, 5]
     whole, killed = tensors(tmp_path / "whole"), tensors(tmp_path / "killed")
@@ -151,18 +164,18 @@ def test_new_run_forgets_an_earlier_ones_checkpoints(tiny_bert, data_dir, tmp_pa
 
     stale = tmp_path / "ln" / "checkpoints" / "checkpoint-2"
     stale.mkdir(parents=True)
-    data = read_data(data_dir=data_dir)
+    task = task_of(tiny_bert, data_dir)
     monkeypatch.setattr(Trainer, "training_step", stop)
     with pytest.raises(KeyboardInterrupt):
-        train_method(run_of(tiny_bert), data, tmp_path / "ln")
+        train_method(run_of(tiny_bert), task, tmp_path / "ln")
     assert not stale.exists()
 
 
 def test_finished_run_is_not_run_again(tiny_bert, data_dir, tmp_path, monkeypatch):
-    data = read_data(data_dir=data_dir)
-    result = train_method(run_of(tiny_bert), data, tmp_path / "ln")
+    task = task_of(tiny_bert, data_dir)
+    result = train_method(run_of(tiny_bert), task, tmp_path / "ln")
     monkeypatch.setattr(Trainer, "train", None)
-    assert train_method(run_of(tiny_bert), data, tmp_path / "ln", resume=True) == result
+    assert train_method(run_of(tiny_bert), task, tmp_path / "ln", resume=True) == result
 
 
 def test_other_settings_cannot_resume(tiny_bert, data_dir, tmp_path):
@@ -177,16 +190,19 @@ def test_regression(tiny_bert, tmp_path, monkeypatch):
     rows = {"sentence1": ["a", "The soup", "x y"] * 4, "sentence2": ["b", "was", "z"] * 4, "label": [0.0, 2.5, 5.0] * 4}
     for part in ("train", "validation"):
         datasets.Dataset.from_dict(rows).to_json(f"{tmp_path}/{part}.jsonl")
-    result = train_method(run_of(tiny_bert), read_data("stsb", tmp_path), tmp_path / "out", checkpoints=False)
+    task = text_task(read_data("stsb", tmp_path), tiny_bert)
+    result = train_method(run_of(tiny_bert), task, tmp_path / "out", checkpoints=False)
     assert set(result.metrics) == {"pearson", "spearmanr"}
     assert "spearmanr" in format_table([result])
 
 
-def test_errors_end_the_script_with_their_text(tmp_path, capsys):
+def test_errors_end_the_script_with_their_text(data_dir, tmp_path, capsys):
     with pytest.raises(SystemExit, match=r"error: no such file, looked for: .*train\.jsonl"):
         main(["--data-dir", str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit, match="error: unknown task 'sst3'; known are cola"):
         main(["--task", "sst3"])
+    with pytest.raises(SystemExit, match="error: no model 'no-such-model': "):
+        main(["--data-dir", str(data_dir), "--model", "no-such-model"])
     with pytest.raises(SystemExit, match="2"):
         main([])
     assert "give --task or --data-dir" in capsys.readouterr().err

@@ -1,0 +1,87 @@
+"""Tune a model to answer questions by a span of a text, as in SQuAD.
+
+    python examples/question_answering.py --model bert-base-cased                  # data from the Hub
+    python examples/question_answering.py --data-dir my_data --method head ln full
+
+Local files are train and validation, .jsonl or .parquet, with these columns; every question has an answer:
+
+    {"context": "Rick lives in New York.", "question": "Where does Rick live?",
+     "answers": {"text": ["New York"], "answer_start": [14]}}
+
+A context that does not fit is read through several windows that overlap; the best span of all of them is the answer.
+What is saved is loaded into a fresh model, which has to answer bit for bit as the trained one did.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+from metrics import score
+from task_data import DataError, find_columns, load_parts
+from training import Task, add_options, compare, default_model, load_tokenizer, quiet
+from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding
+from windows import Windows, decode
+
+
+def read_questions(data_dir: Path | None) -> dict[str, datasets.Dataset]:
+    """Both parts, with SQuAD's columns; each answer stands in its context, where the row says."""
+    source, parts = load_parts(data_dir, "rajpurkar/squad")
+    find_columns(parts, [("question", "context", "answers")], source)
+    for part, rows in parts.items():
+        for i, (context, answers) in enumerate(zip(rows["context"], rows["answers"], strict=True)):
+            where = f"{source} ({part}), row {i}"
+            if not answers["text"]:
+                raise DataError(f"{where}: no answer; this example is for SQuAD 1.1, where each question has one")
+            for text, start in zip(answers["text"], answers["answer_start"], strict=True):
+                if context[start : start + len(text)] != text:
+                    raise DataError(f"{where}: the context has {context[start : start + len(text)]!r}, not {text!r}")
+    return parts
+
+
+def answering_task(parts: dict[str, datasets.Dataset], model: str, length: int, stride: int) -> Task:
+    """The task for one checkpoint's tokenizer."""
+    tokenizer = load_tokenizer(model, padding_side="right")
+    windows = {
+        part: rows.map(
+            Windows(tokenizer, min(length, tokenizer.model_max_length), stride),
+            batched=True,
+            with_indices=True,
+            remove_columns=rows.column_names,
+            keep_in_memory=True,
+        )
+        for part, rows in parts.items()
+    }
+    contexts, truth = parts["validation"]["context"][:], [row["text"] for row in parts["validation"]["answers"]]
+    answers = ["start_positions", "end_positions"]
+    return Task(
+        peft_type="QUESTION_ANS",
+        auto_class=AutoModelForQuestionAnswering,
+        head={},
+        tokenizer=tokenizer,
+        train=windows["train"].remove_columns(["row", "offsets"]),
+        validation=windows["validation"].remove_columns(["row", "offsets", *answers]),
+        collator=DataCollatorWithPadding(tokenizer),
+        evaluate=lambda logits: score("squad", decode(contexts, windows["validation"], logits), truth),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train every method asked for, print the table, reload what was saved."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, help="local files; without it, SQuAD from the Hub")
+    parser.add_argument("--max-length", type=int, default=384, help="tokens of a window with its question; default 384")
+    parser.add_argument("--stride", type=int, default=128, help="tokens that neighbouring windows share; default 128")
+    add_options(parser, Path("runs/question_answering"))
+    args = parser.parse_args(argv)
+    quiet()
+    try:
+        model = args.model or default_model()
+        task = answering_task(read_questions(args.data_dir), model, args.max_length, args.stride)
+        compare(args, task, f"{args.data_dir or 'Hub'}, windows of {args.max_length} with stride {args.stride}")
+    except DataError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
