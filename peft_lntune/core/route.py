@@ -42,6 +42,8 @@ class Route:
     def __init__(self) -> None:
         self.active = False
         self.names: list[str] = []
+        self.order: tuple[str, ...] = ()
+        self._indices: dict[tuple[int, torch.device], Tensor] = {}
         self._index = torch.empty(0, dtype=torch.long)
         self._broadcast = False
         self._expansions: set[int] = {1}
@@ -82,7 +84,8 @@ class Route:
                 "one routed forward at a time. Wait for the first to end, or use a second copy of the model."
             )
         self._build(adapters, entries)
-        order = {name: row for row, name in enumerate((BASE, *adapters))}
+        self.order = (BASE, *adapters)
+        order = {name: row for row, name in enumerate(self.order)}
         self.names = [names] if isinstance(names, str) else list(names)
         self._expansions = {1} if isinstance(names, str) else expansions
         self._broadcast = isinstance(names, str)
@@ -92,6 +95,7 @@ class Route:
             yield
         finally:
             self.active, self.names, self._rows, self._tokens = False, [], {}, 0
+            self._indices = {}
 
     def rows(self, owner: int, shape: torch.Size, label: str) -> Rows | None:
         """The rows of one norm for an input of `shape`, `(B, ..., d)`; None where no adapter touches it.
@@ -103,6 +107,22 @@ class Route:
         if factor not in self._rows:
             self._rows[factor] = self._gather(factor)
         return self._rows[factor].get(owner)
+
+    def index(self, shape: torch.Size, label: str, device: torch.device) -> Tensor:
+        """The place in `order` of each row's adapter, for layers that keep stacks of their own in that order.
+
+        Args:
+            shape: of the layer's input, `(B, ...)`.
+            label: name of the layer, for errors.
+            device: where the stacks are.
+
+        Returns:
+            `(B,)` int64; `(1,)` where one name is for all rows.
+
+        Raises:
+            RoutingError: the batch has another length than the list of names.
+        """
+        return self._places(1 if self._broadcast else self._factor(shape, label), device)
 
     def by_adapter(self, x: Tensor, label: str, run: Callable[[str, Tensor], Tensor]) -> Tensor:
         """Run the rows of each adapter in one pass, for modules whose parameters do not fit a row.
@@ -158,11 +178,16 @@ class Route:
             self._stacks.append((group, torch.stack(_one_dtype(rows)).unsqueeze(2)))
         self._key = key
 
+    def _places(self, factor: int, device: torch.device) -> Tensor:
+        if (factor, device) not in self._indices:
+            index = self._index if factor == 1 else self._index.repeat_interleave(factor)
+            self._indices[factor, device] = index.to(device)
+        return self._indices[factor, device]
+
     def _gather(self, factor: int) -> dict[int, Rows]:
-        index = self._index if factor == 1 else self._index.repeat_interleave(factor)
         parameters: dict[int, dict[str, Tensor]] = {}
         for group, stack in self._stacks:
-            gathered = stack.index_select(0, index.to(stack.device)).unbind(1)
+            gathered = stack.index_select(0, self._places(factor, stack.device)).unbind(1)
             for entry, rows in zip(group, gathered, strict=True):
                 parameters.setdefault(entry.owner, {})[entry.parameter] = rows
         return {owner: Rows(**found) for owner, found in parameters.items()}
