@@ -8,7 +8,7 @@ Importing this package registers it with PEFT. Then PEFT's own verbs do the work
     model = get_peft_model(model, LNTuningConfig(task_type="SEQ_CLS"))
 """
 
-from peft_lntune.config import FisherLNConfig, LNTuningConfig
+from peft_lntune.config import BottleneckConfig, FisherLNConfig, LNTuningConfig, PrefixConfig, UnifiedConfig
 from peft_lntune.core.norms import Norm, find_norms
 from peft_lntune.errors import (
     AdapterFileError,
@@ -21,6 +21,7 @@ from peft_lntune.errors import (
     UnsupportedError,
 )
 from peft_lntune.fisher_fit import FisherFit, fit_fisher_masks
+from peft_lntune.lora_files import load_lora
 from peft_lntune.plan import Plan, plan
 from peft_lntune.plugin import install
 from peft_lntune.selection import (
@@ -39,6 +40,7 @@ from peft_lntune.version import __version__
 
 __all__ = [
     "AdapterFileError",
+    "BottleneckConfig",
     "ConfigError",
     "DataError",
     "FisherFit",
@@ -49,8 +51,10 @@ __all__ = [
     "Norm",
     "PeftLNTuneError",
     "Plan",
+    "PrefixConfig",
     "RegistrationError",
     "RoutingError",
+    "UnifiedConfig",
     "UnsupportedError",
     "__version__",
     "change_scores",
@@ -59,6 +63,7 @@ __all__ = [
     "fisher_scores",
     "fit_fisher_masks",
     "from_stock",
+    "load_lora",
     "magnitude_scores",
     "mask_density",
     "mask_overlap",

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from peft_lntune.config import FisherLNConfig
+from peft_lntune.config import FisherLNConfig, norm_part
 from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.errors import ConfigError, UnsupportedError
 from peft_lntune.fit import deltas_of
@@ -97,8 +97,9 @@ def fit_fisher_masks(
         12 of 48 (25.0 %) of the entries
     """
     config = _fitting(peft_model, adapter_name, refit)
-    parts = plan(peft_model.get_base_model(), config).parts
-    roles = {f"{name}.{parameter}": part.roles for name, part in parts.items() for parameter in part.entries}
+    parts = plan(peft_model.get_base_model(), peft_model.peft_config[adapter_name]).parts
+    norms = {name: part for name, part in parts.items() if part.method == "delta"}
+    roles = {f"{name}.{parameter}": part.roles for name, part in norms.items() for parameter in part.entries}
     state = FisherState()
     scores = fisher_scores(
         peft_model, batches, config.fisher, roles, loss, config.seed, num_samples=config.num_samples, state=state
@@ -135,12 +136,13 @@ def _fitting(peft_model: PeftModel, adapter_name: str, refit: bool) -> FisherLNC
             f"fit_fisher_masks takes a PeftModel with adapters of this package, but got {type(peft_model).__name__}. "
             'Make one with get_peft_model(model, FisherLNConfig(task_type="SEQ_CLS")).'
         )
-    config = peft_model.peft_config.get(adapter_name)
-    if config is None:
+    whole = peft_model.peft_config.get(adapter_name)
+    if whole is None:
         raise ConfigError(f"adapter {adapter_name!r} not found; this model has {list(peft_model.peft_config)}.")
+    config = norm_part(whole)
     if not isinstance(config, FisherLNConfig):
         raise ConfigError(
-            f"adapter {adapter_name!r} has a {type(config).__name__}, and masks are fitted for a FisherLNConfig. "
+            f"adapter {adapter_name!r} has a {type(whole).__name__}, and masks are fitted for a FisherLNConfig. "
             "Make the adapter with that, or give masks of your own to peft_model.set_masks."
         )
     if adapter_name not in tuner.active_adapters:

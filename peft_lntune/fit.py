@@ -6,13 +6,14 @@ from torch import Tensor, nn
 
 from peft_lntune.config import LNTuneConfig
 from peft_lntune.core.norms import base_modules
+from peft_lntune.core.prefix import Prefix
 from peft_lntune.core.reparam import Delta
 from peft_lntune.errors import AdapterFileError
-from peft_lntune.layers import PARAMETERS, LNTuneLayer
+from peft_lntune.layers import PARAMETERS, LNTuneLayer, PrefixLayer
 from peft_lntune.packing import PREFIX, ROOT, unpack
-from peft_lntune.storage import is_ours
+from peft_lntune.storage import is_ours, is_part
 
-__all__ = ["check_fit", "deltas_of", "unpack_by", "unpack_for"]
+__all__ = ["check_fit", "deltas_of", "fold", "folded", "unpack_by", "unpack_for"]
 
 
 def deltas_of(model: nn.Module, adapter_name: str) -> dict[str, Delta]:
@@ -57,6 +58,31 @@ def unpack_by(model: nn.Module, config: LNTuneConfig, tensors: Mapping[str, Tens
     return unpack(tensors, sizes, where)
 
 
+def folded(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of an adapter with each prefix as its values, where it is trained through an MLP."""
+    found = dict(tensors)
+    for name, prefix in _prefixes(model, adapter_name):
+        if prefix.weight is None:
+            found = {key: value for key, value in found.items() if not key.startswith(f"{name}.")}
+            found[f"{name}.weight"] = prefix.folded().detach()
+    return found
+
+
+def fold(model: nn.Module, adapter_name: str) -> None:
+    """Make an adapter ready for prefixes as they are saved: values in place of the MLP that gave them."""
+    for _, prefix in _prefixes(model, adapter_name):
+        if prefix.weight is None:
+            prefix.fold_()
+
+
+def _prefixes(model: nn.Module, adapter_name: str) -> list[tuple[str, Prefix]]:
+    return [
+        (f"{name}.lntune_prefix.{adapter_name}", layer.lntune_prefix[adapter_name])
+        for name, layer in model.named_modules()
+        if isinstance(layer, PrefixLayer) and adapter_name in layer.lntune_prefix
+    ]
+
+
 def check_fit(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
     """Raise where the tensors of an adapter, keyed as in the model's state dict, are not the ones the model expects.
 
@@ -64,11 +90,11 @@ def check_fit(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]
         AdapterFileError: keys are missing or unexpected, or shapes differ. The model is as it was.
     """
     expected = {
-        f"{place}.{adapter_name}.{key}": value.shape
-        for place, delta in deltas_of(model, adapter_name).items()
-        for key, value in delta.state_dict().items()
+        name.replace("_fsdp_wrapped_module.", ""): value.shape
+        for name, value in model.state_dict().items()
+        if is_part(name, adapter_name)
     }
-    found = {name: value.shape for name, value in tensors.items() if is_ours(name.replace(f".{adapter_name}.", "."))}
+    found = {name: value.shape for name, value in tensors.items() if is_part(name, adapter_name) or is_ours(name)}
     missing, unexpected = expected.keys() - found.keys(), found.keys() - expected.keys()
     shapes = [name for name in expected.keys() & found.keys() if expected[name] != found[name]]
     if not (missing or unexpected or shapes):

@@ -4,42 +4,58 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
 
-from peft_lntune.config import LNTuningConfig
+from peft_lntune.attention import AttentionFacts
+from peft_lntune.config import LNTuneConfig, LNTuningConfig
+from peft_lntune.core.norms import Norm, base_modules
 from peft_lntune.core.route import Route
-from peft_lntune.layers import LNTuneLayer, ModuleLayer, NormLayer
-from peft_lntune.plan import Plan, part_of, plan
+from peft_lntune.core.sublayers import Sublayer
+from peft_lntune.layers import BesideLayer, BottleneckLayer, LNTuneLayer, ModuleLayer, NormLayer, PrefixLayer
+from peft_lntune.plan import Part, Plan, part_of, plan_parts
 
 __all__ = ["Injection", "create_and_replace", "is_target", "prepare", "route_of"]
 
 
 @dataclass(frozen=True)
 class Injection:
-    """What one injection needs at hand: the plan, the route the layers share, and PEFT's matcher for its messages."""
+    """What one injection needs at hand; the matcher is PEFT's, for its messages."""
 
     plan: Plan
     route: Route
+    modules: dict[str, nn.Module]
     matcher: Any
+    stored: bool
 
 
-def prepare(config: LNTuningConfig, model: nn.Module) -> None:
-    """Plan the injection of `config` into `model`; raises before the first module is replaced."""
-    planned = plan(model, config, config.stored_counts)
-    config.__dict__.pop("stored", None)
-    targets = planned.parts.keys() if config.target_modules is None else config.target_modules
-    matcher = SimpleNamespace(
-        target_modules=targets,
-        exclude_modules=config.exclude_modules,
-        modules_to_save=config.modules_to_save,
-        layers_to_transform=config.layers_to_transform if config.target_modules is not None else None,
-        layers_pattern=config.layers_pattern,
-    )
-    config.__dict__["injection"] = Injection(planned, route_of(model), matcher)
+def prepare(config: LNTuneConfig, model: nn.Module) -> list[PeftConfig]:
+    """Plan the injection of `config` into `model`; raises before the first module is replaced.
+
+    Returns:
+        The parts of the config, ready to be injected one after the other.
+    """
+    planned = plan_parts(model, config, config.stored_counts)
+    stored = config.__dict__.pop("stored", False)
+    route, modules = route_of(model), base_modules(model)
+    for part, plan in planned:
+        if isinstance(part, LoraConfig):
+            continue
+        part.__dict__.pop("stored", None)
+        named = part.target_modules is not None and isinstance(part, LNTuningConfig)
+        matcher = SimpleNamespace(
+            target_modules=part.target_modules if named else plan.parts.keys(),
+            exclude_modules=part.exclude_modules,
+            modules_to_save=part.modules_to_save,
+            layers_to_transform=part.layers_to_transform if named else None,
+            layers_pattern=part.layers_pattern,
+        )
+        part.__dict__["injection"] = Injection(plan, route, modules, matcher, stored)
+    return [part for part, _ in planned]
 
 
-def is_target(config: LNTuningConfig, key: str) -> Any:
+def is_target(config: LNTuneConfig, key: str) -> Any:
     """Whether the plan tunes the module `key`; falsy answers are PEFT's own, which its messages tell apart."""
     injection: Injection = config.__dict__["injection"]
     return check_target_module_exists(injection.matcher, key) and key in injection.plan.parts
@@ -47,18 +63,18 @@ def is_target(config: LNTuningConfig, key: str) -> Any:
 
 def create_and_replace(
     tuner: BaseTuner,
-    config: LNTuningConfig,
+    config: LNTuneConfig,
     adapter_name: str,
     target: nn.Module,
     target_name: str,
     parent: nn.Module,
     current_key: str,
 ) -> None:
-    """Give the module `target` a delta for `adapter_name`, in a layer around it if there is none yet.
+    """Give the module `target` what the plan says of it for `adapter_name`, in a new layer if there is none yet.
 
     Args:
         tuner: ours or PEFT's mixed one.
-        config: a config that `prepare` has seen.
+        config: a config that `prepare` has returned.
         adapter_name: the new adapter.
         target: the module, or the layer around it.
         target_name: its name in `parent`.
@@ -66,15 +82,33 @@ def create_and_replace(
         current_key: its name in the model.
     """
     injection: Injection = config.__dict__["injection"]
-    part = injection.plan.parts.get(current_key) or part_of(config, current_key, target)
+    part = injection.plan.parts.get(current_key)
+    if part is not None and part.method != "delta":
+        layer = _beside(injection, part, parent if part.method == "bottleneck" else target)
+        layer.update_layer(adapter_name, config, injection.stored)
+    else:
+        _around(tuner, config, adapter_name, target, target_name, parent, part or part_of(config, current_key, target))
+
+
+def _around(
+    tuner: BaseTuner,
+    config: LNTuneConfig,
+    adapter_name: str,
+    target: nn.Module,
+    target_name: str,
+    parent: nn.Module,
+    part: Part,
+) -> None:
+    """Put deltas for `adapter_name` into the layer around a module; make that layer if there is none."""
     if isinstance(target, LNTuneLayer):
         target.update_layer(adapter_name, config, part.counts)
         return
+    route = config.__dict__["injection"].route
     layer: LNTuneLayer
-    if part.norm is None:
-        layer = ModuleLayer(target, injection.route, current_key)
+    if isinstance(part.place, Norm):
+        layer = NormLayer(target, route, part.place)
     else:
-        layer = NormLayer(target, injection.route, part.norm)
+        layer = ModuleLayer(target, route, part.name)
     layer.set_adapter(adapter_name)
     layer.update_layer(adapter_name, config, part.counts)
     if adapter_name not in tuner.active_adapters:
@@ -82,6 +116,23 @@ def create_and_replace(
     tuner._replace_module(parent, target_name, layer, target)
 
 
+def _beside(injection: Injection, part: Part, host: nn.Module) -> BesideLayer:
+    """The layer of a part beside `host`; a new one where it has none yet."""
+    layer: BesideLayer
+    if isinstance(part.place, Sublayer):
+        leaves = injection.modules[part.place.entry], injection.modules[part.place.exit]
+        layer = BottleneckLayer(injection.route, part.place.exit, *leaves, part.place.role)
+    elif isinstance(part.place, AttentionFacts):
+        layer = PrefixLayer(injection.route, part.place)
+    else:
+        raise TypeError(f"{part.name} is no place to put a layer beside")
+    known = host._modules.get(layer.child)
+    if isinstance(known, BesideLayer):
+        return known
+    layer.attach(host)
+    return layer
+
+
 def route_of(model: nn.Module) -> Route:
     """The route that all layers of this model share; a new one where it has no layers yet."""
-    return next((m._route for m in model.modules() if isinstance(m, LNTuneLayer)), None) or Route()
+    return next((m._route for m in model.modules() if isinstance(m, (LNTuneLayer, BesideLayer))), None) or Route()

@@ -7,17 +7,28 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, onload_layer
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dtype, onload_layer
 from torch import Tensor, nn
 
-from peft_lntune.config import FisherLNConfig, LNTuningConfig
+from peft_lntune.concatenated import concatenate
+from peft_lntune.config import (
+    BottleneckConfig,
+    FisherLNConfig,
+    LNTuneConfig,
+    UnifiedConfig,
+    norm_part,
+    parts_of,
+    with_norm_part,
+)
 from peft_lntune.config.ln_tuning import recorded
 from peft_lntune.core.route import BASE
-from peft_lntune.errors import ConfigError, RoutingError
-from peft_lntune.fit import check_fit, unpack_for
+from peft_lntune.errors import ConfigError, RoutingError, UnsupportedError
+from peft_lntune.fit import check_fit, fold, folded, unpack_for
 from peft_lntune.heads import copy_heads, routed_heads
 from peft_lntune.inject import create_and_replace, is_target, prepare, route_of
-from peft_lntune.layers import PARAMETERS, LNTuneLayer, NormLayer
+from peft_lntune.layers import PARAMETERS, BesideLayer, LNTuneLayer, NormLayer
+from peft_lntune.lora import LoraLayer, LoraPart, routed_lora
 from peft_lntune.packing import pack
 from peft_lntune.selection.masks import check_masks
 from peft_lntune.storage import check_tensors, dropped_tensors, manifest_of, of_adapter, without_adapter_name
@@ -30,20 +41,17 @@ class LNTuneModel(BaseTuner):
     """The one tuner of this package; made by `get_peft_model`, as `peft_model.base_model`."""
 
     prefix = "lntune_"
-    tuner_layer_cls = LNTuneLayer
+    tuner_layer_cls = (LNTuneLayer, BesideLayer, LoraLayer)
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # PEFT's name; norms are found, not listed
     _warned_of: frozenset[str] = frozenset()
 
     # What PEFT's injection asks for.
 
-    def _prepare_adapter_config(self, peft_config: LNTuningConfig, model_config: dict) -> LNTuningConfig:
+    def _prepare_adapter_config(self, peft_config: LNTuneConfig, model_config: dict) -> LNTuneConfig:
         return peft_config
 
-    def _prepare_model(self, peft_config: LNTuningConfig, model: nn.Module) -> None:
-        prepare(peft_config, model)
-
     @staticmethod
-    def _check_target_module_exists(peft_config: LNTuningConfig, key: str) -> Any:
+    def _check_target_module_exists(peft_config: LNTuneConfig, key: str) -> Any:
         return is_target(peft_config, key)
 
     def _create_and_replace(
@@ -57,27 +65,70 @@ class LNTuneModel(BaseTuner):
                 f"an adapter cannot be named {adapter_name!r}: it is a key of a torch.nn.ModuleDict, which takes no "
                 "empty name, no dot and no name of its own attributes. Choose another name."
             )
-        stored = "stored" in self.peft_config[adapter_name].__dict__
+        config = self.peft_config[adapter_name]
+        stored = "stored" in config.__dict__
+        parts = prepare(config, model)
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            for part in parts:
+                # PEFT takes the config of what it injects from here.
+                self.peft_config[adapter_name] = part
+                inject = self._lora().inject_adapter if isinstance(part, LoraConfig) else super().inject_adapter
+                inject(model, adapter_name, *args, **kwargs)
         finally:
-            self.peft_config[adapter_name].__dict__.pop("injection", None)
+            self.peft_config[adapter_name] = config
+            for part in parts:
+                part.__dict__.pop("injection", None)
+        if isinstance(config, UnifiedConfig):
+            self.peft_config[adapter_name] = _with_targets(config, parts)
+            if not stored:
+                _warn_of_combination(config)
         if not stored:
             # All entries are tuned now, also where the config was taken from a masked adapter.
             self._record(adapter_name, None)
 
+    def _lora(self) -> LoraPart:
+        configs = {
+            name: next((part for part in parts_of(config) if isinstance(part, LoraConfig)), config)
+            for name, config in self.peft_config.items()
+        }
+        return LoraPart(self.model, configs, self.active_adapters)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # Deltas are made in float32. Only a user who says autocast_adapter_dtype=False wants the dtype of the base.
-        if autocast_adapter_dtype or self.peft_config[adapter_name].delta_dtype is not None:
+        for layer in self._layers(LoraLayer):
+            cast_adapter_dtype(layer, adapter_name, autocast_adapter_dtype)
+        # Ours are made in float32. Only a user who says autocast_adapter_dtype=False wants the dtype of the base.
+        config = self.peft_config[adapter_name]
+        asked = [p for p in parts_of(config) if isinstance(p, LNTuneConfig) and p.delta_dtype is not None]
+        if autocast_adapter_dtype or asked:
             return
         for layer in self.tuner_layers():
             for parameter in PARAMETERS:
                 if adapter_name in layer.deltas(parameter):
                     layer.deltas(parameter)[adapter_name].to(layer.base_parameter(parameter).dtype)
+        for beside in self._layers(BesideLayer):
+            beside.to_base_dtype(adapter_name)
 
-    # Merging: a safe merge looks at every layer before it changes the first.
+    # Merging: what could fail is looked at in every layer before the first is changed.
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, unmergeable: str = "refuse"
+    ) -> None:
+        """Add the deltas of adapters, and their LoRA, to the base parameters.
+
+        Args:
+            adapter_names: which; None for the active ones.
+            safe_merge: raise, before anything is written, where a merged value would not be finite.
+            unmergeable: what to do about bottlenecks and prefixes, which no base parameter can take up: `"refuse"`, or
+                `"keep"` them as they are, beside the merged parameters, so that the model says the same.
+
+        Raises:
+            UnsupportedError: an adapter has such a part, and it should not be kept.
+            ValueError: a merged value is not finite.
+        """
+        if unmergeable not in ("refuse", "keep"):
+            raise ConfigError(f"unmergeable={unmergeable!r} is not allowed; choose one of 'refuse', 'keep'.")
+        if unmergeable == "refuse":
+            self._check_mergeable(adapter_names, 'merge_adapter(unmergeable="keep") merges the rest')
         if safe_merge:
             self._check_merge(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
@@ -89,9 +140,34 @@ class LNTuneModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
-        if merge and safe_merge:
-            self._check_merge(adapter_names)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        if merge:
+            self._check_mergeable(adapter_names, "unload() takes the adapter off")
+            if safe_merge:
+                self._check_merge(adapter_names)
+            for layer in self._inner_layers():
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        besides = [(name.rpartition(".")[0], m) for name, m in self.model.named_modules() if isinstance(m, BesideLayer)]
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        for host, beside in besides:
+            beside.detach(model.get_submodule(host))
+        return model
+
+    def _inner_layers(self) -> list[Any]:
+        """Layers inside another adapter's layer around the same module; PEFT unloads the outermost one alone."""
+        layers = [layer for layer in self._layers(BaseTunerLayer) if isinstance(layer, self.tuner_layer_cls)]
+        inner = [getattr(layer, "base_layer", None) for layer in layers]
+        return [layer for layer in inner if isinstance(layer, self.tuner_layer_cls)]
+
+    def _check_mergeable(self, adapter_names: list[str] | None, instead: str) -> None:
+        names = self.active_adapters if adapter_names is None else adapter_names
+        for layer in self._layers(BesideLayer):
+            found = [name for name in names if layer.holds(name)]
+            if found:
+                what = type(layer).__name__.removesuffix("Layer").lower()
+                raise UnsupportedError(
+                    f"adapter {found[0]!r} has a {what} at {layer.label}, which adds to the graph, so no base "
+                    f"parameter can take it up. {instead}."
+                )
 
     def _check_merge(self, adapter_names: list[str] | None) -> None:
         for layer in self.tuner_layers():
@@ -108,10 +184,13 @@ class LNTuneModel(BaseTuner):
         kwargs["state_dict"].update(dropped_tensors(model, adapter_name, kwargs["unwanted_adapter_names"]))
         tensors = super()._get_adapter_state_dict(model=model, config=config, adapter_name=adapter_name, **kwargs)
         tensors = {key: value for key, value in tensors.items() if of_adapter(key, adapter_name)}
+        tensors = folded(model, adapter_name, tensors)
         stored = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in tensors.items()}
         # A sharded or empty state dict is not what the file will hold, so nothing is claimed about it.
         whole = bool(stored) and not any(value.is_meta for value in stored.values())
-        config.manifest = manifest_of(stored, partial=config.mask_source is not None) if whole else None
+        norms = norm_part(config)
+        partial = norms is not None and norms.mask_source is not None
+        config.manifest = manifest_of(stored, partial=partial) if whole else None
         return pack(stored) if whole else tensors
 
     @classmethod
@@ -124,6 +203,7 @@ class LNTuneModel(BaseTuner):
     ) -> dict[str, Tensor]:
         check_tensors(None, state_dict, f"the weights for adapter {adapter_name!r}")
         tensors = unpack_for(model, adapter_name, state_dict)
+        fold(model, adapter_name)
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
         check_fit(model, adapter_name, renamed)
         return renamed
@@ -132,7 +212,10 @@ class LNTuneModel(BaseTuner):
 
     def tuner_layers(self) -> Iterator[LNTuneLayer]:
         """The tuner layers of the model. Not `layers`: PEFT passes unknown names on, and many models have those."""
-        return (module for module in self.model.modules() if isinstance(module, LNTuneLayer))
+        return self._layers(LNTuneLayer)
+
+    def _layers(self, kind: Any) -> Iterator[Any]:
+        return (module for module in self.model.modules() if isinstance(module, kind))
 
     def delete_adapter(self, adapter_name: str) -> None:
         before = list(self.active_adapters)
@@ -205,8 +288,9 @@ class LNTuneModel(BaseTuner):
     def _record(self, adapter_name: str, source: dict[str, Any] | None) -> None:
         """Say how the mask of an adapter was made, in a config of its own: users make several adapters from one."""
         config = self.peft_config[adapter_name]
-        if config.mask_source != source:
-            self.peft_config[adapter_name] = replace(config, mask_source=source)
+        norms = norm_part(config)
+        if norms is not None and norms.mask_source != source:
+            self.peft_config[adapter_name] = with_norm_part(config, mask_source=source)
 
     def add_weighted_adapter(
         self,
@@ -217,7 +301,10 @@ class LNTuneModel(BaseTuner):
         density: float | None = None,
         majority_sign_method: str = "total",
     ) -> None:
-        """Add an adapter that is a weighted combination of others; deltas are additive, so the linear one is exact.
+        """Add an adapter that is a weighted combination of others.
+
+        The linear one is exact: deltas are summed, bottlenecks and LoRA concatenated, and the model says what it says
+        with the sum of their effects. Prefixes have no such sum.
 
         Args:
             adapters: names of adapters of this model.
@@ -230,13 +317,16 @@ class LNTuneModel(BaseTuner):
 
         Raises:
             ConfigError: unknown adapter, weights of another number, unknown combination, or a name that is taken.
+            UnsupportedError: there is no exact combination: of prefixes, of DoRA, of bottlenecks that differ in
+                position or activation. Nothing has changed.
         """
         self._check_weighted(adapters, weights, adapter_name)
         if majority_sign_method not in MAJORITY_SIGNS:
             allowed = ", ".join(map(repr, MAJORITY_SIGNS))
             raise ConfigError(f"majority_sign_method={majority_sign_method!r}: choose one of {allowed}.")
         sources = {name: self.peft_config[name] for name in adapters}
-        config = combined_config(sources, list(self.tuner_layers()), combination_type, density)
+        config = combined_config(self.model, sources, combination_type, density)
+        norms = norm_part(config)
         self.peft_config[adapter_name] = config
         try:
             self.inject_adapter(self.model, adapter_name)
@@ -245,9 +335,10 @@ class LNTuneModel(BaseTuner):
             raise
         for layer in self.tuner_layers():
             combine(layer, adapters, weights, adapter_name, combination_type, density, majority_sign_method)
-            if config.mask_source is not None:
+            if norms is not None and norms.mask_source is not None:
                 drop_untuned(layer, adapters, adapter_name)
-        self._record(adapter_name, config.mask_source)
+        concatenate(self.model, adapters, weights, adapter_name)
+        self._record(adapter_name, norms.mask_source if norms is not None else None)
         for donor in sources:
             copy_heads(self.model, donor, adapter_name)
 
@@ -266,7 +357,7 @@ class LNTuneModel(BaseTuner):
 
     def _warn_of_missing_masks(self) -> None:
         for name in self.active_adapters:
-            config = self.peft_config.get(name)
+            config = norm_part(self.peft_config[name]) if name in self.peft_config else None
             if isinstance(config, FisherLNConfig) and config.mask_source is None and name not in self._warned_of:
                 self._warned_of |= {name}
                 warnings.warn(
@@ -290,12 +381,13 @@ class LNTuneModel(BaseTuner):
             route = route_of(self.model)
             stack.enter_context(route(names, list(self.peft_config), entries, _expansions(self.model, kwargs)))
             stack.enter_context(routed_heads(self.model, route, names))
+            stack.enter_context(routed_lora(self.model, route))
             yield
 
     def _check_route(self, names: Sequence[str] | str) -> None:
         if self.training:
             raise RoutingError("Cannot pass `adapter_names` when the model is in training mode.")
-        if any(layer.merged for layer in self.tuner_layers()):
+        if any(layer.merged for layer in self._layers(self.tuner_layer_cls)):
             raise RoutingError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
@@ -307,6 +399,29 @@ class LNTuneModel(BaseTuner):
                 f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}. "
                 f"Known adapters: {', '.join([*known, BASE])}."
             )
+
+
+def _with_targets(config: UnifiedConfig, parts: Sequence[Any]) -> UnifiedConfig:
+    """The config with what PEFT chose as targets of LoRA by the model's type, so that loading need not choose again."""
+    own = config.parts or []
+    known = [
+        replace(mine, target_modules=part.target_modules, fan_in_fan_out=part.fan_in_fan_out)
+        if isinstance(part, LoraConfig)
+        else mine
+        for mine, part in zip(own, parts, strict=True)
+    ]
+    return replace(config, parts=known)
+
+
+def _warn_of_combination(config: UnifiedConfig) -> None:
+    """Say what was found out about a combination; Python's filter shows it once."""
+    ffn = any(isinstance(part, BottleneckConfig) and part.roles == ["ffn"] for part in config.parts or ())
+    if ffn and norm_part(config) is not None:
+        warnings.warn(
+            "an adapter at the FFN together with LN-tuning: Qi et al. 2022 (arXiv 2211.08682) found it worse than the "
+            'adapter alone, and one at the attention together with LN-tuning better (preset="mha-adapter+ln").',
+            stacklevel=2,
+        )
 
 
 def _expansions(model: nn.Module, kwargs: Mapping[str, Any]) -> set[int]:

@@ -10,13 +10,16 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from peft_lntune.core.delta import unpack_bits
+from peft_lntune.core.delta import PARAMETERS, unpack_bits
 from peft_lntune.errors import AdapterFileError
 
 __all__ = ["PACKED", "PREFIX", "ROOT", "counts_of", "is_packed", "pack", "unpack"]
 
 PREFIX = "lntune_"
 """What the container of a delta is called, up to the name of its parameter."""
+
+DELTAS = tuple(f"{PREFIX}{parameter}" for parameter in PARAMETERS)
+"""The containers of deltas; the other parts of an adapter are never masked."""
 
 ROOT = "base_model.model."
 """What PEFT puts before every name in a file."""
@@ -121,7 +124,7 @@ def counts_of(tensors: Mapping[str, Tensor]) -> dict[str, int | None]:
 def _named(tensors: Mapping[str, Tensor], ending: str) -> list[str]:
     """Names `<module>.lntune_<parameter>` of the deltas that have a tensor of their own with this ending."""
     names = [key.removesuffix(ending) for key in tensors if key.endswith(ending) and not is_packed([key])]
-    return [name for name in names if name.rpartition(".")[2].startswith(PREFIX)]
+    return [name for name in names if name.rpartition(".")[2] in DELTAS]
 
 
 def _bytes(shape: torch.Size) -> int:

@@ -6,38 +6,47 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from peft_lntune.config.ln_tuning import LNTuningConfig
+from peft_lntune.attention import AttentionFacts, find_attention
+from peft_lntune.config import BottleneckConfig, LNTuneConfig, LNTuningConfig, PrefixConfig, UnifiedConfig
 from peft_lntune.core.delta import delta_dtype
 from peft_lntune.core.norms import Norm, base_modules, find_norms
-from peft_lntune.errors import NoMatchError, UnsupportedError
+from peft_lntune.core.prefix import Prefix
+from peft_lntune.core.sublayers import Sublayer, find_sublayers
+from peft_lntune.errors import ConfigError, NoMatchError, UnsupportedError
+from peft_lntune.lora import find_lora_targets
 
-__all__ = ["Part", "Plan", "plan"]
+__all__ = ["Part", "Plan", "plan", "plan_parts"]
 
 
 @dataclass(frozen=True)
 class Part:
-    """One module that is tuned.
+    """One module that is tuned, or that something is put beside.
 
     Attributes:
         name: the module's name in the model.
         module_class: the name of its class.
-        norm: what is known of it as a norm; None where it is another module.
+        place: what is known of it: as a norm, as the exit of a sub-layer, as attention; None of any other module.
         entries: for each tuned parameter, how many of its entries are tuned and how many it has.
-        bytes: size of the deltas, in memory as on disk.
+        bytes: size of what is tuned, in memory as on disk.
+        method: `"delta"`, `"bottleneck"`, `"prefix"` or `"lora"`.
     """
 
     name: str
     module_class: str
-    norm: Norm | None
+    place: Norm | Sublayer | AttentionFacts | None
     entries: Mapping[str, tuple[int, int]]
     bytes: int
+    method: str = "delta"
 
     @property
     def roles(self) -> str:
-        return "-" if self.norm is None else "+".join(self.norm.roles) or "unknown"
+        if isinstance(self.place, Norm):
+            return "+".join(self.place.roles) or "unknown"
+        return "-" if self.place is None else self.place.role
 
     @property
     def counts(self) -> dict[str, int | None]:
@@ -68,12 +77,14 @@ class Plan:
         return sum(part.bytes for part in self.parts.values())
 
     def __str__(self) -> str:
-        header = ("module", "class", "role", "tuned entries", "bytes")
-        rows = [
-            (part.name, part.module_class, part.roles, _entries(part.entries), f"{part.bytes:,}")
+        header: tuple[str, ...] = ("module", "class", "method", "role", "tuned entries", "bytes")
+        rows: list[tuple[str, ...]] = [
+            (part.name, part.module_class, part.method, part.roles, _entries(part.entries), f"{part.bytes:,}")
             for part in self.parts.values()
         ]
-        rows.append((f"{len(self.parts)} modules", "", "", f"{self.entries:,}", f"{self.bytes:,}"))
+        rows.append((f"{len(self.parts)} modules", "", "", "", f"{self.entries:,}", f"{self.bytes:,}"))
+        if all(part.method == "delta" for part in self.parts.values()):
+            header, rows = header[:2] + header[3:], [row[:2] + row[3:] for row in rows]
         widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)
@@ -84,12 +95,12 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(model: nn.Module, config: LNTuningConfig, counts: Mapping[str, int | None] | None = None) -> Plan:
+def plan(model: nn.Module, config: PeftConfig, counts: Mapping[str, int | None] | None = None) -> Plan:
     """Say what `get_peft_model(model, config)` would tune, without changing the model or the config.
 
     Args:
         model: the model, plain or with adapters, on any device (meta too).
-        config: which norms or modules.
+        config: any config of this package.
         counts: for each tuned parameter the number of tuned entries, None for all, as the manifest of a saved adapter
             has it; other parameters are then not tuned.
 
@@ -98,12 +109,116 @@ def plan(model: nn.Module, config: LNTuningConfig, counts: Mapping[str, int | No
 
     Raises:
         NoMatchError: the config selects nothing; the message lists the norms there are.
-        UnsupportedError: a module named in `target_modules` has no weight that a delta could be added to.
+        ConfigError: two parts want one place; the message names both.
+        UnsupportedError: a module named in `target_modules` has no weight that a delta could be added to, or the
+            model's attention takes no prefix.
 
     Example:
         >>> plan(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), LNTuningConfig()).entries
         8
     """
+    plans = [planned for _, planned in plan_parts(model, config, counts)]
+    left_out = {name: reason for planned in plans for name, reason in planned.left_out.items()}
+    return Plan({name: part for planned in plans for name, part in planned.parts.items()}, left_out)
+
+
+def plan_parts(
+    model: nn.Module, config: PeftConfig, counts: Mapping[str, int | None] | None = None
+) -> list[tuple[PeftConfig, Plan]]:
+    """The plan of each part of a config, with the part as it can be injected by itself; see `plan`."""
+    parts = config.effective_parts() if isinstance(config, UnifiedConfig) else [config]
+    planned = [_plan_part(model, part, counts) for part in parts]
+    taken: dict[str, PeftConfig] = {}
+    for part, its in planned:
+        for name in its.parts:
+            if name in taken:
+                raise ConfigError(
+                    f"two parts want one place: {type(taken[name]).__name__} and {type(part).__name__} both work on "
+                    f"{name}. Narrow one of them (roles, layers_to_transform, target_modules, exclude_modules)."
+                )
+        taken.update(dict.fromkeys(its.parts, part))
+    return planned
+
+
+def _plan_part(
+    model: nn.Module, config: PeftConfig, counts: Mapping[str, int | None] | None
+) -> tuple[PeftConfig, Plan]:
+    if isinstance(config, LNTuningConfig):
+        return config, _plan_deltas(model, config, counts)
+    if isinstance(config, BottleneckConfig):
+        return config, _plan_bottlenecks(model, config)
+    if isinstance(config, PrefixConfig):
+        return config, _plan_prefixes(model, config)
+    config, targets = find_lora_targets(model, config)
+    modules = base_modules(model)
+    sizes = {name: ({"lora": (size, size)}, 4 * size) for name, size in targets.items()}
+    found = {n: Part(n, type(modules[n]).__name__, None, *size, "lora") for n, size in sizes.items()}
+    return config, Plan(found)
+
+
+def _plan_bottlenecks(model: nn.Module, config: BottleneckConfig) -> Plan:
+    modules = base_modules(model)
+    sublayers = find_sublayers(modules)
+    parts = {}
+    for sublayer in sublayers:
+        name = sublayer.exit
+        if sublayer.role not in config.roles or not _is_chosen(config, name):
+            continue
+        out = modules[name]
+        width = _width(out, 1)
+        read = width if config.position == "sequential" else _width(modules[sublayer.entry], 0)
+        size = config.size_of(width)
+        counts = {"down": size * (read + 1), "up": width * (size + 1)}
+        counts |= {"scale": 1} if config.scale == "learned" else {}
+        parts[name] = _beside(config, name, out, sublayer, counts, "bottleneck")
+    if not parts:
+        known = ", ".join(f"{s.exit} ({s.role})" for s in sublayers) or "none"
+        raise NoMatchError(
+            f"BottleneckConfig(roles={config.roles!r}) finds no place in this model. Sub-layers whose end is known: "
+            f"{known}. Choose among their roles and layers, or use another part where there are none."
+        )
+    return Plan(parts)
+
+
+def _plan_prefixes(model: nn.Module, config: PrefixConfig) -> Plan:
+    modules = base_modules(model)
+    found = find_attention(model)
+    parts = {}
+    for name, place in found.items():
+        if (config.roles is None or place.role in config.roles) and _is_chosen(config, name):
+            sizes = config.num_virtual_tokens, place.heads * place.head_dim, config.reparametrize
+            prefix = Prefix(*sizes, device=torch.device("meta"))
+            counts = {"prefix": sum(parameter.numel() for parameter in prefix.parameters())}
+            parts[name] = _beside(config, name, modules[name], place, counts, "prefix")
+    if not parts:
+        known = ", ".join(f"{name} ({place.role})" for name, place in found.items())
+        raise NoMatchError(f"this PrefixConfig selects none of the attention modules of this model: {known}.")
+    return Plan(parts)
+
+
+def _beside(config: Any, name: str, module: nn.Module, place: Any, counts: Mapping[str, int], method: str) -> Part:
+    first = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    itemsize = delta_dtype(first, config.torch_delta_dtype).itemsize
+    entries = {what: (count, count) for what, count in counts.items()}
+    return Part(name, type(module).__name__, place, entries, sum(counts.values()) * itemsize, method)
+
+
+def _is_chosen(config: Any, name: str) -> bool:
+    """Whether a place found by structure is among the target modules, if any are named, and in the layers."""
+    named = config.target_modules is None or _matches(config.target_modules, name)
+    return named and not _matches(config.exclude_modules, name) and _in_layers(config, name)
+
+
+def _width(leaf: nn.Module, side: int) -> int:
+    """Inputs (side 0) or outputs (side 1) of a linear map, also of GPT-2's Conv1D, whose weight is `(in, out)`."""
+    for names in (("in_features", "out_features"), ("nx", "nf")):
+        if isinstance(width := getattr(leaf, names[side], None), int):
+            return width
+    weight: Any = leaf.weight
+    return int(weight.shape[1 - side])
+
+
+def _plan_deltas(model: nn.Module, config: LNTuningConfig, counts: Mapping[str, int | None] | None) -> Plan:
     modules = base_modules(model)
     norms = find_norms(model, parameterless=True)
     reasons: dict[str, str] = {}
@@ -196,7 +311,7 @@ def _matches(pattern: Iterable[str] | str | None, name: str) -> bool:
     return any(name == ending or name.endswith(f".{ending}") for ending in pattern)
 
 
-def _in_layers(config: LNTuningConfig, name: str) -> bool:
+def _in_layers(config: LNTuneConfig, name: str) -> bool:
     """PEFT's rule: the first number in the name is the layer, or the first one after `layers_pattern`."""
     layers = config.layers_to_transform
     if layers is None or layers == []:

@@ -11,7 +11,7 @@ from peft.utils import PeftType, load_peft_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peft_lntune.config import LNTuneConfig, LNTuningConfig
+from peft_lntune.config import LNTuneConfig, LNTuningConfig, parts_of
 from peft_lntune.core.norms import base_modules
 from peft_lntune.errors import AdapterFileError, ConfigError, UnsupportedError
 from peft_lntune.layers import PARAMETERS, LNTuneLayer
@@ -36,7 +36,8 @@ def to_stock(peft_model: PeftModel, directory: str | os.PathLike, adapter_name: 
 
     Raises:
         ConfigError: there is no such adapter.
-        UnsupportedError: the model is merged, so its base parameters are not the base's.
+        UnsupportedError: the model is merged, so its base parameters are not the base's; or the adapter has parts that
+            are no norms.
 
     Example:
         >>> import tempfile
@@ -50,6 +51,12 @@ def to_stock(peft_model: PeftModel, directory: str | os.PathLike, adapter_name: 
     if not isinstance(config, LNTuneConfig):
         known = [name for name, other in peft_model.peft_config.items() if isinstance(other, LNTuneConfig)]
         raise ConfigError(f"no adapter of this package is named {adapter_name!r}; this model has {known}.")
+    others = [type(part).__name__ for part in parts_of(config) if not isinstance(part, LNTuningConfig)]
+    if others:
+        raise UnsupportedError(
+            f"adapter {adapter_name!r} has parts ({', '.join(others)}) that PEFT's LN_TUNING format has no place for. "
+            "Save it with save_pretrained, or merge what can be merged."
+        )
     layers = [m for m in peft_model.modules() if isinstance(m, LNTuneLayer) and _has(m, adapter_name)]
     if any(layer.merged for layer in layers):
         raise UnsupportedError("the adapter is merged into the base model; call unmerge_adapter() first.")

@@ -1,13 +1,14 @@
 """Weighted combinations of adapters: sums of deltas, and PEFT's sparse ways of summing."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import replace
 
 import torch
 from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
-from torch import Tensor
+from torch import Tensor, nn
 
-from peft_lntune.config import LNTuningConfig
+from peft_lntune.concatenated import concatenated_parts
+from peft_lntune.config import LNTuneConfig, LNTuningConfig, UnifiedConfig, norm_part
 from peft_lntune.core.reparam import Delta
 from peft_lntune.errors import ConfigError
 from peft_lntune.layers import PARAMETERS, LNTuneLayer
@@ -30,15 +31,23 @@ MAJORITY_SIGNS = ("total", "frequency")
 
 
 def combined_config(
-    configs: Mapping[str, LNTuningConfig], layers: Sequence[LNTuneLayer], combination: str, density: float | None
-) -> LNTuningConfig:
-    """The config of a combined adapter: an `LNTuningConfig` that names every module that one of its sources tunes.
+    model: nn.Module, configs: Mapping[str, LNTuneConfig], combination: str, density: float | None
+) -> LNTuneConfig:
+    """The config of a combined adapter, with a part for each method that one of its sources has.
 
-    Where a source is masked, `mask_source` says what was combined.
+    Norms (and other deltas): an `LNTuningConfig` that names every module that a source tunes; where one is masked,
+    `mask_source` says what was combined. Bottlenecks and LoRA: as wide as those of the sources together.
+
+    Args:
+        model: holds the sources.
+        configs: of the sources, by name.
+        combination: one of `COMBINATIONS`.
+        density: for the sparse ones.
 
     Raises:
         ConfigError: unknown combination, a density that is missing or out of range, or two sources that save the
             same module.
+        UnsupportedError: the sources have parts whose combination is no such part.
     """
     if combination not in COMBINATIONS:
         raise ConfigError(f"combination_type={combination!r}: choose one of {', '.join(COMBINATIONS)}.")
@@ -50,25 +59,33 @@ def combined_config(
             "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
             f"{sorted(saved)}. A head has no delta to sum; combine adapters without heads, then add one."
         )
-    tuned = {p for layer in layers for p in PARAMETERS if any(name in layer.deltas(p) for name in configs)}
-    touched = {layer.label for layer in layers if any(name in layer.deltas(p) for name in configs for p in PARAMETERS)}
+    layers = [module for module in model.modules() if isinstance(module, LNTuneLayer)]
+    sums = concatenated_parts(model, configs, combination)
     first = next(iter(configs.values()))
-    sources = {name: config.mask_source for name, config in configs.items()}
+    shared = {"task_type": first.task_type, "inference_mode": first.inference_mode, "modules_to_save": saved or None}
+    shared["base_model_name_or_path"] = first.base_model_name_or_path
+    norms = _combined_deltas(layers, configs, combination)
+    if norms is not None and not sums:
+        return replace(norms, **shared)
+    return UnifiedConfig(parts=[*([] if norms is None else [norms]), *sums], **shared)
+
+
+def _combined_deltas(
+    layers: Sequence[LNTuneLayer], configs: Mapping[str, LNTuneConfig], combination: str
+) -> LNTuningConfig | None:
+    tuned = {p for layer in layers for p in PARAMETERS if any(name in layer.deltas(p) for name in configs)}
+    if not tuned:
+        return None
+    touched = {layer.label for layer in layers if any(name in layer.deltas(p) for name in configs for p in PARAMETERS)}
+    parts = {name: norm_part(config) for name, config in configs.items()}
+    sources = {name: part.mask_source for name, part in parts.items() if part is not None}
     masked = any(source is not None for source in sources.values())
-    combined = {
-        **{field.name: getattr(first, field.name) for field in fields(LNTuningConfig)},
-        "target_modules": sorted(touched),
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "modules_to_save": saved or None,
-        "roles": None,
-        "tune": "both" if len(tuned) > 1 else tuned.pop(),
-        "init_weights": True,
-        "manifest": None,
-        "mask_source": {"made": "combination", "combination_type": combination, "of": sources} if masked else None,
-    }
-    return LNTuningConfig(**combined)
+    return LNTuningConfig(
+        target_modules=sorted(touched),
+        tune="both" if len(tuned) > 1 else tuned.pop(),
+        delta_dtype=next(part.delta_dtype for part in parts.values() if part is not None),
+        mask_source={"made": "combination", "combination_type": combination, "of": sources} if masked else None,
+    )
 
 
 def combine(

@@ -40,7 +40,7 @@ def tensors(masked: bool = False) -> dict[str, Tensor]:
         ("lntune_weight.weight", True),
         ("lntune_weight", False),
         ("lntune_head.norm.weight", False),
-        ("norm.lora_A.weight", False),
+        ("norm.lora_A.weight", True),
         ("norm.weight", False),
     ],
 )

@@ -1,8 +1,24 @@
 """The family of configs: choices and provenance, never a tensor and never a callable."""
 
 from peft_lntune.config.base import FORMAT_VERSION, LNTuneConfig
+from peft_lntune.config.bottleneck import BottleneckConfig
 from peft_lntune.config.fisher_ln import FisherLNConfig
 from peft_lntune.config.ln_tuning import LNTuningConfig
+from peft_lntune.config.prefix import PrefixConfig
 from peft_lntune.config.stored import KINDS, StoredConfig
+from peft_lntune.config.unified import UnifiedConfig, norm_part, parts_of, with_norm_part
 
-__all__ = ["FORMAT_VERSION", "KINDS", "FisherLNConfig", "LNTuneConfig", "LNTuningConfig", "StoredConfig"]
+__all__ = [
+    "FORMAT_VERSION",
+    "KINDS",
+    "BottleneckConfig",
+    "FisherLNConfig",
+    "LNTuneConfig",
+    "LNTuningConfig",
+    "PrefixConfig",
+    "StoredConfig",
+    "UnifiedConfig",
+    "norm_part",
+    "parts_of",
+    "with_norm_part",
+]

@@ -4,20 +4,18 @@ PEFT calls the class registered for a PEFT type with the fields of the JSON. One
 here, so what is registered is a door: calling it builds the kind that the JSON names.
 """
 
-import warnings
-from dataclasses import fields
 from typing import Any
 
-from peft_lntune.config.base import FORMAT_VERSION, LNTuneConfig, check_format
-from peft_lntune.config.fisher_ln import FisherLNConfig
-from peft_lntune.config.ln_tuning import LNTuningConfig
-from peft_lntune.errors import AdapterFileError, ConfigError
+from peft_lntune.config.base import LNTuneConfig
+from peft_lntune.config.kinds import build
+from peft_lntune.config.parts import PART_KINDS
+from peft_lntune.config.unified import UnifiedConfig
+from peft_lntune.errors import AdapterFileError
 from peft_lntune.storage import check_directory, hub_options
-from peft_lntune.version import __version__
 
 __all__ = ["KINDS", "StoredConfig"]
 
-KINDS: dict[str, type[LNTuneConfig]] = {kind.__name__: kind for kind in (LNTuningConfig, FisherLNConfig)}
+KINDS: dict[str, type[LNTuneConfig]] = {**PART_KINDS, UnifiedConfig.__name__: UnifiedConfig}
 """The kinds of the family by name, as `kind` in the JSON has it."""
 
 
@@ -29,26 +27,7 @@ class StoredConfig(LNTuneConfig):
     """
 
     def __new__(cls, **stored: Any) -> LNTuneConfig:
-        name = stored.get("kind", LNTuningConfig.__name__)  # as in a dict written by hand
-        check_format(stored.get("format_version", FORMAT_VERSION))  # first: in a newer format all else may differ
-        if not isinstance(name, str) or name not in KINDS:
-            raise ConfigError(
-                f"this adapter is of kind {name!r}, and peft_lntune {__version__} knows {', '.join(sorted(KINDS))}. "
-                "Upgrade with `pip install -U peft-lntune`, or check where the file comes from."
-            )
-        kind = KINDS[name]
-        known = {field.name for field in fields(kind)}
-        unknown = sorted(stored.keys() - known)
-        if unknown:
-            # PEFT's own fallback would filter by the fields of the registered class and so lose those of the kind.
-            warnings.warn(
-                f"Unexpected keyword arguments {unknown} for class {name}, these are ignored. This probably means that "
-                "you're loading a configuration file that was saved using a higher version of the library and "
-                "additional parameters have been introduced since. It is highly recommended to upgrade with "
-                "`pip install -U peft-lntune`.",
-                stacklevel=2,
-            )
-        config = kind(**{name: value for name, value in stored.items() if name in known})
+        config = build(stored, KINDS)
         config.take_sizes(config)
         return config
 

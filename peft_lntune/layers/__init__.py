@@ -1,7 +1,18 @@
-"""The tuner layers: one state machine, and what is particular to norms and to other modules."""
+"""The tuner layers: state machines around a module or beside one, and what is particular to each method."""
 
 from peft_lntune.layers.base import PARAMETERS, LNTuneLayer
+from peft_lntune.layers.beside import BesideLayer
+from peft_lntune.layers.bottleneck import BottleneckLayer
 from peft_lntune.layers.module import ModuleLayer
 from peft_lntune.layers.norm import NormLayer
+from peft_lntune.layers.prefix import PrefixLayer
 
-__all__ = ["PARAMETERS", "LNTuneLayer", "ModuleLayer", "NormLayer"]
+__all__ = [
+    "PARAMETERS",
+    "BesideLayer",
+    "BottleneckLayer",
+    "LNTuneLayer",
+    "ModuleLayer",
+    "NormLayer",
+    "PrefixLayer",
+]

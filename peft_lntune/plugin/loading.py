@@ -25,7 +25,15 @@ from peft_lntune.errors import AdapterFileError, PeftLNTuneError
 from peft_lntune.fit import unpack_by
 from peft_lntune.model import LNTuneModel
 from peft_lntune.packing import is_packed
-from peft_lntune.storage import check_directory, check_tensors, hub_options, is_ours, of_adapter
+from peft_lntune.storage import (
+    check_directory,
+    check_tensors,
+    has_lora,
+    hub_options,
+    is_ours,
+    of_adapter,
+    with_lora_name,
+)
 
 __all__ = ["guard_loading"]
 
@@ -122,8 +130,12 @@ def _read_ours(model: nn.Module, given: dict[str, Any], model_id: Any, hub: dict
         check_tensors(None, tensors, where)
     else:
         tensors = load_peft_weights(str(model_id), device="cpu", **hub_options(hub))
-    if is_packed(tensors):
-        given.update(peft_config=config, adapter_state_dict=unpack_by(model, config, tensors, where))
+    if is_packed(tensors) or has_lora(tensors):
+        # Of the containers of this PEFT type alone it knows where the adapter's name belongs.
+        unpacked = unpack_by(model, config, tensors, where)
+        name = given.get("adapter_name") or "default"
+        named = {with_lora_name(key, name): value for key, value in unpacked.items()}
+        given.update(peft_config=config, adapter_state_dict=named)
 
 
 def _holds_ours(model_id: Any, hub: dict[str, Any]) -> bool:

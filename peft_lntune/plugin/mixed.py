@@ -12,8 +12,9 @@ from peft.tuners import mixed as package
 from peft.tuners.mixed import model as module
 from peft.utils import PeftType
 
-from peft_lntune.config import LNTuneConfig
+from peft_lntune.config import LNTuneConfig, UnifiedConfig
 from peft_lntune.config.base import PEFT_TYPE
+from peft_lntune.errors import UnsupportedError
 from peft_lntune.inject import create_and_replace, is_target, prepare
 from peft_lntune.layers import LNTuneLayer
 from peft_lntune.model import LNTuneModel
@@ -56,6 +57,11 @@ def _cases(originals: dict[str, Callable[..., Any]]) -> dict[str, Any]:
         return originals["_prepare_adapter_config"](peft_config, model_config)
 
     def _prepare_model(self: Any, peft_config: Any, model: Any) -> None:
+        if isinstance(peft_config, UnifiedConfig):
+            raise UnsupportedError(
+                "a UnifiedConfig is several adapters in one, and a PeftMixedModel injects one at a time. Use it in a "
+                "PeftModel (mixed=False), with LoRA as one of its parts; then it can be saved, too."
+            )
         if isinstance(peft_config, LNTuneConfig):
             prepare(peft_config, model)
         else:

@@ -23,6 +23,7 @@ from torch import nn
 
 import peft_lntune
 from peft_lntune import LNTuningConfig
+from peft_lntune.attention import IMPLEMENTATION
 from peft_lntune.plugin import install
 from peft_lntune.plugin.optional import PluginWarning, apply_optional
 from tests import adapted
@@ -59,6 +60,7 @@ class Name:
 
 MIXED = "adapters in a PeftMixedModel"
 GUARD = "refusing damaged adapters without a trace, and masked ones in transformers' load_adapter"
+PREFIXES = "prefixes"
 CARDS = "the line `import peft_lntune` in cards that PEFT or push_to_hub write"
 TUNER, LAYER = "peft.tuners.tuners_utils:BaseTuner", "peft.tuners.tuners_utils:BaseTunerLayer"
 
@@ -79,6 +81,13 @@ OPTIONAL = [
     Name("peft.utils.save_and_load:load_peft_weights", GUARD, ("plugin/loading.py",)),
     Name("transformers.integrations.peft:PeftAdapterMixin", GUARD, ("plugin/loading.py",)),
     Name("transformers.integrations.peft:PeftAdapterMixin.load_adapter", GUARD, ("plugin/loading.py",)),
+    Name(
+        "transformers.configuration_utils:PreTrainedConfig._attn_implementation",
+        PREFIXES,
+        ("layers/prefix.py", "plugin/attention.py"),
+    ),
+    Name("transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS", PREFIXES, ("attention.py",)),
+    Name("transformers.modeling_utils:AttentionInterface.register", PREFIXES, ("plugin/attention.py",)),
     Name("peft.peft_model:PeftModel.create_or_update_model_card", CARDS, ("plugin/cards.py",)),
     Name("transformers.utils.hub:PushToHubMixin", CARDS, ("plugin/cards.py",)),
     Name("transformers.utils.hub:PushToHubMixin._upload_modified_files", CARDS, ("plugin/cards.py",)),
@@ -93,7 +102,7 @@ REQUIRED = [
         for name in ("_member_names_", "_member_map_", "_value2member_map_")
     ),
     Name(f"{TUNER}._prepare_adapter_config", "injection", ("model.py", "plugin/mixed.py")),
-    Name(f"{TUNER}._prepare_model", "planning before anything changes", ("model.py", "plugin/mixed.py")),
+    Name(f"{TUNER}._prepare_model", "planning before anything changes", ("plugin/mixed.py",)),
     Name(f"{TUNER}._check_target_module_exists", "choosing modules", ("model.py", "plugin/mixed.py")),
     Name(f"{TUNER}._create_and_replace", "injection", ("model.py", "plugin/mixed.py")),
     Name(f"{TUNER}._replace_module", "injection", ("inject.py",)),
@@ -111,11 +120,24 @@ REQUIRED = [
         "adapter_names, and the warning before masks are fitted",
         ("model.py",),
     ),
-    Name(f"{LAYER}._disable_adapters", "disable_adapter", ("layers/base.py",)),
-    Name(f"{LAYER}._move_adapter_to_device_of_base_layer", "deltas keep their dtype", ("layers/base.py",)),
+    Name(
+        f"{LAYER}._disable_adapters", "disable_adapter", ("layers/base.py", "layers/beside.py", "layers/bottleneck.py")
+    ),
+    Name(
+        f"{LAYER}._move_adapter_to_device_of_base_layer",
+        "deltas keep their dtype",
+        ("layers/base.py", "layers/beside.py"),
+    ),
     Name("peft.tuners.tuners_utils:check_adapters_to_merge", "merging", ("layers/base.py",)),
+    Name("peft.tuners.tuners_utils:cast_adapter_dtype", "float32 LoRA over a half precision base", ("model.py",)),
+    Name("peft.tuners.tuners_utils:_maybe_include_all_linear_layers", 'LoRA at "all-linear"', ("lora.py",)),
+    Name("peft.tuners.lora:LoraModel._prepare_adapter_config", "LoRA as a part", ("lora.py",)),
+    Name("peft.tuners.lora:LoraModel._check_target_module_exists", "LoRA as a part", ("lora.py",)),
+    Name("peft.utils.other:get_pattern_key", "counting LoRA by rank_pattern", ("lora.py",)),
+    Name("transformers.pytorch_utils:Conv1D", "LoRA on GPT-2", ("lora.py",)),
     Name("peft.tuners.tuners_utils:check_target_module_exists", "choosing modules", ("plan.py", "inject.py")),
     Name("peft.tuners.tuners_utils:onload_layer", "merging under offloading", ("model.py",)),
+    Name("transformers.models.bert.modeling_bert:eager_attention_forward", "prefixes under eager", ("attention.py",)),
     Name("peft.utils.other:ModulesToSaveWrapper", "heads in mixed batches", ("heads.py",)),
     *(
         Name(f"peft.utils.merge_utils:{name}", "add_weighted_adapter", ("weighted.py",))
@@ -167,7 +189,8 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ):
         kept = inspect.getattr_static(mixed.MixedModel, attribute)
         monkeypatch.setattr(mixed.MixedModel, attribute, kept)
-    for patch in ("mixed", "loading", "cards"):
+    monkeypatch.delitem(transformers.AttentionInterface._global_mapping, IMPLEMENTATION)
+    for patch in ("mixed", "loading", "attention", "cards"):
         monkeypatch.delitem(sys.modules, f"peft_lntune.plugin.{patch}", raising=False)
     yield
     monkeypatch.undo()
@@ -181,6 +204,8 @@ def patched(feature: str) -> bool:
     hub = importlib.import_module("transformers.utils.hub")
     if feature == MIXED:
         return "LNTUNE" in getattr(mixed, "COMPATIBLE_TUNER_TYPES", ())
+    if feature == PREFIXES:
+        return IMPLEMENTATION in transformers.AttentionInterface()
     places: dict[str, list[Any]] = {
         GUARD: [(PeftModel, "load_adapter"), (PeftModel, "from_pretrained"), (native, "PeftAdapterMixin.load_adapter")],
         CARDS: [(PeftModel, "create_or_update_model_card"), (hub, "PushToHubMixin._upload_modified_files")],
@@ -209,7 +234,7 @@ def tune_once() -> None:
 @pytest.mark.parametrize("name", OPTIONAL, ids=ids)
 def test_without_it_one_warning_and_the_rest_works(name: Name, monkeypatch: pytest.MonkeyPatch) -> None:
     owner = next((cls for cls in getattr(name.owner, "__mro__", ()) if name.attribute in vars(cls)), name.owner)
-    features = {MIXED, GUARD, CARDS}
+    features = {MIXED, GUARD, PREFIXES, CARDS}
     assert not any(patched(feature) for feature in features)
     monkeypatch.delattr(owner, name.attribute)
     with pytest.warns(PluginWarning, match=f"Everything works except: {name.feature}. Upgrade peft_lntune") as caught:
@@ -226,7 +251,7 @@ def test_with_all_of_them_no_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         install()
-    assert all(patched(feature) for feature in (MIXED, GUARD, CARDS))
+    assert all(patched(feature) for feature in (MIXED, GUARD, PREFIXES, CARDS))
     tune_once()
 
 

@@ -1,0 +1,120 @@
+"""What a unified adapter may be made of, and the names by which papers call the combinations."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+from peft.utils import PeftType
+
+from peft_lntune.config.base import LNTuneConfig
+from peft_lntune.config.bottleneck import BottleneckConfig
+from peft_lntune.config.fisher_ln import FisherLNConfig
+from peft_lntune.config.kinds import build
+from peft_lntune.config.ln_tuning import LNTuningConfig
+from peft_lntune.config.prefix import PrefixConfig
+from peft_lntune.errors import ConfigError
+
+__all__ = ["NAMED_PARTS", "PART_KINDS", "check_part", "parts_of_preset", "read_part"]
+
+PART_KINDS: dict[str, type[LNTuneConfig]] = {
+    kind.__name__: kind for kind in (LNTuningConfig, FisherLNConfig, BottleneckConfig, PrefixConfig)
+}
+"""The kinds of this family that may be parts, by name."""
+
+NAMED_PARTS: dict[str, Callable[[], list[PeftConfig]]] = {
+    "ln": lambda: [LNTuningConfig()],
+    "fisher-ln": lambda: [FisherLNConfig()],
+    "lora": lambda: [LoraConfig()],
+    "prefix": lambda: [PrefixConfig()],
+    "mha-adapter": lambda: [BottleneckConfig(roles=["attention"])],
+    "ffn-adapter": lambda: [BottleneckConfig(roles=["ffn"])],
+    "mam": lambda: [PrefixConfig(), BottleneckConfig(position="parallel", roles=["ffn"], scale=4.0)],
+}
+"""What the names joined by `+` in a preset stand for. `mam`: mix-and-match, He et al. 2022 (arXiv 2110.04366)."""
+
+# Options of LoRA that reach beyond its own layers, each with the value at which it does not.
+_LORA_ALONE: dict[str, Any] = {
+    "bias": "none",
+    "modules_to_save": None,
+    "layer_replication": None,
+    "trainable_token_indices": None,
+    "target_parameters": None,
+    "alora_invocation_tokens": None,
+    "kasa_config": None,
+    "arrow_config": None,
+    "megatron_config": None,
+    "ensure_weight_tying": False,
+}
+_LORA_STARTS = (True, False, "gaussian", "orthogonal")  # the others change the base weights
+
+
+def parts_of_preset(preset: Any) -> list[PeftConfig]:
+    """The parts that a preset such as `"prefix+mha-adapter+ln"` stands for.
+
+    Raises:
+        ConfigError: a name is unknown, or there twice.
+
+    Example:
+        >>> [type(part).__name__ for part in parts_of_preset("mam+ln")]
+        ['PrefixConfig', 'BottleneckConfig', 'LNTuningConfig']
+    """
+    names = preset.split("+") if isinstance(preset, str) else [preset]
+    unknown = [name for name in names if name not in NAMED_PARTS]
+    if unknown:
+        raise ConfigError(
+            f"preset={preset!r}: {unknown[0]!r} is unknown. Join some of {', '.join(NAMED_PARTS)} by '+', as in "
+            "'prefix+mha-adapter+ln'."
+        )
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ConfigError(f"preset={preset!r} names {twice[0]!r} twice; a part counts once.")
+    return [part for name in names for part in NAMED_PARTS[name]()]
+
+
+def read_part(stored: Any) -> PeftConfig:
+    """A part as a config: given as one, or as the dict that JSON holds.
+
+    Raises:
+        ConfigError: it is neither, or of a kind that is no part.
+    """
+    if isinstance(stored, Mapping):
+        if stored.get("peft_type") == PeftType.LORA:
+            part: PeftConfig = PeftConfig.from_peft_type(**stored)
+        else:
+            part = build(stored, PART_KINDS)
+    else:
+        part = stored
+    if type(part) not in (*PART_KINDS.values(), LoraConfig):
+        raise ConfigError(
+            f"parts holds a {type(part).__name__}; a part is one of {', '.join(PART_KINDS)} or PEFT's LoraConfig."
+        )
+    # A copy, because injecting an adapter writes into its config.
+    return replace(part)
+
+
+def check_part(part: PeftConfig) -> None:
+    """Raise where a config asks for what only a whole adapter can do.
+
+    Raises:
+        ConfigError: `modules_to_save`, or an option of LoRA that reaches beyond its own layers.
+    """
+    name = type(part).__name__
+    if getattr(part, "modules_to_save", None) is not None:
+        raise ConfigError(
+            f"the part {name} has modules_to_save={part.modules_to_save!r}; they are saved once an adapter, so give "
+            "them to UnifiedConfig."
+        )
+    if isinstance(part, LNTuneConfig):
+        return
+    for field, neutral in _LORA_ALONE.items():
+        if (value := getattr(part, field, neutral)) != neutral:
+            raise ConfigError(
+                f"the part {name} has {field}={value!r}, which reaches beyond its own layers, so it cannot be a part. "
+                f"Leave it out ({field}={neutral!r}), or use LoRA as an adapter of its own."
+            )
+    if part.init_lora_weights not in _LORA_STARTS:
+        raise ConfigError(
+            f"the part {name} has init_lora_weights={part.init_lora_weights!r}, which changes the weights of the base "
+            f"model for every other adapter. Use one of {', '.join(map(repr, _LORA_STARTS))}."
+        )

@@ -1,0 +1,118 @@
+"""Several methods in one adapter: one config, one directory, one switch."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+
+from peft_lntune.config.base import LNTuneConfig
+from peft_lntune.config.ln_tuning import LNTuningConfig
+from peft_lntune.config.parts import check_part, parts_of_preset, read_part
+from peft_lntune.errors import ConfigError
+
+__all__ = ["UnifiedConfig", "norm_part", "parts_of", "with_norm_part"]
+
+# What says where and how to tune belongs to a part; here it would do nothing.
+_OF_PARTS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "delta_dtype")
+
+
+@dataclass(kw_only=True)
+class UnifiedConfig(LNTuneConfig):
+    """Norms, bottleneck adapters, prefixes and LoRA as one adapter: trained, saved, switched and loaded together.
+
+    Give either `parts` or `preset`.
+
+    Source: Qi et al. 2022 (arXiv 2211.08682), who found prefix + attention adapter + LN the best of their combinations,
+    and that an adapter at the FFN and LN together do worse than alone.
+
+    Args:
+        parts: configs: `LNTuningConfig`, `FisherLNConfig`, `BottleneckConfig`, `PrefixConfig`, PEFT's `LoraConfig`.
+        preset: names joined by `+`: `"ln"`, `"fisher-ln"`, `"lora"`, `"prefix"`, `"mha-adapter"`, `"ffn-adapter"`,
+            `"mam"`; such as `"prefix+mha-adapter+ln"`. It is turned into `parts`.
+        modules_to_save: see `LNTuneConfig`; for the adapter, not for a part.
+
+    Raises:
+        ConfigError: both or neither are given, a part is unknown or no part, or a field that belongs to a part.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=2))
+        >>> peft_model = get_peft_model(model, UnifiedConfig(preset="mha-adapter+ln"))
+        >>> [type(part).__name__ for part in peft_model.peft_config["default"].parts]
+        ['BottleneckConfig', 'LNTuningConfig']
+    """
+
+    parts: list[Any] | None = None
+    preset: str | None = None
+
+    def _check(self) -> None:
+        super()._check()
+        if (self.parts is None) == (self.preset is None):
+            raise ConfigError(
+                f"give exactly one of parts and preset, but got parts={self.parts!r} and preset={self.preset!r}. For "
+                'example UnifiedConfig(preset="prefix+mha-adapter+ln").'
+            )
+        for name in _OF_PARTS:
+            if (value := getattr(self, name)) is not None:
+                raise ConfigError(f"{name}={value!r} belongs to a part of a UnifiedConfig, not to the whole of it.")
+        if self.preset is not None:
+            self.parts, self.preset = parts_of_preset(self.preset), None
+        if not isinstance(self.parts, (list, tuple)) or not self.parts:
+            raise ConfigError(f"parts takes a list of at least one config, but got {self.parts!r}.")
+        self.parts = [read_part(part) for part in self.parts]
+        for part in self.parts:
+            check_part(part)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT's, with each part as it would be saved by itself."""
+        stored: dict[str, Any] = super().to_dict()
+        return {**stored, "parts": [_listed(part.to_dict()) for part in self.parts or ()]}
+
+    def effective_parts(self) -> list[PeftConfig]:
+        """The parts as configs that can be injected one after the other: with what is said once for all of them."""
+        shared = {name: getattr(self, name) for name in ("task_type", "inference_mode", "modules_to_save")}
+        found = []
+        for part in self.parts or ():
+            start = {} if self.init_weights else {_start(part): False}
+            own = replace(part, **shared, **start)
+            if isinstance(own, LNTuneConfig):
+                own.manifest = self.manifest
+                if "stored" in self.__dict__:
+                    own.__dict__["stored"] = True
+            found.append(own)
+        return found
+
+
+def parts_of(config: PeftConfig) -> list[PeftConfig]:
+    """The parts of a config; a plain one is its own only part."""
+    return list(config.parts or ()) if isinstance(config, UnifiedConfig) else [config]
+
+
+def norm_part(config: PeftConfig) -> LNTuningConfig | None:
+    """The part that tunes norms, if there is one; of several the first with a mask or a way to fit one."""
+    found = [part for part in parts_of(config) if isinstance(part, LNTuningConfig)]
+    special = [part for part in found if type(part) is not LNTuningConfig or part.mask_source is not None]
+    return next(iter((*special, *found)), None)
+
+
+def with_norm_part(config: LNTuneConfig, **changes: Any) -> LNTuneConfig:
+    """A copy of a config with fields of its `norm_part` changed."""
+    if not isinstance(config, UnifiedConfig):
+        return replace(config, **changes)
+    own = norm_part(config)
+    parts = [replace(own, **changes) if own is not None and part is own else part for part in parts_of(config)]
+    return replace(config, parts=parts)
+
+
+def _start(part: PeftConfig) -> str:
+    return "init_lora_weights" if isinstance(part, LoraConfig) else "init_weights"
+
+
+def _listed(value: Any) -> Any:
+    """Plain values as JSON has them, sets as sorted lists."""
+    if isinstance(value, dict):
+        return {key: _listed(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return [_listed(item) for item in value] if isinstance(value, (list, tuple)) else value

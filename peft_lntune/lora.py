@@ -1,0 +1,128 @@
+"""PEFT's LoRA as a part of our adapters: its layers are made, found and filled by PEFT's own code."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners import tuners_utils
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_lntune.core.norms import base_modules
+from peft_lntune.core.route import Route
+from peft_lntune.errors import ConfigError
+
+__all__ = ["LoraLayer", "LoraPart", "find_lora_targets", "routed_lora"]
+
+
+QUERY_VALUE = (
+    ("q_proj", "v_proj"),
+    ("query", "value"),
+    ("q_lin", "v_lin"),
+    ("q", "v"),
+    ("query_key_value",),
+    ("qkv_proj",),
+    ("c_attn",),
+    ("Wqkv",),
+)
+"""How models call what LoRA tunes by default, the projections to queries and values; for those PEFT has no list of."""
+
+
+class LoraPart(LoraModel):
+    """PEFT's LoRA tuner for a moment, at work in the model of another tuner. It owns nothing and replaces nothing.
+
+    Args:
+        model: the model that the other tuner has.
+        configs: the configs of all its adapters, a LoRA part in place of an adapter that has one.
+        active: the other tuner's active adapters.
+    """
+
+    def __init__(self, model: nn.Module, configs: Mapping[str, Any], active: list[str]) -> None:
+        nn.Module.__init__(self)  # PEFT's own would inject, and put its configs into the model
+        self.model = model
+        self.peft_config = dict(configs)
+        self.active_adapter = active
+        self.targeted_module_names: list[str] = []
+        self.targeted_parameter_names: list[str] = []
+
+
+@contextmanager
+def routed_lora(model: nn.Module, route: Route) -> Iterator[None]:
+    """Inside this context LoRA layers mix a batch as PEFT does it, a loop over adapters; `route` says whose each is."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    handles = [
+        layer.register_forward_pre_hook(partial(_named_rows, route, name), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _named_rows(route: Route, label: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    shape = args[0].shape
+    index = route.index(shape, label, torch.device("cpu")).tolist()
+    names = [route.order[place] for place in (index if len(index) == shape[0] else index * shape[0])]
+    return args, {**kwargs, "adapter_names": names}
+
+
+def find_lora_targets(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, dict[str, int]]:
+    """What a LoRA part would do to a model.
+
+    Args:
+        model: the model, plain or with adapters.
+        config: the part.
+
+    Returns:
+        The config with its target modules filled in, by PEFT's list for the model's type or by `QUERY_VALUE`; and for
+        each module that it matches, by name, the number of entries of its two matrices.
+
+    Raises:
+        ConfigError: PEFT has no default target modules for this model, or none matches.
+    """
+    tuner = LoraPart(model, {}, [])
+    try:
+        known = tuner._prepare_adapter_config(replace(config), tuners_utils.BaseTuner.get_model_config(tuner))
+    except ValueError as error:
+        endings = {name.rpartition(".")[2] for name in base_modules(model)}
+        usual = next((list(names) for names in QUERY_VALUE if endings.issuperset(names)), None)
+        if usual is None:
+            raise ConfigError(
+                "neither PEFT nor peft_lntune knows default target modules of LoRA for this model. Name them: "
+                'LoraConfig(target_modules=["q_proj", "v_proj"]).'
+            ) from error
+        known = replace(config, target_modules=usual)
+    known = tuners_utils._maybe_include_all_linear_layers(known, model)
+    modules = base_modules(model)
+    found = {n: m for n, m in modules.items() if n and tuner._check_target_module_exists(known, n)}
+    if not found:
+        raise ConfigError(
+            f"the LoRA part's target_modules={known.target_modules!r} match no module of this model. Name some that it "
+            'has, or use target_modules="all-linear".'
+        )
+    if all(isinstance(module, Conv1D) for module in found.values()):
+        known = replace(known, fan_in_fan_out=True)  # GPT-2's linear maps have their weight the other way round
+    return known, {name: _rank(known, name) * _sides(module) for name, module in found.items()}
+
+
+def _rank(config: LoraConfig, name: str) -> int:
+    rank: int = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
+    return rank
+
+
+def _sides(module: nn.Module) -> int:
+    """Inputs plus outputs of a module, as LoRA's two matrices count them: kernels belong to the inputs."""
+    for names in (("in_features", "out_features"), ("num_embeddings", "embedding_dim")):
+        sides = [getattr(module, name, None) for name in names]
+        if all(isinstance(side, int) for side in sides):
+            return sum(side for side in sides if side)
+    weight = getattr(module, "weight", None)
+    return weight.shape[0] + weight.numel() // weight.shape[0] if isinstance(weight, Tensor) and weight.dim() > 1 else 0
