@@ -7,7 +7,7 @@ import peft
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_lntune import LNTuningConfig, find_norms
+from peft_lntune import LNTuningConfig, UnifiedConfig, find_norms
 
 
 def find_head(model: PreTrainedModel) -> list[str]:
@@ -48,6 +48,11 @@ def attach(model: PreTrainedModel, task: str, make_config: Callable[..., peft.Pe
     return peft.get_peft_model(model, config)
 
 
+def preset(name: str) -> Callable[[PreTrainedModel, str], nn.Module]:
+    """Attach several methods as one adapter, by a preset of `UnifiedConfig`."""
+    return lambda model, task: attach(model, task, UnifiedConfig, preset=name)
+
+
 class Method(NamedTuple):
     """A learning rate that suits the method, and what turns the loaded model into the one to train.
 
@@ -67,5 +72,8 @@ METHODS = {
     ),
     "bitfit": Method(2e-3, lambda model, task: tune_only(model, lambda name: name.endswith("bias"))),
     "lora": Method(5e-4, lambda model, task: attach(model, task, peft.LoraConfig, r=8, lora_alpha=16)),
+    "prefix": Method(5e-3, preset("prefix")),
+    "mha-adapter": Method(2e-3, preset("mha-adapter")),
+    "prefix+mha-adapter+ln": Method(3e-3, preset("prefix+mha-adapter+ln")),
     "full": Method(5e-5, lambda model, task: tune_only(model, lambda name: True)),
 }
