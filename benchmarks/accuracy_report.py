@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.harness.classification import Protocol
-from benchmarks.harness.finals import Finals, differences, percents, verdict
+from benchmarks.harness.finals import Finals, differences, figures, verdict
 from benchmarks.harness.plots import plot_against_size
 from benchmarks.harness.rows import Row, Rows
 from benchmarks.harness.tables import markdown, mean_and_spread
@@ -37,7 +37,7 @@ def write_report(
     sizes = _sizes(found, tasks, arms)
     if sizes:
         panels = {
-            task: {dtype: {arm: percents(found.of(task, arm, dtype)) for arm in arms} for dtype in DTYPES}
+            task: {dtype: {arm: figures(found.of(task, arm, dtype)) for arm in arms} for dtype in DTYPES}
             for task in tasks
         }
         title = "Accuracy at equal steps: mean, worst and best seed"
@@ -62,7 +62,7 @@ def _line(found: Finals, task: str, arm: str) -> list[object]:
     return [
         arm,
         entries[0] if entries else None,
-        *(mean_and_spread(percents(each), len(found.seeds)) for each in rows.values()),
+        *(mean_and_spread(figures(each), len(found.seeds)) for each in rows.values()),
         *(found.rate(task, arm, dtype) for dtype in DTYPES),
         *map(_moved, rows.values()),
     ]

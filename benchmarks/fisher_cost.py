@@ -16,8 +16,8 @@ from benchmarks.harness.counting import peak_bytes
 from benchmarks.harness.models import load_classifier
 from benchmarks.harness.rows import Cell, Row, Rows
 from benchmarks.harness.runner import run_timed, stamp
+from benchmarks.harness.splits import Batch
 from benchmarks.harness.tables import NOT_RUN, cost_table
-from benchmarks.harness.tasks import Batch
 from benchmarks.harness.timing import summary, take_turns
 from peft_lntune import find_norms, fisher_scores
 

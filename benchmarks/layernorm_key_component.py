@@ -8,7 +8,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from benchmarks.harness.classification import (
     Kind,
     Place,
     Protocol,
+    choose_model,
     experiment_parser,
     final_cells,
     load_base,
@@ -27,9 +28,8 @@ from benchmarks.harness.classification import (
     search_cells,
 )
 from benchmarks.harness.masked import DENSITY
-from benchmarks.harness.models import default_model
 from benchmarks.harness.rows import Cell, Row, Rows
-from benchmarks.harness.tasks import TEXT_COLUMNS
+from benchmarks.harness.tasks import TEXT_COLUMNS, load_task
 from benchmarks.layernorm_key_component_report import Scope, write_report
 from peft_lntune.analysis import Table, parameter_change
 
@@ -110,7 +110,7 @@ def run_cell(cell: Cell, protocol: Protocol, place: Place, rates: dict[Kind, flo
 
 def changed(model: Any, cell: Cell, protocol: Protocol, place: Place) -> Row:
     """Compare a trained model with its start: each component and layer, and each component with its layers pooled."""
-    start = load_base(cell, protocol, place, model.config.num_labels)
+    start = load_base(cell, protocol, place, load_task(cell["task"], place.data_dir, place.model))
     tables = {name: parameter_change(start, model, layers=name == "layers") for name in ("layers", "components")}
     return {"change": {name: {"columns": table.columns, "rows": _rounded(table)} for name, table in tables.items()}}
 
@@ -146,14 +146,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def choose_model(options: argparse.Namespace) -> tuple[str, Protocol]:
-    """Return the model and the protocol, whose name tells any model but MiniLM, since rows are found by it."""
-    model, protocol = options.model or EXTENTS[options.protocol].model, PROTOCOLS[options.protocol]
-    if model is None:
-        return default_model(), protocol
-    return model, replace(protocol, name=f"{protocol.name}-{Path(model).name}")
-
-
 def scope(options: argparse.Namespace, protocol: Protocol, rows: Rows) -> Scope:
     """Return what is reported: what the protocol plans, and what else has been asked for or run."""
     extent = EXTENTS[options.protocol]
@@ -176,7 +168,8 @@ def scope(options: argparse.Namespace, protocol: Protocol, rows: Rows) -> Scope:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, list or report; return how many runs failed."""
     options = parse(arguments)
-    options.model, protocol = choose_model(options)
+    usual = EXTENTS[options.protocol].model
+    options.model, protocol = choose_model(options.model, usual, PROTOCOLS[options.protocol])
     rows = Rows(options.results / f"{NAME}.jsonl")
     rows.adopt(shared_rows(options.results))
     failed = 0

@@ -12,12 +12,10 @@ import torch
 from torch import nn
 
 from benchmarks.harness.arms import find_arm, own_parameters
-from benchmarks.harness.counting import peak_bytes
+from benchmarks.harness.costs import in_turns, training_call
 from benchmarks.harness.models import load_classifier, tiny_llama
 from benchmarks.harness.rows import Cell, Row
 from benchmarks.harness.runner import run_timed, stamp
-from benchmarks.harness.timing import summary, take_turns
-from benchmarks.harness.training import make_optimizer, train_step
 from benchmarks.speed_report import write_report
 
 # The first of each list is what the others are compared with; the second is the same again, to see the noise.
@@ -56,10 +54,7 @@ def run_cell(cell: Cell, checkpoint: str, device: torch.device) -> Row:
                 continue  # a Llama has no biases
         make = {"training": _training, "evaluation": _evaluation, "generation": _generation}[cell["measure"]]
         calls[name] = make(model, cell, protocol, device)
-    seconds = take_turns(calls, protocol["rounds"], device)
-    arms = summary(seconds, next(iter(calls)))
-    for name, call in calls.items():
-        arms[name]["accelerator_memory_max"] = peak_bytes(call, device)
+    arms = in_turns(calls, protocol["rounds"], device)
     return {"arms": arms, "rounds": protocol["rounds"], **stamp(device)}
 
 
@@ -78,10 +73,9 @@ def _inputs(protocol: dict[str, Any], device: torch.device) -> dict[str, torch.T
 
 def _training(model: nn.Module, cell: Cell, protocol: dict[str, Any], device: torch.device) -> Callable[[], object]:
     """Return a whole training step: forward, backward, AdamW."""
-    model.train()
     batch = _inputs(protocol, device)
     batch["labels"] = batch["input_ids"] if cell["model"] == "tiny-llama" else batch["input_ids"][:, 0] % 2
-    return partial(train_step, model, batch, make_optimizer(model, 1e-5))
+    return training_call(model, batch)
 
 
 def _evaluation(model: nn.Module, cell: Cell, protocol: dict[str, Any], device: torch.device) -> Callable[[], object]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dtype, onload_layer
 from torch import Tensor, nn
 
@@ -30,6 +30,7 @@ from peft_lntune.inject import create_and_replace, is_target, prepare, route_of
 from peft_lntune.layers import PARAMETERS, BesideLayer, LNTuneLayer, NormLayer
 from peft_lntune.lora import LoraLayer, LoraPart, routed_lora
 from peft_lntune.packing import pack
+from peft_lntune.plan import plan
 from peft_lntune.selection.masks import check_masks
 from peft_lntune.storage import check_tensors, dropped_tensors, manifest_of, of_adapter, without_adapter_name
 from peft_lntune.weighted import MAJORITY_SIGNS, combine, combined_config, drop_untuned
@@ -84,7 +85,7 @@ class LNTuneModel(BaseTuner):
                 _warn_of_combination(config)
         if not stored:
             # All entries are tuned now, also where the config was taken from a masked adapter.
-            self._record(adapter_name, None)
+            self.record(adapter_name, None)
 
     def _lora(self) -> LoraPart:
         configs = {
@@ -191,6 +192,9 @@ class LNTuneModel(BaseTuner):
         norms = norm_part(config)
         partial = norms is not None and norms.mask_source is not None
         config.manifest = manifest_of(stored, partial=partial) if whole else None
+        if "tuned" in (config.manifest or {}):
+            base = model.get_base_model() if isinstance(model, PeftModel) else model
+            config.manifest["selected"] = plan(base, config).selected
         return pack(stored) if whole else tensors
 
     @classmethod
@@ -252,7 +256,7 @@ class LNTuneModel(BaseTuner):
         source = recorded({"made": "by hand"} if source is None else source)
         for name, (layer, parameter) in places.items():
             layer.set_mask(parameter, adapter_name, masks.get(name))
-        self._record(adapter_name, source)
+        self.record(adapter_name, source)
 
     def clear_masks(self, adapter_name: str = "default") -> None:
         """Tune every entry again that the config selects; the inverse of `set_masks`, and like it before the optimizer.
@@ -285,7 +289,7 @@ class LNTuneModel(BaseTuner):
             if adapter_name in layer.deltas(parameter)
         }
 
-    def _record(self, adapter_name: str, source: dict[str, Any] | None) -> None:
+    def record(self, adapter_name: str, source: dict[str, Any] | None) -> None:
         """Say how the mask of an adapter was made, in a config of its own: users make several adapters from one."""
         config = self.peft_config[adapter_name]
         norms = norm_part(config)
@@ -338,7 +342,7 @@ class LNTuneModel(BaseTuner):
             if norms is not None and norms.mask_source is not None:
                 drop_untuned(layer, adapters, adapter_name)
         concatenate(self.model, adapters, weights, adapter_name)
-        self._record(adapter_name, norms.mask_source if norms is not None else None)
+        self.record(adapter_name, norms.mask_source if norms is not None else None)
         for donor in sources:
             copy_heads(self.model, donor, adapter_name)
 

@@ -61,10 +61,13 @@ class Plan:
     Attributes:
         parts: the modules to tune, by name.
         left_out: norms that the config does not tune, by name, with the reason.
+        selected: entries of the deltas that the config selects, whether or not a mask leaves them out; it tells a saved
+            mask of another model, where all that it tunes happens to be in this one too.
     """
 
     parts: Mapping[str, Part]
     left_out: Mapping[str, str] = field(default_factory=dict)
+    selected: int = 0
 
     @property
     def entries(self) -> int:
@@ -119,7 +122,8 @@ def plan(model: nn.Module, config: PeftConfig, counts: Mapping[str, int | None] 
     """
     plans = [planned for _, planned in plan_parts(model, config, counts)]
     left_out = {name: reason for planned in plans for name, reason in planned.left_out.items()}
-    return Plan({name: part for planned in plans for name, part in planned.parts.items()}, left_out)
+    parts = {name: part for planned in plans for name, part in planned.parts.items()}
+    return Plan(parts, left_out, sum(planned.selected for planned in plans))
 
 
 def plan_parts(
@@ -223,9 +227,11 @@ def _plan_deltas(model: nn.Module, config: LNTuningConfig, counts: Mapping[str, 
     norms = find_norms(model, parameterless=True)
     reasons: dict[str, str] = {}
     parts: dict[str, Part] = {}
+    selected = 0
     for name in norms if config.target_modules is None else modules:
         reason = _reason_to_leave(config, name, norms.get(name))
         if reason is None:
+            selected += sum(total for _, total in part_of(config, name, modules[name]).entries.values())
             parts[name] = part_of(config, name, modules[name], norms.get(name), counts)
         reasons[name] = reason or ""
     parts = {name: part for name, part in parts.items() if part.entries}
@@ -233,7 +239,7 @@ def _plan_deltas(model: nn.Module, config: LNTuningConfig, counts: Mapping[str, 
     left_out = {name: left_out[name] for name in norms if name in left_out}
     if not parts:
         raise NoMatchError(_nothing(config, norms, left_out, modules))
-    return Plan(parts, left_out)
+    return Plan(parts, left_out, selected)
 
 
 def _reason_to_leave(config: LNTuningConfig, name: str, norm: Norm | None) -> str | None:

@@ -6,9 +6,11 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from peft_lntune import (
+    AdapterFileError,
     ConfigError,
     DataError,
     FisherFit,
@@ -373,3 +375,34 @@ class TestTrainingWithoutMasks:
         assert torch.equal(said(compiled, inputs("bert")), output(peft_model, inputs("bert")))
         with pytest.warns(UserWarning, match=self.MESSAGE):  # which no graph can say
             said(peft_model, inputs("bert"))
+
+
+def test_masks_of_a_model_with_fewer_layers_are_refused(tmp_path):
+    def bert(layers):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 40}
+        config = transformers.BertConfig(**sizes, num_hidden_layers=layers, num_labels=3)
+        return transformers.BertForSequenceClassification(config)
+
+    peft_model = get_peft_model(bert(2), FisherLNConfig(density=0.3, num_samples=6, task_type="SEQ_CLS"))
+    fit_fisher_masks(peft_model, batches())
+    peft_model.save_pretrained(tmp_path)
+    deeper = bert(3)
+    before = snapshot(deeper)
+    with pytest.raises(AdapterFileError, match="chosen among 160 entries, and its config selects 224 in this model"):
+        PeftModel.from_pretrained(deeper, tmp_path)
+    assert_unchanged(deeper, before)
+    PeftModel.from_pretrained(bert(2), tmp_path)
+
+
+def test_an_adapter_that_is_loaded_over_says_where_its_new_mask_came_from(tmp_path):
+    masks = [{f"{NORM}.bias": torch.arange(16) < 4}, {f"{NORM}.bias": torch.arange(16) >= 12}]
+    first, second = adapt(), adapt()
+    first.base_model.set_masks(masks[0], source={"made": "first"})
+    second.base_model.set_masks(masks[1], source={"made": "second"})
+    fill(second, "default")
+    second.save_pretrained(tmp_path)
+    first.load_adapter(tmp_path, "default")
+    assert first.peft_config["default"].mask_source == {"made": "second"}
+    assert torch.equal(output(first, batches()[0]), output(second, batches()[0]))
+    assert torch.equal(deltas(first)[f"{NORM}.bias"].tuned(), masks[1][f"{NORM}.bias"])

@@ -1,8 +1,10 @@
 """Arms: ways to choose what is trained. One small function each, model -> the same model, ready to train."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +12,15 @@ from torch import Tensor, nn
 from benchmarks.harness.models import head_modules
 
 Tune = Callable[[nn.Module], nn.Module]
+# Ends of transformers' class names, and PEFT's names for what the models do.
+TASK_TYPES = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForCausalLM": "CAUSAL_LM",
+}
+LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16}
+SHARE = 0.0033  # of the model's entries: what arXiv 2211.08682 gives a prefix and an adapter each
 
 
 @dataclass(frozen=True)
@@ -86,9 +97,8 @@ def _peft(model: nn.Module, config: Any) -> nn.Module:
 
     heads = [name.split(".")[-1] for name in head_modules(model)]
     if heads:
-        config.modules_to_save, config.task_type = heads, "SEQ_CLS"
-    elif hasattr(model, "lm_head"):
-        config.task_type = "CAUSAL_LM"
+        config.modules_to_save = heads
+    config.task_type = next((kind for end, kind in TASK_TYPES.items() if type(model).__name__.endswith(end)), None)
     return peft.get_peft_model(model, config)
 
 
@@ -130,7 +140,7 @@ def lora(model: nn.Module) -> nn.Module:
     """Train LoRA of rank 8 on PEFT's default targets (query and value)."""
     import peft
 
-    return _peft(model, peft.LoraConfig(r=8, lora_alpha=16))
+    return _peft(model, peft.LoraConfig(**LORA))
 
 
 @arm("road")
@@ -175,3 +185,63 @@ def ln_ffn(model: nn.Module) -> nn.Module:
 def ln_attention(model: nn.Module) -> nn.Module:
     """Train deltas on the norms of attention layers: BERT's `attention.output.LayerNorm`."""
     return _ln(model, roles=["attention"])
+
+
+@arm("ln-lower", rates=(3e-3, 7e-3, 2e-2))
+def ln_lower(model: nn.Module) -> nn.Module:
+    """Train deltas on the norms of the lower half of the layers."""
+    return _ln(model, layers_to_transform=_layers(model)[: len(_layers(model)) // 2])
+
+
+@arm("ln-upper", rates=(3e-3, 7e-3, 2e-2))
+def ln_upper(model: nn.Module) -> nn.Module:
+    """Train deltas on the norms of the upper half of the layers."""
+    return _ln(model, layers_to_transform=_layers(model)[len(_layers(model)) // 2 :])
+
+
+def _layers(model: Any) -> list[int]:
+    return list(range(model.config.num_hidden_layers))
+
+
+# The parts of arXiv 2211.08682 and what they are joined to, by the names of UnifiedConfig's presets.
+COMBINED = {
+    "mha-adapter": (1e-3, 3e-3, 1e-2),
+    "ffn-adapter": (1e-3, 3e-3, 1e-2),
+    "prefix": (3e-3, 1e-2, 3e-2),
+    "mha-adapter+ln": (1e-3, 3e-3, 1e-2),
+    "ffn-adapter+ln": (1e-3, 3e-3, 1e-2),
+    "prefix+ln": (3e-3, 7e-3, 2e-2),
+    "prefix+mha-adapter+ln": (1e-3, 3e-3, 1e-2),
+    "mam": (1e-3, 3e-3, 1e-2),
+    "mam+ln": (1e-3, 3e-3, 1e-2),
+    "lora+ln": (1e-3, 3e-3, 1e-2),
+}
+
+
+def part_size(model: Any) -> int:
+    """Return the bottleneck size and the prefix length at which each has about `SHARE` of a model's entries.
+
+    A prefix of P tokens has 2 P d entries a layer; an adapter of size P at one sub-layer has its biases more.
+    """
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return max(1, round(SHARE * total / (2 * model.config.hidden_size * model.config.num_hidden_layers)))
+
+
+def _combined(model: nn.Module, preset: str) -> nn.Module:
+    """Train the parts of a preset, adapters and prefixes of `part_size`, LoRA of the rank of its own arm."""
+    from peft_lntune import UnifiedConfig
+
+    sizes: dict[str, dict[str, Any]] = {
+        "BottleneckConfig": {"bottleneck_size": part_size(model)},
+        "PrefixConfig": {"num_virtual_tokens": part_size(model)},
+        "LoraConfig": LORA,
+    }
+    parts = UnifiedConfig(preset=preset).parts or []
+    sized = [replace(part, **sizes.get(type(part).__name__, {})) for part in parts]
+    with warnings.catch_warnings():  # of an adapter at the FFN with LN: whether it hurts is what is asked here
+        warnings.filterwarnings("ignore", message="an adapter at the FFN together with LN-tuning")
+        return _peft(model, sized[0] if len(sized) == 1 else UnifiedConfig(parts=sized))
+
+
+for _preset, _rates in COMBINED.items():
+    arm(_preset, _rates)(partial(_combined, preset=_preset))

@@ -1,9 +1,9 @@
-"""One cell of a classification experiment: an arm, a task, a dtype, a seed; and the search for its learning rate."""
+"""One cell of an experiment that trains: an arm, a task, a dtype, a seed; and the search for its learning rate."""
 
 import argparse
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ from torch import nn
 
 from benchmarks.harness.arms import find_arm
 from benchmarks.harness.environment import write_environment
-from benchmarks.harness.models import load_classifier
+from benchmarks.harness.metrics import metric_of
+from benchmarks.harness.models import default_model, load_model
 from benchmarks.harness.rows import Cell, Row, Rows
 from benchmarks.harness.runner import base_parser, format_seconds, parse_device, run_cells, stamp, start_process
-from benchmarks.harness.tasks import Task, batches, load_task
-from benchmarks.harness.training import Schedule, accuracy, counts, make_optimizer, saved_bytes, train, train_step
+from benchmarks.harness.splits import batches
+from benchmarks.harness.tasks import Task, load_task
+from benchmarks.harness.training import Schedule, counts, make_optimizer, saved_bytes, train, train_step
 
 Kind = tuple[str, str, str]
 Tuner = Callable[[nn.Module, Cell, Task], nn.Module]
@@ -68,6 +70,20 @@ class Place:
     device: str
 
 
+def choose_model(asked: str | None, usual: str | None, protocol: Protocol) -> tuple[str, Protocol]:
+    """Return the model and the protocol, whose name tells any model but MiniLM, since rows are found by it.
+
+    Args:
+        asked: on the command line.
+        usual: where nothing was asked for; None is MiniLM.
+        protocol: as it is for MiniLM.
+    """
+    model = asked or usual
+    if model is None:
+        return default_model(), protocol
+    return model, replace(protocol, name=f"{protocol.name}-{Path(model).name}")
+
+
 def kind(cell: Cell) -> Kind:
     """Return what a learning rate is chosen for."""
     return cell["task"], find_arm(cell["arm"]).rate_of or cell["arm"], cell["dtype"]
@@ -95,7 +111,8 @@ def best_rates(rows: Rows, protocol: Protocol, kinds: Iterable[Kind]) -> dict[Ki
         searched = [rows.get(cell) for cell in search_cells(protocol, task, arm, dtype)]
         known = [row for row in searched if row is not None]
         if known and len(known) == len(searched):
-            best = max(known, key=lambda row: (row["metrics"]["held_out_accuracy"], -row["learning_rate"]))
+            metric = metric_of(task)
+            best = max(known, key=lambda row: (metric.held_out(row["metrics"]), -row["learning_rate"]))
             found[task, arm, dtype] = float(best["learning_rate"])
     return found
 
@@ -184,15 +201,15 @@ def run_cell(
     if search:
         task = task.held_out()
     rate = cell["learning_rate"] if search else rates[kind(cell)]
-    model = tune(load_base(cell, protocol, place, task.num_labels), cell, task).to(device)
+    model = tune(load_base(cell, protocol, place, task), cell, task).to(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     steps = protocol.length(cell)
     data = batches(task.train, protocol.batch_size, steps, cell["seed"], device)
     trained = train(model, data, Schedule(steps, rate))
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    score = round(accuracy(model, task.validation, device), 5)
-    metrics: dict[str, Any] = {"held_out_accuracy" if search else "accuracy": score}
+    scores = task.score(model, device)
+    metrics: dict[str, Any] = {f"held_out_{k}" if search else k: round(value, 5) for k, value in scores.items()}
     metrics |= {name: trained.pop(name) for name in ("train_loss", "moved")}
     return {
         "learning_rate": rate,
@@ -211,7 +228,7 @@ def run_cell(
 def step_seconds(cell: Cell, protocol: Protocol, place: Place) -> float:
     """Return the time of one training step, after one that warms up."""
     task = load_task(cell["task"], place.data_dir, place.model)
-    model = by_name(load_base(cell, protocol, place, task.num_labels), cell, task).to(place.device).train()
+    model = by_name(load_base(cell, protocol, place, task), cell, task).to(place.device).train()
     optimizer = make_optimizer(model, 1e-5)
     seconds = 0.0
     for batch in batches(task.train, protocol.batch_size, 2, 0, torch.device(place.device)):
@@ -233,6 +250,6 @@ def estimate(cells: Iterable[Cell], protocol: Protocol, place: Place) -> float:
     return seconds
 
 
-def load_base(cell: Cell, protocol: Protocol, place: Place, num_labels: int) -> nn.Module:
+def load_base(cell: Cell, protocol: Protocol, place: Place, task: Task) -> nn.Module:
     """Load the base model of a cell with the fresh head of its seed."""
-    return load_classifier(place.model, num_labels, cell["dtype"], cell["seed"], protocol.dropout)
+    return load_model(place.model, task.head, cell["dtype"], cell["seed"], protocol.dropout)

@@ -1,4 +1,4 @@
-"""The reported rows of a classification experiment, and sentences about them."""
+"""The reported rows of an experiment, and sentences about them."""
 
 import statistics
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks.harness.arms import find_arm
 from benchmarks.harness.classification import Protocol, best_rates, final_cells
+from benchmarks.harness.metrics import ACCURACY, metric_of
 from benchmarks.harness.rows import Row, Rows
 from benchmarks.harness.tables import mean_and_spread
 
@@ -31,23 +32,28 @@ class Finals:
         return f"{chosen:g}" + (" (edge)" if chosen in (min(rates), max(rates)) else "")
 
 
-def percents(rows: Sequence[Row]) -> list[float]:
-    """Return the accuracy of each row in per cent."""
-    return [100 * row["metrics"]["accuracy"] for row in rows]
+def figures(rows: Sequence[Row]) -> list[float]:
+    """Return the score of each row by its task's metric, as tables show it: accuracy in per cent and the like."""
+    return [metric_of(row["cell"]["task"]).shown(row["metrics"]) for row in rows]
+
+
+def by_seed(rows: Sequence[Row]) -> dict[int, float]:
+    """Return seed -> score."""
+    return {row["cell"]["seed"]: score for row, score in zip(rows, figures(rows), strict=True)}
 
 
 def differences(ours: Sequence[Row], theirs: Sequence[Row]) -> dict[int, float]:
-    """Return seed -> ours minus theirs, in points, for every seed that both have.
+    """Return seed -> by how many points ours are better than theirs, for every seed that both have.
 
     Example:
-        >>> row = lambda seed, score: {"cell": {"seed": seed}, "metrics": {"accuracy": score}}
+        >>> row = lambda seed, score: {"cell": {"task": "sst2", "seed": seed}, "metrics": {"accuracy": score}}
         >>> differences([row(0, 0.75), row(1, 0.5)], [row(0, 0.5)])
         {0: 25.0}
     """
-    scores = [
-        {row["cell"]["seed"]: score for row, score in zip(rows, percents(rows), strict=True)} for rows in (ours, theirs)
-    ]
-    return {seed: score - scores[1][seed] for seed, score in scores[0].items() if seed in scores[1]}
+    first, second = by_seed(ours), by_seed(theirs)
+    shared = [seed for seed in first if seed in second]
+    metric = metric_of(ours[0]["cell"]["task"]) if shared else ACCURACY
+    return {seed: metric.gain(first[seed] - second[seed]) for seed in shared}
 
 
 def verdict(wanted: str, measured: Sequence[float], planned: int, held: bool) -> str:

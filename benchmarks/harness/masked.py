@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from benchmarks.harness.arms import arm, ln
 from benchmarks.harness.classification import Kind, Place, Protocol, by_name, kind, load_base
 from benchmarks.harness.rows import Cell
-from benchmarks.harness.tasks import Task, batches, load_task
+from benchmarks.harness.splits import batches
+from benchmarks.harness.tasks import Task, load_task
 from benchmarks.harness.training import Schedule, train
 from peft_lntune import (
     change_scores,
@@ -57,7 +58,7 @@ class Source:
 
     def model(self) -> nn.Module:
         """Load the pretrained body with the fresh head that training starts from."""
-        return load_base(self.cell, self.protocol, self.place, self.task.num_labels).to(self.place.device)
+        return load_base(self.cell, self.protocol, self.place, self.task).to(self.place.device)
 
     def of(self, task: str) -> "Source":
         """Return the same for another task."""

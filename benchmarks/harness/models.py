@@ -1,16 +1,19 @@
 """The models that are measured: a checkpoint with a fresh head, and a tiny decoder made from a config."""
 
 import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 HEADS = frozenset(
-    {"pooler", "classifier", "score", "pre_classifier"}
-)  # module names of heads in transformers' classifiers
+    {"pooler", "classifier", "score", "pre_classifier", "qa_outputs"}
+)  # module names of heads in transformers' models for a task
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -26,31 +29,54 @@ def default_model() -> str:
     return str(Path(spec.origin).parent / "model")
 
 
-def load_classifier(model: str, num_labels: int, dtype: str, seed: int, dropout: float | None) -> nn.Module:
-    """Load a sequence classifier with a fresh head, its body in `dtype` and its head in float32.
+@dataclass(frozen=True)
+class Head:
+    """What a model of a task ends in.
+
+    Attributes:
+        auto_class: loads a checkpoint with a fresh head of this kind.
+        fields: of the config, that shape the head.
+    """
+
+    auto_class: Any
+    fields: Mapping[str, Any]
+
+
+def classes(number: int) -> Head:
+    """Return a head that tells this number of classes, or for 1 one that answers a value."""
+    problem = "regression" if number == 1 else "single_label_classification"
+    return Head(AutoModelForSequenceClassification, {"num_labels": number, "problem_type": problem})
+
+
+def load_model(model: str, head: Head, dtype: str, seed: int, dropout: float | None) -> nn.Module:
+    """Load a checkpoint with a fresh head, its body in `dtype` and its head in float32.
 
     A float32 head in every arm leaves one difference between the arms in bf16: how the method keeps its own tensors.
 
     Args:
         model: folder or Hub id.
-        num_labels: classes of the head.
+        head: what it ends in.
         dtype: `float32` or `bfloat16`, of the body.
         seed: of the fresh head.
         dropout: replaces the dropout of the checkpoint; None keeps it.
     """
-    changes: dict[str, Any] = {}
-    if dropout is not None:
-        changes = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    config = AutoConfig.from_pretrained(model, **head.fields)
+    for name in DROPOUTS:
+        if dropout is not None and hasattr(config, name):
+            setattr(config, name, dropout)
     torch.manual_seed(seed)
-    loaded = AutoModelForSequenceClassification.from_pretrained(
-        model, num_labels=num_labels, dtype=torch.float32, problem_type="single_label_classification", **changes
-    )
+    loaded: nn.Module = head.auto_class.from_pretrained(model, config=config, dtype=torch.float32)
     loaded.to(DTYPES[dtype])
     if dtype != "float32":
         for module in head_modules(loaded).values():
             module.float()
             module.register_forward_pre_hook(_widen)
     return loaded
+
+
+def load_classifier(model: str, num_labels: int, dtype: str, seed: int, dropout: float | None) -> nn.Module:
+    """Load a sequence classifier, see `load_model`."""
+    return load_model(model, classes(num_labels), dtype, seed, dropout)
 
 
 def head_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -1,14 +1,18 @@
-"""Classification tasks: rows with GLUE's columns, tokenized once, in batches of about equal length."""
+"""Tasks: two splits, a head, and how answers are scored. Here: classification and regression with GLUE's columns."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
+
+from benchmarks.harness.evaluation import accuracy, correlations
+from benchmarks.harness.models import Head, classes
+from benchmarks.harness.splits import Data, Split
 
 HUB_NAMES = {"trec": ("CogComp/trec", None)}  # the others are GLUE's
 TEXT_COLUMNS = {
@@ -20,45 +24,28 @@ TEXT_COLUMNS = {
     "qqp": ("question1", "question2"),
     "rte": ("sentence1", "sentence2"),
 }
+SIMILARITY = {"stsb": ("sentence1", "sentence2")}  # the label is a number
 LABEL_COLUMNS = {"trec": ("label", "coarse_label")}  # the Hub's copy calls the six classes coarse_label
-POOL = 16  # batches that are sorted by length together: little padding, still a random order
-Batch = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Split:
-    """Tokenized rows: `tokens[i]` are the ids of row i, `labels[i]` its class."""
-
-    tokens: tuple[tuple[int, ...], ...]
-    labels: tuple[int, ...]
-    pad: int
-
-    def __len__(self) -> int:
-        """Count the rows."""
-        return len(self.labels)
-
-    def take(self, indices: list[int]) -> "Split":
-        """Return the chosen rows, in the order given."""
-        return Split(tuple(self.tokens[i] for i in indices), tuple(self.labels[i] for i in indices), self.pad)
-
-    def batch(self, indices: list[int], device: torch.device) -> Batch:
-        """Pad the chosen rows to the longest of them: `input_ids`, `attention_mask` (B, T) and `labels` (B,)."""
-        length = max(len(self.tokens[i]) for i in indices)
-        ids = torch.tensor([[*self.tokens[i], *[self.pad] * (length - len(self.tokens[i]))] for i in indices])
-        sizes = torch.tensor([len(self.tokens[i]) for i in indices])
-        mask = (torch.arange(length) < sizes[:, None]).long()
-        labels = torch.tensor([self.labels[i] for i in indices])
-        return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
+Load = Callable[[str, Path | None, str], "Task"]
 
 
 @dataclass(frozen=True)
 class Task:
-    """A training and a validation split, and the number of classes."""
+    """A training and a validation split, the head of its models, and what scores them.
+
+    Attributes:
+        name: as in cells.
+        train: rows to train on.
+        validation: rows to score.
+        head: what a model of this task ends in.
+        evaluate: model, rows and device -> the task's figures, see `metrics.metric_of`.
+    """
 
     name: str
-    train: Split
-    validation: Split
-    num_labels: int
+    train: Data
+    validation: Data
+    head: Head
+    evaluate: Callable[[nn.Module, Any, torch.device], dict[str, float]]
 
     def held_out(self) -> "Task":
         """Return a task of the training rows alone, a tenth of them (1,000 at most) held out as its validation split.
@@ -67,66 +54,58 @@ class Task:
         """
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0)).tolist()
         size = min(1000, len(order) // 10)
-        return Task(self.name, self.train.take(order[size:]), self.train.take(order[:size]), self.num_labels)
+        return replace(self, train=self.train.take(order[size:]), validation=self.train.take(order[:size]))
+
+    def score(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        """Return the figures of a model on the validation split."""
+        return self.evaluate(model, self.validation, device)
 
 
-def batches(split: Split, size: int, steps: int, seed: int, device: torch.device) -> Iterator[Batch]:
-    """Yield `steps` shuffled batches, going through the rows as often as it takes.
-
-    The order depends on the seed alone, so every arm sees the same batches.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    given = 0
-    while given < steps:
-        for indices in _epoch(split, size, generator):
-            if given == steps:
-                return
-            given += 1
-            yield split.batch(indices, device)
+LOADERS: dict[str, Load] = {}
 
 
-def ordered_batches(split: Split, size: int, device: torch.device) -> Iterator[Batch]:
-    """Yield every row once, sorted by length."""
-    order = sorted(range(len(split)), key=lambda i: len(split.tokens[i]))
-    for start in range(0, len(order), size):
-        yield split.batch(order[start : start + size], device)
+def loads(name: str) -> Callable[[Load], Load]:
+    """Register a function that loads the task `name`: name, folder of the data, model -> the task."""
 
+    def add(load: Load) -> Load:
+        if name in LOADERS:
+            raise ValueError(f"There is a loader of {name} already; there are {sorted(LOADERS)}.")
+        LOADERS[name] = load
+        return load
 
-def _epoch(split: Split, size: int, generator: torch.Generator) -> list[list[int]]:
-    """Return the batches of one pass; the last, incomplete one is dropped unless it is the only one."""
-    order = torch.randperm(len(split), generator=generator).tolist()
-    found = []
-    for start in range(0, len(order), size * POOL):
-        pool = sorted(order[start : start + size * POOL], key=lambda i: len(split.tokens[i]))
-        found += [pool[i : i + size] for i in range(0, len(pool), size)]
-    whole = [chosen for chosen in found if len(chosen) == size] or found
-    return [whole[i] for i in torch.randperm(len(whole), generator=generator).tolist()]
+    return add
 
 
 @lru_cache(maxsize=8)
-def load_task(name: str, data_dir: Path | None, model: str, max_length: int = 128) -> Task:
+def load_task(name: str, data_dir: Path | None, model: str) -> Task:
     """Load and tokenize a task.
 
     Args:
-        name: of `TEXT_COLUMNS`.
+        name: of `TEXT_COLUMNS`, `SIMILARITY` or `LOADERS`.
         data_dir: a folder of `<task>/{train,validation}.jsonl`; None loads the task from the Hub.
         model: folder or Hub id whose tokenizer is used.
-        max_length: longer rows are cut.
     """
+    return LOADERS.get(name, load_texts)(name, data_dir, model)
+
+
+def load_texts(name: str, data_dir: Path | None, model: str, max_length: int = 128) -> Task:
+    """Load a task of sentences or pairs, each with a class or a value; longer rows than `max_length` are cut."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    raw = _read(name, data_dir)
+    columns = {**TEXT_COLUMNS, **SIMILARITY}[name]
+    raw = read_rows(name, data_dir)
     splits = {}
     for part in ("train", "validation"):
-        columns = [[str(row[column]) for row in raw[part]] for column in TEXT_COLUMNS[name]]
-        tokens = tokenizer(*columns, truncation=True, max_length=max_length)["input_ids"]
+        texts = [[str(row[column]) for row in raw[part]] for column in columns]
+        tokens = tokenizer(*texts, truncation=True, max_length=max_length)["input_ids"]
         splits[part] = Split(tuple(map(tuple, tokens)), tuple(_labels(name, raw[part])), tokenizer.pad_token_id or 0)
-    labels = set(splits["train"].labels)
-    return Task(name, splits["train"], splits["validation"], max(labels) + 1)
+    if name in SIMILARITY:
+        return Task(name, **splits, head=classes(1), evaluate=correlations)
+    return Task(name, **splits, head=classes(int(max(splits["train"].labels)) + 1), evaluate=accuracy)
 
 
-def _read(name: str, data_dir: Path | None) -> dict[str, list[dict[str, Any]]]:
+def read_rows(name: str, data_dir: Path | None) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of the two splits; where the Hub has no validation split, its test split stands for it."""
     if data_dir is not None:
         files = {part: data_dir / name / f"{part}.jsonl" for part in ("train", "validation")}
@@ -138,8 +117,8 @@ def _read(name: str, data_dir: Path | None) -> dict[str, list[dict[str, Any]]]:
     return {"train": list(found["train"]), "validation": list(found["validation" if "validation" in found else "test"])}
 
 
-def _labels(name: str, rows: list[dict[str, Any]]) -> list[int]:
+def _labels(name: str, rows: list[dict[str, Any]]) -> list[int] | list[float]:
     for column in LABEL_COLUMNS.get(name, ("label",)):
         if column in rows[0]:
-            return [int(row[column]) for row in rows]
+            return [float(row[column]) if name in SIMILARITY else int(row[column]) for row in rows]
     raise ValueError(f"Task {name} has no label column; its columns are {sorted(rows[0])}.")

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from benchmarks.harness.arms import own_parameters
 from benchmarks.harness.models import HEADS
-from benchmarks.harness.tasks import Batch, Split, ordered_batches
+from benchmarks.harness.splits import Batch
 
 WARM_UP = 0.06
-EVALUATION_BATCH = 64
 CLIP = 1.0  # largest norm of all gradients together, the default of transformers' Trainer
 
 
@@ -83,17 +82,6 @@ def train(model: nn.Module, data: Iterable[Batch], schedule: Schedule) -> dict[s
         "train_loss": round(loss, 5) if math.isfinite(loss) else None,
         "moved": _moved(start, own_parameters(model)),
     }
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, split: Split, device: torch.device) -> float:
-    """Return the share of rows whose class is predicted, over the whole split."""
-    model.eval()
-    right = 0
-    for batch in ordered_batches(split, EVALUATION_BATCH, device):
-        labels = batch.pop("labels")
-        right += int((model(**batch).logits.argmax(-1) == labels).sum())
-    return right / len(split)
 
 
 def counts(model: nn.Module) -> dict[str, int]:

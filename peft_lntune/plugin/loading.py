@@ -19,7 +19,7 @@ from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
-from peft_lntune.config import LNTuneConfig, StoredConfig
+from peft_lntune.config import LNTuneConfig, StoredConfig, norm_part
 from peft_lntune.config.base import PEFT_TYPE
 from peft_lntune.errors import AdapterFileError, PeftLNTuneError
 from peft_lntune.fit import unpack_by
@@ -62,10 +62,15 @@ def guard_loading() -> None:
 
 def _guarded_load(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        saved = None
         with _restored_on_error(self, adapter_name), _explained(self, model_id):
             if isinstance(self.peft_config.get(adapter_name), LNTuneConfig):
-                _check_files(model_id, kwargs)  # PEFT reads the config only of adapters it does not have yet
-            return original(self, model_id, adapter_name, *args, **kwargs)
+                saved = _check_files(model_id, kwargs)  # PEFT reads the config only of adapters it does not have yet
+            loaded = original(self, model_id, adapter_name, *args, **kwargs)
+        norms = norm_part(saved) if saved is not None else None
+        if norms is not None:
+            self.base_model.record(adapter_name, norms.mask_source)
+        return loaded
 
     return load_adapter
 

@@ -89,7 +89,7 @@ def test_masks_have_their_size_and_differ(short: list[str], tmp_path: Path, tiny
         cell = {"phase": "final", "task": "sst2", "arm": arm, "dtype": "float32", "seed": 0, "density": 0.2, **at}
         task = load_task("sst2", tiny_data, tiny_bert)
         chosen = masked.CHOICES[arm](masked.Source(cell, task, protocol, place, rates, tmp_path))
-        assert chosen.keys() <= dict(load_base(cell, protocol, place, 2).named_parameters()).keys()
+        assert chosen.keys() <= dict(load_base(cell, protocol, place, task).named_parameters()).keys()
         return torch.cat([mask.flatten() for mask in chosen.values()])
 
     by_score = [masks(arm) for arm in ("fisher", "lowest-fisher", "random", "magnitude", "change")]
@@ -125,19 +125,6 @@ def test_rows_of_the_accuracy_benchmark_count(tmp_path: Path) -> None:
     assert [cell in rows for cell in cells] == [True, True, True, False]
     rows.append({"cell": cells[-1]})
     assert [row["cell"] for row in Rows(tmp_path / "own.jsonl")] == cells[-1:]
-
-
-def test_the_model_is_in_the_protocols_name_unless_it_is_the_small_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(script, "default_model", lambda: "minilm")
-    chosen = [
-        script.choose_model(script.parse(line.split()))
-        for line in ("--protocol cpu", "--protocol full", "--model some/folder")
-    ]
-    assert [(model, protocol.name) for model, protocol in chosen] == [
-        ("minilm", "cpu"),
-        ("bert-large-cased", "full-bert-large-cased"),
-        ("some/folder", "cpu-folder"),
-    ]
 
 
 def test_an_unknown_task_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
