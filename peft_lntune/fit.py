@@ -94,7 +94,11 @@ def check_fit(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]
         for name, value in model.state_dict().items()
         if is_part(name, adapter_name)
     }
-    found = {name: value.shape for name, value in tensors.items() if is_part(name, adapter_name) or is_ours(name)}
+    found = {
+        name: value.shape
+        for name, value in tensors.items()
+        if is_part(name, adapter_name) or is_ours(name.replace(f".{adapter_name}.", "."))
+    }
     missing, unexpected = expected.keys() - found.keys(), found.keys() - expected.keys()
     shapes = [name for name in expected.keys() & found.keys() if expected[name] != found[name]]
     if not (missing or unexpected or shapes):

@@ -80,7 +80,7 @@ class LNTuneModel(BaseTuner):
             for part in parts:
                 part.__dict__.pop("injection", None)
         if isinstance(config, UnifiedConfig):
-            self.peft_config[adapter_name] = _with_targets(config, parts)
+            config.parts = _with_targets(config, parts)  # in place, as PEFT does it: PeftModel holds on to this config
             if not stored:
                 _warn_of_combination(config)
         if not stored:
@@ -405,16 +405,14 @@ class LNTuneModel(BaseTuner):
             )
 
 
-def _with_targets(config: UnifiedConfig, parts: Sequence[Any]) -> UnifiedConfig:
-    """The config with what PEFT chose as targets of LoRA by the model's type, so that loading need not choose again."""
-    own = config.parts or []
-    known = [
+def _with_targets(config: UnifiedConfig, parts: Sequence[Any]) -> list[Any]:
+    """The parts with what was chosen as targets of LoRA by the model's type, so that loading need not choose again."""
+    return [
         replace(mine, target_modules=part.target_modules, fan_in_fan_out=part.fan_in_fan_out)
         if isinstance(part, LoraConfig)
         else mine
-        for mine, part in zip(own, parts, strict=True)
+        for mine, part in zip(config.parts or (), parts, strict=True)
     ]
-    return replace(config, parts=known)
 
 
 def _warn_of_combination(config: UnifiedConfig) -> None:

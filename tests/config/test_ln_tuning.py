@@ -267,7 +267,7 @@ class TestStored:
     @pytest.mark.parametrize("kind", ["FutureConfig", None, ["LNTuningConfig"]])
     def test_unknown_kinds(self, load: Any, kind: Any, tmp_path: Path) -> None:
         with pytest.raises(
-            ConfigError, match=r"of kind .*, and peft_lntune .* knows FisherLNConfig, LNTuningConfig. Upgrade with"
+            ConfigError, match=r"of kind .*, and peft_lntune .* knows BottleneckConfig, .*, UnifiedConfig. Upgrade with"
         ):
             load(self.edited(tmp_path, kind=kind))
 
@@ -287,4 +287,5 @@ class TestStored:
 
     def test_every_kind_is_there_under_its_name(self) -> None:
         assert all(cls.__name__ == name and issubclass(cls, LNTuneConfig) for name, cls in KINDS.items())
-        assert all(type(StoredConfig(kind=name)) is cls for name, cls in KINDS.items())
+        needed = {"UnifiedConfig": {"preset": "ln"}}
+        assert all(type(StoredConfig(kind=name, **needed.get(name, {}))) is cls for name, cls in KINDS.items())

@@ -150,7 +150,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty": (write(WEIGHTS, b""), BROKEN),
     "magic": (write(WEIGHTS, b"PK\x03\x04 not safetensors at all" * 9), BROKEN),
     "pickled": (pickle_weights, BROKEN),
-    "foreign-lora": (take_weights(lora), FOREIGN),
+    "foreign-lora": (take_weights(lora), "is not the file that its adapter_config.json was saved with"),
     "foreign-stock": (take_weights(stock), FOREIGN),
     "hidden-size": (take_all(lambda: other_size(hidden_size=24)), UNFIT + "of another shape"),
     "more-layers": (take_all(lambda: other_size(num_hidden_layers=3)), UNFIT + "unexpected, such as.*layer.2"),
@@ -173,7 +173,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "too-new": (edit_config(format_version=99), "format_version 99, and peft_lntune .* reads 1.*pip install -U"),
     "kind": (
         edit_config(kind="FutureConfig"),
-        "of kind 'FutureConfig', and peft_lntune .* knows FisherLNConfig, LNTuningConfig",
+        "of kind 'FutureConfig', and peft_lntune .* knows BottleneckConfig, .*, UnifiedConfig",
     ),
     "field": (edit_config(tune="gain"), "tune='gain' is not allowed; choose one of 'both', 'weight', 'bias'"),
     "no-weights": (lambda folder: (folder / WEIGHTS).unlink(), f"holds a config, but no {WEIGHTS}"),
