@@ -65,7 +65,10 @@ def load_model(model: str, head: Head, dtype: str, seed: int, dropout: float | N
         if dropout is not None and hasattr(config, name):
             setattr(config, name, dropout)
     torch.manual_seed(seed)
-    loaded: nn.Module = head.auto_class.from_pretrained(model, config=config, dtype=torch.float32)
+    # A checkpoint that was tuned on a task with other classes gets a new head.
+    loaded: nn.Module = head.auto_class.from_pretrained(
+        model, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
+    )
     loaded.to(DTYPES[dtype])
     if dtype != "float32":
         for module in head_modules(loaded).values():

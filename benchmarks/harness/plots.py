@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.metrics import metric_of
+
 # Points of one arm keep their colour and marker in every panel.
 COLOURS = (
     *("#1b6ca8", "#d1495b", "#6a994e", "#8d6cab", "#e09f3e", "#5c677d", "#3aafa9", "#a44a3f"),
@@ -23,7 +25,7 @@ def plot_against_size(path: Path, panels: Mapping[str, Scores], sizes: Mapping[s
 
     Args:
         path: PNG file.
-        panels: task -> dtype of the base -> arm -> scores in per cent, one a seed; the first dtype is drawn with
+        panels: task -> dtype of the base -> arm -> scores, one a seed; the first dtype is drawn with
             filled markers, the others with hollow ones.
         sizes: arm -> tuned entries beside the head.
         title: above the panels.
@@ -40,7 +42,7 @@ def plot_curves(path: Path, panels: Mapping[str, Curves], title: str, bands: Seq
 
     Args:
         path: PNG file.
-        panels: task -> name -> points, each the tuned entries and the scores in per cent, one a seed. The points of a
+        panels: task -> name -> points, each the tuned entries and the scores, one a seed. The points of a
             name with several are joined.
         title: above the panels.
         bands: names of one point that are drawn across the panel, since they tune far more than the others.
@@ -90,7 +92,7 @@ def _scale(axis: Any, task: str, largest: int, smallest: int) -> None:
     axis.set_xscale("symlog", linthresh=smallest)
     axis.set_xlim(-smallest / 2, 3 * largest)
     axis.set_xticks([0, *(10**power for power in range(len(str(smallest - 1)), len(str(largest))))])
-    axis.set(title=task, xlabel="tuned entries beside the head", ylabel="accuracy, %")
+    axis.set(title=task, xlabel="tuned entries beside the head", ylabel=metric_of(task).said)
     axis.grid(alpha=0.3)
 
 

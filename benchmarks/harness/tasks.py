@@ -95,14 +95,14 @@ def load_texts(name: str, data_dir: Path | None, model: str, max_length: int = 1
     tokenizer = AutoTokenizer.from_pretrained(model)
     columns = {**TEXT_COLUMNS, **SIMILARITY}[name]
     raw = read_rows(name, data_dir)
-    splits = {}
+    splits, labels = {}, {part: _labels(name, rows) for part, rows in raw.items()}
     for part in ("train", "validation"):
         texts = [[str(row[column]) for row in raw[part]] for column in columns]
         tokens = tokenizer(*texts, truncation=True, max_length=max_length)["input_ids"]
-        splits[part] = Split(tuple(map(tuple, tokens)), tuple(_labels(name, raw[part])), tokenizer.pad_token_id or 0)
+        splits[part] = Split(tuple(map(tuple, tokens)), tuple(labels[part]), tokenizer.pad_token_id or 0)
     if name in SIMILARITY:
         return Task(name, **splits, head=classes(1), evaluate=correlations)
-    return Task(name, **splits, head=classes(int(max(splits["train"].labels)) + 1), evaluate=accuracy)
+    return Task(name, **splits, head=classes(int(max(labels["train"])) + 1), evaluate=accuracy)
 
 
 def read_rows(name: str, data_dir: Path | None) -> dict[str, list[dict[str, Any]]]:
