@@ -64,8 +64,8 @@ def _check_selected(config: LNTuneConfig, selected: int) -> None:
     saved = (config.manifest or {}).get("selected", selected)
     if config.stored_counts and saved != selected:
         raise AdapterFileError(
-            f"the masks of this adapter were chosen among {saved:,} entries, and its config selects {selected:,} in this "
-            "model. It was trained on another model; load it into that one."
+            f"the masks of this adapter were chosen among {saved:,} entries, and its config selects {selected:,} in "
+            "this model. It was trained on another model; load it into that one."
         )
 
 
