@@ -12,13 +12,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from demo_data import write_data
 from methods import find_head
 from peft import get_peft_model
-from task_data import DataError, read_data
-from text_classification import text_task
+from text_classification import task_or_demo
 from torch.utils.data import DataLoader
-from training import Run, default_model, load_base, make_trainer, predict, quiet, reload, save_tuned
+from training import Run, load_base, make_trainer, predict, quiet, reload, save_tuned
 
 from peft_lntune import FisherLNConfig, fit_fisher_masks
 
@@ -44,13 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Fit, show, train, save, reload."""
     args = parse_args(argv)
     quiet()
-    if args.task is None and args.data_dir is None:
-        args.data_dir = write_data(args.out / "data", "sentiment", seed=args.seed)
-    try:
-        model_name = args.model or default_model()
-        task = text_task(read_data(args.task, args.data_dir), model_name)
-    except DataError as error:
-        raise SystemExit(f"error: {error}") from error
+    task, model_name = task_or_demo(args)
     base = load_base(task, model_name, args.seed)
 
     config = FisherLNConfig(

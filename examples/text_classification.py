@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from demo_data import write_data
 from metrics import score
 from task_data import GLUE_COLUMNS, Collator, DataError, TaskData, read_data
 from training import Task, add_options, compare, default_model, load_tokenizer, quiet
@@ -38,6 +39,17 @@ def text_task(data: TaskData, model: str) -> Task:
         collator=Collator(tokenizer, data),
         evaluate=partial(evaluate_logits, data),
     )
+
+
+def task_or_demo(args: argparse.Namespace) -> tuple[Task, str]:
+    """The task of --task or --data-dir, or of the demo's data without both; and the checkpoint's name."""
+    if args.task is None and args.data_dir is None:
+        args.data_dir = write_data(args.out / "data", "sentiment", seed=args.seed)
+    try:
+        model = args.model or default_model()
+        return text_task(read_data(args.task, args.data_dir), model), model
+    except DataError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -13,11 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from demo_data import write_data
 from peft import PeftModel
-from task_data import DataError, read_data
-from text_classification import text_task
-from training import Run, Task, default_model, format_table, load_base, quiet, reload, train_method
+from text_classification import task_or_demo
+from training import Run, Task, format_table, load_base, quiet, reload, train_method
 
 from peft_lntune import UnifiedConfig, plan
 
@@ -67,13 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Plan, train each and all, compare, and serve them from one model."""
     args = parse_args(argv)
     quiet()
-    if args.task is None and args.data_dir is None:
-        args.data_dir = write_data(args.out / "data", "sentiment", seed=args.seed)
-    try:
-        model_name = args.model or default_model()
-        task = text_task(read_data(args.task, args.data_dir), model_name)
-    except DataError as error:
-        raise SystemExit(f"error: {error}") from error
+    task, model_name = task_or_demo(args)
     base = load_base(task, model_name, args.seed)
     print(plan(base, UnifiedConfig(preset=COMBINED, task_type=task.peft_type)), "\n")
     source = str(args.data_dir or "Hub")

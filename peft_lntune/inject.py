@@ -98,31 +98,18 @@ def create_and_replace(
     injection: Injection = config.__dict__["injection"]
     part = injection.plan.parts.get(current_key)
     if part is not None and part.method != "delta":
-        layer = _beside(injection, part, parent if part.method == "bottleneck" else target)
-        layer.update_layer(adapter_name, config, injection.stored)
-    else:
-        _around(tuner, config, adapter_name, target, target_name, parent, part or part_of(config, current_key, target))
-
-
-def _around(
-    tuner: BaseTuner,
-    config: LNTuneConfig,
-    adapter_name: str,
-    target: nn.Module,
-    target_name: str,
-    parent: nn.Module,
-    part: Part,
-) -> None:
-    """Put deltas for `adapter_name` into the layer around a module; make that layer if there is none."""
+        beside = _beside(injection, part, parent if part.method == "bottleneck" else target)
+        beside.update_layer(adapter_name, config, injection.stored)
+        return
+    part = part or part_of(config, current_key, target)
     if isinstance(target, LNTuneLayer):
         target.update_layer(adapter_name, config, part.counts)
         return
-    route = config.__dict__["injection"].route
     layer: LNTuneLayer
     if isinstance(part.place, Norm):
-        layer = NormLayer(target, route, part.place)
+        layer = NormLayer(target, injection.route, part.place)
     else:
-        layer = ModuleLayer(target, route, part.name)
+        layer = ModuleLayer(target, injection.route, part.name)
     layer.set_adapter(adapter_name)
     layer.update_layer(adapter_name, config, part.counts)
     if adapter_name not in tuner.active_adapters:
