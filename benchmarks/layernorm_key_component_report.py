@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.harness.classification import Protocol
-from benchmarks.harness.comparison import ABOUT_ARMS, ABOUT_DIFFERENCES, Bound, Comparison, Side
+from benchmarks.harness.comparison import ABOUT_DIFFERENCES, ABOUT_HEAD, ABOUT_RATES, Bound, Comparison, Side
 from benchmarks.harness.finals import Finals, figures
 from benchmarks.harness.masked import DENSITY
 from benchmarks.harness.plots import Curves, plot_curves
@@ -137,7 +137,7 @@ def _held(compared: Comparison) -> Iterator[str]:
 def _arms(compared: Comparison, scope: Scope) -> Iterator[str]:
     yield "## Arms"
     yield markdown(compared.header("arm"), [[SAID[arm], *compared.line(arm)] for arm in scope.arms])
-    yield ABOUT_ARMS
+    yield f"{ABOUT_HEAD} {ABOUT_RATES}"
 
 
 def _masks(compared: Comparison, scope: Scope) -> Iterator[str]:

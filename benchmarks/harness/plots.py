@@ -37,7 +37,13 @@ def plot_against_size(path: Path, panels: Mapping[str, Scores], sizes: Mapping[s
             _scale(axis, task, max([SMALLEST, *sizes.values()]), SMALLEST)
 
 
-def plot_curves(path: Path, panels: Mapping[str, Curves], title: str, bands: Sequence[str] = ()) -> None:
+def plot_curves(
+    path: Path,
+    panels: Mapping[str, Curves],
+    title: str,
+    bands: Sequence[str] = (),
+    smallest: int = SMALLEST_MASK,
+) -> None:
     """Draw mean and reach of the scores against the tuned entries, one panel a task.
 
     Args:
@@ -46,6 +52,7 @@ def plot_curves(path: Path, panels: Mapping[str, Curves], title: str, bands: Seq
             name with several are joined.
         title: above the panels.
         bands: names of one point that are drawn across the panel, since they tune far more than the others.
+        smallest: below this many entries the axis is linear.
     """
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     sizes = [
@@ -62,7 +69,7 @@ def plot_curves(path: Path, panels: Mapping[str, Curves], title: str, bands: Seq
                 shift = 1.04 ** (number - len(names) / 2)
                 look = {**_look(number), "linestyle": "-" if len(points) > 1 else "none", "alpha": 0.85}
                 _points(axis, [(size * shift, scores) for size, scores in points], label=name, **look)
-            _scale(axis, task, max([SMALLEST, *sizes]), SMALLEST_MASK)
+            _scale(axis, task, max([SMALLEST, *sizes]), smallest)
 
 
 @contextmanager
@@ -127,4 +134,5 @@ def _band(axis: Any, size: int, scores: Sequence[float], label: str, color: str)
 
 
 def _look(number: int) -> dict[str, Any]:
-    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+    again = number // len(COLOURS)  # where colours come again, each has another marker
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[(number + again) % len(MARKERS)]}

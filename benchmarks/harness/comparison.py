@@ -1,0 +1,140 @@
+"""Arms beside each other over several tasks: differences within a seed, bounds set beforehand, lines of tables."""
+
+import operator
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.harness.finals import Finals, by_seed, certainty, differences, figures, verdict
+from benchmarks.harness.rows import Row
+from benchmarks.harness.tables import markdown, mean_and_spread
+
+ABOUT_DIFFERENCES = (
+    "Differences in points, the first minus the second, each taken within a seed (the same head and batches{also}). "
+    "`on average` is over {tasks}, seed by seed. A few seeds tell a difference well beyond its spread from none, and "
+    "no smaller one."
+)
+ABOUT_HEAD = "Every arm trains the head as well; `tuned entries` leaves it out."
+ABOUT_RATES = (
+    "`rate` is the learning rate chosen on held-out training rows; `(edge)` marks the smallest or largest tried."
+)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One arm of a comparison.
+
+    Attributes:
+        said: in a sentence.
+        arm: in rows.
+        at: further coordinates of its rows.
+    """
+
+    said: str
+    arm: str
+    at: Mapping[str, Any] = field(default_factory=dict)
+
+    def rows(self, found: Finals, task: str) -> list[Row]:
+        """Return the reported rows on a task."""
+        return found.of(task, self.arm, **self.at)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What was wanted of a difference before measuring: `holds(mean of ours - theirs, bound)`."""
+
+    ours: Side
+    theirs: Side
+    wanted: str
+    bound: float = 0.0
+    holds: Callable[[float, float], bool] = operator.gt
+
+
+def over_seeds(by_task: Mapping[str, Mapping[int, float]]) -> list[float]:
+    """Return the mean over tasks of each seed that every task has.
+
+    Example:
+        >>> over_seeds({"sst2": {0: 1.0, 1: 2.0}, "trec": {0: 3.0}})
+        [2.0]
+    """
+    each = list(by_task.values())
+    seeds = [seed for seed in each[0] if all(seed in values for values in each)]
+    return [statistics.mean(values[seed] for values in each) for seed in seeds]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows of some tasks, of which some are averaged.
+
+    Attributes:
+        found: the reported rows.
+        tasks: in this order.
+        averaged: those of the tasks that averages are over.
+    """
+
+    found: Finals
+    tasks: Sequence[str]
+    averaged: Sequence[str]
+
+    @property
+    def planned(self) -> int:
+        """Return how many seeds are planned."""
+        return len(self.found.seeds)
+
+    def differences(self, ours: Side, theirs: Side) -> dict[str, dict[int, float]]:
+        """Return task -> seed -> ours minus theirs."""
+        return {task: differences(ours.rows(self.found, task), theirs.rows(self.found, task)) for task in self.tasks}
+
+    def average(self, by_task: Mapping[str, Mapping[int, float]]) -> list[float]:
+        """Return the mean over the averaged tasks, for each seed that all of them have."""
+        return over_seeds({task: by_task[task] for task in self.averaged})
+
+    def wanted(self, bound: Bound) -> str:
+        """Return the line that says whether a bound held, and how sure that is."""
+        values = self.average(self.differences(bound.ours, bound.theirs))
+        wanted = f"{bound.ours.said} {bound.wanted}, on average over {', '.join(self.averaged)}"
+        if not values:
+            return f"- Wanted: {wanted}. Not measured yet."
+        said = verdict(wanted, values, self.planned, bound.holds(statistics.mean(values), bound.bound))
+        return f"- {said} How sure: {certainty(values, bound.bound)}."
+
+    def difference_table(self, pairs: Iterable[tuple[Side, Side]]) -> str:
+        """Return a table with a line a pair."""
+        table: list[list[object]] = []
+        for ours, theirs in pairs:
+            by_task = self.differences(ours, theirs)
+            values = self.average(by_task)
+            each = (mean_and_spread(list(seeds.values()), self.planned) for seeds in by_task.values())
+            sure = certainty(values, 0.0) if values else None
+            table.append([f"{ours.said} - {theirs.said}", *each, mean_and_spread(values, self.planned), sure])
+        return markdown(("difference", *self.tasks, "on average", "how sure it is not 0"), table)
+
+    def scores(self, arm: str, **at: Any) -> list[object]:
+        """Return the cells of a line that hold scores: each task, and the average of the seeds that all have."""
+        by_task = {task: by_seed(self.found.of(task, arm, **at)) for task in self.tasks}
+        cells = [list(scores.values()) for scores in by_task.values()]
+        return [mean_and_spread(scores, self.planned) for scores in (*cells, self.average(by_task))]
+
+    def entries(self, arm: str, **at: Any) -> str | None:
+        """Return the entries that an arm tunes, with both ends where tasks differ."""
+        counts = {row["num_method_params"] for task in self.tasks for row in self.found.of(task, arm, **at)}
+        return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)})) if counts else None
+
+    def rates(self, arm: str) -> str | None:
+        """Return the learning rate that was chosen for each task."""
+        rates = [self.found.rate(task, arm) for task in self.tasks]
+        return "; ".join(rate or "not run" for rate in rates) if any(rates) else None
+
+    def header(self, *first: str) -> tuple[str, ...]:
+        """Return the header of a table whose lines are `line`s behind other cells."""
+        return (*first, "tuned entries", *self.tasks, "on average", f"rate ({'; '.join(self.tasks)})")
+
+    def line(self, arm: str, **at: Any) -> list[object]:
+        """Return entries, scores and rates of an arm."""
+        return [self.entries(arm, **at), *self.scores(arm, **at), self.rates(arm)]
+
+    def point(self, task: str, arm: str, **at: Any) -> tuple[int, list[float]] | None:
+        """Return an arm's place in a plot: its tuned entries, and the score of each seed."""
+        rows = self.found.of(task, arm, **at)
+        return (round(statistics.mean(row["num_method_params"] for row in rows)), figures(rows)) if rows else None
