@@ -24,6 +24,7 @@ FLOORS = [
     {"fisher_fit", "lora_files", "stock"},
     {"plugin"},
     {"__init__"},
+    {"cli"},
 ]
 # Neither PEFT nor transformers: usable, and testable, without.
 BARE = {"core", "errors", "version", "card", "selection", "packing", "storage", "analysis"}
@@ -88,6 +89,11 @@ def test_every_room_has_its_floor() -> None:
 )
 def test_the_check_itself(room_of_file: str, source: str, wrong: list[str]) -> None:
     assert problems(room_of_file, imported(source)) == wrong
+
+
+def test_nobody_imports_the_command_line() -> None:
+    users = {name_of(file) for file in FILES if any(room(m) == "cli" for m in imported(file.read_text()))}
+    assert {user for user in users if room(user) != "cli"} == set()
 
 
 def test_only_the_package_itself_imports_the_plugin() -> None:

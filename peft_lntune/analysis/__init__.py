@@ -1,16 +1,28 @@
 """What the methods' papers look at: which components move, where scores are high, what tasks share. Torch only."""
 
 from peft_lntune.analysis.change import parameter_change, rank_flips
+from peft_lntune.analysis.checkpoints import Checkpoint, match_tensors, open_tensors
+from peft_lntune.analysis.closeness import closeness
+from peft_lntune.analysis.magnitude import find_outliers, magnitude, outlier_overlap, outliers
 from peft_lntune.analysis.overlap import overlap_matrix
-from peft_lntune.analysis.plots import plot_change, plot_overlap, plot_score_map
+from peft_lntune.analysis.plots import plot_change, plot_closeness, plot_overlap, plot_score_map
 from peft_lntune.analysis.score_map import score_map
 from peft_lntune.analysis.tables import Table
 
 __all__ = [
+    "Checkpoint",
     "Table",
+    "closeness",
+    "find_outliers",
+    "magnitude",
+    "match_tensors",
+    "open_tensors",
+    "outlier_overlap",
+    "outliers",
     "overlap_matrix",
     "parameter_change",
     "plot_change",
+    "plot_closeness",
     "plot_overlap",
     "plot_score_map",
     "rank_flips",

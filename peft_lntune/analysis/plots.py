@@ -6,10 +6,11 @@ from os import PathLike
 from typing import Any
 
 from peft_lntune.analysis.change import MEASURES
+from peft_lntune.analysis.closeness import DISTANCES
 from peft_lntune.analysis.tables import Table
 from peft_lntune.errors import ConfigError
 
-__all__ = ["plot_change", "plot_overlap", "plot_score_map"]
+__all__ = ["plot_change", "plot_closeness", "plot_overlap", "plot_score_map"]
 
 Path = str | PathLike[str]
 Grid = Sequence[Sequence[float | None]]
@@ -23,6 +24,13 @@ _SAID = {
     "share_tuned": "share of tuned entries",
     "entries_tuned": "tuned entries",
 }
+_DISTANCES = {
+    "mean_l1": "mean L1 distance",
+    "relative_l1": "L1 distance / L1 norm before",
+    "angle": "angle / pi",
+}
+_NAMED = ("component", "parameter")
+_LAYERS = "layer (none: outside the layers; grey: no value)"
 _MOST_TICKS = 26  # layers named on one axis
 
 
@@ -41,6 +49,49 @@ def plot_change(table: Table, path: Path, measure: str = "mean_change") -> None:
     if measure not in MEASURES:
         raise ConfigError(f"measure={measure!r}: choose one of {', '.join(MEASURES)}.")
     _draw_places(table, path, measure, f"{_capital(_SAID[measure])} of each component and layer", logarithmic=True)
+
+
+def plot_closeness(table: Table, path: Path, measure: str = "angle") -> None:
+    """Draw a `closeness` table by component: the two models, and beside them the controls, on one logarithmic scale.
+
+    Args:
+        table: with `by="component"`, its layers apart or pooled.
+        path: PNG file, or another ending that matplotlib knows.
+        measure: `"mean_l1"`, `"relative_l1"` or `"angle"`.
+
+    Raises:
+        ConfigError: there is no such measure, or the table is not one of components.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    if measure not in DISTANCES:
+        raise ConfigError(f"measure={measure!r}: choose one of {', '.join(DISTANCES)}.")
+    if "component" not in table.columns or "tensor" in table.columns:
+        raise ConfigError(
+            f'a table of closeness(by="component") is needed, but this one has {", ".join(table.columns)}.'
+        )
+    said = {
+        measure: "Before and after",
+        f"noise_{measure}": "Noise as long as the step",
+        f"random_{measure}": "Two random starts",
+    }
+    layered = "layer" in table.columns
+    numbers = table.column("layer") if layered else [None] * len(table.rows)
+    names = [f"{component}, {parameter}" for component, parameter in zip(*map(table.column, _NAMED), strict=True)]
+    rows, heads = list(dict.fromkeys(names)), _in_order(numbers)
+    grids, known = {}, []
+    for column in [column for column in said if column in table.columns]:
+        values = dict(zip(zip(names, numbers, strict=True), table.column(column), strict=True))
+        grids[said[column]] = [[values.get((row, head)) for head in heads] for row in rows]
+        known += [value for value in values.values() if value is not None]
+    figure, colors = _matplotlib()
+    broad = max(2.4, min(0.42 * len(heads), 8.0))
+    size = (0.085 * max(map(len, rows)) + 2.0 + len(grids) * (broad + 0.2), 1.9 + max(1.6, 0.25 * len(rows)))
+    drawing = figure(figsize=size, layout="constrained")
+    titles = ["none" if head is None else str(head) for head in heads] if layered else ["all"]
+    _draw(drawing, grids, rows, titles, _norm(colors, known, logarithmic=True), _DISTANCES[measure])
+    drawing.supxlabel(_LAYERS if layered else "layers pooled; grey: no value", fontsize="medium")
+    drawing.suptitle(f"{_capital(_DISTANCES[measure])} of each component" + (" and layer" if layered else ""))
+    drawing.savefig(path, dpi=120)
 
 
 def plot_score_map(table: Table, path: Path) -> None:
@@ -91,10 +142,7 @@ def _draw_places(table: Table, path: Path, column: str, title: str, *, logarithm
     places = list(zip(*map(table.column, ("component", "layer", "parameter")), strict=True))
     values = dict(zip(places, table.column(column), strict=True))
     components = list(dict.fromkeys(component for component, _, _ in places))
-    # What belongs to no layer has a column of its own, on the left.
-    layers: list[int | None] = sorted(
-        {layer for _, layer, _ in places}, key=lambda layer: -1 if layer is None else layer
-    )
+    layers = _in_order([layer for _, layer, _ in places])
     grids = {
         parameter: [[values.get((component, layer, parameter)) for layer in layers] for component in components]
         for parameter in dict.fromkeys(parameter for _, _, parameter in places)
@@ -107,9 +155,14 @@ def _draw_places(table: Table, path: Path, column: str, title: str, *, logarithm
     heads = ["none" if layer is None else str(layer) for layer in layers]
     known = [value for value in values.values() if value is not None]
     _draw(drawing, grids, components, heads, _norm(colors, known, logarithmic), _SAID[column])
-    drawing.supxlabel("layer (none: outside the layers; grey: no value)", fontsize="medium")
+    drawing.supxlabel(_LAYERS, fontsize="medium")
     drawing.suptitle(title)
     drawing.savefig(path, dpi=120)
+
+
+def _in_order(layers: Sequence[int | None]) -> list[int | None]:
+    """Each layer once; what belongs to none has a column of its own, on the left."""
+    return sorted(set(layers), key=lambda layer: -1 if layer is None else layer)
 
 
 def _draw(
