@@ -1,0 +1,319 @@
+"""Named tensors from wherever they are: a model, a dict, or safetensors files of any size, read one at a time."""
+
+import json
+from collections.abc import Iterator, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from peft_lntune.analysis.effective import effective_parameters
+from peft_lntune.core.norms import base_modules
+from peft_lntune.errors import AdapterFileError, ConfigError
+from peft_lntune.selection.parameters import base_model
+
+__all__ = ["Checkpoint", "Source", "match_tensors", "open_tensors"]
+
+Source = nn.Module | Mapping[str, Tensor] | str | PathLike[str]
+"""A model, tensors by name, or the path of a checkpoint: a safetensors file, the index of a sharded one, a folder."""
+
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Checkpoints of the first BERTs have the names of TensorFlow.
+_OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+_SMALL = ("I8", "U8", "int8", "uint8")  # what quantized weights are kept in
+
+
+class Facts(NamedTuple):
+    """What is known of a tensor without its values; the dtype as torch says it, or as safetensors does (`F32`)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    floating: bool
+    meta: bool = False
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """The tensors of safetensors files by name, each read when it is asked for, and none kept.
+
+    The headers of all files are read at once, so that a file that is cut off or missing is noticed before any work.
+    Names are in the order in which people count: layer 2 before layer 10.
+
+    Args:
+        path: a file, an index `*.safetensors.index.json` with its shards beside it, or a folder with either.
+
+    Attributes:
+        facts: shape and dtype of each tensor.
+
+    Raises:
+        AdapterFileError: there is no such file, it is no safetensors file, or it is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> from safetensors.torch import save_file
+        >>> file = f"{tempfile.mkdtemp()}/model.safetensors"
+        >>> save_file({"norm.weight": torch.ones(3)}, file)
+        >>> Checkpoint(file)["norm.weight"]
+        tensor([1., 1., 1.])
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self.facts: dict[str, Facts] = {}
+        self._places: dict[str, tuple[Path, str]] = {}
+        found = [(*place, facts) for place, facts in _headers(Path(path))]
+        for file, key, facts in sorted(found, key=lambda one: _counting(one[1])):
+            name = _new_name(key)
+            self.facts[name], self._places[name] = facts, (file, key)
+
+    def __getitem__(self, name: str) -> Tensor:
+        file, key = self._places[name]
+        # Opened each time: what an open file has mapped would stay in memory with it.
+        try:
+            with safe_open(file, framework="pt") as opened:
+                return opened.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise _damaged(file, error) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+class _View(Mapping[str, Tensor]):
+    """Some tensors of another mapping, under names that may be others."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+        self.tensors, self.names = tensors, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[self.names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def open_tensors(source: Source) -> Mapping[str, Tensor]:
+    """The floating tensors of a source by name; those of files are read when they are asked for.
+
+    Of a model these are the parameters it computes with, active adapters merged in. A tensor that a dict holds under
+    several names has the first of them; positions and counters, which are integers, are left out.
+
+    Raises:
+        AdapterFileError: a path leads to no safetensors file, or to a damaged one.
+        ConfigError: a tensor is quantized or on the meta device, so that it has no values to look at.
+
+    Example:
+        >>> tied = torch.ones(2, 2)
+        >>> list(open_tensors({"wte.weight": tied, "lm_head.weight": tied, "position_ids": torch.arange(2)}))
+        ['wte.weight']
+    """
+    if isinstance(source, nn.Module):
+        tensors: Mapping[str, Tensor] = effective_parameters(source)
+    else:
+        tensors = Checkpoint(source) if isinstance(source, (str, PathLike)) else source
+    facts = _facts(tensors)
+    for name, fact in facts.items():
+        if fact.meta or fact.dtype in _SMALL:
+            raise ConfigError(
+                f"{name} should have floating-point values, but is {fact.dtype}{' on meta' if fact.meta else ''}. "
+                "Take the model unquantized and with its weights."
+            )
+    return _View(tensors, {name: name for name in _untied(tensors) if facts[name].floating})
+
+
+def match_tensors(before: Source, after: Source, *, shared: bool = False) -> tuple[Mapping[str, Tensor], ...]:
+    """Two sources with the same names and shapes; nothing is read from files but their headers.
+
+    Args:
+        before: model, tensors or path.
+        after: likewise.
+        shared: True: take what both have in one shape, and leave the rest, such as heads, out. A prefix that only one
+            side has before all names (`bert.`) is then no difference either.
+
+    Returns:
+        Both, under the names of `before`.
+
+    Raises:
+        ConfigError: names or shapes differ, or nothing is shared; the message names what.
+        AdapterFileError: as `open_tensors`.
+
+    Example:
+        >>> body = {"norm.weight": torch.ones(2)}
+        >>> tuned = {"bert.norm.weight": torch.zeros(2), "head.bias": torch.ones(1)}
+        >>> before, after = match_tensors(body, tuned, shared=True)
+        >>> list(before), after["norm.weight"]
+        (['norm.weight'], tensor([0., 0.]))
+    """
+    # Files hold some buffers (BART's `final_logits_bias`), which are no parameters of the model beside them.
+    buffers = _buffers(before) | _buffers(after)
+    old, new = (_without(open_tensors(source), buffers) for source in (before, after))
+    if not old:
+        raise ConfigError("there is no tensor to compare: before is empty.")
+    shapes = {name: fact.shape for name, fact in _facts(old).items()}
+    others = {name: fact.shape for name, fact in _facts(new).items()}
+    names = _pairs(shapes, others) if shared else {name: name for name in shapes if name in others}
+    if shared:
+        names = {name: other for name, other in names.items() if shapes[name] == others[other]}
+        if not names:
+            raise ConfigError(
+                "before and after share no tensor of one name and shape: "
+                f"{_such(shapes)} before, {_such(others)} after."
+            )
+    else:
+        _check_alike(shapes, others)
+    return _View(old, {name: name for name in names}), _View(new, names)
+
+
+def _buffers(source: Source) -> set[str]:
+    if not isinstance(source, nn.Module):
+        return set()
+    modules = base_modules(base_model(source))
+    return {f"{name}.{key}" if name else key for name, module in modules.items() for key in module._buffers}
+
+
+def _without(tensors: Mapping[str, Tensor], names: set[str]) -> Mapping[str, Tensor]:
+    return _View(tensors, {name: name for name in tensors if name not in names})
+
+
+def _check_alike(old: Mapping[str, tuple[int, ...]], new: Mapping[str, tuple[int, ...]]) -> None:
+    missing, added = [n for n in old if n not in new], [n for n in new if n not in old]
+    if missing or added:
+        said = [f"{len(missing)} only before, such as {missing[0]}"] if missing else []
+        said += [f"{len(added)} only after, such as {added[0]}"] if added else []
+        raise ConfigError(
+            f"before and after should have the same tensors, but {' and '.join(said)}; {len(old) - len(missing)} are "
+            "in both. To compare what both have, say shared=True (--shared)."
+        )
+    changed = [name for name in old if old[name] != new[name]]
+    if changed:
+        first = changed[0]
+        raise ConfigError(
+            f"{first} is {old[first]} before and {new[first]} after (and {len(changed) - 1} more have other shapes). "
+            "To compare what both have in one shape, say shared=True (--shared)."
+        )
+
+
+def _pairs(old: Mapping[str, tuple[int, ...]], new: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """By name before, the name after: the same, or with the one prefix that makes most names agree put on or off."""
+
+    def paired(on: str, off: str) -> dict[str, str]:
+        named = {name: on + name.removeprefix(off) for name in old if name.startswith(off)}
+        return {name: other for name, other in named.items() if other in new}
+
+    firsts = [{"", *(name.partition(".")[0] + "." for name in names)} for names in (new, old)]
+    choices = [(on, "") for on in sorted(firsts[0])] + [("", off) for off in sorted(firsts[1])]
+    return max((paired(*choice) for choice in choices), key=len)
+
+
+def _such(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    first = next(iter(shapes), None)
+    return f"{len(shapes)} tensors" + (f" such as {first} {shapes[first]}" if first else "")
+
+
+def _facts(tensors: Mapping[str, Tensor]) -> dict[str, Facts]:
+    if isinstance(tensors, Checkpoint):
+        return tensors.facts
+    if isinstance(tensors, _View):
+        known = _facts(tensors.tensors)
+        return {name: known[other] for name, other in tensors.names.items()}
+    return {
+        name: Facts(tuple(t.shape), str(t.dtype).removeprefix("torch."), t.is_floating_point(), t.is_meta)
+        for name, t in tensors.items()
+    }
+
+
+def _untied(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors, of those that are one tensor in memory only the first."""
+    if isinstance(tensors, (Checkpoint, _View)):
+        return list(tensors)  # a file has each once
+    first: dict[object, str] = {}
+    for name, tensor in tensors.items():
+        place = tensor.data_ptr() if tensor.layout == torch.strided else 0
+        first.setdefault((place, tensor.shape, tensor.stride()) if place else name, name)
+    return list(first.values())
+
+
+def _headers(path: Path) -> Iterator[tuple[tuple[Path, str], Facts]]:
+    """File and key of each tensor of a checkpoint, and what its header says of it."""
+    path = _resolve(path)
+    listed = _read_index(path) if path.name.endswith(".json") else {path: None}
+    for file, wanted in listed.items():
+        try:
+            with safe_open(file, framework="pt") as opened:
+                keys = list(opened.keys())
+                slices = {key: opened.get_slice(key) for key in keys}
+                found = {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
+        except (SafetensorError, OSError) as error:
+            raise _damaged(file, error) from error
+        missing = sorted(set(wanted or ()) - found.keys())
+        if missing:
+            raise AdapterFileError(
+                f"{file} should hold {missing[0]} (and {len(missing) - 1} more) by {path.name}, but does not. The "
+                "shards are not of one save; get the whole checkpoint."
+            )
+        for key in found if wanted is None else wanted:
+            shape, dtype = found[key]
+            yield (file, key), Facts(shape, dtype, dtype.startswith(("F", "BF")))
+
+
+def _resolve(path: Path) -> Path:
+    """The file to begin with: of a folder its weights or their index."""
+    if path.is_file():
+        if path.name.endswith((".safetensors", ".safetensors.index.json")):
+            return path
+        raise AdapterFileError(
+            f"{path} is no safetensors file, and pickled weights are not read: they may run code. Save the model again "
+            "with save_pretrained, which writes safetensors."
+        )
+    if not path.is_dir():
+        raise AdapterFileError(
+            f"{path} does not exist. Give a safetensors file, the index of a sharded one, or a folder."
+        )
+    for name in (INDEX, WHOLE):
+        if (path / name).is_file():
+            return path / name
+    others = sorted(file.name for file in path.iterdir() if file.name.endswith((".safetensors", ".bin", ".json")))
+    hint = (
+        "It is an adapter: give the merged model (`peft-lntune merge`)."
+        if (path / "adapter_config.json").is_file()
+        else "Give the file that holds the weights, or save the model again with save_pretrained."
+    )
+    raise AdapterFileError(f"{path} has neither {WHOLE} nor {INDEX}, but {', '.join(others) or 'no weights'}. {hint}")
+
+
+def _read_index(path: Path) -> dict[Path, list[str] | None]:
+    try:
+        places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        shards: dict[Path, list[str] | None] = {path.parent / file: [] for file in places.values()}
+        for key, file in places.items():
+            names = shards[path.parent / file]
+            assert names is not None
+            names.append(key)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise AdapterFileError(f"{path} is no index of a checkpoint: {error!r}. Get a good copy.") from error
+    lost = [file.name for file in shards if not file.is_file()]
+    if lost:
+        raise AdapterFileError(f"{path} names {len(lost)} shards that are not beside it: {lost[0]}. Get all of them.")
+    return shards
+
+
+def _damaged(file: Path, error: Exception) -> AdapterFileError:
+    return AdapterFileError(f"{file} is damaged or cut off ({error}). Get a good copy of the checkpoint.")
+
+
+def _new_name(key: str) -> str:
+    for old, new in _OLD_NAMES.items():
+        if key.endswith(old):
+            return key.removesuffix(old) + new
+    return key
+
+
+def _counting(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

@@ -1,0 +1,6 @@
+"""`python -m peft_lntune.cli`, where the script is not on the path."""
+
+from peft_lntune.cli import main
+
+if __name__ == "__main__":
+    main(prog_name="peft-lntune")

@@ -1,0 +1,47 @@
+"""`peft-lntune export`: an adapter in PEFT's own format, for people without this package."""
+
+from pathlib import Path
+
+import click
+
+from peft_lntune import to_stock
+from peft_lntune.cli.models import load_adapted
+from peft_lntune.cli.output import new_folder
+
+__all__ = ["command", "export_stock"]
+
+
+def export_stock(adapter: str, out: str | Path, model: str | None = None) -> Path:
+    """Write a saved adapter in PEFT's own LN_TUNING format; see `to_stock`.
+
+    Args:
+        adapter: directory of the adapter.
+        out: folder to make; it appears when all is written.
+        model: folder of the base model; None: the one that the adapter's config names. Its norms are needed, since
+            PEFT's format holds whole norms, not deltas.
+
+    Raises:
+        ConfigError: there is something at `out`, or no model is named.
+        AdapterFileError: the adapter is damaged, or one of another model.
+        UnsupportedError: the adapter has parts that are no norms.
+    """
+    with new_folder(Path(out)) as made:
+        to_stock(load_adapted(adapter, model), made)
+    return Path(out)
+
+
+@click.command("export", short_help="Write an adapter in PEFT's own LN_TUNING format.")
+@click.argument("adapter")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--model", help="Folder of the base model.  [default: the one that the adapter's config names]")
+def command(adapter: str, out: Path, model: str | None) -> None:
+    """Write ADAPTER into the new folder OUT in PEFT's own LN_TUNING format.
+
+    It then loads by PEFT alone. That format holds whole norms in the dtype of the model, so over a bf16 model small
+    deltas are rounded away; and it has no place for parts that are no norms.
+
+    \b
+    Example:
+      peft-lntune export ./my-adapter ./my-adapter-stock --model ./bert-base
+    """
+    click.echo(f"The adapter in PEFT's format is in {export_stock(adapter, out, model)}.")

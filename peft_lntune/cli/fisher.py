@@ -1,0 +1,355 @@
+"""`peft-lntune fisher`: which entries of the norms matter for a task, as masks in a file."""
+
+import csv
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+
+from peft_lntune import DataError, FisherState, fisher_scores, mask_density, select
+from peft_lntune.analysis import Table, score_map
+from peft_lntune.cli.output import new_file
+from peft_lntune.core.norms import find_norms
+from peft_lntune.selection.fisher import KINDS
+from peft_lntune.selection.select import SCOPES
+
+__all__ = ["FisherMasks", "Rows", "command", "fisher_masks", "load_classifier", "read_rows"]
+
+TEXT_COLUMNS = (
+    ("text",),
+    ("sentence",),
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+)
+"""What is looked for where no text column is named."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Labelled texts.
+
+    Attributes:
+        texts: of each row one text, or two of a pair.
+        labels: one a row, as the file has it.
+    """
+
+    texts: Sequence[tuple[str, ...]]
+    labels: Sequence[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class FisherMasks:
+    """What `fisher_masks` found.
+
+    Attributes:
+        scores: Fisher information by parameter.
+        masks: the chosen entries, bool, True where tuned.
+        table: a row a component, layer and parameter: `entries`, `mean_score`, `tuned` and `share_tuned`.
+        source: how the masks were made, as `set_masks(masks, source=...)` records it.
+    """
+
+    scores: Mapping[str, Tensor]
+    masks: Mapping[str, Tensor]
+    table: Table
+    source: Mapping[str, Any]
+
+
+def read_rows(file: str | Path, text_columns: Sequence[str] = (), label_column: str = "label") -> Rows:
+    """Read labelled texts from JSON lines, CSV or Parquet, by the ending of the file.
+
+    Args:
+        file: `.jsonl` or `.json` (one object a line), `.csv` (with a header) or `.parquet` (needs pyarrow).
+        text_columns: one, or two of a pair; none: the first of `TEXT_COLUMNS` that is there.
+        label_column: ints, floats, or names of classes.
+
+    Raises:
+        DataError: another ending, a line that is no JSON object, no rows, or no such column.
+        ModuleNotFoundError: pyarrow is not installed.
+    """
+    path = Path(file)
+    if path.suffix not in _READERS:
+        raise DataError(f"{path} should end in one of {', '.join(_READERS)}, which says how it is read.")
+    found = _READERS[path.suffix](path)
+    if not found:
+        raise DataError(f"{path} holds no rows.")
+    has = list(found[0])
+    texts = [tuple(text_columns)] if text_columns else [names for names in TEXT_COLUMNS if set(names) <= set(has)]
+    wanted = [*(texts[0] if texts else ("text",)), label_column]
+    for number, row in enumerate(found):
+        lost = [name for name in wanted if row.get(name) is None]
+        if lost:
+            raise DataError(
+                f"row {number} of {path} has no {lost[0]!r}, only {', '.join(row)}. Name the columns: --text-column, "
+                "--label-column."
+            )
+    return Rows([tuple(str(row[name]) for name in texts[0]) for row in found], [row[label_column] for row in found])
+
+
+def load_classifier(
+    model: str, labels: Sequence[Any], seed: int = 0
+) -> tuple[nn.Module, PreTrainedTokenizerBase, list]:
+    """A classifier with its tokenizer, and the labels as it takes them.
+
+    A folder without a head for classification gets a fresh one, seeded, with as many classes as there are labels:
+    scores are then those of an arbitrary readout.
+
+    Args:
+        model: folder, or a name on the Hub.
+        labels: ints, floats (a regression) or names of classes; strings that are numbers count as such.
+        seed: of the fresh head.
+
+    Raises:
+        DataError: a label that the model's own head does not have.
+    """
+    config = AutoConfig.from_pretrained(model)
+    headed = any("ForSequenceClassification" in name for name in config.architectures or ())
+    known = {str(name): number for name, number in (config.label2id or {}).items()} if headed else {}
+    encoded, classes = _encode(labels, known)
+    if headed and config.num_labels < classes:
+        raise DataError(
+            f"the data has {classes} classes, and the head of {model} {config.num_labels}. Give the model without its "
+            "head, or data of its own task."
+        )
+    options = {} if headed else {"num_labels": classes}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        loaded = AutoModelForSequenceClassification.from_pretrained(model, **options)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if loaded.config.pad_token_id is None:
+        loaded.config.pad_token_id = tokenizer.pad_token_id
+    return loaded, tokenizer, encoded
+
+
+def fisher_masks(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[tuple[str, ...]],
+    labels: Sequence[int | float],
+    *,
+    density: float | None = 0.2,
+    count: int | None = None,
+    scope: str = "global",
+    kind: str = "empirical",
+    num_samples: int = 1024,
+    batch_size: int = 32,
+    max_length: int = 128,
+    seed: int = 0,
+    progress: bool = True,
+) -> FisherMasks:
+    """Score every gain and bias on labelled texts, and choose the best.
+
+    Args:
+        model: a classifier, on the device where it shall run.
+        tokenizer: of the model.
+        texts: of each sample one text, or two of a pair.
+        labels: class numbers, or values of a regression.
+        density: fraction of the entries to choose; None where `count` is given.
+        count: how many entries to choose.
+        scope: over what they are meant: `"global"`, `"tensor"` or `"layer"`.
+        kind: `"empirical"`, `"mc"` or `"exact"`; see `fisher_scores`.
+        num_samples: how many rows to look at, drawn at random where there are more.
+        batch_size: of the forward and backward passes; the scores do not depend on it.
+        max_length: tokens of a text; longer ones are cut.
+        seed: which rows are drawn, and the labels that `"mc"` draws.
+        progress: show a bar where the pass takes long.
+
+    Raises:
+        ConfigError: a setting is not allowed.
+        DataError: there are no rows, or a loss that is not finite.
+    """
+    chosen = sorted(random.Random(seed).sample(range(len(texts)), min(num_samples, len(texts))))
+    device = next(model.parameters()).device
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        for start in range(0, len(chosen), batch_size):
+            rows = chosen[start : start + batch_size]
+            columns = [list(column) for column in zip(*(texts[row] for row in rows), strict=True)]
+            batch = tokenizer(*columns, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+            yield {**batch.to(device), "labels": torch.tensor([labels[row] for row in rows], device=device)}
+
+    state = FisherState()
+    scores = fisher_scores(model, batches(), kind, seed=seed, state=state, progress=progress)
+    masks = select(scores, density=density, count=count, scope=scope)
+    budget = {"density": density} if count is None else {"count": count}
+    source = {"made": "fisher", "kind": kind, "samples": state.samples, "seed": seed, **budget, "scope": scope}
+    return FisherMasks(scores, masks, _table(model, scores, masks), source)
+
+
+def _table(model: nn.Module, scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Table:
+    norms = find_norms(model)
+    means, tuned, shares = (score_map(scores, norms), score_map(masks, norms, how="sum"), score_map(masks, norms))
+    rows = [
+        (*mean, int(number), share)
+        for mean, number, share in zip(
+            means.rows, tuned.column("entries_tuned"), shares.column("share_tuned"), strict=True
+        )
+    ]
+    return Table((*means.columns, "tuned", "share_tuned"), rows)
+
+
+def _encode(labels: Sequence[Any], known: Mapping[str, int]) -> tuple[list, int]:
+    """Labels as numbers, and how many classes there are; 1 for a regression."""
+    if known and all(str(label) in known for label in labels):
+        return [known[str(label)] for label in labels], max(known.values()) + 1
+    for kind in (int, float):
+        try:
+            found = [kind(label) if isinstance(label, str) else label for label in labels]
+        except ValueError:
+            continue
+        if all(type(label) in (bool, int) for label in found):
+            if min(found) < 0:
+                raise DataError(f"labels of classes are counted from 0, but there is one of {min(found)}.")
+            return [int(label) for label in found], int(max(found)) + 1
+        if all(type(label) in (bool, int, float) for label in found):
+            return [float(label) for label in found], 1
+    names = sorted({str(label) for label in labels})
+    if known:
+        raise DataError(f"the model's head knows {', '.join(known)}, and the data has {', '.join(names[:5])}.")
+    return [names.index(str(label)) for label in labels], len(names)
+
+
+def _read_json_lines(path: Path) -> list[dict[str, Any]]:
+    found = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"line {number + 1} of {path} is no JSON: {error}. One object a line is needed."
+                ) from error
+            if not isinstance(row, dict):
+                raise DataError(f"line {number + 1} of {path} should be a JSON object, but is {type(row).__name__}.")
+            found.append(row)
+    return found
+
+
+def _read_csv(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    try:
+        from pyarrow import parquet
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("reading Parquet needs pyarrow: pip install pyarrow") from error
+    return parquet.read_table(path).to_pylist()
+
+
+_READERS = {".jsonl": _read_json_lines, ".json": _read_json_lines, ".csv": _read_csv, ".parquet": _read_parquet}
+
+
+@click.command("fisher", short_help="Which entries of the norms matter for a task, as masks.")
+@click.option("--model", required=True, help="Folder of the model, or a name on the Hub.")
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Labelled texts: .jsonl, .csv or .parquet.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default="masks.safetensors",
+    show_default=True,
+    help="Masks by parameter, bool, with how they were made.",
+)
+@click.option(
+    "--text-column",
+    "text_columns",
+    multiple=True,
+    metavar="NAME",
+    help="Twice for pairs.  [default: text, sentence, ...]",
+)
+@click.option(
+    "--label-column", default="label", show_default=True, metavar="NAME", help="Class numbers, names, or values."
+)
+@click.option("--density", type=float, help="Fraction of the entries to choose.  [default: 0.2]")
+@click.option("--count", type=int, help="How many entries to choose; instead of --density.")
+@click.option(
+    "--scope", type=click.Choice(SCOPES), default="global", show_default=True, help="Over what they are meant."
+)
+@click.option(
+    "--kind", type=click.Choice(KINDS), default="empirical", show_default=True, help="Where labels come from."
+)
+@click.option(
+    "--num-samples", type=click.IntRange(1), default=1024, show_default=True, help="Rows to look at, drawn at random."
+)
+@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Does not change the scores.")
+@click.option("--max-length", type=click.IntRange(1), default=128, show_default=True, help="Tokens of a text.")
+@click.option("--seed", default=0, show_default=True, help="Of the drawn rows and labels, and of a fresh head.")
+@click.option("--device", default="cpu", show_default=True, help="Where the model runs, such as cuda.")
+@click.option(
+    "--scores", type=click.Path(path_type=Path, dir_okay=False), help="Write the scores there too, as safetensors."
+)
+@click.option(
+    "--csv",
+    "csv_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the table there, with every digit.",
+)
+def command(
+    model: str,
+    data: Path,
+    out: Path,
+    text_columns: tuple[str, ...],
+    label_column: str,
+    density: float | None,
+    count: int | None,
+    seed: int,
+    device: str,
+    scores: Path | None,
+    csv_file: Path | None,
+    **settings: Any,
+) -> None:
+    """Score every gain and bias of the norms by Fisher information on labelled texts, and write masks of the best.
+
+    A model without a head for classification gets a fresh one, so the scores are those of an arbitrary readout. In
+    Python: peft_model.set_masks(safetensors.torch.load_file("masks.safetensors")).
+
+    \b
+    Examples:
+      peft-lntune fisher --model ./bert-base --data train.jsonl --density 0.1
+      peft-lntune fisher --model ./bert-base --data pairs.csv --text-column premise --text-column hypothesis
+    """
+    if density is not None and count is not None:
+        raise click.UsageError("give --density or --count, not both.")
+    if len(text_columns) > 2:
+        raise click.UsageError("give --text-column once, or twice for pairs.")
+    if density is None and count is None:
+        density = 0.2
+    rows = read_rows(data, text_columns, label_column)
+    loaded, tokenizer, labels = load_classifier(model, rows.labels, seed)
+    found = fisher_masks(
+        loaded.to(device), tokenizer, rows.texts, labels, density=density, count=count, seed=seed, **settings
+    )
+    _save(found.masks, out, found.source)
+    if scores is not None:
+        _save(found.scores, scores, found.source)
+    if csv_file is not None:
+        with new_file(csv_file) as made:
+            found.table.to_csv(made)
+    click.echo(str(found.table))
+    tuned = sum(int(mask.sum()) for mask in found.masks.values())
+    share, samples = mask_density(found.masks), found.source["samples"]
+    click.echo(f"\n{tuned:,} entries ({share:.1%}) chosen by {samples:,} samples; the masks are in {out}.")
+
+
+def _save(tensors: Mapping[str, Tensor], file: Path, source: Mapping[str, Any]) -> None:
+    with new_file(file) as made:
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(plain, made, {"format": "pt", "mask_source": json.dumps(dict(source))})

@@ -1,0 +1,105 @@
+"""From folders to models: which class a model is of, and a model with an adapter in it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import AutoConfig
+
+from peft_lntune import ConfigError
+from peft_lntune.analysis import Checkpoint
+from peft_lntune.config import LNTuneConfig
+from peft_lntune.storage import WEIGHTS_FILE, is_ours
+
+__all__ = ["adapter_config", "empty_model", "load_adapted", "load_model"]
+
+CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+"""By PEFT's task type, the class that makes a model with the head of that task."""
+
+
+def empty_model(model: str) -> nn.Module:
+    """The model of a folder without its weights: on the meta device, however large it is.
+
+    Args:
+        model: folder with a `config.json`, or a name on the Hub.
+    """
+    config = AutoConfig.from_pretrained(model)
+    kind = _own_class(config)
+    with torch.device("meta"):
+        return kind(config) if kind is not None else transformers.AutoModel.from_config(config)
+
+
+def load_model(model: str, task_type: str | None = None, class_name: str | None = None, **options: Any) -> nn.Module:
+    """The model of a folder with its weights, in the dtype they have there.
+
+    Args:
+        model: folder, or a name on the Hub.
+        task_type: of PEFT; which head the model has. None: the class that the folder was saved from.
+        class_name: of transformers; instead of a task.
+        options: for `from_pretrained`.
+    """
+    known = getattr(transformers, CLASSES.get(str(task_type), class_name or ""), None)
+    kind: Any = known or _own_class(AutoConfig.from_pretrained(model)) or transformers.AutoModel
+    return kind.from_pretrained(model, **options)
+
+
+def adapter_config(adapter: str) -> LNTuneConfig:
+    """The config of a saved adapter, its weights checked.
+
+    Raises:
+        ConfigError: it is of another package.
+    """
+    config = PeftConfig.from_pretrained(adapter)
+    if not isinstance(config, LNTuneConfig):
+        raise ConfigError(
+            f"{adapter} holds an adapter of PEFT type {config.peft_type}, not one of peft_lntune. Load it with PEFT."
+        )
+    return config
+
+
+def load_adapted(adapter: str, model: str | None = None) -> PeftModel:
+    """The model that an adapter was trained on, with the adapter in it.
+
+    The class of the model is that of the adapter's task, with as many labels as the head saved with the adapter has.
+
+    Args:
+        adapter: directory of the adapter.
+        model: folder of the base model; None: the one that the adapter's config names.
+
+    Raises:
+        ConfigError: no model is named, or the adapter is of another package.
+    """
+    config = adapter_config(adapter)
+    base = model or config.base_model_name_or_path
+    if not base:
+        raise ConfigError(f"the config of {adapter} does not say which model it is for. Name it: --model FOLDER.")
+    options = {}
+    labels = _labels(adapter) if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else None
+    if labels is not None:
+        options["num_labels"] = labels
+    named = (config.auto_mapping or {}).get("base_model_class")
+    return PeftModel.from_pretrained(load_model(str(base), config.task_type, named, **options), adapter)
+
+
+def _own_class(config: Any) -> Any:
+    """The class that the config says the model was saved from; None where transformers has none of that name."""
+    names = getattr(config, "architectures", None) or [""]
+    return getattr(transformers, names[0], None)
+
+
+def _labels(adapter: str) -> int | None:
+    """How many labels the head saved with an adapter tells: the rows of its last layer, the narrowest."""
+    file = Path(adapter, WEIGHTS_FILE)
+    facts = Checkpoint(file).facts if file.is_file() else {}
+    rows = [fact.shape[0] for key, fact in facts.items() if not is_ours(key) and len(fact.shape) == 2]
+    return min(rows, default=None)

@@ -1,0 +1,39 @@
+"""The options that commands with a table share, and how they show it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from peft_lntune.analysis import Table
+from peft_lntune.cli.output import new_file
+
+__all__ = ["csv_option", "layers_option", "plot_option", "shared_option", "show"]
+
+csv_option = click.option(
+    "--csv",
+    "csv_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the table there, with every digit.",
+)
+plot_option = click.option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the table: PNG, PDF or SVG, by the ending."
+)
+layers_option = click.option(
+    "--layers/--no-layers", default=True, help="One row a layer, or all layers of a component as one."
+)
+shared_option = click.option(
+    "--shared", is_flag=True, help="Compare what both have in one shape; leave heads of other sizes out."
+)
+
+
+def show(table: Table, csv_file: Path | None, plot: Path | None, draw: Callable[[Table, Path], Any]) -> None:
+    """Print a table, and write it as CSV and as a picture where that is asked for."""
+    if csv_file is not None:
+        with new_file(csv_file) as made:
+            table.to_csv(made)
+    if plot is not None:
+        with new_file(plot) as made:
+            draw(table, made)
+    click.echo(str(table))
