@@ -8,7 +8,14 @@ Importing this package registers it with PEFT. Then PEFT's own verbs do the work
     model = get_peft_model(model, LNTuningConfig(task_type="SEQ_CLS"))
 """
 
-from peft_lntune.config import BottleneckConfig, FisherLNConfig, LNTuningConfig, PrefixConfig, UnifiedConfig
+from peft_lntune.config import (
+    BottleneckConfig,
+    FisherLNConfig,
+    LNTuningConfig,
+    ModuleTuningConfig,
+    PrefixConfig,
+    UnifiedConfig,
+)
 from peft_lntune.core.norms import Norm, find_norms
 from peft_lntune.errors import (
     AdapterFileError,
@@ -47,6 +54,7 @@ __all__ = [
     "FisherLNConfig",
     "FisherState",
     "LNTuningConfig",
+    "ModuleTuningConfig",
     "NoMatchError",
     "Norm",
     "PeftLNTuneError",

@@ -11,13 +11,22 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from peft_lntune.attention import AttentionFacts, find_attention
-from peft_lntune.config import BottleneckConfig, LNTuneConfig, LNTuningConfig, PrefixConfig, UnifiedConfig
-from peft_lntune.core.delta import delta_dtype
+from peft_lntune.config import (
+    BottleneckConfig,
+    DeltaConfig,
+    LNTuneConfig,
+    LNTuningConfig,
+    ModuleTuningConfig,
+    PrefixConfig,
+    UnifiedConfig,
+)
+from peft_lntune.core.delta import Block, delta_dtype
 from peft_lntune.core.norms import Norm, base_modules, find_norms
 from peft_lntune.core.prefix import Prefix
 from peft_lntune.core.sublayers import Sublayer, find_sublayers
 from peft_lntune.errors import ConfigError, NoMatchError, UnsupportedError
 from peft_lntune.lora import find_lora_targets
+from peft_lntune.modules import find_parameters
 
 __all__ = ["Part", "Plan", "plan", "plan_parts"]
 
@@ -33,6 +42,7 @@ class Part:
         entries: for each tuned parameter, how many of its entries are tuned and how many it has.
         bytes: size of what is tuned, in memory as on disk.
         method: `"delta"`, `"bottleneck"`, `"prefix"` or `"lora"`.
+        blocks: for each parameter of which only a part is meant, that part.
     """
 
     name: str
@@ -41,6 +51,7 @@ class Part:
     entries: Mapping[str, tuple[int, int]]
     bytes: int
     method: str = "delta"
+    blocks: Mapping[str, Block] = field(default_factory=dict)
 
     @property
     def roles(self) -> str:
@@ -147,7 +158,9 @@ def plan_parts(
 def _plan_part(
     model: nn.Module, config: PeftConfig, counts: Mapping[str, int | None] | None
 ) -> tuple[PeftConfig, Plan]:
-    if isinstance(config, LNTuningConfig):
+    if isinstance(config, ModuleTuningConfig) and config.components is not None:
+        return config, _plan_components(model, config, counts)
+    if isinstance(config, DeltaConfig):
         return config, _plan_deltas(model, config, counts)
     if isinstance(config, BottleneckConfig):
         return config, _plan_bottlenecks(model, config)
@@ -222,7 +235,27 @@ def _width(leaf: nn.Module, side: int) -> int:
     return int(weight.shape[1 - side])
 
 
-def _plan_deltas(model: nn.Module, config: LNTuningConfig, counts: Mapping[str, int | None] | None) -> Plan:
+def _plan_components(model: nn.Module, config: ModuleTuningConfig, counts: Mapping[str, int | None] | None) -> Plan:
+    modules = base_modules(model)
+    norms = find_norms(model)
+    places = find_parameters(model, config.components or (), norms, config.parameters)
+    places = {name: found for name, found in places.items() if _is_chosen(config, name) and not _is_saved(config, name)}
+
+    def parts_with(counts: Mapping[str, int | None] | None) -> dict[str, Part]:
+        every = {n: part_of(config, n, modules[n], norms.get(n), counts, found) for n, found in places.items()}
+        return {name: part for name, part in every.items() if part.entries}
+
+    parts, every = parts_with(counts), parts_with(None)
+    if not parts:
+        raise NoMatchError(
+            f"this model has none of the components {config.components!r} in the chosen layers, with the parameters "
+            f"that tune={config.tune!r} asks for. `parameter_change` names the components it has; or name modules in "
+            "target_modules."
+        )
+    return Plan(parts, {}, sum(total for part in every.values() for _, total in part.entries.values()))
+
+
+def _plan_deltas(model: nn.Module, config: DeltaConfig, counts: Mapping[str, int | None] | None) -> Plan:
     modules = base_modules(model)
     norms = find_norms(model, parameterless=True)
     reasons: dict[str, str] = {}
@@ -242,34 +275,39 @@ def _plan_deltas(model: nn.Module, config: LNTuningConfig, counts: Mapping[str, 
     return Plan(parts, left_out, selected)
 
 
-def _reason_to_leave(config: LNTuningConfig, name: str, norm: Norm | None) -> str | None:
+def _reason_to_leave(config: Any, name: str, norm: Norm | None) -> str | None:
     """Why this module is not tuned; None where it is."""
     if not name:
         return "it is the model itself"
     if config.target_modules is not None:
-        matched = check_target_module_exists(config, name)
+        matched = check_target_module_exists(config, name) and _in_layers(config, name)
         return None if matched else "not among the target modules, or excluded"
     if norm is None or norm.weight_shape is None:
         return "it has no parameters"
-    if config.roles is not None and not set(config.roles) & set(norm.roles):
+    if getattr(config, "roles", None) is not None and not set(config.roles) & set(norm.roles):
         return f"role {'+'.join(norm.roles) or 'unknown'}"
     if _matches(config.exclude_modules, name):
         return "excluded"
-    if any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save or ()):
+    if _is_saved(config, name):
         return "inside modules_to_save"
     if not _in_layers(config, name):
         return "not in layers_to_transform"
     return None
 
 
+def _is_saved(config: LNTuneConfig, name: str) -> bool:
+    return any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save or ())
+
+
 def part_of(
-    config: LNTuningConfig,
+    config: DeltaConfig,
     name: str,
     module: nn.Module,
     norm: Norm | None = None,
     counts: Mapping[str, int | None] | None = None,
+    only: Mapping[str, Block | None] | None = None,
 ) -> Part:
-    """What `config` tunes of one module.
+    """What `config` tunes of one module; `only`: which of its parameters may be, and which part of each.
 
     Raises:
         UnsupportedError: the module has no floating weight.
@@ -283,12 +321,14 @@ def part_of(
             f"{name} ({type(module).__name__}) is named in target_modules, but a delta needs a floating `weight`, and "
             f"it has {has}. Name its submodules instead, or leave it out."
         )
-    found = {p: getattr(module, p, None) for p in config.parameters}
+    found = {p: getattr(module, p, None) for p in config.parameters if only is None or p in only}
     tuned = {p: t for p, t in found.items() if isinstance(t, torch.Tensor)}
-    entries = {p: (_count(counts, name, p, t.numel()), t.numel()) for p, t in tuned.items()}
+    blocks = {p: block for p, block in (only or {}).items() if block is not None and p in tuned}
+    sizes = {p: (blocks[p].shape_in(t.shape) if p in blocks else t.shape).numel() for p, t in tuned.items()}
+    entries = {p: (_count(counts, name, p, size), size) for p, size in sizes.items()}
     entries = {p: count for p, count in entries.items() if count[0]}
     size = sum(n * delta_dtype(tuned[p].dtype, config.torch_delta_dtype).itemsize for p, (n, _) in entries.items())
-    return Part(name, type(module).__name__, norm, entries, size)
+    return Part(name, type(module).__name__, norm, entries, size, blocks=blocks)
 
 
 def _takes_delta(weight: torch.Tensor) -> bool:
@@ -318,10 +358,15 @@ def _matches(pattern: Iterable[str] | str | None, name: str) -> bool:
 
 
 def _in_layers(config: LNTuneConfig, name: str) -> bool:
+    """Whether a module is in the layers that a config chooses, and in none that it leaves out."""
+    chosen, excluded = config.layers_to_transform, getattr(config, "layers_to_exclude", None)
+    if excluded is not None and _is_in(config, name, excluded):
+        return False
+    return chosen is None or chosen == [] or _is_in(config, name, chosen)
+
+
+def _is_in(config: LNTuneConfig, name: str, layers: list[int] | int) -> bool:
     """PEFT's rule: the first number in the name is the layer, or the first one after `layers_pattern`."""
-    layers = config.layers_to_transform
-    if layers is None or layers == []:
-        return True
     wanted = {layers} if isinstance(layers, int) else set(layers)
     patterns = config.layers_pattern or r"[^.]*"
     for pattern in [patterns] if isinstance(patterns, str) else patterns:

@@ -17,6 +17,7 @@ FLOORS = [
     {"storage"},
     {"config"},
     {"attention", "lora"},
+    {"modules"},
     {"plan", "layers", "heads"},
     {"concatenated", "fit", "inject"},
     {"weighted"},
