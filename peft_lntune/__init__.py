@@ -29,7 +29,8 @@ from peft_lntune.errors import (
 )
 from peft_lntune.fisher_fit import FisherFit, fit_fisher_masks
 from peft_lntune.lora_files import load_lora
-from peft_lntune.plan import Plan, plan
+from peft_lntune.plan import plan
+from peft_lntune.planned import Plan
 from peft_lntune.plugin import install
 from peft_lntune.selection import (
     FisherState,

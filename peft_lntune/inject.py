@@ -15,7 +15,9 @@ from peft_lntune.core.route import Route
 from peft_lntune.core.sublayers import Sublayer
 from peft_lntune.errors import AdapterFileError
 from peft_lntune.layers import BesideLayer, BottleneckLayer, LNTuneLayer, ModuleLayer, NormLayer, PrefixLayer
-from peft_lntune.plan import Part, Plan, part_of, plan_parts
+from peft_lntune.plan import plan_parts
+from peft_lntune.plan_deltas import part_of
+from peft_lntune.planned import Part, Plan
 
 __all__ = ["Injection", "create_and_replace", "is_target", "prepare", "route_of"]
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.harness.splits import batches, ordered_batches
 
+from benchmarks.harness.splits import batches, ordered_batches
 from benchmarks.harness.tasks import Task, load_task
 
 CPU = torch.device("cpu")

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.harness.metrics import WORST_LOSS, metric_of, perplexity
-from benchmarks.harness.splits import IGNORED, batches, ordered_batches
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks import unified_framework as script
@@ -16,7 +14,9 @@ from benchmarks import unified_framework_report as report
 from benchmarks.harness import finals
 from benchmarks.harness.arms import COMBINED, find_arm, part_size
 from benchmarks.harness.classification import PROTOCOLS, best_rates, choose_model, final_cells, search_cells
+from benchmarks.harness.metrics import WORST_LOSS, metric_of, perplexity
 from benchmarks.harness.rows import Rows
+from benchmarks.harness.splits import IGNORED, batches, ordered_batches
 from benchmarks.harness.tasks import load_task, loads
 from benchmarks.harness.training import counts
 
