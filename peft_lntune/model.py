@@ -20,7 +20,7 @@ from peft_lntune.config import (
     UnifiedConfig,
     delta_part,
     parts_of,
-    with_delta_part,
+    record_mask,
 )
 from peft_lntune.config.deltas import recorded
 from peft_lntune.core.route import BASE
@@ -93,7 +93,7 @@ class LNTuneModel(BaseTuner):
                 _warn_of_combination(config)
         if not stored:
             # All entries are tuned now, also where the config was taken from a masked adapter.
-            self.record(adapter_name, None)
+            record_mask(self.peft_config, adapter_name, None)
 
     def _lora(self) -> LoraPart:
         configs = {
@@ -265,7 +265,7 @@ class LNTuneModel(BaseTuner):
         source = recorded({"made": "by hand"} if source is None else source)
         for name, (layer, parameter) in places.items():
             layer.set_mask(parameter, adapter_name, masks.get(name))
-        self.record(adapter_name, source)
+        record_mask(self.peft_config, adapter_name, source)
 
     def clear_masks(self, adapter_name: str = "default") -> None:
         """Tune every entry again that the config selects; the inverse of `set_masks`, and like it before the optimizer.
@@ -297,13 +297,6 @@ class LNTuneModel(BaseTuner):
             for parameter in PARAMETERS
             if adapter_name in layer.deltas(parameter)
         }
-
-    def record(self, adapter_name: str, source: dict[str, Any] | None) -> None:
-        """Say how the mask of an adapter was made, in a config of its own: users make several adapters from one."""
-        config = self.peft_config[adapter_name]
-        norms = delta_part(config)
-        if norms is not None and norms.mask_source != source:
-            self.peft_config[adapter_name] = with_delta_part(config, mask_source=source)
 
     def add_weighted_adapter(
         self,
@@ -351,7 +344,7 @@ class LNTuneModel(BaseTuner):
             if norms is not None and norms.mask_source is not None:
                 drop_untuned(layer, adapters, adapter_name)
         concatenate(self.model, adapters, weights, adapter_name)
-        self.record(adapter_name, norms.mask_source if norms is not None else None)
+        record_mask(self.peft_config, adapter_name, norms.mask_source if norms is not None else None)
         for donor in sources:
             copy_heads(self.model, donor, adapter_name)
 

@@ -8,7 +8,7 @@ from peft_lntune.config.ln_tuning import LNTuningConfig
 from peft_lntune.config.module_tuning import ModuleTuningConfig
 from peft_lntune.config.prefix import PrefixConfig
 from peft_lntune.config.stored import KINDS, StoredConfig
-from peft_lntune.config.unified import UnifiedConfig, delta_part, parts_of, with_delta_part
+from peft_lntune.config.unified import UnifiedConfig, delta_part, parts_of, record_mask
 
 __all__ = [
     "FORMAT_VERSION",
@@ -24,5 +24,5 @@ __all__ = [
     "UnifiedConfig",
     "delta_part",
     "parts_of",
-    "with_delta_part",
+    "record_mask",
 ]

@@ -11,7 +11,7 @@ from peft_lntune.config.fisher_ln import FisherLNConfig
 from peft_lntune.config.parts import check_part, parts_of_preset, read_part
 from peft_lntune.errors import ConfigError
 
-__all__ = ["UnifiedConfig", "delta_part", "parts_of", "with_delta_part"]
+__all__ = ["UnifiedConfig", "delta_part", "parts_of", "record_mask"]
 
 # What says where and how to tune belongs to a part; here it would do nothing.
 _OF_PARTS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "delta_dtype")
@@ -97,13 +97,26 @@ def delta_part(config: PeftConfig) -> DeltaConfig | None:
     return next(iter((*special, *found)), None)
 
 
-def with_delta_part(config: LNTuneConfig, **changes: Any) -> LNTuneConfig:
+def _with_delta_part(config: LNTuneConfig, **changes: Any) -> LNTuneConfig:
     """A copy of a config with fields of its `delta_part` changed."""
     if not isinstance(config, UnifiedConfig):
         return replace(config, **changes)
     own = delta_part(config)
     parts = [replace(own, **changes) if own is not None and part is own else part for part in parts_of(config)]
     return replace(config, parts=parts)
+
+
+def record_mask(configs: dict[str, Any], adapter_name: str, source: dict[str, Any] | None) -> None:
+    """Say how the mask of an adapter was made, in a config of its own: users make several adapters from one.
+
+    Args:
+        configs: of a model, by adapter name; changed in place.
+        adapter_name: the adapter.
+        source: what `mask_source` shall be.
+    """
+    deltas = delta_part(configs[adapter_name])
+    if deltas is not None and deltas.mask_source != source:
+        configs[adapter_name] = _with_delta_part(configs[adapter_name], mask_source=source)
 
 
 def _start(part: PeftConfig) -> str:

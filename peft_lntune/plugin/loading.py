@@ -19,7 +19,7 @@ from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
-from peft_lntune.config import LNTuneConfig, StoredConfig, delta_part
+from peft_lntune.config import LNTuneConfig, StoredConfig, delta_part, record_mask
 from peft_lntune.config.base import PEFT_TYPE
 from peft_lntune.core.delta import delta_dtype
 from peft_lntune.errors import AdapterFileError, PeftLNTuneError
@@ -71,7 +71,7 @@ def _guarded_load(original: Callable[..., Any]) -> Callable[..., Any]:
             loaded = original(self, model_id, adapter_name, *args, **kwargs)
         norms = delta_part(saved) if saved is not None else None
         if norms is not None:
-            self.base_model.record(adapter_name, norms.mask_source)
+            record_mask(self.peft_config, adapter_name, norms.mask_source)
         return loaded
 
     return load_adapter

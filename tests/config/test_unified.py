@@ -8,7 +8,7 @@ import pytest
 from peft import IA3Config, LoraConfig, PeftConfig
 
 from peft_lntune import BottleneckConfig, FisherLNConfig, LNTuningConfig, PrefixConfig, UnifiedConfig
-from peft_lntune.config import delta_part, parts_of, with_delta_part
+from peft_lntune.config import delta_part, parts_of, record_mask
 from peft_lntune.errors import ConfigError
 
 EVERY = [
@@ -94,7 +94,9 @@ def test_the_delta_part() -> None:
     assert delta_part(BottleneckConfig()) is None
     config = UnifiedConfig(parts=[plain, fisher, PrefixConfig()])
     assert delta_part(config) == fisher
-    changed = with_delta_part(config, mask_source={"made": "by hand"})
+    configs = {"a": config}
+    record_mask(configs, "a", {"made": "by hand"})
+    changed = configs["a"]
     assert delta_part(changed).mask_source == {"made": "by hand"}
     assert delta_part(config).mask_source is None
     assert len(parts_of(changed)) == 3
