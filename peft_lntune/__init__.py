@@ -8,7 +8,14 @@ Importing this package registers it with PEFT. Then PEFT's own verbs do the work
     model = get_peft_model(model, LNTuningConfig(task_type="SEQ_CLS"))
 """
 
-from peft_lntune.config import BottleneckConfig, FisherLNConfig, LNTuningConfig, PrefixConfig, UnifiedConfig
+from peft_lntune.config import (
+    BottleneckConfig,
+    FisherLNConfig,
+    LNTuningConfig,
+    ModuleTuningConfig,
+    PrefixConfig,
+    UnifiedConfig,
+)
 from peft_lntune.core.norms import Norm, find_norms
 from peft_lntune.errors import (
     AdapterFileError,
@@ -22,7 +29,8 @@ from peft_lntune.errors import (
 )
 from peft_lntune.fisher_fit import FisherFit, fit_fisher_masks
 from peft_lntune.lora_files import load_lora
-from peft_lntune.plan import Plan, plan
+from peft_lntune.plan import plan
+from peft_lntune.planned import Plan
 from peft_lntune.plugin import install
 from peft_lntune.selection import (
     FisherState,
@@ -47,6 +55,7 @@ __all__ = [
     "FisherLNConfig",
     "FisherState",
     "LNTuningConfig",
+    "ModuleTuningConfig",
     "NoMatchError",
     "Norm",
     "PeftLNTuneError",

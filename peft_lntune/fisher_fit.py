@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from peft_lntune.config import FisherLNConfig, norm_part
+from peft_lntune.config import FisherLNConfig, delta_part
 from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.errors import ConfigError, UnsupportedError
 from peft_lntune.fit import deltas_of
@@ -139,7 +139,7 @@ def _fitting(peft_model: PeftModel, adapter_name: str, refit: bool) -> FisherLNC
     whole = peft_model.peft_config.get(adapter_name)
     if whole is None:
         raise ConfigError(f"adapter {adapter_name!r} not found; this model has {list(peft_model.peft_config)}.")
-    config = norm_part(whole)
+    config = delta_part(whole)
     if not isinstance(config, FisherLNConfig):
         raise ConfigError(
             f"adapter {adapter_name!r} has a {type(whole).__name__}, and masks are fitted for a FisherLNConfig. "

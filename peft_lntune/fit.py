@@ -13,7 +13,7 @@ from peft_lntune.layers import PARAMETERS, LNTuneLayer, PrefixLayer
 from peft_lntune.packing import PREFIX, ROOT, unpack
 from peft_lntune.storage import is_ours, is_part
 
-__all__ = ["check_fit", "deltas_of", "fold", "folded", "unpack_by", "unpack_for"]
+__all__ = ["as_in_model", "check_fit", "deltas_of", "fold", "folded", "unpack_by", "unpack_for"]
 
 
 def deltas_of(model: nn.Module, adapter_name: str) -> dict[str, Delta]:
@@ -81,6 +81,12 @@ def _prefixes(model: nn.Module, adapter_name: str) -> list[tuple[str, Prefix]]:
         for name, layer in model.named_modules()
         if isinstance(layer, PrefixLayer) and adapter_name in layer.lntune_prefix
     ]
+
+
+def as_in_model(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an adapter, keyed as in the model's state dict, in the dtypes they have there."""
+    dtypes = {name: value.dtype for name, value in model.state_dict().items() if is_part(name, adapter_name)}
+    return {name: value.to(dtypes.get(name, value.dtype)) for name, value in tensors.items()}
 
 
 def check_fit(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:

@@ -9,13 +9,15 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
 
 from peft_lntune.attention import AttentionFacts
-from peft_lntune.config import LNTuneConfig, LNTuningConfig
+from peft_lntune.config import DeltaConfig, LNTuneConfig
 from peft_lntune.core.norms import Norm, base_modules
 from peft_lntune.core.route import Route
 from peft_lntune.core.sublayers import Sublayer
 from peft_lntune.errors import AdapterFileError
 from peft_lntune.layers import BesideLayer, BottleneckLayer, LNTuneLayer, ModuleLayer, NormLayer, PrefixLayer
-from peft_lntune.plan import Part, Plan, part_of, plan_parts
+from peft_lntune.plan import plan_parts
+from peft_lntune.plan_deltas import part_of
+from peft_lntune.planned import Part, Plan
 
 __all__ = ["Injection", "create_and_replace", "is_target", "prepare", "route_of"]
 
@@ -48,7 +50,7 @@ def prepare(config: LNTuneConfig, model: nn.Module) -> list[PeftConfig]:
         if isinstance(part, LoraConfig):
             continue
         part.__dict__.pop("stored", None)
-        named = part.target_modules is not None and isinstance(part, LNTuningConfig)
+        named = part.target_modules is not None and isinstance(part, DeltaConfig)
         matcher = SimpleNamespace(
             target_modules=part.target_modules if named else plan.parts.keys(),
             exclude_modules=part.exclude_modules,
@@ -103,7 +105,7 @@ def create_and_replace(
         return
     part = part or part_of(config, current_key, target)
     if isinstance(target, LNTuneLayer):
-        target.update_layer(adapter_name, config, part.counts)
+        target.update_layer(adapter_name, config, part.counts, part.blocks)
         return
     layer: LNTuneLayer
     if isinstance(part.place, Norm):
@@ -111,7 +113,7 @@ def create_and_replace(
     else:
         layer = ModuleLayer(target, injection.route, part.name)
     layer.set_adapter(adapter_name)
-    layer.update_layer(adapter_name, config, part.counts)
+    layer.update_layer(adapter_name, config, part.counts, part.blocks)
     if adapter_name not in tuner.active_adapters:
         layer.requires_grad_(False)
     tuner._replace_module(parent, target_name, layer, target)

@@ -86,7 +86,7 @@ def find_lora_targets(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig,
         each module that it matches, by name, the number of entries of its two matrices.
 
     Raises:
-        ConfigError: PEFT has no default target modules for this model, or none matches.
+        ConfigError: there are no default target modules for this model, none matches, or a match is no linear map.
     """
     tuner = LoraPart(model, {}, [])
     try:
@@ -108,6 +108,12 @@ def find_lora_targets(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig,
             f"the LoRA part's target_modules={known.target_modules!r} match no module of this model. Name some that it "
             'has, or use target_modules="all-linear".'
         )
+    unfit = [name for name, module in found.items() if not _sides(module)]
+    if unfit:
+        raise ConfigError(
+            f"the LoRA part matches {unfit[0]} ({type(found[unfit[0]]).__name__}), which is no linear map, embedding "
+            "or convolution. Name the modules inside it, or leave it out with exclude_modules."
+        )
     if all(isinstance(module, Conv1D) for module in found.values()):
         known = replace(known, fan_in_fan_out=True)  # GPT-2's linear maps have their weight the other way round
     return known, {name: _rank(known, name) * _sides(module) for name, module in found.items()}
@@ -124,5 +130,7 @@ def _sides(module: nn.Module) -> int:
         sides = [getattr(module, name, None) for name in names]
         if all(isinstance(side, int) for side in sides):
             return sum(side for side in sides if side)
+    if isinstance(module, nn.MultiheadAttention):  # queries, keys and values in one, and the output
+        return 6 * module.embed_dim
     weight = getattr(module, "weight", None)
     return weight.shape[0] + weight.numel() // weight.shape[0] if isinstance(weight, Tensor) and weight.dim() > 1 else 0

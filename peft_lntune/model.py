@@ -16,15 +16,16 @@ from peft_lntune.config import (
     BottleneckConfig,
     FisherLNConfig,
     LNTuneConfig,
+    LNTuningConfig,
     UnifiedConfig,
-    norm_part,
+    delta_part,
     parts_of,
-    with_norm_part,
+    record_mask,
 )
-from peft_lntune.config.ln_tuning import recorded
+from peft_lntune.config.deltas import recorded
 from peft_lntune.core.route import BASE
 from peft_lntune.errors import ConfigError, RoutingError, UnsupportedError
-from peft_lntune.fit import check_fit, fold, folded, unpack_for
+from peft_lntune.fit import as_in_model, check_fit, fold, folded, unpack_for
 from peft_lntune.heads import copy_heads, routed_heads
 from peft_lntune.inject import create_and_replace, is_target, prepare, route_of
 from peft_lntune.layers import PARAMETERS, BesideLayer, LNTuneLayer, NormLayer
@@ -32,7 +33,14 @@ from peft_lntune.lora import LoraLayer, LoraPart, routed_lora
 from peft_lntune.packing import pack
 from peft_lntune.plan import plan
 from peft_lntune.selection.masks import check_masks
-from peft_lntune.storage import check_tensors, dropped_tensors, manifest_of, of_adapter, without_adapter_name
+from peft_lntune.storage import (
+    cast_values,
+    check_tensors,
+    dropped_tensors,
+    manifest_of,
+    of_adapter,
+    without_adapter_name,
+)
 from peft_lntune.weighted import MAJORITY_SIGNS, combine, combined_config, drop_untuned
 
 __all__ = ["LNTuneModel"]
@@ -85,7 +93,7 @@ class LNTuneModel(BaseTuner):
                 _warn_of_combination(config)
         if not stored:
             # All entries are tuned now, also where the config was taken from a masked adapter.
-            self.record(adapter_name, None)
+            record_mask(self.peft_config, adapter_name, None)
 
     def _lora(self) -> LoraPart:
         configs = {
@@ -187,15 +195,16 @@ class LNTuneModel(BaseTuner):
         tensors = {key: value for key, value in tensors.items() if of_adapter(key, adapter_name)}
         tensors = folded(model, adapter_name, tensors)
         stored = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in tensors.items()}
+        stored = cast_values(stored, config.torch_save_dtype)
         # A sharded or empty state dict is not what the file will hold, so nothing is claimed about it.
         whole = bool(stored) and not any(value.is_meta for value in stored.values())
-        norms = norm_part(config)
+        norms = delta_part(config)
         partial = norms is not None and norms.mask_source is not None
         config.manifest = manifest_of(stored, partial=partial) if whole else None
         if "tuned" in (config.manifest or {}):
             base = model.get_base_model() if isinstance(model, PeftModel) else model
             config.manifest["selected"] = plan(base, config).selected
-        return pack(stored) if whole else tensors
+        return pack(stored) if whole else cast_values(tensors, config.torch_save_dtype)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -210,7 +219,7 @@ class LNTuneModel(BaseTuner):
         fold(model, adapter_name)
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
         check_fit(model, adapter_name, renamed)
-        return renamed
+        return as_in_model(model, adapter_name, renamed)
 
     # Adapters.
 
@@ -256,7 +265,7 @@ class LNTuneModel(BaseTuner):
         source = recorded({"made": "by hand"} if source is None else source)
         for name, (layer, parameter) in places.items():
             layer.set_mask(parameter, adapter_name, masks.get(name))
-        self.record(adapter_name, source)
+        record_mask(self.peft_config, adapter_name, source)
 
     def clear_masks(self, adapter_name: str = "default") -> None:
         """Tune every entry again that the config selects; the inverse of `set_masks`, and like it before the optimizer.
@@ -288,13 +297,6 @@ class LNTuneModel(BaseTuner):
             for parameter in PARAMETERS
             if adapter_name in layer.deltas(parameter)
         }
-
-    def record(self, adapter_name: str, source: dict[str, Any] | None) -> None:
-        """Say how the mask of an adapter was made, in a config of its own: users make several adapters from one."""
-        config = self.peft_config[adapter_name]
-        norms = norm_part(config)
-        if norms is not None and norms.mask_source != source:
-            self.peft_config[adapter_name] = with_norm_part(config, mask_source=source)
 
     def add_weighted_adapter(
         self,
@@ -330,7 +332,7 @@ class LNTuneModel(BaseTuner):
             raise ConfigError(f"majority_sign_method={majority_sign_method!r}: choose one of {allowed}.")
         sources = {name: self.peft_config[name] for name in adapters}
         config = combined_config(self.model, sources, combination_type, density)
-        norms = norm_part(config)
+        norms = delta_part(config)
         self.peft_config[adapter_name] = config
         try:
             self.inject_adapter(self.model, adapter_name)
@@ -342,7 +344,7 @@ class LNTuneModel(BaseTuner):
             if norms is not None and norms.mask_source is not None:
                 drop_untuned(layer, adapters, adapter_name)
         concatenate(self.model, adapters, weights, adapter_name)
-        self.record(adapter_name, norms.mask_source if norms is not None else None)
+        record_mask(self.peft_config, adapter_name, norms.mask_source if norms is not None else None)
         for donor in sources:
             copy_heads(self.model, donor, adapter_name)
 
@@ -361,7 +363,7 @@ class LNTuneModel(BaseTuner):
 
     def _warn_of_missing_masks(self) -> None:
         for name in self.active_adapters:
-            config = norm_part(self.peft_config[name]) if name in self.peft_config else None
+            config = delta_part(self.peft_config[name]) if name in self.peft_config else None
             if isinstance(config, FisherLNConfig) and config.mask_source is None and name not in self._warned_of:
                 self._warned_of |= {name}
                 warnings.warn(
@@ -418,7 +420,7 @@ def _with_targets(config: UnifiedConfig, parts: Sequence[Any]) -> list[Any]:
 def _warn_of_combination(config: UnifiedConfig) -> None:
     """Say what was found out about a combination; Python's filter shows it once."""
     ffn = any(isinstance(part, BottleneckConfig) and part.roles == ["ffn"] for part in config.parts or ())
-    if ffn and norm_part(config) is not None:
+    if ffn and any(isinstance(part, LNTuningConfig) for part in config.parts or ()):
         warnings.warn(
             "an adapter at the FFN together with LN-tuning: Qi et al. 2022 (arXiv 2211.08682) found it worse than the "
             'adapter alone, and one at the attention together with LN-tuning better (preset="mha-adapter+ln").',

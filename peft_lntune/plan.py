@@ -1,101 +1,23 @@
 """What a config would do to a model: which modules, which parameters, at what cost. Decided before anything changes."""
 
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
 
-import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from peft_lntune.attention import AttentionFacts, find_attention
-from peft_lntune.config import BottleneckConfig, LNTuneConfig, LNTuningConfig, PrefixConfig, UnifiedConfig
-from peft_lntune.core.delta import delta_dtype
-from peft_lntune.core.norms import Norm, base_modules, find_norms
-from peft_lntune.core.prefix import Prefix
-from peft_lntune.core.sublayers import Sublayer, find_sublayers
-from peft_lntune.errors import ConfigError, NoMatchError, UnsupportedError
-from peft_lntune.lora import find_lora_targets
+from peft_lntune.config import (
+    BottleneckConfig,
+    DeltaConfig,
+    ModuleTuningConfig,
+    PrefixConfig,
+    UnifiedConfig,
+)
+from peft_lntune.errors import ConfigError
+from peft_lntune.plan_beside import plan_bottlenecks, plan_lora, plan_prefixes
+from peft_lntune.plan_deltas import plan_components, plan_deltas
+from peft_lntune.planned import Plan
 
-__all__ = ["Part", "Plan", "plan", "plan_parts"]
-
-
-@dataclass(frozen=True)
-class Part:
-    """One module that is tuned, or that something is put beside.
-
-    Attributes:
-        name: the module's name in the model.
-        module_class: the name of its class.
-        place: what is known of it: as a norm, as the exit of a sub-layer, as attention; None of any other module.
-        entries: for each tuned parameter, how many of its entries are tuned and how many it has.
-        bytes: size of what is tuned, in memory as on disk.
-        method: `"delta"`, `"bottleneck"`, `"prefix"` or `"lora"`.
-    """
-
-    name: str
-    module_class: str
-    place: Norm | Sublayer | AttentionFacts | None
-    entries: Mapping[str, tuple[int, int]]
-    bytes: int
-    method: str = "delta"
-
-    @property
-    def roles(self) -> str:
-        if isinstance(self.place, Norm):
-            return "+".join(self.place.roles) or "unknown"
-        return "-" if self.place is None else self.place.role
-
-    @property
-    def counts(self) -> dict[str, int | None]:
-        """Tuned entries of each parameter, None for all: what a layer needs to make its deltas."""
-        return {name: None if tuned == size else tuned for name, (tuned, size) in self.entries.items()}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `plan` found. Printing it gives a table; `parts` holds the same as data.
-
-    Attributes:
-        parts: the modules to tune, by name.
-        left_out: norms that the config does not tune, by name, with the reason.
-        selected: entries of the deltas that the config selects, whether or not a mask leaves them out; it tells a saved
-            mask of another model, where all that it tunes happens to be in this one too.
-    """
-
-    parts: Mapping[str, Part]
-    left_out: Mapping[str, str] = field(default_factory=dict)
-    selected: int = 0
-
-    @property
-    def entries(self) -> int:
-        """Number of trainable values."""
-        return sum(tuned for part in self.parts.values() for tuned, _ in part.entries.values())
-
-    @property
-    def bytes(self) -> int:
-        """Size of all deltas."""
-        return sum(part.bytes for part in self.parts.values())
-
-    def __str__(self) -> str:
-        header: tuple[str, ...] = ("module", "class", "method", "role", "tuned entries", "bytes")
-        rows: list[tuple[str, ...]] = [
-            (part.name, part.module_class, part.method, part.roles, _entries(part.entries), f"{part.bytes:,}")
-            for part in self.parts.values()
-        ]
-        rows.append((f"{len(self.parts)} modules", "", "", "", f"{self.entries:,}", f"{self.bytes:,}"))
-        if all(part.method == "delta" for part in self.parts.values()):
-            header, rows = header[:2] + header[3:], [row[:2] + row[3:] for row in rows]
-        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)
-        ]
-        lines = [line.rstrip() for line in lines]
-        if self.left_out:
-            lines += ["", "not tuned:", *(f"  {name}: {reason}" for name, reason in self.left_out.items())]
-        return "\n".join(lines)
+__all__ = ["plan", "plan_parts"]
 
 
 def plan(model: nn.Module, config: PeftConfig, counts: Mapping[str, int | None] | None = None) -> Plan:
@@ -147,208 +69,12 @@ def plan_parts(
 def _plan_part(
     model: nn.Module, config: PeftConfig, counts: Mapping[str, int | None] | None
 ) -> tuple[PeftConfig, Plan]:
-    if isinstance(config, LNTuningConfig):
-        return config, _plan_deltas(model, config, counts)
+    if isinstance(config, ModuleTuningConfig) and config.components is not None:
+        return config, plan_components(model, config, counts)
+    if isinstance(config, DeltaConfig):
+        return config, plan_deltas(model, config, counts)
     if isinstance(config, BottleneckConfig):
-        return config, _plan_bottlenecks(model, config)
+        return config, plan_bottlenecks(model, config)
     if isinstance(config, PrefixConfig):
-        return config, _plan_prefixes(model, config)
-    config, targets = find_lora_targets(model, config)
-    modules = base_modules(model)
-    sizes = {name: ({"lora": (size, size)}, 4 * size) for name, size in targets.items()}
-    found = {n: Part(n, type(modules[n]).__name__, None, *size, "lora") for n, size in sizes.items()}
-    return config, Plan(found)
-
-
-def _plan_bottlenecks(model: nn.Module, config: BottleneckConfig) -> Plan:
-    modules = base_modules(model)
-    sublayers = find_sublayers(modules)
-    parts = {}
-    for sublayer in sublayers:
-        name = sublayer.exit
-        if sublayer.role not in config.roles or not _is_chosen(config, name):
-            continue
-        out = modules[name]
-        width = _width(out, 1)
-        read = width if config.position == "sequential" else _width(modules[sublayer.entry], 0)
-        size = config.size_of(width)
-        counts = {"down": size * (read + 1), "up": width * (size + 1)}
-        counts |= {"scale": 1} if config.scale == "learned" else {}
-        parts[name] = _beside(config, name, out, sublayer, counts, "bottleneck")
-    if not parts:
-        known = ", ".join(f"{s.exit} ({s.role})" for s in sublayers) or "none"
-        raise NoMatchError(
-            f"BottleneckConfig(roles={config.roles!r}) finds no place in this model. Sub-layers whose end is known: "
-            f"{known}. Choose among their roles and layers, or use another part where there are none."
-        )
-    return Plan(parts)
-
-
-def _plan_prefixes(model: nn.Module, config: PrefixConfig) -> Plan:
-    modules = base_modules(model)
-    found = find_attention(model)
-    parts = {}
-    for name, place in found.items():
-        if (config.roles is None or place.role in config.roles) and _is_chosen(config, name):
-            sizes = config.num_virtual_tokens, place.heads * place.head_dim, config.reparametrize
-            prefix = Prefix(*sizes, device=torch.device("meta"))
-            counts = {"prefix": sum(parameter.numel() for parameter in prefix.parameters())}
-            parts[name] = _beside(config, name, modules[name], place, counts, "prefix")
-    if not parts:
-        known = ", ".join(f"{name} ({place.role})" for name, place in found.items())
-        raise NoMatchError(f"this PrefixConfig selects none of the attention modules of this model: {known}.")
-    return Plan(parts)
-
-
-def _beside(config: Any, name: str, module: nn.Module, place: Any, counts: Mapping[str, int], method: str) -> Part:
-    first = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    itemsize = delta_dtype(first, config.torch_delta_dtype).itemsize
-    entries = {what: (count, count) for what, count in counts.items()}
-    return Part(name, type(module).__name__, place, entries, sum(counts.values()) * itemsize, method)
-
-
-def _is_chosen(config: Any, name: str) -> bool:
-    """Whether a place found by structure is among the target modules, if any are named, and in the layers."""
-    named = config.target_modules is None or _matches(config.target_modules, name)
-    return named and not _matches(config.exclude_modules, name) and _in_layers(config, name)
-
-
-def _width(leaf: nn.Module, side: int) -> int:
-    """Inputs (side 0) or outputs (side 1) of a linear map, also of GPT-2's Conv1D, whose weight is `(in, out)`."""
-    for names in (("in_features", "out_features"), ("nx", "nf")):
-        if isinstance(width := getattr(leaf, names[side], None), int):
-            return width
-    weight: Any = leaf.weight
-    return int(weight.shape[1 - side])
-
-
-def _plan_deltas(model: nn.Module, config: LNTuningConfig, counts: Mapping[str, int | None] | None) -> Plan:
-    modules = base_modules(model)
-    norms = find_norms(model, parameterless=True)
-    reasons: dict[str, str] = {}
-    parts: dict[str, Part] = {}
-    selected = 0
-    for name in norms if config.target_modules is None else modules:
-        reason = _reason_to_leave(config, name, norms.get(name))
-        if reason is None:
-            selected += sum(total for _, total in part_of(config, name, modules[name]).entries.values())
-            parts[name] = part_of(config, name, modules[name], norms.get(name), counts)
-        reasons[name] = reason or ""
-    parts = {name: part for name, part in parts.items() if part.entries}
-    left_out = {name: reasons.get(name) or "its parameters are not among those tuned" for name in norms.keys() - parts}
-    left_out = {name: left_out[name] for name in norms if name in left_out}
-    if not parts:
-        raise NoMatchError(_nothing(config, norms, left_out, modules))
-    return Plan(parts, left_out, selected)
-
-
-def _reason_to_leave(config: LNTuningConfig, name: str, norm: Norm | None) -> str | None:
-    """Why this module is not tuned; None where it is."""
-    if not name:
-        return "it is the model itself"
-    if config.target_modules is not None:
-        matched = check_target_module_exists(config, name)
-        return None if matched else "not among the target modules, or excluded"
-    if norm is None or norm.weight_shape is None:
-        return "it has no parameters"
-    if config.roles is not None and not set(config.roles) & set(norm.roles):
-        return f"role {'+'.join(norm.roles) or 'unknown'}"
-    if _matches(config.exclude_modules, name):
-        return "excluded"
-    if any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save or ()):
-        return "inside modules_to_save"
-    if not _in_layers(config, name):
-        return "not in layers_to_transform"
-    return None
-
-
-def part_of(
-    config: LNTuningConfig,
-    name: str,
-    module: nn.Module,
-    norm: Norm | None = None,
-    counts: Mapping[str, int | None] | None = None,
-) -> Part:
-    """What `config` tunes of one module.
-
-    Raises:
-        UnsupportedError: the module has no floating weight.
-    """
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor) or not _takes_delta(weight):
-        kind: Any = getattr(weight, "data", weight)
-        plain = type(kind) is torch.Tensor
-        has = "none" if weight is None else f"one of {kind.dtype if plain else type(kind).__name__}"
-        raise UnsupportedError(
-            f"{name} ({type(module).__name__}) is named in target_modules, but a delta needs a floating `weight`, and "
-            f"it has {has}. Name its submodules instead, or leave it out."
-        )
-    found = {p: getattr(module, p, None) for p in config.parameters}
-    tuned = {p: t for p, t in found.items() if isinstance(t, torch.Tensor)}
-    entries = {p: (_count(counts, name, p, t.numel()), t.numel()) for p, t in tuned.items()}
-    entries = {p: count for p, count in entries.items() if count[0]}
-    size = sum(n * delta_dtype(tuned[p].dtype, config.torch_delta_dtype).itemsize for p, (n, _) in entries.items())
-    return Part(name, type(module).__name__, norm, entries, size)
-
-
-def _takes_delta(weight: torch.Tensor) -> bool:
-    """Whether a delta can be added. Quantized tensors may call themselves floating, so a tensor class is tried."""
-    if type(weight.data) is torch.Tensor or not weight.is_floating_point():
-        return weight.is_floating_point()
-    try:
-        _ = weight.detach() + 0.0
-    except (NotImplementedError, RuntimeError, TypeError):
-        return False
-    return True
-
-
-def _count(counts: Mapping[str, int | None] | None, name: str, parameter: str, size: int) -> int:
-    """Tuned entries of one parameter. Where some are listed, one that is not is not tuned."""
-    count = counts.get(f"{name}.lntune_{parameter}", 0) if counts else None
-    return size if count is None else count
-
-
-def _matches(pattern: Iterable[str] | str | None, name: str) -> bool:
-    """PEFT's rule: a string is a regular expression for the whole name, a list holds names or endings of names."""
-    if not pattern:
-        return False
-    if isinstance(pattern, str):
-        return re.fullmatch(pattern, name) is not None
-    return any(name == ending or name.endswith(f".{ending}") for ending in pattern)
-
-
-def _in_layers(config: LNTuneConfig, name: str) -> bool:
-    """PEFT's rule: the first number in the name is the layer, or the first one after `layers_pattern`."""
-    layers = config.layers_to_transform
-    if layers is None or layers == []:
-        return True
-    wanted = {layers} if isinstance(layers, int) else set(layers)
-    patterns = config.layers_pattern or r"[^.]*"
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", name)
-        if found:
-            return int(found["index"]) in wanted
-    return False
-
-
-def _entries(entries: Mapping[str, tuple[int, int]]) -> str:
-    return ", ".join(
-        f"{name} {tuned:,}" + ("" if tuned == size else f" of {size:,}") for name, (tuned, size) in entries.items()
-    )
-
-
-def _nothing(config: LNTuningConfig, norms: Mapping[str, Norm], left_out: Mapping[str, str], modules: Mapping) -> str:
-    if config.target_modules is not None:
-        known = ", ".join(norms) or "none"
-        return (
-            f"Target modules {config.target_modules} not found in the base model, or excluded, or without the "
-            f"parameters that tune={config.tune!r} asks for. Please check the target modules and try again. "
-            f"Norms of this model: {known}."
-        )
-    if not norms:
-        return (
-            f"no norm was found among the {len(modules)} modules of this model. If it has one that is written into "
-            "another module's forward, give that a module of its own; or name other modules in target_modules."
-        )
-    listed = "\n".join(f"  {name}: {reason}" for name, reason in left_out.items())
-    return f"this config selects none of the {len(norms)} norms of this model:\n{listed}\nWiden the config."
+        return config, plan_prefixes(model, config)
+    return plan_lora(model, config)

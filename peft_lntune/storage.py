@@ -28,6 +28,7 @@ from peft_lntune.packing import PREFIX, ROOT, counts_of, pack
 
 __all__ = [
     "WEIGHTS_FILE",
+    "cast_values",
     "check_directory",
     "check_tensors",
     "dropped_tensors",
@@ -105,6 +106,14 @@ def with_lora_name(key: str, adapter_name: str) -> str:
         if parts[place].startswith(CONTAINERS[1]):
             return ".".join([*parts[: place + 1], adapter_name, *parts[place + 1 :]])
     return key
+
+
+def cast_values(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The state dict of an adapter with the values of its own tensors, not of heads, in this dtype; None: as it is."""
+    return {
+        key: value.to(dtype) if dtype is not None and is_ours(key) and value.is_floating_point() else value
+        for key, value in tensors.items()
+    }
 
 
 def dropped_tensors(model: nn.Module, adapter_name: str, others: Iterable[str]) -> dict[str, Tensor]:

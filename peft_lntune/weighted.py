@@ -8,7 +8,7 @@ from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task
 from torch import Tensor, nn
 
 from peft_lntune.concatenated import concatenated_parts
-from peft_lntune.config import LNTuneConfig, LNTuningConfig, UnifiedConfig, norm_part
+from peft_lntune.config import LNTuneConfig, LNTuningConfig, UnifiedConfig, delta_part
 from peft_lntune.core.reparam import Delta
 from peft_lntune.errors import ConfigError
 from peft_lntune.layers import PARAMETERS, LNTuneLayer
@@ -77,7 +77,7 @@ def _combined_deltas(
     if not tuned:
         return None
     touched = {layer.label for layer in layers if any(name in layer.deltas(p) for name in configs for p in PARAMETERS)}
-    parts = {name: norm_part(config) for name, config in configs.items()}
+    parts = {name: delta_part(config) for name, config in configs.items()}
     sources = {name: part.mask_source for name, part in parts.items() if part is not None}
     masked = any(source is not None for source in sources.values())
     return LNTuningConfig(

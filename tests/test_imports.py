@@ -17,6 +17,8 @@ FLOORS = [
     {"storage"},
     {"config"},
     {"attention", "lora"},
+    {"modules", "planned", "choose"},
+    {"plan_beside", "plan_deltas"},
     {"plan", "layers", "heads"},
     {"concatenated", "fit", "inject"},
     {"weighted"},

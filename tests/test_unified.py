@@ -318,6 +318,16 @@ def test_what_a_model_cannot_take() -> None:
         assert len(list(model.modules())) == modules
 
 
+def test_lora_at_what_is_no_linear_map() -> None:
+    for targets, message in [(["encoder"], "matches bert.encoder "), (["LayerNorm"], "matches bert.embeddings.Layer")]:
+        model = adapted.build("bert")
+        modules = len(list(model.modules()))
+        parts = [LNTuningConfig(roles=["ffn"]), LoraConfig(target_modules=targets)]
+        with pytest.raises(ConfigError, match=message):
+            get_peft_model(model, UnifiedConfig(parts=parts))
+        assert len(list(model.modules())) == modules
+
+
 def test_an_ffn_adapter_with_norms_warns() -> None:
     with pytest.warns(UserWarning, match="2211.08682"):
         get_peft_model(adapted.build("bert"), UnifiedConfig(preset="ffn-adapter+ln"))

@@ -39,6 +39,7 @@ class LNTuneConfig(PeftConfig):
         layers_pattern: name of the list that holds the layers, where a model has several.
         modules_to_save: modules to train fully and save beside the adapter, such as a classification head.
         delta_dtype: dtype of the deltas, as `"float32"`; None: float32, or the base dtype where that is wider.
+        save_dtype: dtype of the values in the file, as `"bfloat16"`, halving it; None: that of the deltas.
         init_weights: True starts as the identity. False starts at random, for tests.
         kind: which config class this is; filled in.
         format_version: of the saved files; filled in.
@@ -52,6 +53,7 @@ class LNTuneConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     delta_dtype: str | None = None
+    save_dtype: str | None = None
     init_weights: bool = True
     kind: str = ""
     format_version: int = FORMAT_VERSION
@@ -62,8 +64,9 @@ class LNTuneConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType(PEFT_TYPE)
         self.kind = type(self).__name__
-        if isinstance(self.delta_dtype, torch.dtype):
-            self.delta_dtype = str(self.delta_dtype).removeprefix("torch.")
+        for name in ("delta_dtype", "save_dtype"):
+            if isinstance(getattr(self, name), torch.dtype):
+                setattr(self, name, str(getattr(self, name)).removeprefix("torch."))
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
@@ -93,21 +96,17 @@ class LNTuneConfig(PeftConfig):
         if self.manifest is not None:
             check_type(self, "manifest", dict)
             check_counts(self.manifest.get("tuned", {}))
-        if self.delta_dtype is not None:
-            _ = self.torch_delta_dtype
+        _ = self.torch_delta_dtype, self.torch_save_dtype
 
     @property
     def torch_delta_dtype(self) -> torch.dtype | None:
         """`delta_dtype` as torch has it."""
-        if self.delta_dtype is None:
-            return None
-        dtype = getattr(torch, self.delta_dtype, None) if isinstance(self.delta_dtype, str) else None
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ConfigError(
-                f"delta_dtype={self.delta_dtype!r} is no floating dtype of torch. "
-                'Use "float32", "float64", "bfloat16" or "float16", or leave it out.'
-            )
-        return dtype
+        return floating_dtype(self, "delta_dtype")
+
+    @property
+    def torch_save_dtype(self) -> torch.dtype | None:
+        """`save_dtype` as torch has it."""
+        return floating_dtype(self, "save_dtype")
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's, but the file appears whole or not at all; it is written after the weights, so it is last."""
@@ -164,6 +163,20 @@ def check_counts(counts: Any) -> None:
             "manifest['tuned'] holds a number of entries, at least 1, or null for each tuned parameter, but got "
             f"{wrong[0]!r}. It is filled in when an adapter is saved; get a good copy of adapter_config.json."
         )
+
+
+def floating_dtype(config: LNTuneConfig, name: str) -> torch.dtype | None:
+    """The dtype that a field names; None where it is None. Raise a `ConfigError` where it names none."""
+    value = getattr(config, name)
+    if value is None:
+        return None
+    dtype = getattr(torch, value, None) if isinstance(value, str) else None
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(
+            f"{name}={value!r} is no floating dtype of torch. "
+            'Use "float32", "float64", "bfloat16" or "float16", or leave it out.'
+        )
+    return dtype
 
 
 def check_names(config: LNTuneConfig, name: str, one_string: bool = True) -> None:

@@ -1,21 +1,17 @@
 """LN-tuning: the gain and bias of norms, all of them or those of some roles and layers."""
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from peft_lntune.config.base import LNTuneConfig, check_choice, check_names
+from peft_lntune.config.base import check_names
+from peft_lntune.config.deltas import DeltaConfig
 from peft_lntune.core.roles import ROLES
 from peft_lntune.errors import ConfigError
 
-__all__ = ["LNTuningConfig", "recorded"]
-
-TUNE = ("both", "weight", "bias")
+__all__ = ["LNTuningConfig"]
 
 
 @dataclass(kw_only=True)
-class LNTuningConfig(LNTuneConfig):
+class LNTuningConfig(DeltaConfig):
     """Tune the normalization layers of a model. `LNTuningConfig()` alone is complete: every norm, gain and bias.
 
     PEFT has a config of the same name with another mechanism (it copies whole norms, in their own dtype). This one
@@ -44,14 +40,10 @@ class LNTuningConfig(LNTuneConfig):
         'base_model.model.encoder.layer.0.attention.output.LayerNorm.lntune_bias.default.weight'
     """
 
-    tune: str = "both"
     roles: list[str] | None = None
-    mask_source: dict[str, Any] | None = None
 
     def _check(self) -> None:
         super()._check()
-        self.mask_source = None if self.mask_source is None else recorded(self.mask_source)
-        check_choice(self, "tune", TUNE)
         if self.roles is None:
             return
         if isinstance(self.roles, str):
@@ -65,29 +57,3 @@ class LNTuningConfig(LNTuneConfig):
                 f"roles={self.roles!r} narrows the search for norms, but target_modules={self.target_modules!r} "
                 "replaces that search. Give one of the two."
             )
-
-    def take_sizes(self, saved: LNTuneConfig) -> None:
-        super().take_sizes(saved)
-        self.mask_source = getattr(saved, "mask_source", None)
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """Names of the parameters to tune."""
-        return ("weight", "bias") if self.tune == "both" else (self.tune,)
-
-
-def recorded(source: Any) -> dict[str, Any]:
-    """A `mask_source` as it comes back from the JSON of a saved config.
-
-    Raises:
-        ConfigError: it is no dict, or holds what JSON has no word for.
-    """
-    if not isinstance(source, Mapping):
-        raise ConfigError(f"mask_source takes a dict, but got {source!r} of type {type(source).__name__}.")
-    try:
-        copied: dict[str, Any] = json.loads(json.dumps(dict(source)))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"mask_source={source!r} cannot be saved: {error}. It says in words and numbers how a mask was made."
-        ) from error
-    return copied

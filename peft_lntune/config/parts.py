@@ -12,13 +12,14 @@ from peft_lntune.config.bottleneck import BottleneckConfig
 from peft_lntune.config.fisher_ln import FisherLNConfig
 from peft_lntune.config.kinds import build
 from peft_lntune.config.ln_tuning import LNTuningConfig
+from peft_lntune.config.module_tuning import ModuleTuningConfig
 from peft_lntune.config.prefix import PrefixConfig
 from peft_lntune.errors import ConfigError
 
 __all__ = ["NAMED_PARTS", "PART_KINDS", "check_part", "parts_of_preset", "read_part"]
 
 PART_KINDS: dict[str, type[LNTuneConfig]] = {
-    kind.__name__: kind for kind in (LNTuningConfig, FisherLNConfig, BottleneckConfig, PrefixConfig)
+    kind.__name__: kind for kind in (LNTuningConfig, FisherLNConfig, ModuleTuningConfig, BottleneckConfig, PrefixConfig)
 }
 """The kinds of this family that may be parts, by name."""
 
@@ -97,14 +98,14 @@ def check_part(part: PeftConfig) -> None:
     """Raise where a config asks for what only a whole adapter can do.
 
     Raises:
-        ConfigError: `modules_to_save`, or an option of LoRA that reaches beyond its own layers.
+        ConfigError: `modules_to_save`, `save_dtype`, or an option of LoRA that reaches beyond its own layers.
     """
     name = type(part).__name__
-    if getattr(part, "modules_to_save", None) is not None:
-        raise ConfigError(
-            f"the part {name} has modules_to_save={part.modules_to_save!r}; they are saved once an adapter, so give "
-            "them to UnifiedConfig."
-        )
+    for field in ("modules_to_save", "save_dtype"):
+        if (value := getattr(part, field, None)) is not None:
+            raise ConfigError(
+                f"the part {name} has {field}={value!r}; an adapter is saved as one, so give that to UnifiedConfig."
+            )
     if isinstance(part, LNTuneConfig):
         return
     for field, neutral in _LORA_ALONE.items():

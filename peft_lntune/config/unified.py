@@ -6,11 +6,12 @@ from typing import Any
 from peft import LoraConfig, PeftConfig
 
 from peft_lntune.config.base import LNTuneConfig
-from peft_lntune.config.ln_tuning import LNTuningConfig
+from peft_lntune.config.deltas import DeltaConfig
+from peft_lntune.config.fisher_ln import FisherLNConfig
 from peft_lntune.config.parts import check_part, parts_of_preset, read_part
 from peft_lntune.errors import ConfigError
 
-__all__ = ["UnifiedConfig", "norm_part", "parts_of", "with_norm_part"]
+__all__ = ["UnifiedConfig", "delta_part", "parts_of", "record_mask"]
 
 # What says where and how to tune belongs to a part; here it would do nothing.
 _OF_PARTS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "delta_dtype")
@@ -29,7 +30,7 @@ class UnifiedConfig(LNTuneConfig):
         parts: configs: `LNTuningConfig`, `FisherLNConfig`, `BottleneckConfig`, `PrefixConfig`, PEFT's `LoraConfig`.
         preset: names joined by `+`: `"ln"`, `"fisher-ln"`, `"lora"`, `"prefix"`, `"mha-adapter"`, `"ffn-adapter"`,
             `"mam"`; such as `"prefix+mha-adapter+ln"`. It is turned into `parts`.
-        modules_to_save: see `LNTuneConfig`; for the adapter, not for a part.
+        modules_to_save, save_dtype: see `LNTuneConfig`; for the adapter, not for a part.
 
     Raises:
         ConfigError: both or neither are given, a part is unknown or no part, or a field that belongs to a part.
@@ -89,20 +90,33 @@ def parts_of(config: PeftConfig) -> list[PeftConfig]:
     return list(config.parts or ()) if isinstance(config, UnifiedConfig) else [config]
 
 
-def norm_part(config: PeftConfig) -> LNTuningConfig | None:
-    """The part that tunes norms, if there is one; of several the first with a mask or a way to fit one."""
-    found = [part for part in parts_of(config) if isinstance(part, LNTuningConfig)]
-    special = [part for part in found if type(part) is not LNTuningConfig or part.mask_source is not None]
+def delta_part(config: PeftConfig) -> DeltaConfig | None:
+    """The part that tunes deltas, if there is one; of several the first with a mask or a way to fit one."""
+    found = [part for part in parts_of(config) if isinstance(part, DeltaConfig)]
+    special = [part for part in found if isinstance(part, FisherLNConfig) or part.mask_source is not None]
     return next(iter((*special, *found)), None)
 
 
-def with_norm_part(config: LNTuneConfig, **changes: Any) -> LNTuneConfig:
-    """A copy of a config with fields of its `norm_part` changed."""
+def _with_delta_part(config: LNTuneConfig, **changes: Any) -> LNTuneConfig:
+    """A copy of a config with fields of its `delta_part` changed."""
     if not isinstance(config, UnifiedConfig):
         return replace(config, **changes)
-    own = norm_part(config)
+    own = delta_part(config)
     parts = [replace(own, **changes) if own is not None and part is own else part for part in parts_of(config)]
     return replace(config, parts=parts)
+
+
+def record_mask(configs: dict[str, Any], adapter_name: str, source: dict[str, Any] | None) -> None:
+    """Say how the mask of an adapter was made, in a config of its own: users make several adapters from one.
+
+    Args:
+        configs: of a model, by adapter name; changed in place.
+        adapter_name: the adapter.
+        source: what `mask_source` shall be.
+    """
+    deltas = delta_part(configs[adapter_name])
+    if deltas is not None and deltas.mask_source != source:
+        configs[adapter_name] = _with_delta_part(configs[adapter_name], mask_source=source)
 
 
 def _start(part: PeftConfig) -> str:

@@ -5,10 +5,12 @@
 Both are written once, here; the forward pass, merging, mixed batches and weighted sums all call these functions.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-__all__ = ["PARAMETERS", "delta_dtype", "effective", "pack_bits", "scatter", "stamp", "unpack_bits"]
+__all__ = ["PARAMETERS", "Block", "delta_dtype", "effective", "pack_bits", "scatter", "stamp", "unpack_bits"]
 
 PARAMETERS = ("weight", "bias")
 """The parameters of a module that can carry a delta."""
@@ -31,13 +33,55 @@ def delta_dtype(base_dtype: torch.dtype, override: torch.dtype | None = None) ->
     return override or torch.promote_types(base_dtype, torch.float32)
 
 
-def effective(base: Tensor, values: Tensor, index: Tensor | None = None) -> Tensor:
+class Block(NamedTuple):
+    """A part of a parameter along one axis, such as the queries in a fused projection.
+
+    Attributes:
+        axis: along which.
+        ranges: from and to where, one after the other.
+    """
+
+    axis: int
+    ranges: tuple[tuple[int, int], ...]
+
+    def shape_in(self, shape: torch.Size) -> torch.Size:
+        """The shape of the part in a parameter of `shape`.
+
+        Example:
+            >>> Block(0, ((0, 2), (4, 5))).shape_in(torch.Size([6, 3]))
+            torch.Size([3, 3])
+        """
+        sizes = list(shape)
+        sizes[self.axis] = sum(stop - start for start, stop in self.ranges)
+        return torch.Size(sizes)
+
+    def add_to(self, base: Tensor, values: Tensor) -> Tensor:
+        """`base` plus `values` `(shape_in(base.shape))` at this part, in the wider of the two dtypes; a new tensor."""
+        wide = base.to(torch.promote_types(base.dtype, values.dtype), copy=True)
+        begin = 0
+        for start, stop in self.ranges:
+            wide.narrow(self.axis, start, stop - start).add_(values.narrow(self.axis, begin, stop - start))
+            begin += stop - start
+        return wide
+
+    def of(self, base: Tensor) -> Tensor:
+        """This part of `base`.
+
+        Example:
+            >>> Block(0, ((0, 1), (2, 3))).of(torch.arange(3))
+            tensor([0, 2])
+        """
+        return torch.cat([base.narrow(self.axis, start, stop - start) for start, stop in self.ranges], self.axis)
+
+
+def effective(base: Tensor, values: Tensor, index: Tensor | None = None, block: Block | None = None) -> Tensor:
     """Base plus delta, in the wider of the two dtypes.
 
     Args:
         base: the base parameter, any shape.
         values: the delta; of the shape of `base`, or `(k,)` where `index` says which entries it tunes.
         index: `(k,)`, int64, positions in the flattened base; None for a dense delta.
+        block: where a dense delta is of a part of the base alone, that part.
 
     Returns:
         A new tensor of the shape of `base`.
@@ -46,6 +90,8 @@ def effective(base: Tensor, values: Tensor, index: Tensor | None = None) -> Tens
         >>> effective(torch.ones(3), torch.tensor([0.5]), torch.tensor([1]))
         tensor([1.0000, 1.5000, 1.0000])
     """
+    if block is not None:
+        return block.add_to(base, values)
     if index is None:
         return base + values
     wide = base.to(torch.promote_types(base.dtype, values.dtype))

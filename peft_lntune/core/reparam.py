@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from peft_lntune.core.delta import effective, pack_bits, scatter, stamp, unpack_bits
+from peft_lntune.core.delta import Block, effective, pack_bits, scatter, stamp, unpack_bits
 from peft_lntune.errors import UnsupportedError
 
 __all__ = ["Delta"]
@@ -20,6 +20,7 @@ class Delta(nn.Module):
         dtype: dtype of the delta, see `peft_lntune.core.delta.delta_dtype`.
         device: where the delta lives.
         count: number of tuned entries, or None for all of them. The mask itself comes with `set_mask`, or is loaded.
+        block: where only a part of the parameter is meant, that part; without a mask the delta has its shape.
 
     Example:
         >>> delta = Delta(torch.Size([4]), torch.float32)
@@ -35,10 +36,13 @@ class Delta(nn.Module):
         dtype: torch.dtype,
         device: torch.device | None = None,
         count: int | None = None,
+        block: Block | None = None,
     ) -> None:
         super().__init__()
         self.shape = torch.Size(shape)
-        size = self.shape if count is None else (count,)
+        self.block = block if count is None else None
+        whole = self.shape if block is None else block.shape_in(self.shape)
+        size = whole if count is None else (count,)
         self.weight = nn.Parameter(torch.zeros(size, dtype=dtype, device=device))
         bits = None if count is None else torch.zeros(-(-self.shape.numel() // 8), dtype=torch.uint8, device=device)
         self.register_buffer("mask", bits)
@@ -54,7 +58,7 @@ class Delta(nn.Module):
         return delta
 
     def forward(self, base: Tensor) -> Tensor:
-        return effective(base, self.weight, self.index)
+        return effective(base, self.weight, self.index, self.block)
 
     @property
     def index(self) -> Tensor | None:
@@ -85,11 +89,16 @@ class Delta(nn.Module):
     def dense(self) -> Tensor:
         """The delta in the shape of the base, zero where nothing is tuned; detached."""
         values = self.weight.detach()
+        if self.block is not None:
+            return self.block.add_to(values.new_zeros(self.shape), values)
         index = self.index
         return values if index is None else scatter(values, index, self.shape)
 
     def tuned(self) -> Tensor:
         """Bool, in the shape of the base: which entries are tuned."""
+        if self.block is not None:
+            ones = torch.ones_like(self.weight, dtype=torch.uint8)
+            return self.block.add_to(ones.new_zeros(self.shape), ones).bool()
         if self.mask is None:
             return torch.ones(self.shape, dtype=torch.bool, device=self.weight.device)
         return unpack_bits(self.mask, self.shape)
@@ -97,6 +106,9 @@ class Delta(nn.Module):
     @torch.no_grad()
     def fill(self, dense: Tensor) -> None:
         """Take the tuned entries of `dense` (shape of the base) as the delta, in place."""
+        if self.block is not None:
+            self.weight.copy_(self.block.of(dense))
+            return
         index = self.index
         self.weight.copy_(dense if index is None else dense.reshape(-1)[index])
 

@@ -5,7 +5,7 @@ between norms and other modules is how the wrapped module is run with given para
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from peft_lntune.core.delta import PARAMETERS, delta_dtype
+from peft_lntune.core.delta import PARAMETERS, Block, delta_dtype
 from peft_lntune.core.reparam import Delta
 from peft_lntune.core.route import Route
 from peft_lntune.layers.kept import Kept, source_of, unchanged
@@ -78,12 +78,25 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         # Read through the module, not its `_parameters`: sharding and outer layers put tensors in its `__dict__`.
         return getattr(self.get_base_layer(), parameter)
 
-    def update_layer(self, adapter_name: str, config: Any, counts: dict[str, int | None]) -> None:
-        """Add an adapter, a zero delta for each parameter in `counts` (None: every entry is tuned)."""
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: Any,
+        counts: Mapping[str, int | None],
+        blocks: Mapping[str, Block] | None = None,
+    ) -> None:
+        """Add an adapter, a zero delta for each parameter in `counts` (None: every entry is tuned).
+
+        Args:
+            adapter_name: the new adapter.
+            config: its config.
+            counts: the parameters, with the number of tuned entries where these are chosen by a mask.
+            blocks: the parameters of which only a part is meant.
+        """
         for parameter, count in counts.items():
             base = self.base_parameter(parameter)
             dtype = delta_dtype(base.dtype, config.torch_delta_dtype)
-            delta = Delta(base.shape, dtype, base.device, count)
+            delta = Delta(base.shape, dtype, base.device, count, (blocks or {}).get(parameter))
             if not config.init_weights:
                 nn.init.normal_(delta.weight, std=0.1)
             self.deltas(parameter)[adapter_name] = delta
@@ -95,6 +108,10 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         """Tune only the entries where `mask` is True, keeping their values; without one, drop the delta."""
         deltas = self.deltas(parameter)
         old = deltas[adapter_name]
+        if mask is not None and old.block is not None:
+            mask = mask.to(old.weight.device) & old.tuned()
+            if torch.equal(mask, old.tuned()):
+                return
         if mask is None or not mask.any():
             del deltas[adapter_name]
         else:

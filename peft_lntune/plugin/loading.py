@@ -19,13 +19,15 @@ from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
-from peft_lntune.config import LNTuneConfig, StoredConfig, norm_part
+from peft_lntune.config import LNTuneConfig, StoredConfig, delta_part, record_mask
 from peft_lntune.config.base import PEFT_TYPE
+from peft_lntune.core.delta import delta_dtype
 from peft_lntune.errors import AdapterFileError, PeftLNTuneError
 from peft_lntune.fit import unpack_by
 from peft_lntune.model import LNTuneModel
 from peft_lntune.packing import is_packed
 from peft_lntune.storage import (
+    cast_values,
     check_directory,
     check_tensors,
     has_lora,
@@ -67,9 +69,9 @@ def _guarded_load(original: Callable[..., Any]) -> Callable[..., Any]:
             if isinstance(self.peft_config.get(adapter_name), LNTuneConfig):
                 saved = _check_files(model_id, kwargs)  # PEFT reads the config only of adapters it does not have yet
             loaded = original(self, model_id, adapter_name, *args, **kwargs)
-        norms = norm_part(saved) if saved is not None else None
+        norms = delta_part(saved) if saved is not None else None
         if norms is not None:
-            self.base_model.record(adapter_name, norms.mask_source)
+            record_mask(self.peft_config, adapter_name, norms.mask_source)
         return loaded
 
     return load_adapter
@@ -135,9 +137,11 @@ def _read_ours(model: nn.Module, given: dict[str, Any], model_id: Any, hub: dict
         check_tensors(None, tensors, where)
     else:
         tensors = load_peft_weights(str(model_id), device="cpu", **hub_options(hub))
-    if is_packed(tensors) or has_lora(tensors):
+    if is_packed(tensors) or has_lora(tensors) or config.save_dtype is not None:
         # Of the containers of this PEFT type alone it knows where the adapter's name belongs.
         unpacked = unpack_by(model, config, tensors, where)
+        if config.save_dtype is not None:
+            unpacked = cast_values(unpacked, delta_dtype(next(model.parameters()).dtype, config.torch_delta_dtype))
         name = given.get("adapter_name") or "default"
         named = {with_lora_name(key, name): value for key, value in unpacked.items()}
         given.update(peft_config=config, adapter_state_dict=named)

@@ -64,6 +64,16 @@ FIELDS: dict[str, tuple[Any, list[tuple[Any, str]]]] = {
             (torch.int8, "delta_dtype='int8' is no floating dtype of torch"),
         ],
     ),
+    "save_dtype": (
+        "float64",
+        [
+            ("int8", "save_dtype='int8' is no floating dtype of torch. Use \"float32\""),
+            ("wide", "save_dtype='wide' is no floating dtype of torch"),
+            ("nn", "save_dtype='nn' is no floating dtype of torch"),
+            (32, "save_dtype=32 is no floating dtype of torch"),
+            (torch.int8, "save_dtype='int8' is no floating dtype of torch"),
+        ],
+    ),
     "init_weights": (False, [("gaussian", "init_weights takes a bool, but got 'gaussian' of type str")]),
     "inference_mode": (True, [(1, "inference_mode takes a bool, but got 1 of type int")]),
     "task_type": ("SEQ_CLS", [("CLASSIFY", "Invalid task type: 'CLASSIFY'. Must be one of")]),  # PEFT's own words
@@ -287,5 +297,5 @@ class TestStored:
 
     def test_every_kind_is_there_under_its_name(self) -> None:
         assert all(cls.__name__ == name and issubclass(cls, LNTuneConfig) for name, cls in KINDS.items())
-        needed = {"UnifiedConfig": {"preset": "ln"}}
+        needed = {"UnifiedConfig": {"preset": "ln"}, "ModuleTuningConfig": {"preset": "bitfit"}}
         assert all(type(StoredConfig(kind=name, **needed.get(name, {}))) is cls for name, cls in KINDS.items())

@@ -8,7 +8,7 @@ import pytest
 from peft import IA3Config, LoraConfig, PeftConfig
 
 from peft_lntune import BottleneckConfig, FisherLNConfig, LNTuningConfig, PrefixConfig, UnifiedConfig
-from peft_lntune.config import norm_part, parts_of, with_norm_part
+from peft_lntune.config import delta_part, parts_of, record_mask
 from peft_lntune.errors import ConfigError
 
 EVERY = [
@@ -64,7 +64,7 @@ def test_replace_keeps_the_parts_apart() -> None:
         ({"parts": [IA3Config()]}, "holds a IA3Config; a part is one of"),
         ({"parts": [UnifiedConfig(preset="ln")]}, "holds a UnifiedConfig"),
         ({"parts": [{"kind": "Nonsense"}]}, "of kind 'Nonsense'"),
-        ({"parts": [LNTuningConfig(modules_to_save=["classifier"])]}, "give them to UnifiedConfig"),
+        ({"parts": [LNTuningConfig(modules_to_save=["classifier"])]}, "give that to UnifiedConfig"),
         ({"parts": [LoraConfig(bias="all")]}, "bias='all'"),
         ({"parts": [LoraConfig(layer_replication=[(0, 1)])]}, "layer_replication"),
         ({"parts": [LoraConfig(init_lora_weights="pissa")]}, "changes the weights of the base"),
@@ -87,16 +87,18 @@ def test_the_parts_get_what_is_said_once() -> None:
     assert all(part.modules_to_save is None for part in config.parts)
 
 
-def test_the_norm_part() -> None:
+def test_the_delta_part() -> None:
     fisher = FisherLNConfig(density=0.1)
     plain = LNTuningConfig(roles=["final"])
-    assert norm_part(plain) is plain
-    assert norm_part(BottleneckConfig()) is None
+    assert delta_part(plain) is plain
+    assert delta_part(BottleneckConfig()) is None
     config = UnifiedConfig(parts=[plain, fisher, PrefixConfig()])
-    assert norm_part(config) == fisher
-    changed = with_norm_part(config, mask_source={"made": "by hand"})
-    assert norm_part(changed).mask_source == {"made": "by hand"}
-    assert norm_part(config).mask_source is None
+    assert delta_part(config) == fisher
+    configs = {"a": config}
+    record_mask(configs, "a", {"made": "by hand"})
+    changed = configs["a"]
+    assert delta_part(changed).mask_source == {"made": "by hand"}
+    assert delta_part(config).mask_source is None
     assert len(parts_of(changed)) == 3
 
 

@@ -135,7 +135,7 @@ REQUIRED = [
     Name("peft.tuners.lora:LoraModel._check_target_module_exists", "LoRA as a part", ("lora.py",)),
     Name("peft.utils.other:get_pattern_key", "counting LoRA by rank_pattern", ("lora.py",)),
     Name("transformers.pytorch_utils:Conv1D", "LoRA on GPT-2", ("lora.py",)),
-    Name("peft.tuners.tuners_utils:check_target_module_exists", "choosing modules", ("plan.py", "inject.py")),
+    Name("peft.tuners.tuners_utils:check_target_module_exists", "choosing modules", ("plan_deltas.py", "inject.py")),
     Name("peft.tuners.tuners_utils:onload_layer", "merging under offloading", ("model.py",)),
     Name("transformers.models.bert.modeling_bert:eager_attention_forward", "prefixes under eager", ("attention.py",)),
     Name("peft.utils.other:ModulesToSaveWrapper", "heads in mixed batches", ("heads.py",)),

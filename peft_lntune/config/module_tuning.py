@@ -1,0 +1,100 @@
+"""Deltas on chosen modules of every layer: queries, FFNs, embeddings, biases."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from peft_lntune.config.base import check_layers, check_names
+from peft_lntune.config.deltas import DeltaConfig
+from peft_lntune.errors import ConfigError
+
+__all__ = ["COMPONENTS", "PRESETS", "ModuleTuningConfig"]
+
+COMPONENTS = {
+    "query": "the projection to queries",
+    "key": "the projection to keys",
+    "value": "the projection to values",
+    "attention_output": "the projection behind attention",
+    "ffn_up": "the FFN's first projection",
+    "ffn_gate": "the FFN's gate, where it has one",
+    "ffn_down": "the FFN's last projection",
+    "norm": "every norm",
+    "embedding": "word, position and type embeddings",
+    "pooler": "the dense layer over the first token",
+}
+"""The components by the names that the field uses. Attention over an encoder's output counts as attention."""
+
+_BODY = tuple(COMPONENTS)
+PRESETS: dict[str, dict[str, Any]] = {
+    "bitfit": {"components": _BODY, "tune": "bias"},
+    "l0-close": {"components": tuple(name for name in _BODY if name not in ("key", "embedding"))},
+}
+"""Named choices: BitFit (arXiv 2106.10199), every bias; L0-close (arXiv 2004.14129), all but keys and embeddings. The
+layers that the second leaves out as well depend on the model, so give them as `layers_to_exclude`."""
+
+
+@dataclass(kw_only=True)
+class ModuleTuningConfig(DeltaConfig):
+    """Tune chosen modules of the model, whole, as deltas: the adapter of fine-tuning just these parameters.
+
+    Training is that of the same parameters with `requires_grad`, step for step; but the adapter is saved by itself,
+    switched, merged, summed and mixed like any other. A mask (`set_masks`) leaves chosen entries, so that 5 % of the
+    queries, or the n largest weights of the norms, are one line more.
+
+    Source: Akbar-Tajari et al. 2022 (arXiv 2302.00378); Radiya-Dixit and Wang 2020 (arXiv 2004.14129).
+
+    Args:
+        components: names out of `"query"`, `"key"`, `"value"`, `"attention_output"`, `"ffn_up"`, `"ffn_gate"`,
+            `"ffn_down"`, `"norm"`, `"embedding"`, `"pooler"`, for models whose modules are known; where a model has two
+            of them in one matrix, as GPT-2 has queries, keys and values, that part of the matrix.
+        preset: `"bitfit"` or `"l0-close"`, instead of `components`; it is turned into fields.
+        layers_to_exclude: index or indices of layers to leave out.
+        target_modules: instead of `components`, modules by name, of any class with a floating weight.
+        tune: `"weight"`, `"bias"`, or `"both"`.
+
+    Further arguments: see `DeltaConfig` and `LNTuneConfig`.
+
+    Raises:
+        ConfigError: not exactly one of components, preset and target_modules; or an unknown name.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from transformers import GPT2Config, GPT2Model
+        >>> model = GPT2Model(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=9, n_positions=4))
+        >>> peft_model = get_peft_model(model, ModuleTuningConfig(components=["query"], tune="bias"))
+        >>> [tuple(p.shape) for p in peft_model.parameters() if p.requires_grad]
+        [(8,), (8,)]
+    """
+
+    components: list[str] | None = None
+    preset: str | None = None
+    layers_to_exclude: list[int] | int | None = None
+
+    def _check(self) -> None:
+        super()._check()
+        given = [name for name in ("components", "preset", "target_modules") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ConfigError(
+                f"give exactly one of components, preset and target_modules, but got {' and '.join(given) or 'none'}."
+            )
+        if self.preset is not None:
+            self._take_preset()
+        if isinstance(self.components, str):
+            self.components = [self.components]
+        check_names(self, "components", one_string=False)
+        unknown = [name for name in self.components or () if name not in COMPONENTS]
+        if unknown or self.components == []:
+            known = "\n".join(f"  {name}: {what}" for name, what in COMPONENTS.items())
+            raise ConfigError(f"components={self.components!r}: choose one or more of\n{known}")
+        if self.components is not None:
+            self.components = list(self.components)
+        if isinstance(self.layers_to_exclude, (range, set, tuple)):
+            self.layers_to_exclude = list(self.layers_to_exclude)
+        check_layers(self, "layers_to_exclude")
+
+    def _take_preset(self) -> None:
+        if self.preset not in PRESETS:
+            raise ConfigError(f"preset={self.preset!r}: choose one of {', '.join(map(repr, PRESETS))}.")
+        chosen = PRESETS[self.preset]
+        if self.tune != chosen.get("tune", self.tune) and self.tune != "both":
+            raise ConfigError(f"preset={self.preset!r} tunes {chosen['tune']!r}, but tune={self.tune!r} was given.")
+        self.components, self.tune, self.preset = list(chosen["components"]), chosen.get("tune", self.tune), None

@@ -1,0 +1,88 @@
+"""Where bottlenecks, prefixes and LoRA go."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import nn
+
+from peft_lntune.attention import find_attention
+from peft_lntune.choose import is_chosen
+from peft_lntune.config import BottleneckConfig, PrefixConfig
+from peft_lntune.core.delta import delta_dtype
+from peft_lntune.core.norms import base_modules
+from peft_lntune.core.prefix import Prefix
+from peft_lntune.core.sublayers import find_sublayers
+from peft_lntune.errors import NoMatchError
+from peft_lntune.lora import find_lora_targets
+from peft_lntune.planned import Part, Plan
+
+__all__ = ["plan_bottlenecks", "plan_lora", "plan_prefixes"]
+
+
+def plan_bottlenecks(model: nn.Module, config: BottleneckConfig) -> Plan:
+    modules = base_modules(model)
+    sublayers = find_sublayers(modules)
+    parts = {}
+    for sublayer in sublayers:
+        name = sublayer.exit
+        if sublayer.role not in config.roles or not is_chosen(config, name):
+            continue
+        out = modules[name]
+        width = _width(out, 1)
+        read = width if config.position == "sequential" else _width(modules[sublayer.entry], 0)
+        size = config.size_of(width)
+        counts = {"down": size * (read + 1), "up": width * (size + 1)}
+        counts |= {"scale": 1} if config.scale == "learned" else {}
+        parts[name] = _beside(config, name, out, sublayer, counts, "bottleneck")
+    if not parts:
+        known = ", ".join(f"{s.exit} ({s.role})" for s in sublayers) or "none"
+        raise NoMatchError(
+            f"BottleneckConfig(roles={config.roles!r}) finds no place in this model. Sub-layers whose end is known: "
+            f"{known}. Choose among their roles and layers, or use another part where there are none."
+        )
+    return Plan(parts)
+
+
+def plan_prefixes(model: nn.Module, config: PrefixConfig) -> Plan:
+    modules = base_modules(model)
+    found = find_attention(model)
+    parts = {}
+    for name, place in found.items():
+        if (config.roles is None or place.role in config.roles) and is_chosen(config, name):
+            sizes = config.num_virtual_tokens, place.heads * place.head_dim, config.reparametrize
+            prefix = Prefix(*sizes, device=torch.device("meta"))
+            counts = {"prefix": sum(parameter.numel() for parameter in prefix.parameters())}
+            parts[name] = _beside(config, name, modules[name], place, counts, "prefix")
+    if not parts:
+        known = ", ".join(f"{name} ({place.role})" for name, place in found.items())
+        raise NoMatchError(f"this PrefixConfig selects none of the attention modules of this model: {known}.")
+    return Plan(parts)
+
+
+def _beside(config: Any, name: str, module: nn.Module, place: Any, counts: Mapping[str, int], method: str) -> Part:
+    first = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    itemsize = delta_dtype(first, config.torch_delta_dtype).itemsize
+    entries = {what: (count, count) for what, count in counts.items()}
+    return Part(name, type(module).__name__, place, entries, sum(counts.values()) * itemsize, method)
+
+
+def _width(leaf: nn.Module, side: int) -> int:
+    """Inputs (side 0) or outputs (side 1) of a linear map, also of GPT-2's Conv1D, whose weight is `(in, out)`."""
+    for names in (("in_features", "out_features"), ("nx", "nf")):
+        if isinstance(width := getattr(leaf, names[side], None), int):
+            return width
+    weight: Any = leaf.weight
+    return int(weight.shape[1 - side])
+
+
+def plan_lora(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, Plan]:
+    """Where LoRA goes, and its config with the target modules that were chosen for it."""
+    config, targets = find_lora_targets(model, config)
+    modules = base_modules(model)
+    found = {
+        name: Part(name, type(modules[name]).__name__, None, {"lora": (size, size)}, 4 * size, "lora")
+        for name, size in targets.items()
+    }
+    return config, Plan(found)

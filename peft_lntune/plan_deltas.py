@@ -1,0 +1,144 @@
+"""Where deltas go: norms, modules that are named, and components of the model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+
+from peft_lntune.choose import in_layers, is_chosen, is_saved, matches
+from peft_lntune.config import DeltaConfig, LNTuningConfig, ModuleTuningConfig
+from peft_lntune.core.delta import Block, delta_dtype
+from peft_lntune.core.norms import Norm, base_modules, find_norms
+from peft_lntune.errors import NoMatchError, UnsupportedError
+from peft_lntune.modules import find_parameters
+from peft_lntune.planned import Part, Plan
+
+__all__ = ["part_of", "plan_components", "plan_deltas"]
+
+
+def plan_components(model: nn.Module, config: ModuleTuningConfig, counts: Mapping[str, int | None] | None) -> Plan:
+    modules = base_modules(model)
+    norms = find_norms(model)
+    places = find_parameters(model, config.components or (), norms, config.parameters)
+    places = {name: found for name, found in places.items() if is_chosen(config, name) and not is_saved(config, name)}
+
+    def parts_with(counts: Mapping[str, int | None] | None) -> dict[str, Part]:
+        every = {n: part_of(config, n, modules[n], norms.get(n), counts, found) for n, found in places.items()}
+        return {name: part for name, part in every.items() if part.entries}
+
+    parts, every = parts_with(counts), parts_with(None)
+    if not parts:
+        raise NoMatchError(
+            f"this model has none of the components {config.components!r} in the chosen layers, with the parameters "
+            f"that tune={config.tune!r} asks for. `parameter_change` names the components it has; or name modules in "
+            "target_modules."
+        )
+    return Plan(parts, {}, sum(total for part in every.values() for _, total in part.entries.values()))
+
+
+def plan_deltas(model: nn.Module, config: DeltaConfig, counts: Mapping[str, int | None] | None) -> Plan:
+    modules = base_modules(model)
+    norms = find_norms(model, parameterless=True)
+    reasons: dict[str, str] = {}
+    parts: dict[str, Part] = {}
+    selected = 0
+    for name in norms if config.target_modules is None else modules:
+        reason = _reason_to_leave(config, name, norms.get(name))
+        if reason is None:
+            selected += sum(total for _, total in part_of(config, name, modules[name]).entries.values())
+            parts[name] = part_of(config, name, modules[name], norms.get(name), counts)
+        reasons[name] = reason or ""
+    parts = {name: part for name, part in parts.items() if part.entries}
+    left_out = {name: reasons.get(name) or "its parameters are not among those tuned" for name in norms.keys() - parts}
+    left_out = {name: left_out[name] for name in norms if name in left_out}
+    if not parts:
+        raise NoMatchError(_nothing(config, norms, left_out, modules))
+    return Plan(parts, left_out, selected)
+
+
+def _reason_to_leave(config: Any, name: str, norm: Norm | None) -> str | None:
+    """Why this module is not tuned; None where it is."""
+    if not name:
+        return "it is the model itself"
+    if config.target_modules is not None:
+        matched = check_target_module_exists(config, name) and in_layers(config, name)
+        return None if matched else "not among the target modules, or excluded"
+    if norm is None or norm.weight_shape is None:
+        return "it has no parameters"
+    if getattr(config, "roles", None) is not None and not set(config.roles) & set(norm.roles):
+        return f"role {'+'.join(norm.roles) or 'unknown'}"
+    if matches(config.exclude_modules, name):
+        return "excluded"
+    if is_saved(config, name):
+        return "inside modules_to_save"
+    if not in_layers(config, name):
+        return "not in layers_to_transform"
+    return None
+
+
+def part_of(
+    config: DeltaConfig,
+    name: str,
+    module: nn.Module,
+    norm: Norm | None = None,
+    counts: Mapping[str, int | None] | None = None,
+    only: Mapping[str, Block | None] | None = None,
+) -> Part:
+    """What `config` tunes of one module; `only`: which of its parameters may be, and which part of each.
+
+    Raises:
+        UnsupportedError: the module has no floating weight.
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor) or not _takes_delta(weight):
+        kind: Any = getattr(weight, "data", weight)
+        plain = type(kind) is torch.Tensor
+        has = "none" if weight is None else f"one of {kind.dtype if plain else type(kind).__name__}"
+        raise UnsupportedError(
+            f"{name} ({type(module).__name__}) is named in target_modules, but a delta needs a floating `weight`, and "
+            f"it has {has}. Name its submodules instead, or leave it out."
+        )
+    found = {p: getattr(module, p, None) for p in config.parameters if only is None or p in only}
+    tuned = {p: t for p, t in found.items() if isinstance(t, torch.Tensor)}
+    blocks = {p: block for p, block in (only or {}).items() if block is not None and p in tuned}
+    sizes = {p: (blocks[p].shape_in(t.shape) if p in blocks else t.shape).numel() for p, t in tuned.items()}
+    entries = {p: (_count(counts, name, p, size), size) for p, size in sizes.items()}
+    entries = {p: count for p, count in entries.items() if count[0]}
+    size = sum(n * delta_dtype(tuned[p].dtype, config.torch_delta_dtype).itemsize for p, (n, _) in entries.items())
+    return Part(name, type(module).__name__, norm, entries, size, blocks=blocks)
+
+
+def _takes_delta(weight: torch.Tensor) -> bool:
+    """Whether a delta can be added. Quantized tensors may call themselves floating, so a tensor class is tried."""
+    if type(weight.data) is torch.Tensor or not weight.is_floating_point():
+        return weight.is_floating_point()
+    try:
+        _ = weight.detach() + 0.0
+    except (NotImplementedError, RuntimeError, TypeError):
+        return False
+    return True
+
+
+def _count(counts: Mapping[str, int | None] | None, name: str, parameter: str, size: int) -> int:
+    """Tuned entries of one parameter. Where some are listed, one that is not is not tuned."""
+    count = counts.get(f"{name}.lntune_{parameter}", 0) if counts else None
+    return size if count is None else count
+
+
+def _nothing(config: LNTuningConfig, norms: Mapping[str, Norm], left_out: Mapping[str, str], modules: Mapping) -> str:
+    if config.target_modules is not None:
+        known = ", ".join(norms) or "none"
+        return (
+            f"Target modules {config.target_modules} not found in the base model, or excluded, or without the "
+            f"parameters that tune={config.tune!r} asks for. Please check the target modules and try again. "
+            f"Norms of this model: {known}."
+        )
+    if not norms:
+        return (
+            f"no norm was found among the {len(modules)} modules of this model. If it has one that is written into "
+            "another module's forward, give that a module of its own; or name other modules in target_modules."
+        )
+    listed = "\n".join(f"  {name}: {reason}" for name, reason in left_out.items())
+    return f"this config selects none of the {len(norms)} norms of this model:\n{listed}\nWiden the config."
