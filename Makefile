@@ -29,7 +29,7 @@ types: $(VENV)/.test
 	$(BIN)/mypy
 
 unit: $(VENV)/.test
-	$(OFFLINE) $(BIN)/python -m pytest -m "not full" --durations=10
+	$(OFFLINE) $(BIN)/python -m pytest -m "not full" -n 2 --dist worksteal --durations=10
 
 format: $(VENV)/.test  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .

@@ -39,6 +39,7 @@ def plan(model: nn.Module, config: PeftConfig, counts: Mapping[str, int | None] 
             model's attention takes no prefix.
 
     Example:
+        >>> from peft_lntune import LNTuningConfig
         >>> plan(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), LNTuningConfig()).entries
         8
     """

@@ -48,8 +48,8 @@ def closeness(
         noise   w0 and w0 + e, with e Gaussian and ||e||_2 = ||w1 - w0||_2 in each tensor: a step of the same length
                 that goes nowhere
 
-    Both are drawn anew for a seed and a tensor's name, so they hang on no order. An angle is computed from the
-    difference, not by arccos, and so keeps its digits where the two are nearly equal.
+    Both are drawn anew for a seed and a tensor's name, so they hang on no order. A small angle is computed
+    from the difference, not by arccos, and so keeps its digits where the two are nearly equal.
 
     Source: Radiya-Dixit and Wang 2020, How fine can fine-tuning be? (arXiv 2004.14129).
 
@@ -125,7 +125,7 @@ class _Sums:
     old: float = 0.0  # sum w0²
     new: float = 0.0  # sum w1²
     along: float = 0.0  # sum w0 d
-    opposed: float = 0.0  # sum (w0 + w1)²
+    product: float = 0.0  # sum w0 w1
 
     def __add__(self, other: "_Sums") -> "_Sums":
         return _Sums(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
@@ -135,18 +135,18 @@ class _Sums:
         return mean, self.moved / self.size if self.size else None, self._angle()
 
     def _angle(self) -> float | None:
-        """arccos(cosine) / pi, by the unit vectors: 2 atan2(||u1 - u0||, ||u1 + u0||) keeps its digits at both ends."""
+        """arccos(cosine) / pi; of small angles by 2 arcsin(||u1 - u0|| / 2) of the unit vectors, which they need."""
         a, b = math.sqrt(self.old), math.sqrt(self.new)
         if not a or not b:
             return None
+        cosine = self.product / a / b
+        if cosine < 0.9 or not 0.5 < b / a < 2:
+            return math.acos(max(-1.0, min(1.0, cosine))) / math.pi
         longer = (2 * self.along + self.length) / (a + b)  # b - a
-        return 2 * math.atan2(_aside(self.length, longer), _aside(self.opposed, longer)) / math.pi
-
-
-def _aside(square: float, part: float) -> float:
-    """The root of square - part²; where only rounding is left of it, 0, since its root would look like an angle."""
-    left = square - part**2
-    return math.sqrt(left) if left > 8 * sys.float_info.epsilon * square else 0.0
+        aside = self.length - longer**2
+        # A step along w0 leaves rounding here, and its root would look like an angle.
+        chord = math.sqrt(aside / a / b) if aside > 64 * sys.float_info.epsilon * self.length else 0.0
+        return 2 * math.asin(chord / 2) / math.pi
 
 
 class _Drawn:
@@ -193,14 +193,13 @@ def _sums_of(
     scale = math.sqrt(found.length / noise.length) if noise.length else 0.0
     moved, along = scale * noise.moved, scale * noise.along
     reached = max(0.0, found.old + 2 * along + found.length)
-    opposed = max(0.0, 4 * found.old + 4 * along + found.length)
-    noise = _Sums(found.entries, moved, found.size, found.length, found.old, reached, along, opposed)
+    noise = _Sums(found.entries, moved, found.size, found.length, found.old, reached, along, found.old + along)
     return [found, random, noise]
 
 
 def _of(old: Tensor, new: Tensor) -> _Sums:
-    d, both = new - old, new + old
-    sizes = (d.abs().sum(), old.abs().sum(), d @ d, old @ old, new @ new, old @ d, both @ both)
+    d = new - old
+    sizes = (d.abs().sum(), old.abs().sum(), d @ d, old @ old, new @ new, old @ d, old @ new)
     return _Sums(len(old), *map(float, sizes))
 
 

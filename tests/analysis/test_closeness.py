@@ -97,11 +97,16 @@ def test_small_angles_keep_their_digits(step):
     assert table.column("angle")[0] == pytest.approx(math.atan(step) / math.pi, rel=1e-9)
 
 
-@pytest.mark.parametrize("step", [1e-5, 1e-3])
-def test_nearly_opposite_angles_keep_their_digits(step):
-    old = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    table = closeness({"w": old}, {"w": torch.tensor([-2.0, 2 * step], dtype=torch.float64)}, controls=False)
-    assert 1 - table.column("angle")[0] == pytest.approx(math.atan(step) / math.pi, rel=1e-5)
+@pytest.mark.parametrize("scale", [0.7, 1.1, 1.5])
+def test_a_step_along_itself_is_no_angle(scale):
+    old = torch.rand(100, dtype=torch.float64)
+    assert closeness({"w": old}, {"w": scale * old}, controls=False).column("angle") == [0.0]
+
+
+def test_lengths_far_apart():
+    old, new = (torch.tensor(entries, dtype=torch.float64) for entries in ([1.0, 0.0], [1e-10, 1e-12]))
+    found = closeness({"w": old}, {"w": new}, controls=False).column("angle")
+    assert found == [pytest.approx(math.atan(0.01) / math.pi, rel=1e-9)]
 
 
 @pytest.mark.parametrize(
@@ -111,6 +116,8 @@ def test_nearly_opposite_angles_keep_their_digits(step):
         ([0.1, 0.2, 0.7], [0.3, 0.6, 2.1], 0.0),  # along itself: no angle, whatever is rounded
         ([1.0, 2.0], [-2.0, -4.0], 1.0),
         ([1.0, 0.0], [0.0, 5.0], 0.5),
+        ([0.0, 1.0], [1e-30, 0.0], 0.5),
+        ([0.0, 1.0], [1e-20, 1e-20], 0.25),
         ([0.0, 0.0], [1.0, 0.0], None),
         ([1.0, 0.0], [0.0, 0.0], None),
     ],

@@ -38,7 +38,9 @@ def test_the_same_outputs(kind, named, tmp_path):
     merged = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(outputs(merged), outputs(with_adapter(model, adapter)), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(outputs(merged), outputs(hf.AutoModelForSequenceClassification.from_pretrained(model)))
-    hf.AutoTokenizer.from_pretrained(tmp_path / "out")
+    tokenizer = (model / "tokenizer.json").read_text()
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == tokenizer
+    assert not list((tmp_path / "out").glob("adapter*"))
 
 
 def test_the_head_of_the_adapter_sets_the_labels(tmp_path):

@@ -52,7 +52,7 @@ def test_every_method_from_the_command_line(tiny_bert, data_dir, tmp_path, capsy
     main(["--data-dir", str(data_dir), "--task", "sst2", "--method", *METHODS, *flags])
     table = capsys.readouterr().out.splitlines()
     assert table[0].split() == ["method", "trainable", "of", "it", "head", "saved", "bytes", "accuracy", "seconds"]
-    assert [line.split()[0] for line in table[1:7]] == list(METHODS)
+    assert [line.split()[0] for line in table[1 : 1 + len(METHODS)]] == list(METHODS)
     for method in METHODS:
         result = json.loads((out / method / "result.json").read_text())
         assert result["saved_bytes"] >= 4 * result["trainable"]
@@ -70,12 +70,17 @@ def test_what_each_method_trains(tiny_bert, data_dir):
         head, everything = count_head(base), base.num_parameters()
         trained[name] = sum(p.numel() for p in method.prepare(base, "SEQ_CLS").parameters() if p.requires_grad) - head
     rank_8_on_two_matrices_a_layer = 2 * 2 * 8 * (16 + 16)
+    prefix = 2 * 2 * 20 * 16  # layers, keys and values, virtual tokens, width
+    adapter = 2 * ((16 + 1) + 16 * (1 + 1))  # one entry wide in each layer, with biases
     assert trained == {
         "head": 0,
         "ln": norms,
         "stock-ln": norms,
         "bitfit": biases - head_biases,
         "lora": rank_8_on_two_matrices_a_layer,
+        "prefix": prefix,
+        "mha-adapter": adapter,
+        "prefix+mha-adapter+ln": prefix + adapter + norms,
         "full": everything - head,
     }
 

@@ -54,8 +54,8 @@ def test_every_method_from_the_command_line(tiny_bert, tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     metrics = ["overall_precision", "overall_recall", "overall_f1"]
     assert printed[0].split() == ["method", "trainable", "of", "it", "head", "saved", "bytes", *metrics, "seconds"]
-    assert [line.split()[0] for line in printed[1:7]] == list(METHODS)
-    for method, line in zip(METHODS, printed[7:], strict=True):
+    assert [line.split()[0] for line in printed[1 : 1 + len(METHODS)]] == list(METHODS)
+    for method, line in zip(METHODS, printed[1 + len(METHODS) :], strict=True):
         assert line.startswith(f"reloaded {out / method}: all 8 validation logits are bit-equal")
 
 
