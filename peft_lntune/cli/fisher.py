@@ -1,6 +1,5 @@
 """`peft-lntune fisher`: which entries of the norms matter for a task, as masks in a file."""
 
-import csv
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,33 +16,12 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from peft_lntune import DataError, FisherState, fisher_scores, mask_density, select
 from peft_lntune.analysis import Table, score_map
 from peft_lntune.cli.output import new_file
+from peft_lntune.cli.rows import encode_labels, read_rows
 from peft_lntune.core.norms import find_norms
 from peft_lntune.selection.fisher import KINDS
 from peft_lntune.selection.select import SCOPES
 
-__all__ = ["FisherMasks", "Rows", "command", "fisher_masks", "load_classifier", "read_rows"]
-
-TEXT_COLUMNS = (
-    ("text",),
-    ("sentence",),
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question", "sentence"),
-)
-"""What is looked for where no text column is named."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Labelled texts.
-
-    Attributes:
-        texts: of each row one text, or two of a pair.
-        labels: one a row, as the file has it.
-    """
-
-    texts: Sequence[tuple[str, ...]]
-    labels: Sequence[Any]
+__all__ = ["FisherMasks", "command", "fisher_masks", "load_classifier"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,37 +39,6 @@ class FisherMasks:
     masks: Mapping[str, Tensor]
     table: Table
     source: Mapping[str, Any]
-
-
-def read_rows(file: str | Path, text_columns: Sequence[str] = (), label_column: str = "label") -> Rows:
-    """Read labelled texts from JSON lines, CSV or Parquet, by the ending of the file.
-
-    Args:
-        file: `.jsonl` or `.json` (one object a line), `.csv` (with a header) or `.parquet` (needs pyarrow).
-        text_columns: one, or two of a pair; none: the first of `TEXT_COLUMNS` that is there.
-        label_column: ints, floats, or names of classes.
-
-    Raises:
-        DataError: another ending, a line that is no JSON object, no rows, or no such column.
-        ModuleNotFoundError: pyarrow is not installed.
-    """
-    path = Path(file)
-    if path.suffix not in _READERS:
-        raise DataError(f"{path} should end in one of {', '.join(_READERS)}, which says how it is read.")
-    found = _READERS[path.suffix](path)
-    if not found:
-        raise DataError(f"{path} holds no rows.")
-    has = list(found[0])
-    texts = [tuple(text_columns)] if text_columns else [names for names in TEXT_COLUMNS if set(names) <= set(has)]
-    wanted = [*(texts[0] if texts else ("text",)), label_column]
-    for number, row in enumerate(found):
-        lost = [name for name in wanted if row.get(name) is None]
-        if lost:
-            raise DataError(
-                f"row {number} of {path} has no {lost[0]!r}, only {', '.join(row)}. Name the columns: --text-column, "
-                "--label-column."
-            )
-    return Rows([tuple(str(row[name]) for name in texts[0]) for row in found], [row[label_column] for row in found])
 
 
 def load_classifier(
@@ -113,7 +60,7 @@ def load_classifier(
     config = AutoConfig.from_pretrained(model)
     headed = any("ForSequenceClassification" in name for name in config.architectures or ())
     known = {str(name): number for name, number in (config.label2id or {}).items()} if headed else {}
-    encoded, classes = _encode(labels, known)
+    encoded, classes = encode_labels(labels, known)
     if headed and config.num_labels < classes:
         raise DataError(
             f"the data has {classes} classes, and the head of {model} {config.num_labels}. Give the model without its "
@@ -196,61 +143,6 @@ def _table(model: nn.Module, scores: Mapping[str, Tensor], masks: Mapping[str, T
         )
     ]
     return Table((*means.columns, "tuned", "share_tuned"), rows)
-
-
-def _encode(labels: Sequence[Any], known: Mapping[str, int]) -> tuple[list, int]:
-    """Labels as numbers, and how many classes there are; 1 for a regression."""
-    if known and all(str(label) in known for label in labels):
-        return [known[str(label)] for label in labels], max(known.values()) + 1
-    for kind in (int, float):
-        try:
-            found = [kind(label) if isinstance(label, str) else label for label in labels]
-        except ValueError:
-            continue
-        if all(type(label) in (bool, int) for label in found):
-            if min(found) < 0:
-                raise DataError(f"labels of classes are counted from 0, but there is one of {min(found)}.")
-            return [int(label) for label in found], int(max(found)) + 1
-        if all(type(label) in (bool, int, float) for label in found):
-            return [float(label) for label in found], 1
-    names = sorted({str(label) for label in labels})
-    if known:
-        raise DataError(f"the model's head knows {', '.join(known)}, and the data has {', '.join(names[:5])}.")
-    return [names.index(str(label)) for label in labels], len(names)
-
-
-def _read_json_lines(path: Path) -> list[dict[str, Any]]:
-    found = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"line {number + 1} of {path} is no JSON: {error}. One object a line is needed."
-                ) from error
-            if not isinstance(row, dict):
-                raise DataError(f"line {number + 1} of {path} should be a JSON object, but is {type(row).__name__}.")
-            found.append(row)
-    return found
-
-
-def _read_csv(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
-    try:
-        from pyarrow import parquet
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("reading Parquet needs pyarrow: pip install pyarrow") from error
-    return parquet.read_table(path).to_pylist()
-
-
-_READERS = {".jsonl": _read_json_lines, ".json": _read_json_lines, ".csv": _read_csv, ".parquet": _read_parquet}
 
 
 @click.command("fisher", short_help="Which entries of the norms matter for a task, as masks.")

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from peft_lntune import ConfigError, DataError, LNTuningConfig, fisher_scores, select
-from peft_lntune.cli.fisher import fisher_masks, load_classifier, read_rows
+from peft_lntune.cli.fisher import fisher_masks, load_classifier
+from peft_lntune.cli.rows import read_rows
 from tests.cli.saved import refused, run, save_model, task, write_rows
 
 
