@@ -18,7 +18,7 @@ demo: $(VENV)/.examples  ## tune a real pretrained encoder through its LayerNorm
 
 test: lint types unit  ## lint, types, tests, the README's code and the quick examples
 
-test-full: test  ## also what takes long: PEFT's own generic test suite
+test-full: test  ## also what takes long: PEFT's own generic test suite, compiled models
 	$(OFFLINE) $(BIN)/python -m pytest -m full
 
 lint: $(VENV)/.test

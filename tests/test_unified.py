@@ -350,7 +350,9 @@ def test_plain_kinds_are_adapters_too(tmp_path: Path) -> None:
         torch.testing.assert_close(adapted.output(model, x), expected)
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
+@pytest.mark.parametrize(
+    "family", ["bert", "llama", *(pytest.param(f, marks=pytest.mark.full) for f in ("gpt2", "t5"))]
+)
 def test_it_compiles_in_one_graph(family: str) -> None:
     model = unified(family)
     x = adapted.inputs(family)

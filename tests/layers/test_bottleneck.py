@@ -694,6 +694,7 @@ class TestTraining:
         torch.testing.assert_close(mixed.float(), exact, rtol=0.1, atol=0.1)
         assert all(parameter.grad.dtype == torch.float32 for parameter in layers[0].parameters())
 
+    @pytest.mark.full  # compiling takes long; tests/test_unified.py does it in the quick suite
     @pytest.mark.parametrize("family", ["bert", "llama"])
     def test_compiled_it_is_one_graph(self, family, position):
         dtype = torch.bfloat16 if family == "llama" else torch.float32
@@ -710,6 +711,7 @@ class TestTraining:
         assert all(parameter.grad is not None for parameter in layers[0].parameters())
         assert all(layer._held.x is None for layer in layers)
 
+    @pytest.mark.full
     def test_compiled_and_routed(self, position):
         model, batch = build("bert"), inputs("bert")
         layers = put(model, a=config(position), b=config("sequential", scale="learned", activation="gelu"))

@@ -683,6 +683,7 @@ class TestRoute:
             self.routed(model, route, ["a", "b"], self.batch("bert"))
 
 
+@pytest.mark.full  # compiling takes long; tests/test_unified.py does it in the quick suite
 @pytest.mark.parametrize("mode", ["running", "switched off", "routed"])
 @pytest.mark.parametrize("family", ["bert", "llama", "gemma3", "t5", "gpt2"])
 def test_one_graph(family, mode):
