@@ -103,7 +103,7 @@ def create_and_replace(
         beside = _beside(injection, part, parent if part.method == "bottleneck" else target)
         beside.update_layer(adapter_name, config, injection.stored)
         return
-    part = part or part_of(config, current_key, target)
+    part = part or part_of(config, current_key, target).tuned
     if isinstance(target, LNTuneLayer):
         target.update_layer(adapter_name, config, part.counts, part.blocks)
         return
