@@ -123,8 +123,7 @@ def _beside(injection: Injection, part: Part, host: nn.Module) -> BesideLayer:
     """The layer of a part beside `host`; a new one where it has none yet."""
     layer: BesideLayer
     if isinstance(part.place, Sublayer):
-        leaves = injection.modules[part.place.entry], injection.modules[part.place.exit]
-        layer = BottleneckLayer(injection.route, part.place.exit, *leaves, part.place.role)
+        layer = BottleneckLayer.of(injection.route, part.place, injection.modules)
     elif isinstance(part.place, AttentionFacts):
         layer = PrefixLayer(injection.route, part.place)
     else:
