@@ -71,8 +71,7 @@ def folded(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -
 def fold(model: nn.Module, adapter_name: str) -> None:
     """Make an adapter ready for prefixes as they are saved: values in place of the MLP that gave them."""
     for _, prefix in _prefixes(model, adapter_name):
-        if prefix.weight is None:
-            prefix.fold_()
+        prefix.fold_()
 
 
 def _prefixes(model: nn.Module, adapter_name: str) -> list[tuple[str, Prefix]]:
