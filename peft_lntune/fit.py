@@ -24,6 +24,7 @@ __all__ = [
     "deltas_of",
     "fold",
     "folded",
+    "own_tensors",
     "scores_by",
     "scores_for",
     "supermasks_of",
@@ -143,8 +144,7 @@ def folded(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -
 def fold(model: nn.Module, adapter_name: str) -> None:
     """Make an adapter ready for prefixes as they are saved: values in place of the MLP that gave them."""
     for _, prefix in _prefixes(model, adapter_name):
-        if prefix.weight is None:
-            prefix.fold_()
+        prefix.fold_()
 
 
 def _prefixes(model: nn.Module, adapter_name: str) -> list[tuple[str, Prefix]]:
@@ -155,23 +155,28 @@ def _prefixes(model: nn.Module, adapter_name: str) -> list[tuple[str, Prefix]]:
     ]
 
 
-def as_in_model(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an adapter, keyed as in the model's state dict, in the dtypes they have there."""
-    dtypes = {name: value.dtype for name, value in model.state_dict().items() if is_part(name, adapter_name)}
-    return {name: value.to(dtypes.get(name, value.dtype)) for name, value in tensors.items()}
+def own_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """The tensors of an adapter as a model's state dict has them, without heads in `modules_to_save`."""
+    return {name: value for name, value in model.state_dict().items() if is_part(name, adapter_name)}
 
 
-def check_fit(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+def as_in_model(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors, keyed as in the model's state dict, in the dtypes that they have among the adapter's `own_tensors`."""
+    return {name: value.to(own[name].dtype if name in own else value.dtype) for name, value in tensors.items()}
+
+
+def check_fit(own: Mapping[str, Tensor], adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
     """Raise where the tensors of an adapter, keyed as in the model's state dict, are not the ones the model expects.
+
+    Args:
+        own: what the model has of this adapter, see `own_tensors`.
+        adapter_name: the adapter.
+        tensors: what is to be loaded.
 
     Raises:
         AdapterFileError: keys are missing or unexpected, or shapes differ. The model is as it was.
     """
-    expected = {
-        name.replace("_fsdp_wrapped_module.", ""): value.shape
-        for name, value in model.state_dict().items()
-        if is_part(name, adapter_name)
-    }
+    expected = {name.replace("_fsdp_wrapped_module.", ""): value.shape for name, value in own.items()}
     found = {
         name: value.shape
         for name, value in tensors.items()

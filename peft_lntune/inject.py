@@ -103,7 +103,7 @@ def create_and_replace(
         beside = _beside(injection, part, parent if part.method == "bottleneck" else target)
         beside.update_layer(adapter_name, config, injection.stored)
         return
-    part = part or part_of(config, current_key, target)
+    part = part or part_of(config, current_key, target).tuned
     if isinstance(target, LNTuneLayer):
         _update(target, adapter_name, config, part, injection.stored)
         return
@@ -131,8 +131,7 @@ def _beside(injection: Injection, part: Part, host: nn.Module) -> BesideLayer:
     """The layer of a part beside `host`; a new one where it has none yet."""
     layer: BesideLayer
     if isinstance(part.place, Sublayer):
-        leaves = injection.modules[part.place.entry], injection.modules[part.place.exit]
-        layer = BottleneckLayer(injection.route, part.place.exit, *leaves, part.place.role)
+        layer = BottleneckLayer.of(injection.route, part.place, injection.modules)
     elif isinstance(part.place, AttentionFacts):
         layer = PrefixLayer(injection.route, part.place)
     else:

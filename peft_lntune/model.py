@@ -25,7 +25,7 @@ from peft_lntune.config import (
 from peft_lntune.config.deltas import recorded
 from peft_lntune.core.route import BASE
 from peft_lntune.errors import ConfigError, RoutingError, UnsupportedError
-from peft_lntune.fit import as_in_model, check_fit, fold, folded, scores_for, unpack_for
+from peft_lntune.fit import as_in_model, check_fit, fold, folded, own_tensors, scores_for, unpack_for
 from peft_lntune.heads import copy_heads, routed_heads
 from peft_lntune.inject import create_and_replace, is_target, prepare, route_of
 from peft_lntune.layers import PARAMETERS, BesideLayer, LNTuneLayer, NormLayer
@@ -219,8 +219,9 @@ class LNTuneModel(BaseTuner):
         tensors = scores_for(model, adapter_name, unpack_for(model, adapter_name, state_dict))
         fold(model, adapter_name)
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
-        check_fit(model, adapter_name, renamed)
-        return as_in_model(model, adapter_name, renamed)
+        own = own_tensors(model, adapter_name)
+        check_fit(own, adapter_name, renamed)
+        return as_in_model(own, renamed)
 
     # Adapters.
 

@@ -1,7 +1,7 @@
 """Named tensors from wherever they are: a model, a dict, or safetensors files of any size, read one at a time."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from peft_lntune.core.norms import base_modules
 from peft_lntune.errors import AdapterFileError, ConfigError
 from peft_lntune.selection.parameters import base_model
 
-__all__ = ["Checkpoint", "Source", "match_tensors", "open_tensors"]
+__all__ = ["Checkpoint", "Source", "match_tensors", "one_sided", "open_tensors"]
 
 Source = nn.Module | Mapping[str, Tensor] | str | PathLike[str]
 """A model, tensors by name, or the path of a checkpoint: a safetensors file, the index of a sharded one, a folder."""
@@ -182,14 +182,22 @@ def _without(tensors: Mapping[str, Tensor], names: set[str]) -> Mapping[str, Ten
     return _View(tensors, {name: name for name in tensors if name not in names})
 
 
+def one_sided(before: Collection[str], after: Collection[str]) -> str:
+    """What an error says of names that only one side has; empty where both have the same.
+
+    Example:
+        >>> one_sided(["a", "b"], ["b", "c", "d"])
+        '1 only before, such as a and 2 only after, such as c'
+    """
+    sides = {"before": [n for n in before if n not in after], "after": [n for n in after if n not in before]}
+    return " and ".join(f"{len(names)} only {when}, such as {names[0]}" for when, names in sides.items() if names)
+
+
 def _check_alike(old: Mapping[str, tuple[int, ...]], new: Mapping[str, tuple[int, ...]]) -> None:
-    missing, added = [n for n in old if n not in new], [n for n in new if n not in old]
-    if missing or added:
-        said = [f"{len(missing)} only before, such as {missing[0]}"] if missing else []
-        said += [f"{len(added)} only after, such as {added[0]}"] if added else []
+    if said := one_sided(old, new):
         raise ConfigError(
-            f"before and after should have the same tensors, but {' and '.join(said)}; {len(old) - len(missing)} are "
-            "in both. To compare what both have, say shared=True (--shared)."
+            f"before and after should have the same tensors, but {said}; {sum(name in new for name in old)} are in "
+            "both. To compare what both have, say shared=True (--shared)."
         )
     changed = [name for name in old if old[name] != new[name]]
     if changed:

@@ -18,7 +18,7 @@ from peft_lntune.config.kinds import build
 from peft_lntune.config.stored import KINDS
 from peft_lntune.errors import AdapterFileError
 from peft_lntune.packing import DELTAS, PREFIX, ROOT, is_packed
-from peft_lntune.storage import WEIGHTS_FILE, check_directory, is_ours
+from peft_lntune.storage import CONTAINERS, LORA, WEIGHTS_FILE, check_directory, is_ours
 
 __all__ = ["AdapterReport", "command", "inspect_adapter"]
 
@@ -169,11 +169,11 @@ def _method(name: str) -> tuple[str, str]:
     if not is_ours(name):
         return "head", name
     parts = name.split(".")
-    at = max(place for place, part in enumerate(parts) if part.startswith((PREFIX, "lora_")))
+    at = max(place for place, part in enumerate(parts) if part.startswith(CONTAINERS))
     host, container = ".".join(parts[:at]), parts[at]
     if container in DELTAS:
         return "delta", f"{host}.{container.removeprefix(PREFIX)}"
-    if container.startswith("lora_"):
+    if container.startswith(LORA):
         return "lora", f"{host}.weight"
     host, _, child = host.rpartition(".")  # a layer beside a module, such as attention_bottleneck or kv_prefix
     return child.rpartition("_")[2], f"{host}.weight"

@@ -28,12 +28,17 @@ shared_option = click.option(
 )
 
 
-def show(table: Table, csv_file: Path | None, plot: Path | None, draw: Callable[[Table, Path], Any]) -> None:
-    """Print a table, and write it as CSV and as a picture where that is asked for."""
+def show(
+    table: Table,
+    csv_file: Path | None = None,
+    plot: Path | None = None,
+    draw: Callable[[Table, Path], Any] | None = None,
+) -> None:
+    """Print a table, and write it as CSV and, by `draw`, as a picture where that is asked for."""
     if csv_file is not None:
         with new_file(csv_file) as made:
             table.to_csv(made)
-    if plot is not None:
+    if plot is not None and draw is not None:
         with new_file(plot) as made:
             draw(table, made)
     click.echo(str(table))
