@@ -25,13 +25,14 @@ from benchmarks.harness.classification import (
     final_cells,
     load_base,
     run_experiment,
-    search_cells,
+    search_first,
 )
 from benchmarks.harness.masked import DENSITY
 from benchmarks.harness.rows import Cell, Row, Rows
+from benchmarks.harness.tables import as_row
 from benchmarks.harness.tasks import TEXT_COLUMNS, load_task
 from benchmarks.layernorm_key_component_report import Scope, write_report
-from peft_lntune.analysis import Table, parameter_change
+from peft_lntune.analysis import parameter_change
 
 NAME = "layernorm_key_component"
 ARM_NAMES = ("full", "bitfit", "ln", "ln-ffn", "ln-attention", "head")
@@ -81,23 +82,12 @@ def waves(options: argparse.Namespace, protocol: Protocol) -> list[list[Cell]]:
     """Return the cells in order of worth; each stage searches its learning rates first."""
     planned = [[(task, at) for at in stage for task in options.tasks] for stage in stages(options)]
     planned.append([(task, at) for task in options.tasks for at in unions(options, task)])
-    searched: set[Kind] = set()
-    found: list[list[Cell]] = []
-    if "change" in options.arms:  # it trains all norms at their rate, even in the search for its own
-        searched = {(task, "ln", DTYPE) for task in options.tasks}
-        found.append([cell for kind in sorted(searched) for cell in search_cells(protocol, *kind)])
-    for stage in planned:
-        finals = [cell for task, at in stage for cell in _finals(protocol, task, at, options.seeds)]
-        kinds = [*dict.fromkeys(kind for cell in finals for kind in masked.needed_rates(cell) - searched)]
-        searched |= {*kinds}
-        found.append([cell for kind in kinds for cell in search_cells(protocol, *kind)])
-        found.append(sorted(finals, key=lambda cell: cell["seed"]))
-    return [wave for wave in found if wave]
-
-
-def _finals(protocol: Protocol, task: str, at: dict[str, Any], seeds: Sequence[int]) -> list[Cell]:
-    further = {name: value for name, value in at.items() if name != "arm"}
-    return final_cells(protocol, task, at["arm"], DTYPE, seeds, **further)
+    finals = [
+        [cell for task, at in stage for cell in final_cells(protocol, task, dtype=DTYPE, seeds=options.seeds, **at)]
+        for stage in planned
+    ]
+    # A mask of changes trains all norms at their rate, even in the search for its own.
+    return search_first(protocol, finals, masked.needed_rates)
 
 
 def run_cell(cell: Cell, protocol: Protocol, place: Place, rates: dict[Kind, float], folder: Path) -> Row:
@@ -112,11 +102,7 @@ def changed(model: Any, cell: Cell, protocol: Protocol, place: Place) -> Row:
     """Compare a trained model with its start: each component and layer, and each component with its layers pooled."""
     start = load_base(cell, protocol, place, load_task(cell["task"], place.data_dir, place.model))
     tables = {name: parameter_change(start, model, layers=name == "layers") for name in ("layers", "components")}
-    return {"change": {name: {"columns": table.columns, "rows": _rounded(table)} for name, table in tables.items()}}
-
-
-def _rounded(table: Table) -> list[list[Any]]:
-    return [[float(f"{value:.6g}") if isinstance(value, float) else value for value in row] for row in table.rows]
+    return {"change": {name: as_row(table) for name, table in tables.items()}}
 
 
 def shared_rows(results: Path) -> list[Row]:

@@ -33,6 +33,7 @@ class Arm:
         rates: learning rates that are tried for it.
         searched_at: further coordinates of the runs that try them.
         rate_of: the arm whose rate it takes, where none is searched for it.
+        head_rate_of: the arm whose rate its head takes, where one rate cannot serve both.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Arm:
     rates: tuple[float, ...]
     searched_at: Mapping[str, Any] = field(default_factory=dict)
     rate_of: str | None = None
+    head_rate_of: str | None = None
 
 
 ARMS: dict[str, Arm] = {}
@@ -201,6 +203,64 @@ def ln_upper(model: nn.Module) -> nn.Module:
 
 def _layers(model: Any) -> list[int]:
     return list(range(model.config.num_hidden_layers))
+
+
+def _third(model: Any) -> int:
+    return max(1, len(_layers(model)) // 3)
+
+
+def _modules(model: nn.Module, **fields: Any) -> nn.Module:
+    from peft_lntune import ModuleTuningConfig
+
+    return _peft(model, ModuleTuningConfig(**fields))
+
+
+def _all_but(*components: str) -> list[str]:
+    from peft_lntune.config.module_tuning import COMPONENTS
+
+    return [name for name in COMPONENTS if name not in components]
+
+
+@arm("l0-close", rate_of="full")
+def l0_close(model: nn.Module) -> nn.Module:
+    """Train all modules but key projections and embeddings."""
+    return _modules(model, preset="l0-close")
+
+
+@arm("l0-no-key", rate_of="full")
+def l0_no_key(model: nn.Module) -> nn.Module:
+    """Train all modules but key projections."""
+    return _modules(model, components=_all_but("key"))
+
+
+@arm("l0-no-embedding", rate_of="full")
+def l0_no_embedding(model: nn.Module) -> nn.Module:
+    """Train all modules but embeddings of words, positions and types."""
+    return _modules(model, components=_all_but("embedding"))
+
+
+@arm("l0-no-deepest", rate_of="full")
+def l0_no_deepest(model: nn.Module) -> nn.Module:
+    """Train all modules but those of the deepest third of the layers, next to the head."""
+    return _modules(model, components=_all_but(), layers_to_exclude=_layers(model)[-_third(model) :])
+
+
+@arm("l0-close-no-deepest", rate_of="full")
+def l0_close_no_deepest(model: nn.Module) -> nn.Module:
+    """Leave out key projections, embeddings and the deepest third of the layers."""
+    return _modules(model, preset="l0-close", layers_to_exclude=_layers(model)[-_third(model) :])
+
+
+@arm("l0-no-value", rate_of="full")
+def l0_no_value(model: nn.Module) -> nn.Module:
+    """Train all modules but value projections: the control of `l0-no-key`, which leaves out as much."""
+    return _modules(model, components=_all_but("value"))
+
+
+@arm("l0-no-lowest", rate_of="full")
+def l0_no_lowest(model: nn.Module) -> nn.Module:
+    """Train all modules but those of the lowest third of the layers: the control of `l0-no-deepest`."""
+    return _modules(model, components=_all_but(), layers_to_exclude=_layers(model)[: _third(model)])
 
 
 # The parts of arXiv 2211.08682 and what they are joined to, by the names of UnifiedConfig's presets.

@@ -29,15 +29,18 @@ class Side:
         said: in a sentence.
         arm: in rows.
         at: further coordinates of its rows.
+        view: a row -> the row as it is compared, where that is by another figure of it.
     """
 
     said: str
     arm: str
     at: Mapping[str, Any] = field(default_factory=dict)
+    view: Callable[[Row], Row] | None = None
 
     def rows(self, found: Finals, task: str) -> list[Row]:
         """Return the reported rows on a task."""
-        return found.of(task, self.arm, **self.at)
+        rows = found.of(task, self.arm, **self.at)
+        return rows if self.view is None else [self.view(row) for row in rows]
 
 
 @dataclass(frozen=True)

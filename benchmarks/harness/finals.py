@@ -25,10 +25,11 @@ class Finals:
 
     def rate(self, task: str, arm: str, dtype: str = "float32") -> str | None:
         """Return the learning rate that was chosen, and whether it was the smallest or largest tried."""
-        chosen = best_rates(self.rows, self.protocol, [(task, arm, dtype)]).get((task, arm, dtype))
+        searched = find_arm(arm).rate_of or arm
+        chosen = best_rates(self.rows, self.protocol, [(task, searched, dtype)]).get((task, searched, dtype))
         if chosen is None:
             return None
-        rates = find_arm(arm).rates
+        rates = find_arm(searched).rates
         return f"{chosen:g}" + (" (edge)" if chosen in (min(rates), max(rates)) else "")
 
 

@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from benchmarks.harness import classification
 from benchmarks.harness.arms import arm, ln
-from benchmarks.harness.classification import Kind, Place, Protocol, by_name, kind, load_base
+from benchmarks.harness.classification import Kind, Place, Protocol, by_name, load_base
 from benchmarks.harness.rows import Cell
 from benchmarks.harness.splits import batches
 from benchmarks.harness.tasks import Task, load_task
@@ -82,6 +83,13 @@ def masked_arm(name: str, rates: tuple[float, ...] = RATES, rate_of: str | None 
     return add
 
 
+def fisher_information(model: nn.Module, task: Task, protocol: Protocol, seed: int, device: torch.device) -> Named:
+    """Return the empirical Fisher information of every norm on as many training rows as a mask is chosen by."""
+    samples, size = protocol.mask_samples, protocol.batch_size
+    data = batches(task.train, size, math.ceil(samples / size), seed, device)
+    return fisher_scores(model, data, num_samples=samples, progress=False)
+
+
 def _kept(score: Score) -> Score:
     """Make scores once for a task, phase and seed, and read them from the folder afterwards."""
 
@@ -101,9 +109,7 @@ def _kept(score: Score) -> Score:
 @_kept
 def _fisher(source: Source) -> Named:
     """Empirical Fisher information, at the pretrained body with the fresh head."""
-    samples, size = source.protocol.mask_samples, source.protocol.batch_size
-    data = batches(source.task.train, size, math.ceil(samples / size), source.cell["seed"], _device(source))
-    return fisher_scores(source.model(), data, num_samples=samples, progress=False)
+    return fisher_information(source.model(), source.task, source.protocol, source.cell["seed"], _device(source))
 
 
 @_kept
@@ -188,8 +194,7 @@ def tune(
 
 def needed_rates(cell: Cell) -> set[Kind]:
     """Return the kinds whose learning rate must be known before a cell can run."""
-    own = {kind(cell)} if cell["phase"] == "final" else set()
-    return own | ({_all_norms(cell)} if cell["arm"] == "change" else set())
+    return classification.needed_rates(cell) | ({_all_norms(cell)} if cell["arm"] == "change" else set())
 
 
 def _all_norms(cell: Cell) -> Kind:
