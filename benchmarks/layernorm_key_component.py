@@ -24,9 +24,11 @@ from benchmarks.harness.classification import (
     experiment_parser,
     final_cells,
     load_base,
+    refuse_unknown,
     run_experiment,
     search_first,
 )
+from benchmarks.harness.finals import reported
 from benchmarks.harness.masked import DENSITY
 from benchmarks.harness.rows import Cell, Row, Rows
 from benchmarks.harness.tables import as_row
@@ -126,17 +128,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.tasks = options.tasks or extent.tasks
     options.mask_tasks = options.mask_tasks or options.tasks
     options.densities = options.densities or extent.densities
-    unknown = [task for task in (*options.tasks, *options.mask_tasks) if task not in TEXT_COLUMNS]
-    if unknown:
-        parser.error(f"unknown task {unknown[0]!r}; the tasks are {', '.join(TEXT_COLUMNS)}.")
+    refuse_unknown(parser, (*options.tasks, *options.mask_tasks), TEXT_COLUMNS)
     return options
 
 
 def scope(options: argparse.Namespace, protocol: Protocol, rows: Rows) -> Scope:
     """Return what is reported: what the protocol plans, and what else has been asked for or run."""
     extent = EXTENTS[options.protocol]
-    finals = [row["cell"] for row in rows if row["cell"]["phase"] == "final"]
-    finals = [cell for cell in finals if cell["protocol"] == protocol.name and cell["dtype"] == DTYPE]
+    finals = reported(rows, protocol, DTYPE)
     masks = [cell["density"] for cell in finals if "density" in cell]
     joined = [(cell["task"], tuple(cell["mask_tasks"])) for cell in finals if cell["arm"] == "union"]
     planned = [(task, tuple(at["mask_tasks"])) for task in options.tasks for at in unions(options, task)[:1]]

@@ -49,6 +49,10 @@ class Protocol:
         """Return the steps of a cell."""
         return self.search_steps if cell["phase"] == "search" else self.steps
 
+    def stem(self, name: str) -> str:
+        """Return how the files of a report are called: by its name, and by any protocol but the CPU's."""
+        return name if self.name == "cpu" else f"{name}_{self.name}"
+
 
 SEEDS = (0, 1, 2)
 PROTOCOLS = {
@@ -165,6 +169,13 @@ def experiment_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def refuse_unknown(parser: argparse.ArgumentParser, tasks: Iterable[str], known: Iterable[str]) -> None:
+    """End the program with a message where a task is not known."""
+    unknown = [task for task in tasks if task not in known]
+    if unknown:
+        parser.error(f"unknown task {unknown[0]!r}; the tasks are {', '.join(known)}.")
+
+
 def run_experiment(
     name: str,
     options: argparse.Namespace,
@@ -208,7 +219,8 @@ def run_experiment(
 
 def by_name(model: nn.Module, cell: Cell, task: Task) -> nn.Module:
     """Apply the arm that a cell names: all there is to do where an arm needs no data."""
-    return find_arm(cell["arm"]).tune(model)
+    chosen = find_arm(cell["arm"])
+    return chosen.tune(model, **{name: cell[name] for name in chosen.takes})
 
 
 def run_cell(

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.harness.finals import Finals, by_seed, certainty, differences, figures, verdict
 from benchmarks.harness.rows import Row
-from benchmarks.harness.tables import markdown, mean_and_spread
+from benchmarks.harness.tables import NOT_RUN, markdown, mean_and_spread
 
 ABOUT_DIFFERENCES = (
     "Differences in points, the first minus the second, each taken within a seed (the same head and batches{also}). "
@@ -52,6 +52,17 @@ class Bound:
     wanted: str
     bound: float = 0.0
     holds: Callable[[float, float], bool] = operator.gt
+
+
+def not_run(missing: Iterable[Side]) -> str:
+    """Return the end of a sentence that names the sides without rows.
+
+    Example:
+        >>> not_run([Side("mam", "mam"), Side("lora+ln", "lora+ln")]), not_run([])
+        ('; not run: mam, lora+ln', '')
+    """
+    names = ", ".join(side.said for side in missing)
+    return f"; {NOT_RUN}: {names}" if names else ""
 
 
 def over_seeds(by_task: Mapping[str, Mapping[int, float]]) -> list[float]:
@@ -101,6 +112,17 @@ class Comparison:
             return f"- Wanted: {wanted}. Not measured yet."
         said = verdict(wanted, values, self.planned, bound.holds(statistics.mean(values), bound.bound))
         return f"- {said} How sure: {certainty(values, bound.bound)}."
+
+    def ranked(self, sides: Iterable[Side], against: Side) -> tuple[list[Side], list[Side]]:
+        """Return sides by their mean difference from another, the worst first, and those that have none."""
+        means, missing = list[tuple[float, Side]](), list[Side]()
+        for side in sides:
+            values = self.average(self.differences(side, against))
+            if values:
+                means.append((statistics.mean(values), side))
+            else:
+                missing.append(side)
+        return [side for _, side in sorted(means, key=lambda found: found[0])], missing
 
     def difference_table(self, pairs: Iterable[tuple[Side, Side]]) -> str:
         """Return a table with a line a pair."""

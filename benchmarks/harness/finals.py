@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.harness.arms import find_arm
 from benchmarks.harness.classification import Protocol, best_rates, final_cells
 from benchmarks.harness.metrics import ACCURACY, metric_of
-from benchmarks.harness.rows import Row, Rows
+from benchmarks.harness.rows import Cell, Row, Rows
 from benchmarks.harness.tables import mean_and_spread
 
 
@@ -31,6 +31,12 @@ class Finals:
             return None
         rates = find_arm(searched).rates
         return f"{chosen:g}" + (" (edge)" if chosen in (min(rates), max(rates)) else "")
+
+
+def reported(rows: Rows, protocol: Protocol, dtype: str = "float32") -> list[Cell]:
+    """Return the cells of a protocol that have a row and are reported."""
+    cells = [row["cell"] for row in rows if row["cell"]["phase"] == "final"]
+    return [cell for cell in cells if cell["protocol"] == protocol.name and cell["dtype"] == dtype]
 
 
 def figures(rows: Sequence[Row]) -> list[float]:

@@ -79,6 +79,7 @@ def plot_along(
     along: str,
     upright: str | None = None,
     bands: Sequence[str] = (),
+    ticks: Sequence[str] = (),
 ) -> None:
     """Draw mean and reach of the scores along a linear axis, one panel a task.
 
@@ -89,6 +90,7 @@ def plot_along(
         along: what the axis is.
         upright: what the scores are; None: those of the task's metric.
         bands: names whose first point is drawn across the panel.
+        ticks: what the places 0, 1 and so on are called, where they are no numbers.
     """
     names = _names(panels)
     places = [place for curves in panels.values() for points in curves.values() for place, _ in points]
@@ -97,6 +99,8 @@ def plot_along(
         for axis, (task, curves) in zip(axes, panels.items(), strict=True):
             _curves(axis, curves, names, lambda at, place: at + step * place, {name: name for name in bands})
             axis.set(title=task, xlabel=along, ylabel=upright or metric_of(task).said)
+            if ticks:
+                axis.set_xticks(range(len(ticks)), ticks, rotation=30, ha="right", rotation_mode="anchor")
             axis.grid(alpha=0.3)
 
 
