@@ -14,6 +14,7 @@ from peft_lntune.config import (
     LNTuningConfig,
     ModuleTuningConfig,
     PrefixConfig,
+    SupermaskConfig,
     UnifiedConfig,
 )
 from peft_lntune.core.norms import Norm, find_norms
@@ -64,6 +65,7 @@ __all__ = [
     "PrefixConfig",
     "RegistrationError",
     "RoutingError",
+    "SupermaskConfig",
     "UnifiedConfig",
     "UnsupportedError",
     "__version__",

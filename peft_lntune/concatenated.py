@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftConfig
 from torch import nn
 
-from peft_lntune.config import BottleneckConfig, LNTuneConfig, parts_of
+from peft_lntune.config import BottleneckConfig, LNTuneConfig, SupermaskConfig, parts_of
 from peft_lntune.errors import UnsupportedError
 from peft_lntune.layers import BottleneckLayer, PrefixLayer
 from peft_lntune.layers.bottleneck import check_combine, combine
@@ -30,10 +30,16 @@ def concatenated_parts(model: nn.Module, configs: Mapping[str, LNTuneConfig], co
         combination: only `"linear"` sums these parts.
 
     Raises:
-        UnsupportedError: an adapter has a prefix; another combination is asked for; or the parts differ in what one
-            part cannot be two of (position, activation; widths within one role; DoRA). Nothing has changed.
+        UnsupportedError: an adapter has a prefix or supermasks; another combination is asked for; or the parts differ
+            in what one part cannot be two of (position, activation; widths within one role; DoRA). Nothing has changed.
     """
     names = list(configs)
+    for name, config in configs.items():
+        if any(isinstance(part, SupermaskConfig) for part in parts_of(config)):
+            raise UnsupportedError(
+                f"adapter {name!r} has supermasks, and a weighted sum of masks is no mask. Make several active "
+                f"instead, which keeps what all of them keep: set_adapter({names!r})."
+            )
     for name, module in model.named_modules():
         held = [n for n in names if isinstance(module, PrefixLayer) and module.holds(n)]
         if held:

@@ -1,19 +1,35 @@
 """Whether tensors fit the adapter they are meant for: the last check before a value is taken."""
 
+import warnings
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from peft_lntune.config import LNTuneConfig
+from peft_lntune.config import LNTuneConfig, SupermaskConfig
 from peft_lntune.core.norms import base_modules
 from peft_lntune.core.prefix import Prefix
 from peft_lntune.core.reparam import Delta
+from peft_lntune.core.supermask import Supermask
 from peft_lntune.errors import AdapterFileError
-from peft_lntune.layers import PARAMETERS, LNTuneLayer, PrefixLayer
-from peft_lntune.packing import PREFIX, ROOT, unpack
+from peft_lntune.layers import PARAMETERS, LNTuneLayer, ModuleLayer, PrefixLayer
+from peft_lntune.packing import PREFIX, ROOT, unpack, unpack_scores
+from peft_lntune.plan import plan_parts
 from peft_lntune.storage import is_ours, is_part
 
-__all__ = ["as_in_model", "check_fit", "deltas_of", "fold", "folded", "unpack_by", "unpack_for"]
+__all__ = [
+    "as_in_model",
+    "check_fit",
+    "deltas_of",
+    "fold",
+    "folded",
+    "scores_by",
+    "scores_for",
+    "supermasks_of",
+    "unpack_by",
+    "unpack_for",
+]
 
 
 def deltas_of(model: nn.Module, adapter_name: str) -> dict[str, Delta]:
@@ -56,6 +72,62 @@ def unpack_by(model: nn.Module, config: LNTuneConfig, tensors: Mapping[str, Tens
         if count is not None and isinstance(base, Tensor):
             sizes[place] = count, base.shape
     return unpack(tensors, sizes, where)
+
+
+def supermasks_of(model: nn.Module, adapter_name: str) -> dict[str, Supermask]:
+    """The supermasks of an adapter by their module, named as in `model`."""
+    return {
+        name.replace("_fsdp_wrapped_module.", ""): layer.lntune_supermask[adapter_name]  # type: ignore[misc]
+        for name, layer in model.named_modules()
+        if isinstance(layer, ModuleLayer) and adapter_name in layer.lntune_supermask
+    }
+
+
+def scores_for(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file with scores where this adapter's supermasks are trained, and bits where they are not.
+
+    Raises:
+        AdapterFileError: the bits are not those of this model.
+    """
+    masks = {
+        name.removeprefix(ROOT): (mask.part_shape, None if mask.weight is None else mask.score)
+        for name, mask in supermasks_of(model, adapter_name).items()
+    }
+    return _with_scores(tensors, masks, adapter_name)
+
+
+def scores_by(
+    model: nn.Module, config: LNTuneConfig, tensors: Mapping[str, Tensor], trained: bool, adapter_name: str
+) -> dict[str, Tensor]:
+    """As `scores_for`, for a model that has no such adapter yet.
+
+    Raises:
+        AdapterFileError: the bits are not those of this model.
+    """
+    masks: dict[str, tuple[torch.Size, float | None]] = {}
+    for part, planned in plan_parts(model, config):
+        if isinstance(part, SupermaskConfig):
+            modules = base_modules(model)
+            for name, place in planned.parts.items():
+                weight: Any = modules[name].weight
+                block = place.blocks.get("weight")
+                shape = weight.shape if block is None else block.shape_in(weight.shape)
+                masks[name] = shape, part.initial_score if trained else None
+    return _with_scores(tensors, masks, adapter_name)
+
+
+def _with_scores(
+    tensors: Mapping[str, Tensor], masks: Mapping[str, tuple[torch.Size, float | None]], adapter_name: str
+) -> dict[str, Tensor]:
+    found, made = unpack_scores(tensors, masks, f"the saved adapter for {adapter_name!r}")
+    if made:
+        warnings.warn(
+            f"adapter {adapter_name!r} is loaded to be trained, but {len(made)} of its supermasks were saved as bits "
+            "alone: all their scores start anew, at plus or minus initial_score. To go on as if training had not "
+            "stopped, save with SupermaskConfig(save_scores=True).",
+            stacklevel=2,
+        )
+    return found
 
 
 def folded(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

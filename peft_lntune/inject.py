@@ -99,13 +99,13 @@ def create_and_replace(
     """
     injection: Injection = config.__dict__["injection"]
     part = injection.plan.parts.get(current_key)
-    if part is not None and part.method != "delta":
+    if part is not None and part.method in ("bottleneck", "prefix"):
         beside = _beside(injection, part, parent if part.method == "bottleneck" else target)
         beside.update_layer(adapter_name, config, injection.stored)
         return
     part = part or part_of(config, current_key, target)
     if isinstance(target, LNTuneLayer):
-        target.update_layer(adapter_name, config, part.counts, part.blocks)
+        _update(target, adapter_name, config, part, injection.stored)
         return
     layer: LNTuneLayer
     if isinstance(part.place, Norm):
@@ -113,10 +113,18 @@ def create_and_replace(
     else:
         layer = ModuleLayer(target, injection.route, part.name)
     layer.set_adapter(adapter_name)
-    layer.update_layer(adapter_name, config, part.counts, part.blocks)
+    _update(layer, adapter_name, config, part, injection.stored)
     if adapter_name not in tuner.active_adapters:
         layer.requires_grad_(False)
     tuner._replace_module(parent, target_name, layer, target)
+
+
+def _update(layer: LNTuneLayer, adapter_name: str, config: LNTuneConfig, part: Part, stored: bool) -> None:
+    if part.method == "supermask":
+        assert isinstance(layer, ModuleLayer)  # the plan refuses norms
+        layer.add_supermask(adapter_name, config, part.blocks.get("weight"), stored)
+    else:
+        layer.update_layer(adapter_name, config, part.counts, part.blocks)
 
 
 def _beside(injection: Injection, part: Part, host: nn.Module) -> BesideLayer:

@@ -25,12 +25,12 @@ from peft_lntune.config import (
 from peft_lntune.config.deltas import recorded
 from peft_lntune.core.route import BASE
 from peft_lntune.errors import ConfigError, RoutingError, UnsupportedError
-from peft_lntune.fit import as_in_model, check_fit, fold, folded, unpack_for
+from peft_lntune.fit import as_in_model, check_fit, fold, folded, scores_for, unpack_for
 from peft_lntune.heads import copy_heads, routed_heads
 from peft_lntune.inject import create_and_replace, is_target, prepare, route_of
 from peft_lntune.layers import PARAMETERS, BesideLayer, LNTuneLayer, NormLayer
 from peft_lntune.lora import LoraLayer, LoraPart, routed_lora
-from peft_lntune.packing import pack
+from peft_lntune.packing import pack, pack_scores
 from peft_lntune.plan import plan
 from peft_lntune.selection.masks import check_masks
 from peft_lntune.storage import (
@@ -195,6 +195,7 @@ class LNTuneModel(BaseTuner):
         tensors = {key: value for key, value in tensors.items() if of_adapter(key, adapter_name)}
         tensors = folded(model, adapter_name, tensors)
         stored = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in tensors.items()}
+        stored = pack_scores(stored, any(getattr(part, "save_scores", False) for part in parts_of(config)))
         stored = cast_values(stored, config.torch_save_dtype)
         # A sharded or empty state dict is not what the file will hold, so nothing is claimed about it.
         whole = bool(stored) and not any(value.is_meta for value in stored.values())
@@ -215,7 +216,7 @@ class LNTuneModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         check_tensors(None, state_dict, f"the weights for adapter {adapter_name!r}")
-        tensors = unpack_for(model, adapter_name, state_dict)
+        tensors = scores_for(model, adapter_name, unpack_for(model, adapter_name, state_dict))
         fold(model, adapter_name)
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
         check_fit(model, adapter_name, renamed)

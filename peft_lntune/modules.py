@@ -45,7 +45,7 @@ def find_parameters(
 
     Args:
         model: the model, plain or with adapters.
-        components: names of `peft_lntune.config.module_tuning.COMPONENTS`.
+        components: names of `peft_lntune.config.components.COMPONENTS`.
         norms: what `find_norms(model)` has found, where that is at hand.
         tune: which parameters of the modules.
 

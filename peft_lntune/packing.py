@@ -10,10 +10,23 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from peft_lntune.core.delta import PARAMETERS, unpack_bits
+from peft_lntune.core.delta import PARAMETERS, pack_bits, unpack_bits
+from peft_lntune.core.supermask import kept
 from peft_lntune.errors import AdapterFileError
 
-__all__ = ["PACKED", "PREFIX", "ROOT", "counts_of", "is_packed", "pack", "unpack"]
+__all__ = [
+    "KEEP",
+    "PACKED",
+    "PREFIX",
+    "ROOT",
+    "SCORES",
+    "counts_of",
+    "is_packed",
+    "pack",
+    "pack_scores",
+    "unpack",
+    "unpack_scores",
+]
 
 PREFIX = "lntune_"
 """What the container of a delta is called, up to the name of its parameter."""
@@ -26,6 +39,9 @@ ROOT = "base_model.model."
 
 PACKED = f"{PREFIX}packed"
 """The name, in place of a module and a parameter, of the two tensors that hold all masked deltas."""
+
+SCORES, KEEP = f".{PREFIX}supermask.weight", f".{PREFIX}supermask.keep"
+"""How the names of the scores of a supermask end, and of its bits."""
 
 _VALUES, _BITS = ".weight", ".mask"
 
@@ -103,6 +119,69 @@ def unpack(tensors: Mapping[str, Tensor], sizes: Mapping[str, tuple[int, torch.S
     return unpacked
 
 
+def pack_scores(tensors: Mapping[str, Tensor], scores: bool = False) -> dict[str, Tensor]:
+    """Put the bits of each supermask in place of its scores, or beside them. Inverse of `unpack_scores`, up to size.
+
+    Args:
+        tensors: an adapter's state dict without the adapter's name.
+        scores: whether to keep the scores too.
+
+    Example:
+        >>> list(pack_scores({"query.lntune_supermask.weight": torch.ones(2, 4)}))
+        ['query.lntune_supermask.keep']
+    """
+    packed = {}
+    for key, value in tensors.items():
+        if not key.endswith(SCORES):
+            packed[key] = value
+            continue
+        packed[key.removesuffix(SCORES) + KEEP] = pack_bits(kept(value.detach()))
+        if scores:
+            packed[key] = value
+    return packed
+
+
+def unpack_scores(
+    tensors: Mapping[str, Tensor], masks: Mapping[str, tuple[torch.Size, float | None]], where: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a file with what each supermask is made for: scores where it is trained, bits where it is not.
+
+    Args:
+        tensors: the state dict of a file.
+        masks: for each masked module, by its name, the shape of the mask and, where it is trained, how large a score
+            is taken for a bit whose score was not saved.
+        where: the file or adapter, for the message.
+
+    Returns:
+        A new dict, and the modules whose scores were made from bits.
+
+    Raises:
+        AdapterFileError: there are more or fewer bits than entries, or bits beyond the last one.
+
+    Example:
+        >>> file = {"query.lntune_supermask.keep": torch.tensor([1]).byte()}
+        >>> found, made = unpack_scores(file, {"query": (torch.Size([2]), 5.0)}, "an example")
+        >>> found["query.lntune_supermask.weight"].tolist(), made
+        ([5.0, -5.0], ['query'])
+    """
+    unpacked, made = {key: value for key, value in tensors.items() if not key.endswith((KEEP, SCORES))}, []
+    for key in (key for key in tensors if key.endswith((KEEP, SCORES))):
+        module = key.removesuffix(KEEP).removesuffix(SCORES)
+        shape, score = masks.get(module.removeprefix(ROOT), (None, None))
+        if key.endswith(SCORES):
+            if score is not None or module + KEEP not in tensors:
+                unpacked[key] = tensors[key]
+            continue
+        if shape is not None:
+            _check_supermask(tensors[key], shape, module, where)
+        if shape is None or score is None:
+            unpacked[key] = tensors[key]
+        elif module + SCORES not in tensors:
+            unpacked[module + SCORES] = torch.where(unpack_bits(tensors[key], shape), score, -score)
+            made.append(module)
+    return unpacked, made
+
+
 def is_packed(keys: Iterable[str]) -> bool:
     """Whether one of these names is of a packed tensor."""
     return any(key.removeprefix(ROOT) in (PACKED + _VALUES, PACKED + _BITS) for key in keys)
@@ -163,4 +242,15 @@ def _check_bits(mask: Tensor, count: int, shape: torch.Size, name: str, where: s
     raise AdapterFileError(
         f"{where} does not fit this model: the mask of {name} has {found} entries{extra}, expected {count} of "
         f"{shape.numel()}. It was trained on another model or with another mask, or the file or its config was changed."
+    )
+
+
+def _check_supermask(bits: Tensor, shape: torch.Size, name: str, where: str) -> None:
+    fits = tuple(bits.shape) == (_bytes(shape),)
+    if fits and not unpack_bits(bits[-1:], torch.Size([8]))[(shape.numel() - 1) % 8 + 1 :].any():
+        return
+    raise AdapterFileError(
+        f"{where} does not fit this model: the supermask of {name} has {bits.numel():,} bytes, expected "
+        f"{_bytes(shape):,} for the {shape.numel():,} entries of {tuple(shape)}, with no bit beyond the last. It was "
+        "trained on another model, or the file or its config was changed."
     )

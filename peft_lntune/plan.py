@@ -10,11 +10,13 @@ from peft_lntune.config import (
     DeltaConfig,
     ModuleTuningConfig,
     PrefixConfig,
+    SupermaskConfig,
     UnifiedConfig,
 )
 from peft_lntune.errors import ConfigError
 from peft_lntune.plan_beside import plan_bottlenecks, plan_lora, plan_prefixes
 from peft_lntune.plan_deltas import plan_components, plan_deltas
+from peft_lntune.plan_masks import plan_masks
 from peft_lntune.planned import Plan
 
 __all__ = ["plan", "plan_parts"]
@@ -35,8 +37,8 @@ def plan(model: nn.Module, config: PeftConfig, counts: Mapping[str, int | None] 
     Raises:
         NoMatchError: the config selects nothing; the message lists the norms there are.
         ConfigError: two parts want one place; the message names both.
-        UnsupportedError: a module named in `target_modules` has no weight that a delta could be added to, or the
-            model's attention takes no prefix.
+        UnsupportedError: a module named in `target_modules` has no weight that a delta could be added to, or is a norm
+            where a mask is wanted; or the model's attention takes no prefix.
 
     Example:
         >>> from peft_lntune import LNTuningConfig
@@ -74,6 +76,8 @@ def _plan_part(
         return config, plan_components(model, config, counts)
     if isinstance(config, DeltaConfig):
         return config, plan_deltas(model, config, counts)
+    if isinstance(config, SupermaskConfig):
+        return config, plan_masks(model, config)
     if isinstance(config, BottleneckConfig):
         return config, plan_bottlenecks(model, config)
     if isinstance(config, PrefixConfig):

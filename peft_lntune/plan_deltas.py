@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from peft_lntune.choose import in_layers, is_chosen, is_saved, matches
-from peft_lntune.config import DeltaConfig, LNTuningConfig, ModuleTuningConfig
+from peft_lntune.config import DeltaConfig, LNTuningConfig, ModuleTuningConfig, SupermaskConfig
 from peft_lntune.core.delta import Block, delta_dtype
 from peft_lntune.core.norms import Norm, base_modules, find_norms
 from peft_lntune.errors import NoMatchError, UnsupportedError
@@ -79,7 +79,7 @@ def _reason_to_leave(config: Any, name: str, norm: Norm | None) -> str | None:
 
 
 def part_of(
-    config: DeltaConfig,
+    config: DeltaConfig | SupermaskConfig,
     name: str,
     module: nn.Module,
     norm: Norm | None = None,
@@ -97,8 +97,8 @@ def part_of(
         plain = type(kind) is torch.Tensor
         has = "none" if weight is None else f"one of {kind.dtype if plain else type(kind).__name__}"
         raise UnsupportedError(
-            f"{name} ({type(module).__name__}) is named in target_modules, but a delta needs a floating `weight`, and "
-            f"it has {has}. Name its submodules instead, or leave it out."
+            f"{name} ({type(module).__name__}) is named in target_modules, but what is tuned needs a floating "
+            f"`weight`, and it has {has}. Name its submodules instead, or leave it out."
         )
     found = {p: getattr(module, p, None) for p in config.parameters if only is None or p in only}
     tuned = {p: t for p, t in found.items() if isinstance(t, torch.Tensor)}

@@ -20,8 +20,8 @@ class Part:
         module_class: the name of its class.
         place: what is known of it: as a norm, as the exit of a sub-layer, as attention; None of any other module.
         entries: for each tuned parameter, how many of its entries are tuned and how many it has.
-        bytes: size of what is tuned, in memory as on disk.
-        method: `"delta"`, `"bottleneck"`, `"prefix"` or `"lora"`.
+        bytes: size of what is tuned, in memory as on disk; of a supermask, that of its bits.
+        method: `"delta"`, `"supermask"`, `"bottleneck"`, `"prefix"` or `"lora"`.
         blocks: for each parameter of which only a part is meant, that part.
     """
 

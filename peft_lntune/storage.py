@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from peft_lntune.errors import AdapterFileError
-from peft_lntune.packing import PREFIX, ROOT, counts_of, pack
+from peft_lntune.packing import KEEP, PREFIX, ROOT, counts_of, pack
 
 __all__ = [
     "WEIGHTS_FILE",
@@ -164,7 +164,7 @@ def check_tensors(manifest: Mapping[str, Any] | None, tensors: Mapping[str, Tens
             f"{next(iter(tensors), 'none')!r}. It was not saved by peft_lntune, or its keys were renamed."
         )
     for name, tensor in ours.items():
-        wanted = "uint8" if name.endswith(".mask") else "a floating dtype"
+        wanted = "uint8" if name.endswith((".mask", KEEP)) else "a floating dtype"
         if (tensor.dtype == torch.uint8) if wanted == "uint8" else tensor.is_floating_point():
             continue
         raise AdapterFileError(f"{where}: {name} should be of {wanted}, but is {tensor.dtype}. Get a good copy.")

@@ -20,6 +20,7 @@ TASK_TYPES = {
     "ForCausalLM": "CAUSAL_LM",
 }
 LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16}
+SPARSITY = 0.2  # where arms with zeros have their rates searched; their other sparsities take those
 SHARE = 0.0033  # of the model's entries: what arXiv 2211.08682 gives a prefix and an adapter each
 
 
@@ -278,6 +279,15 @@ ALONE_RATES = (5e-5, 1.5e-4, 5e-4, 1.5e-3)
 
 for _component in ALONE:
     arm(_component, ALONE_RATES)(partial(tune_modules, components=[_component]))
+
+
+# One rate cannot serve both: steps that move a score from 5 to 0 in time make a head diverge.
+@arm("supermask", rates=(1e-2, 3e-2, 1e-1, 3e-1), searched_at={"sparsity": SPARSITY}, head_rate_of="head")
+def supermask(model: nn.Module, sparsity: float = SPARSITY) -> nn.Module:
+    """Train scores of every matrix in the layers; `sparsity` of each starts at zero, the smallest weights first."""
+    from peft_lntune import SupermaskConfig
+
+    return _peft(model, SupermaskConfig(initial_sparsity=sparsity))
 
 
 # The parts of arXiv 2211.08682 and what they are joined to, by the names of UnifiedConfig's presets.

@@ -137,7 +137,11 @@ class Comparison:
 
     def scores(self, arm: str, **at: Any) -> list[object]:
         """Return the cells of a line that hold scores: each task, and the average of the seeds that all have."""
-        by_task = {task: by_seed(self.found.of(task, arm, **at)) for task in self.tasks}
+        return self.scores_of(Side(arm, arm, at))
+
+    def scores_of(self, side: Side) -> list[object]:
+        """Return the same of a side, which may be seen by another figure."""
+        by_task = {task: by_seed(side.rows(self.found, task)) for task in self.tasks}
         cells = [list(scores.values()) for scores in by_task.values()]
         return [mean_and_spread(scores, self.planned) for scores in (*cells, self.average(by_task))]
 

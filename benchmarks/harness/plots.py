@@ -57,7 +57,11 @@ def plot_curves(
     """
     names = _names(panels)
     sizes = [
-        size for curves in panels.values() for name, points in curves.items() for size, _ in points if name not in bands
+        int(size)
+        for curves in panels.values()
+        for name, points in curves.items()
+        for size, _ in points
+        if name not in bands
     ]
     with _figure(path, panels, title) as axes:
         for axis, (task, curves) in zip(axes, panels.items(), strict=True):

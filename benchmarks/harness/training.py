@@ -43,12 +43,11 @@ def rate_factor(step: int, steps: int) -> float:
 
 def make_optimizer(model: nn.Module, learning_rate: float, head_rate: float | None = None) -> torch.optim.AdamW:
     """Return AdamW without weight decay over what the arm trains, by one rate or with one of its own for the head."""
-    tuned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [{"params": tuned}]
+    tuned = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    groups: list[dict[str, Any]] = [{"params": list(tuned.values())}]
     if head_rate is not None:
         own = own_parameters(model)
-        kept = {id(parameter) for parameter in own.values()}
-        head = [parameter for parameter in tuned if id(parameter) not in kept]
+        head = [parameter for name, parameter in tuned.items() if name not in own]
         groups = [{"params": list(own.values())}, {"params": head, "lr": head_rate}]
     return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=0.0, fused=True)
 

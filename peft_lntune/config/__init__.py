@@ -8,6 +8,7 @@ from peft_lntune.config.ln_tuning import LNTuningConfig
 from peft_lntune.config.module_tuning import ModuleTuningConfig
 from peft_lntune.config.prefix import PrefixConfig
 from peft_lntune.config.stored import KINDS, StoredConfig
+from peft_lntune.config.supermask import SupermaskConfig
 from peft_lntune.config.unified import UnifiedConfig, delta_part, parts_of, record_mask
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "ModuleTuningConfig",
     "PrefixConfig",
     "StoredConfig",
+    "SupermaskConfig",
     "UnifiedConfig",
     "delta_part",
     "parts_of",

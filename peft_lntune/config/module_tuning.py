@@ -3,25 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-from peft_lntune.config.base import check_layers, check_names
+from peft_lntune.config.components import COMPONENTS, check_components
 from peft_lntune.config.deltas import DeltaConfig
 from peft_lntune.errors import ConfigError
 
-__all__ = ["COMPONENTS", "PRESETS", "ModuleTuningConfig"]
-
-COMPONENTS = {
-    "query": "the projection to queries",
-    "key": "the projection to keys",
-    "value": "the projection to values",
-    "attention_output": "the projection behind attention",
-    "ffn_up": "the FFN's first projection",
-    "ffn_gate": "the FFN's gate, where it has one",
-    "ffn_down": "the FFN's last projection",
-    "norm": "every norm",
-    "embedding": "word, position and type embeddings",
-    "pooler": "the dense layer over the first token",
-}
-"""The components by the names that the field uses. Attention over an encoder's output counts as attention."""
+__all__ = ["PRESETS", "ModuleTuningConfig"]
 
 _BODY = tuple(COMPONENTS)
 PRESETS: dict[str, dict[str, Any]] = {
@@ -78,18 +64,7 @@ class ModuleTuningConfig(DeltaConfig):
             )
         if self.preset is not None:
             self._take_preset()
-        if isinstance(self.components, str):
-            self.components = [self.components]
-        check_names(self, "components", one_string=False)
-        unknown = [name for name in self.components or () if name not in COMPONENTS]
-        if unknown or self.components == []:
-            known = "\n".join(f"  {name}: {what}" for name, what in COMPONENTS.items())
-            raise ConfigError(f"components={self.components!r}: choose one or more of\n{known}")
-        if self.components is not None:
-            self.components = list(self.components)
-        if isinstance(self.layers_to_exclude, (range, set, tuple)):
-            self.layers_to_exclude = list(self.layers_to_exclude)
-        check_layers(self, "layers_to_exclude")
+        check_components(self, COMPONENTS)
 
     def _take_preset(self) -> None:
         if self.preset not in PRESETS:

@@ -14,12 +14,14 @@ from peft_lntune.config.kinds import build
 from peft_lntune.config.ln_tuning import LNTuningConfig
 from peft_lntune.config.module_tuning import ModuleTuningConfig
 from peft_lntune.config.prefix import PrefixConfig
+from peft_lntune.config.supermask import SupermaskConfig
 from peft_lntune.errors import ConfigError
 
 __all__ = ["NAMED_PARTS", "PART_KINDS", "check_part", "parts_of_preset", "read_part"]
 
 PART_KINDS: dict[str, type[LNTuneConfig]] = {
-    kind.__name__: kind for kind in (LNTuningConfig, FisherLNConfig, ModuleTuningConfig, BottleneckConfig, PrefixConfig)
+    kind.__name__: kind
+    for kind in (LNTuningConfig, FisherLNConfig, ModuleTuningConfig, SupermaskConfig, BottleneckConfig, PrefixConfig)
 }
 """The kinds of this family that may be parts, by name."""
 

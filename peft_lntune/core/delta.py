@@ -64,6 +64,19 @@ class Block(NamedTuple):
             begin += stop - start
         return wide
 
+    def put(self, base: Tensor, part: Tensor) -> Tensor:
+        """`base` with `part` `(shape_in(base.shape))` in place of this part; a new tensor.
+
+        Example:
+            >>> Block(0, ((0, 1), (2, 3))).put(torch.arange(3), torch.tensor([7, 9]))
+            tensor([7, 1, 9])
+        """
+        whole, begin = base.clone(), 0
+        for start, stop in self.ranges:
+            whole.narrow(self.axis, start, stop - start).copy_(part.narrow(self.axis, begin, stop - start))
+            begin += stop - start
+        return whole
+
     def of(self, base: Tensor) -> Tensor:
         """This part of `base`.
 

@@ -29,6 +29,8 @@ class Delta(nn.Module):
     """
 
     mask: Tensor | None
+    stored = "weight"  # the tensor that the delta is in
+    drawn = False  # a delta is the same at every call
 
     def __init__(
         self,
@@ -59,6 +61,10 @@ class Delta(nn.Module):
 
     def forward(self, base: Tensor) -> Tensor:
         return effective(base, self.weight, self.index, self.block)
+
+    def settled(self, base: Tensor) -> Tensor:
+        """The effective parameter that merging writes: here that of every call."""
+        return self(base)
 
     @property
     def index(self) -> Tensor | None:

@@ -30,7 +30,7 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         label: name of the module in the model, for errors.
     """
 
-    adapter_layer_names = ("lntune_weight", "lntune_bias")
+    adapter_layer_names: tuple[str, ...] = ("lntune_weight", "lntune_bias")
     other_param_names = ()
 
     def __init__(self, base_layer: nn.Module, route: Route, label: str) -> None:
@@ -122,21 +122,17 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
 
     def effective(self, parameter: str, adapters: Sequence[str]) -> Tensor:
         """The parameter under these adapters: base plus each delta that there is."""
-        value = self.base_parameter(parameter)
-        deltas = self.deltas(parameter)
-        for name in adapters:
-            if name in deltas:
-                value = deltas[name](value)
-        return value
+        tuned = [found for found in self._tuned(adapters) if found[0] == parameter]
+        return self._sums(tuned).get(parameter, self.base_parameter(parameter))
 
-    def _tuned(self, adapters: Sequence[str]) -> list[tuple[str, Delta]]:
+    def _tuned(self, adapters: Sequence[str]) -> list[tuple[str, Any]]:
         """Parameter and delta, for each delta that these adapters have here; plain dict reads, it runs in forward."""
         modules = self._modules
         weight, bias = modules["lntune_weight"]._modules, modules["lntune_bias"]._modules  # type: ignore[union-attr]
         tuned = [("weight", weight[name]) for name in adapters if name in weight]
-        return tuned + [("bias", bias[name]) for name in adapters if name in bias]  # type: ignore[return-value]
+        return tuned + [("bias", bias[name]) for name in adapters if name in bias]
 
-    def _sums(self, tuned: list[tuple[str, Delta]]) -> dict[str, Tensor]:
+    def _sums(self, tuned: list[tuple[str, Any]]) -> dict[str, Tensor]:
         """The effective parameters: base plus each delta."""
         base = self.get_base_layer()
         sums: dict[str, Tensor] = {}
@@ -156,8 +152,10 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         kept = self._kept
         if kept is None or kept.adapters != adapters or not all(map(unchanged, kept.sources)):
             tuned = self._tuned(adapters)
+            if any(delta.drawn for _, delta in tuned):
+                return partial(self.run, self._sums(tuned))
             base = self.get_base_layer()
-            owners = [(base, parameter) for parameter, _ in tuned] + [(delta, "weight") for _, delta in tuned]
+            owners = [(base, parameter) for parameter, _ in tuned] + [(delta, delta.stored) for _, delta in tuned]
             sources = [source_of(*owner) for owner in owners]
             kept = self._kept = Kept(list(adapters), sources, self.bind(self._sums(tuned)) if tuned else None)
         return kept.call
@@ -244,7 +242,7 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         sums: dict[str, Tensor] = {}
         for parameter, delta in self._tuned(adapters):
             base = self._unmerged.get(parameter, self.base_parameter(parameter))
-            sums[parameter] = delta(sums.get(parameter, base))
+            sums[parameter] = delta.settled(sums.get(parameter, base))
         return {parameter: value.to(self.base_parameter(parameter).dtype) for parameter, value in sums.items()}
 
     def delete_adapter(self, adapter_name: str) -> None:

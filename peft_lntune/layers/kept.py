@@ -9,7 +9,7 @@ __all__ = ["Kept", "Source", "source_of", "unchanged"]
 
 
 class Source(NamedTuple):
-    """A parameter that kept sums came from, and how it was then; `tensor` is None where that cannot be told."""
+    """A tensor that kept sums came from, and how it was then; `tensor` is None where that cannot be told."""
 
     owner: dict[str, Any]
     name: str
@@ -28,7 +28,7 @@ class Kept(NamedTuple):
 
 def source_of(module: nn.Module, name: str) -> Source:
     """The parameter `name` of `module` as it is now."""
-    owner: Any = module._parameters
+    owner: Any = module._parameters if name in module._parameters else module._buffers
     tensor = owner.get(name)
     # Sharding or an outer layer may have put a tensor in the way, nobody's to keep; inference tensors have no version.
     if name in module.__dict__ or tensor is None or tensor.is_inference():

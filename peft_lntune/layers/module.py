@@ -1,24 +1,75 @@
-"""The layer around any other module with a floating weight: the full delta of its weight and bias."""
+"""The layer around any other module with a floating weight: its full delta, or a mask over its weight."""
 
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from peft_lntune.core.route import BASE
+from peft_lntune.core.delta import Block, delta_dtype
+from peft_lntune.core.route import BASE, Route
 from peft_lntune.core.shadow import forward_with, is_plain, shadowed
+from peft_lntune.core.supermask import Supermask
 from peft_lntune.layers.base import LNTuneLayer
 
 __all__ = ["ModuleLayer"]
 
 
 class ModuleLayer(LNTuneLayer):
-    """A module that a config names explicitly (Linear, Embedding, Conv, ...) and its deltas.
+    """A module that a config names (Linear, Embedding, Conv, ...), its deltas, and masks over its weight.
 
-        y = f(x; round(w + dw), round(b + db))
+        y = f(x; round(mask(w) + dw), round(b + db))
 
     The sum is rounded to the base dtype, as in mixed-precision training: a matrix product in float32 would cost
-    more than all else. The delta itself stays in float32, so that small steps add up.
+    more than all else. The delta itself stays in float32, so that small steps add up. Of several active adapters the
+    masks come first: a mask switches off weights of the base, not what another adapter has learnt.
     """
+
+    adapter_layer_names = (*LNTuneLayer.adapter_layer_names, "lntune_supermask")
+
+    def __init__(self, base_layer: nn.Module, route: Route, label: str) -> None:
+        super().__init__(base_layer, route, label)
+        self.lntune_supermask = nn.ModuleDict()
+
+    def add_supermask(self, adapter_name: str, config: Any, block: Block | None, stored: bool) -> None:
+        """Add an adapter, a mask over the weight.
+
+        Args:
+            adapter_name: the new adapter.
+            config: its `SupermaskConfig`.
+            block: where only a part of the weight is meant, that part.
+            stored: whether its values are about to be loaded.
+        """
+        base = self.base_parameter("weight")
+        mask = Supermask(
+            base,
+            config.initial_sparsity,
+            config.initial_score,
+            delta_dtype(base.dtype, config.torch_delta_dtype),
+            trained=not config.inference_mode,
+            block=block,
+            blank=stored,
+        )
+        if not config.init_weights and mask.weight is not None:
+            nn.init.normal_(mask.weight)
+        self.lntune_supermask[adapter_name] = mask
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self._forget()
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def sample(self, adapter_name: str, sampling: bool) -> None:
+        """Say whether an adapter's mask is drawn outside of training too."""
+        self.lntune_supermask[adapter_name].sampling = sampling  # type: ignore[assignment]  # a module's attribute
+        self._forget()
+
+    def _tuned(self, adapters: Any) -> list[tuple[str, Any]]:
+        masks = self._modules["lntune_supermask"]._modules  # type: ignore[union-attr]
+        return [("weight", masks[name]) for name in adapters if name in masks] + super()._tuned(adapters)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        masks: Any = self.lntune_supermask
+        if adapter_name in masks and not getattr(masks[adapter_name], masks[adapter_name].stored).is_meta:
+            masks[adapter_name].to(device or self.base_parameter("weight").device)
 
     def run(self, parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         inner = self.get_base_layer()

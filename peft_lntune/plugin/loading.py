@@ -23,9 +23,9 @@ from peft_lntune.config import LNTuneConfig, StoredConfig, delta_part, record_ma
 from peft_lntune.config.base import PEFT_TYPE
 from peft_lntune.core.delta import delta_dtype
 from peft_lntune.errors import AdapterFileError, PeftLNTuneError
-from peft_lntune.fit import unpack_by
+from peft_lntune.fit import scores_by, unpack_by
 from peft_lntune.model import LNTuneModel
-from peft_lntune.packing import is_packed
+from peft_lntune.packing import KEEP, SCORES, is_packed
 from peft_lntune.storage import (
     cast_values,
     check_directory,
@@ -137,12 +137,15 @@ def _read_ours(model: nn.Module, given: dict[str, Any], model_id: Any, hub: dict
         check_tensors(None, tensors, where)
     else:
         tensors = load_peft_weights(str(model_id), device="cpu", **hub_options(hub))
-    if is_packed(tensors) or has_lora(tensors) or config.save_dtype is not None:
+    has_masks = any(key.endswith((KEEP, SCORES)) for key in tensors)
+    if is_packed(tensors) or has_lora(tensors) or has_masks or config.save_dtype is not None:
         # Of the containers of this PEFT type alone it knows where the adapter's name belongs.
         unpacked = unpack_by(model, config, tensors, where)
+        name = given.get("adapter_name") or "default"
+        if has_masks:
+            unpacked = scores_by(model, config, unpacked, bool(given.get("is_trainable")), name)
         if config.save_dtype is not None:
             unpacked = cast_values(unpacked, delta_dtype(next(model.parameters()).dtype, config.torch_delta_dtype))
-        name = given.get("adapter_name") or "default"
         named = {with_lora_name(key, name): value for key, value in unpacked.items()}
         given.update(peft_config=config, adapter_state_dict=named)
 

@@ -1,0 +1,83 @@
+"""Masks over frozen weights: learning by switching off."""
+
+from dataclasses import dataclass
+
+from peft_lntune.config.base import LNTuneConfig, check_type
+from peft_lntune.config.components import MATRICES, check_components
+from peft_lntune.errors import ConfigError
+
+__all__ = ["SupermaskConfig"]
+
+_DEFAULT = ("query", "key", "value", "attention_output", "ffn_up", "ffn_gate", "ffn_down")
+
+
+@dataclass(kw_only=True)
+class SupermaskConfig(LNTuneConfig):
+    """Learn which weights to switch off, and change none: sparsified fine-tuning. The adapter is one bit a weight.
+
+        w_eff = w where keep, else 0        keep = Bernoulli(sigmoid(score)) in training, score > 0 otherwise
+
+    There is a trained score for each weight, with a straight-through gradient. The scores, their gradients and the
+    optimizer's state are in memory while training (16 bytes a weight with AdamW); a saved adapter, and one loaded
+    without `is_trainable=True`, is bits alone. Scores want learning rates of 1e-2 to 3e-1 and no weight decay, which
+    would pull every entry towards a coin toss. A head is tuned densely by `modules_to_save` (or a `task_type`).
+
+    Source: Radiya-Dixit and Wang 2020 (arXiv 2004.14129).
+
+    Args:
+        components: names out of `"query"`, `"key"`, `"value"`, `"attention_output"`, `"ffn_up"`, `"ffn_gate"`,
+            `"ffn_down"`, `"embedding"`, `"pooler"`; see `ModuleTuningConfig`. None: all up to `"ffn_down"`.
+        target_modules: instead of `components`, modules by name, of any class with a floating weight but norms.
+        initial_sparsity: fraction of each tensor that starts switched off, the smallest weights first.
+        initial_score: how sure the start is: `sigmoid(initial_score)` is the probability that an entry is drawn as it
+            starts, 0.993 for 5.
+        layers_to_exclude: index or indices of layers to leave out.
+        save_scores: save the scores too, so that training can go on as if it had not stopped; at `save_dtype`, in
+            float32 thirty-two times the size of the bits. Set it for checkpoints of a run that may be resumed.
+
+    Further arguments: see `LNTuneConfig`; `delta_dtype` is that of the scores.
+
+    Raises:
+        ConfigError: a field has a value that is not allowed.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2))
+        >>> peft_model = get_peft_model(model, SupermaskConfig(components=["query"], initial_sparsity=0.25))
+        >>> [name for name, p in peft_model.named_parameters() if p.requires_grad]
+        ['base_model.model.encoder.layer.0.attention.self.query.lntune_supermask.default.weight']
+    """
+
+    components: list[str] | None = None
+    initial_sparsity: float = 0.0
+    initial_score: float = 5.0
+    layers_to_exclude: list[int] | int | None = None
+    save_scores: bool = False
+
+    def _check(self) -> None:
+        super()._check()
+        if self.components is not None and self.target_modules is not None:
+            raise ConfigError("give one of components and target_modules, or neither, but got both.")
+        if self.components is None and self.target_modules is None:
+            self.components = list(_DEFAULT)
+        check_components(self, MATRICES)
+        check_type(self, "save_scores", bool)
+        for name in ("initial_sparsity", "initial_score"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ConfigError(f"{name} takes a number, but got {value!r} of type {type(value).__name__}.")
+        if not 0 <= self.initial_sparsity < 1:
+            raise ConfigError(
+                f"initial_sparsity={self.initial_sparsity} should be at least 0 and below 1: the fraction of each "
+                "tensor that starts switched off."
+            )
+        if not 0 < self.initial_score <= 15:
+            raise ConfigError(
+                f"initial_score={self.initial_score} should be above 0 and at most 15, where sigmoid still has a slope."
+            )
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters that are masked."""
+        return ("weight",)

@@ -1,0 +1,193 @@
+"""Supermasks: which entries of a frozen parameter are switched off, learnt with a score for each entry.
+
+effective = base where keep, else 0          keep = Bernoulli(sigmoid(score)) in training, score > 0 otherwise
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_lntune.core.delta import Block, pack_bits, unpack_bits
+
+__all__ = ["Supermask", "initial_scores", "kept", "masked", "smallest"]
+
+
+def smallest(values: Tensor, count: int) -> Tensor:
+    """Bool, of the shape of `values`: the `count` entries of smallest magnitude; of equal ones the first.
+
+    Example:
+        >>> smallest(torch.tensor([3.0, -1.0, 2.0, 1.0]), 1)
+        tensor([False,  True, False, False])
+    """
+    size = values.detach().abs().reshape(-1)
+    if not count:
+        return torch.zeros_like(values, dtype=torch.bool)
+    # A threshold and a count of ties: sorting all entries would take many times as long.
+    bound = size.kthvalue(count).values
+    chosen = size < bound
+    ties = (size == bound).nonzero().reshape(-1)
+    chosen[ties[: count - int(chosen.sum())]] = True
+    return chosen.view(values.shape)
+
+
+def initial_scores(base: Tensor, sparsity: float, score: float) -> Tensor:
+    """Scores of a mask that switches off the smallest entries: `-score` for these, `score` for all others.
+
+    Args:
+        base: the parameter, any shape.
+        sparsity: fraction of its entries that start switched off.
+        score: how sure the start is; `sigmoid(score)` is the probability that an entry keeps its state.
+
+    Returns:
+        float32, of the shape of `base`.
+
+    Example:
+        >>> initial_scores(torch.tensor([0.1, -2.0, 0.3, 4.0]), sparsity=0.5, score=5.0)
+        tensor([-5.,  5., -5.,  5.])
+    """
+    off = smallest(base, round(sparsity * base.numel()))
+    return torch.full(base.shape, score, device=base.device).masked_fill_(off, -score)
+
+
+def kept(scores: Tensor) -> Tensor:
+    """The mask that scores stand for outside of training: bool, True where the entry stays."""
+    return scores > 0
+
+
+def masked(base: Tensor, scores: Tensor, keep: Tensor) -> Tensor:
+    """The entries of `base` that a mask keeps, zero elsewhere, with a straight-through gradient to the scores.
+
+    In the backward pass the mask counts as the probability `sigmoid(scores)` that it was, or could have been, drawn
+    with, so `d/d scores = d/d effective * base * p * (1 - p)`. Nothing is stored for it but what is there already.
+
+    Args:
+        base: the parameter, any shape.
+        scores: a score an entry, of the shape of `base`.
+        keep: bool, of the shape of `base`.
+
+    Returns:
+        A new tensor of the dtype of `base`.
+
+    Source: Bengio et al. 2013 (arXiv 1308.3432), the estimator; Radiya-Dixit and Wang 2020 (arXiv 2004.14129).
+
+    Example:
+        >>> scores = torch.zeros(2, requires_grad=True)
+        >>> masked(torch.tensor([1.0, 8.0]), scores, torch.tensor([True, False])).sum().backward()
+        >>> scores.grad
+        tensor([0.2500, 2.0000])
+    """
+    result: Tensor = _StraightThrough.apply(base, scores, keep)
+    return result
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, scores: Tensor, keep: Tensor) -> Tensor:
+        # The mask itself is needed only where the base is trained too, which nobody does on purpose.
+        ctx.save_for_backward(base, scores, keep if ctx.needs_input_grad[0] else None)
+        return torch.where(keep, base, 0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, Tensor | None, None]:
+        (gradient,) = gradients
+        base, scores, keep = ctx.saved_tensors
+        of_base = torch.where(keep, gradient, 0) if ctx.needs_input_grad[0] else None
+        of_scores = None
+        if ctx.needs_input_grad[1]:
+            chance = scores.sigmoid()
+            of_scores = (gradient * base).to(scores.dtype) * chance * (1 - chance)
+        return of_base, of_scores, None
+
+
+class Supermask(nn.Module):
+    """A mask over one base parameter; its forward turns the base into the effective parameter.
+
+    Either `weight`, the scores, is there and can be trained, or `keep`, the mask itself at one bit an entry, which is
+    all that serving needs. The mask is drawn anew at every call in training mode, by torch's own generator as dropout
+    is, so a seed or a restored generator repeats it.
+
+    Args:
+        base: the parameter.
+        sparsity: fraction of its entries that start switched off, the smallest first.
+        score: how sure the start is.
+        dtype: of the scores.
+        trained: whether there are scores.
+        block: where only a part of the parameter is meant, that part; the scores have its shape.
+        blank: leave out the ranking, because values will be loaded.
+
+    Example:
+        >>> mask = Supermask(torch.tensor([0.1, -2.0]), sparsity=0.5).eval()
+        >>> mask(torch.tensor([0.1, -2.0])).tolist()
+        [0.0, -2.0]
+    """
+
+    weight: nn.Parameter | None
+    keep: Tensor | None
+
+    def __init__(
+        self,
+        base: Tensor,
+        sparsity: float = 0.0,
+        score: float = 5.0,
+        dtype: torch.dtype = torch.float32,
+        trained: bool = True,
+        block: Block | None = None,
+        blank: bool = False,
+    ) -> None:
+        super().__init__()
+        part = (base if block is None else block.of(base)).detach()
+        self.shape = base.shape
+        self.block = block
+        self.sparsity, self.score = sparsity, score
+        self.sampling = False
+        blank = blank or base.is_meta  # there are no values to rank
+        scores = torch.zeros_like(part, dtype=dtype) if blank else self.start(part).to(dtype)
+        self.weight = nn.Parameter(scores) if trained else None
+        self.register_buffer("keep", None if trained else pack_bits(kept(scores)))
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the next call draws a mask."""
+        return self.weight is not None and (self.training or self.sampling)
+
+    @property
+    def stored(self) -> str:
+        """Name of the tensor that the mask is in."""
+        return "keep" if self.weight is None else "weight"
+
+    @property
+    def part_shape(self) -> torch.Size:
+        """Shape of the scores."""
+        return self.shape if self.block is None else self.block.shape_in(self.shape)
+
+    def mask(self) -> Tensor:
+        """Bool, of the shape of the scores: the mask outside of training."""
+        if self.weight is not None:
+            return kept(self.weight.detach())
+        assert self.keep is not None
+        return unpack_bits(self.keep, self.part_shape)
+
+    def start(self, part: Tensor) -> Tensor:
+        """The scores that a mask over `part` (of the shape of the scores) starts from."""
+        return initial_scores(part, self.sparsity, self.score)
+
+    def forward(self, base: Tensor) -> Tensor:
+        return self._apply_to(base, self.drawn)
+
+    def settled(self, base: Tensor) -> Tensor:
+        """The effective parameter by the mask outside of training, whatever the mode: what merging writes."""
+        return self._apply_to(base, False)
+
+    def _apply_to(self, base: Tensor, draw: bool) -> Tensor:
+        part = base if self.block is None else self.block.of(base)
+        if self.weight is None:
+            part = torch.where(self.mask(), part, 0)
+        else:
+            scores = self.weight
+            keep = torch.bernoulli(scores.detach().sigmoid()).bool() if draw else kept(scores.detach())
+            part = masked(part, scores, keep)
+        return part if self.block is None else self.block.put(base, part)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.part_shape)}, {'bits' if self.weight is None else 'scores'}"
