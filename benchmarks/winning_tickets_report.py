@@ -207,7 +207,8 @@ def _curves(compared: Comparison, scope: Scope, results: Path, parameter: str) -
         panels[task] = curves | {said: [point] for said, point in controls.items() if point}
     if panels:
         name = f"{scope.protocol.stem(f'{NAME}_{SAID[parameter]}')}.png"
-        plot_curves(results / name, panels, PLOT_TITLE, bands=[FULL.said, HEAD.said])
+        title = f"{SAID[parameter].capitalize()} of norms. {PLOT_TITLE}"
+        plot_curves(results / name, panels, title, bands=[FULL.said, HEAD.said])
         yield f"![Accuracy against the number of {SAID[parameter]}]({name})"
 
 
