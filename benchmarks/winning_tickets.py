@@ -43,7 +43,7 @@ from peft_lntune.core.delta import PARAMETERS
 
 DTYPE = "float32"
 # What a protocol runs where the command line says nothing: a Hub id (None: MiniLM), and tasks.
-MODELS = {"cpu": None, "cpu-600": None, "full": "bert-base-cased"}
+MODELS = {"cpu": None, "cpu-600": None, "full": "bert-base-uncased"}
 TASKS = {"cpu": ("sst2", "trec"), "cpu-600": ("sst2", "trec"), "full": ("sst2", "cola", "mrpc", "rte")}
 COUNTS = (768, 48, 192, 3072)  # in order of worth
 FIRST = 2  # of the counts, that come before other modules
