@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from peft_lntune.config import LNTuneConfig, SupermaskConfig
@@ -15,7 +16,7 @@ from peft_lntune.core.supermask import Supermask
 from peft_lntune.errors import AdapterFileError
 from peft_lntune.layers import PARAMETERS, LNTuneLayer, ModuleLayer, PrefixLayer
 from peft_lntune.packing import PREFIX, ROOT, unpack, unpack_scores
-from peft_lntune.plan import plan_parts
+from peft_lntune.plan import plan, plan_parts
 from peft_lntune.storage import is_ours, is_part
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "deltas_of",
     "fold",
     "folded",
+    "masks_of",
     "own_tensors",
     "scores_by",
     "scores_for",
@@ -42,6 +44,20 @@ def deltas_of(model: nn.Module, adapter_name: str) -> dict[str, Delta]:
         for parameter in PARAMETERS
         if adapter_name in layer.deltas(parameter)
     }
+
+
+def masks_of(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
+    """Which entries an adapter tunes, of all parameters that its config selects: bool, by the base parameter's name."""
+    base = model.get_base_model()
+    modules = base_modules(base)
+    deltas = deltas_of(base, adapter_name)
+    masks = {}
+    for name, part in plan(base, model.peft_config[adapter_name]).parts.items():
+        for parameter in part.entries if part.method == "delta" else ():
+            delta = deltas.get(f"{name}.{PREFIX}{parameter}")
+            shape = getattr(modules[name], parameter).shape
+            masks[f"{name}.{parameter}"] = torch.zeros(shape, dtype=torch.bool) if delta is None else delta.tuned()
+    return masks
 
 
 def unpack_for(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

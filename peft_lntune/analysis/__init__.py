@@ -5,7 +5,7 @@ from peft_lntune.analysis.checkpoints import Checkpoint, match_tensors, open_ten
 from peft_lntune.analysis.closeness import closeness
 from peft_lntune.analysis.magnitude import find_outliers, magnitude, outlier_overlap, outliers
 from peft_lntune.analysis.overlap import overlap_matrix
-from peft_lntune.analysis.plots import plot_change, plot_closeness, plot_overlap, plot_score_map
+from peft_lntune.analysis.plots import plot_change, plot_closeness, plot_magnitude, plot_overlap, plot_score_map
 from peft_lntune.analysis.score_map import score_map
 from peft_lntune.analysis.tables import Table
 
@@ -23,6 +23,7 @@ __all__ = [
     "parameter_change",
     "plot_change",
     "plot_closeness",
+    "plot_magnitude",
     "plot_overlap",
     "plot_score_map",
     "rank_flips",

@@ -15,7 +15,7 @@ from peft_lntune.core.norms import base_modules
 from peft_lntune.errors import AdapterFileError, ConfigError
 from peft_lntune.selection.parameters import base_model
 
-__all__ = ["Checkpoint", "Source", "match_tensors", "one_sided", "open_tensors"]
+__all__ = ["Checkpoint", "Source", "facts_of", "match_tensors", "one_sided", "open_tensors"]
 
 Source = nn.Module | Mapping[str, Tensor] | str | PathLike[str]
 """A model, tensors by name, or the path of a checkpoint: a safetensors file, the index of a sharded one, a folder."""
@@ -76,6 +76,9 @@ class Checkpoint(Mapping[str, Tensor]):
         except (SafetensorError, OSError) as error:
             raise _damaged(file, error) from error
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._places  # a Mapping would read the tensor to tell
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
@@ -91,6 +94,9 @@ class _View(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[self.names[name]]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -118,7 +124,7 @@ def open_tensors(source: Source) -> Mapping[str, Tensor]:
         tensors: Mapping[str, Tensor] = effective_parameters(source)
     else:
         tensors = Checkpoint(source) if isinstance(source, (str, PathLike)) else source
-    facts = _facts(tensors)
+    facts = facts_of(tensors)
     for name, fact in facts.items():
         if fact.meta or fact.dtype in _SMALL:
             raise ConfigError(
@@ -156,8 +162,8 @@ def match_tensors(before: Source, after: Source, *, shared: bool = False) -> tup
     old, new = (_without(open_tensors(source), buffers) for source in (before, after))
     if not old:
         raise ConfigError("there is no tensor to compare: before is empty.")
-    shapes = {name: fact.shape for name, fact in _facts(old).items()}
-    others = {name: fact.shape for name, fact in _facts(new).items()}
+    shapes = {name: fact.shape for name, fact in facts_of(old).items()}
+    others = {name: fact.shape for name, fact in facts_of(new).items()}
     names = _pairs(shapes, others) if shared else {name: name for name in shapes if name in others}
     if shared:
         names = {name: other for name, other in names.items() if shapes[name] == others[other]}
@@ -225,11 +231,12 @@ def _such(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return f"{len(shapes)} tensors" + (f" such as {first} {shapes[first]}" if first else "")
 
 
-def _facts(tensors: Mapping[str, Tensor]) -> dict[str, Facts]:
+def facts_of(tensors: Mapping[str, Tensor]) -> dict[str, Facts]:
+    """What is known of each tensor; of those in files, from their headers alone."""
     if isinstance(tensors, Checkpoint):
         return tensors.facts
     if isinstance(tensors, _View):
-        known = _facts(tensors.tensors)
+        known = facts_of(tensors.tensors)
         return {name: known[other] for name, other in tensors.names.items()}
     return {
         name: Facts(tuple(t.shape), str(t.dtype).removeprefix("torch."), t.is_floating_point(), t.is_meta)

@@ -7,10 +7,11 @@ from typing import Any
 
 from peft_lntune.analysis.change import MEASURES
 from peft_lntune.analysis.closeness import DISTANCES
+from peft_lntune.analysis.magnitude import SIZES
 from peft_lntune.analysis.tables import Table
 from peft_lntune.errors import ConfigError
 
-__all__ = ["plot_change", "plot_closeness", "plot_overlap", "plot_score_map"]
+__all__ = ["plot_change", "plot_closeness", "plot_magnitude", "plot_overlap", "plot_score_map"]
 
 Path = str | PathLike[str]
 Grid = Sequence[Sequence[float | None]]
@@ -19,6 +20,10 @@ _SAID = {
     "mean_change": "mean |change|",
     "relative_to_mean": "mean |change| / mean |w0|",
     "relative_to_std": "mean |change| / std(w0)",
+    "mean_magnitude": "mean |w|",
+    "std": "standard deviation",
+    "largest": "max |w|",
+    "over_others": "mean |w| / that of weights outside norms",
     "mean_score": "mean score",
     "sum_of_scores": "sum of scores",
     "share_tuned": "share of tuned entries",
@@ -92,6 +97,23 @@ def plot_closeness(table: Table, path: Path, measure: str = "angle") -> None:
     drawing.supxlabel(_LAYERS if layered else "layers pooled; grey: no value", fontsize="medium")
     drawing.suptitle(f"{_capital(_DISTANCES[measure])} of each component" + (" and layer" if layered else ""))
     drawing.savefig(path, dpi=120)
+
+
+def plot_magnitude(table: Table, path: Path, measure: str = "mean_magnitude") -> None:
+    """Draw a `magnitude` table: components by layers, on a logarithmic colour scale, weight and bias apart.
+
+    Args:
+        table: with `layers=True`.
+        path: PNG file, or another ending that matplotlib knows.
+        measure: the column that is shown: `"mean_magnitude"`, `"std"`, `"largest"` or `"over_others"`.
+
+    Raises:
+        ConfigError: there is no such measure, or the table has no layers.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    if measure not in SIZES:
+        raise ConfigError(f"measure={measure!r}: choose one of {', '.join(SIZES)}.")
+    _draw_places(table, path, measure, f"{_capital(_SAID[measure])}, by component and layer", logarithmic=True)
 
 
 def plot_score_map(table: Table, path: Path) -> None:

@@ -9,7 +9,7 @@ import click
 from peft_lntune.analysis import Table
 from peft_lntune.cli.output import new_file
 
-__all__ = ["csv_option", "layers_option", "plot_option", "shared_option", "show"]
+__all__ = ["csv_option", "layers_option", "plot_option", "shared_option", "show", "to_csv", "with_layers"]
 
 csv_option = click.option(
     "--csv",
@@ -28,6 +28,18 @@ shared_option = click.option(
 )
 
 
+def with_layers(plot: Path | None, layers: bool) -> None:
+    """Refuse a picture of components by layers where the layers are pooled."""
+    if plot is not None and not layers:
+        raise click.UsageError("--plot shows components by layers; leave --no-layers out.")
+
+
+def to_csv(table: Table, file: Path) -> None:
+    """Write a table as CSV, whole or not at all."""
+    with new_file(file) as made:
+        table.to_csv(made)
+
+
 def show(
     table: Table,
     csv_file: Path | None = None,
@@ -36,8 +48,7 @@ def show(
 ) -> None:
     """Print a table, and write it as CSV and, by `draw`, as a picture where that is asked for."""
     if csv_file is not None:
-        with new_file(csv_file) as made:
-            table.to_csv(made)
+        to_csv(table, csv_file)
     if plot is not None and draw is not None:
         with new_file(plot) as made:
             draw(table, made)

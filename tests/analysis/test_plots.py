@@ -10,9 +10,11 @@ import torch
 
 from peft_lntune.analysis import (
     Table,
+    magnitude,
     overlap_matrix,
     parameter_change,
     plot_change,
+    plot_magnitude,
     plot_overlap,
     plot_score_map,
     plots,
@@ -67,6 +69,8 @@ DRAWINGS = {
     "change": lambda path: plot_change(change_table(), path),
     "relative change": lambda path: plot_change(change_table(), path, "relative_to_std"),
     "no change": lambda path: plot_change(parameter_change(build("t5"), build("t5")), path),
+    "magnitude": lambda path: plot_magnitude(magnitude(build("bert")), path),
+    "magnitude over the rest": lambda path: plot_magnitude(magnitude(build("t5")), path, "over_others"),
     "scores": lambda path: plot_score_map(score_map({"a.0.weight": torch.tensor([0.1, 3.0])}), path),
     "masks": lambda path: plot_score_map(score_map(masks(0)["task 0"]), path),
     "overlap": lambda path: plot_overlap(overlap_matrix(masks(0, 1, 2)), path),
@@ -119,6 +123,16 @@ def test_change_shows_the_table(tmp_path, drawn):
                 assert shown.mask[y, x] if not row else shown[y, x] == row[0][4]
 
 
+def test_magnitude_shows_its_measure(tmp_path, drawn):
+    table = magnitude(build("bert"))
+    plot_magnitude(table, tmp_path / "p.png", "largest")
+    weight, _, bar = drawn[0].axes
+    assert bar.get_ylabel() == "max |w| (white: 0)"
+    shown = weight.get_images()[0].get_array()
+    (query,) = [row for row in table.rows if row[:3] == ("query", 1, "weight")]
+    assert shown[texts(weight).index("query"), 2] == query[table.columns.index("largest")]
+
+
 def test_zeros_on_a_logarithmic_scale(tmp_path, drawn):
     plot_score_map(
         score_map({"a.0.weight": torch.tensor([0.0]), "a.1.weight": torch.tensor([2.0])}), tmp_path / "p.png"
@@ -154,6 +168,11 @@ def test_many_layers_are_named_with_gaps(tmp_path, drawn):
             lambda: plot_change(parameter_change(build("bert"), build("bert"), layers=False), "p.png"),
             "no column 'layer'",
         ),
+        (
+            lambda: plot_magnitude(magnitude(build("bert")), "p.png", "entries"),
+            "measure='entries': choose one of mean_",
+        ),
+        (lambda: plot_magnitude(magnitude(build("bert"), layers=False), "p.png"), "no column 'layer'"),
         (lambda: plot_score_map(change_table(), "p.png"), "last column of this one is 'rank_relative_to_std'"),
         (lambda: plot_overlap(change_table(), "p.png"), "no column 'task'"),
     ],
@@ -178,5 +197,9 @@ def test_importing_takes_neither_matplotlib_nor_pandas():
 
 
 def test_every_column_that_is_drawn_has_its_words():
-    columns = set(change_table().columns) | {"mean_score", "sum_of_scores", "share_tuned", "entries_tuned"}
+    columns = (
+        set(change_table().columns)
+        | set(magnitude(build("bert")).columns)
+        | {"mean_score", "sum_of_scores", "share_tuned", "entries_tuned"}
+    )
     assert set(plots._SAID) <= columns
