@@ -58,7 +58,7 @@ PHASE = "entries"
 MODELS = {"cpu": None, "cpu-600": None, "full": "bert-base-uncased"}
 TASKS = ("sst2", "trec")
 # Part of a cell: rows held out of the training rows, partitions and their groups, bins of a score, points of the path.
-SIZES = {"rows": 256, "partitions": 4, "groups": 10, "bins": 4, "points": 8}
+SIZES = {"rows": 192, "partitions": 4, "groups": 10, "bins": 4, "points": 6}
 BATCH = 32
 
 

@@ -85,6 +85,8 @@ def test_run_resume_and_report(short: list[str], tmp_path: Path, capsys: pytest.
 
     page = (tmp_path / f"how_fine_{MODEL}.md").read_text()
     assert "Wanted: l0-close: all but key projections and embeddings within 1 point of full, on average over" in page
+    shown = {line.split(" | ")[0]: line.split(" | ")[-1] for line in page.splitlines() if " | " in line}
+    assert shown["| l0-close: all but key projections and embeddings"] == shown["| full: everything"] != "not run |"
     assert "| 20 %, sampled masks |  | " in page
     assert "| 80 %, thresholded mask | not run |" in page
     assert "two random models to each other. By angle: " in page
@@ -159,6 +161,24 @@ def test_a_head_may_have_a_rate_of_its_own(tiny_bert: str) -> None:
     assert {id(p) for p in head["params"]} == {id(p) for p in trained}
     (together,) = make_optimizer(model, 0.1).param_groups
     assert len(together["params"]) == len(scores["params"]) + len(head["params"])
+
+
+def test_a_supermask_trains_its_head_at_that_rate(
+    protocol: Protocol, tiny_bert: str, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def recorded(model: Any, learning_rate: float, head_rate: float | None = None) -> torch.optim.AdamW:
+        made.append((learning_rate, head_rate))
+        return make_optimizer(model, learning_rate, head_rate)
+
+    monkeypatch.setattr("benchmarks.harness.training.make_optimizer", recorded)
+    rates = {("sst2", "head", "float32"): 0.003, ("sst2", "pruned", "float32"): 0.01}
+    search = {**search_cells(protocol, "sst2", "supermask", "float32")[-1]}
+    (final,) = script._finals(protocol, "sst2", {"arm": "pruned", "sparsity": 0.2}, [0])
+    for cell in (search, final):
+        script.run_cell(cell, protocol, script.Place(tiny_bert, tiny_data, "cpu"), rates)
+    assert made == [(0.3, 0.003), (0.01, None)]
 
 
 def test_what_a_search_needs_is_searched_before_it() -> None:

@@ -80,13 +80,19 @@ def test_what_has_not_moved_is_of_no_use(protocol: Protocol, tiny_bert: str, tin
     assert still["contributed"] == 0
     assert {value for each in still["bins"]["gains"].values() for bin in each for value in bin} == {0.0}
 
-    moved = {name: value + 0.5 * name.endswith("output.LayerNorm.bias") for name, value in same.items()}
+    moved = {name: value + 0.5 * name.endswith("layer.1.output.LayerNorm.bias") for name, value in same.items()}
     moved["classifier.bias"] = torch.tensor([3.0, -3.0])
     found = script.compare(base, moved, task, cell, protocol, CPU)
     # The head's step is in both answers, so only the norms' is told.
     assert found["answers"]["reset"] != still["answers"]["reset"]
     assert {bin[0] for each in found["bins"]["gains"].values() for bin in each} == {0.0}
+    lowest, highest = found["bins"]["biases"]["movement"]
+    assert lowest == [0.0, 0.0]
+    assert highest[0] == pytest.approx(found["answers"]["reset"]["loss"] - found["answers"]["tuned"]["loss"], abs=2e-5)
+    assert highest[0] != 0
     assert found["correlations"]["gains"]["movement, contribution"] is None
+    assert found["group_correlations"]["gains"]["contribution"] is None
+    assert found["group_correlations"]["biases"]["contribution"] is not None
     assert found["correlations"]["biases"]["movement, contribution"] is not None
 
 
