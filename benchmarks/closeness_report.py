@@ -39,7 +39,7 @@ def distance_bounds(rows: Mapping[str, Sequence[Row]]) -> Iterator[str]:
         f"movement uneven over layers: the layer that moves most at least {UNEVEN:g} times the one that moves least"
     )
     for wanted, measured in ((close, _closer), (uneven, _uneven)):
-        said = "; ".join(measured(layers, measure) for measure in SAID) if layers else "Not measured yet"
+        said = ". ".join(measured(layers, measure) for measure in SAID) if layers else "Not measured yet"
         yield f"- Wanted: {wanted}. {said}."
 
 

@@ -30,6 +30,7 @@ from benchmarks.harness.classification import (
     run_experiment,
     search_first,
 )
+from benchmarks.harness.finals import reported
 from benchmarks.harness.models import head_modules
 from benchmarks.harness.rows import Cell, Row, Rows
 from benchmarks.harness.tables import as_row
@@ -158,9 +159,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def scope(options: argparse.Namespace, protocol: Protocol, rows: Rows) -> Scope:
     """Return what is reported: what the protocol plans, and what else has been asked for or run."""
-    finals = [row["cell"] for row in rows if row["cell"]["phase"] == "final"]
-    finals = [cell for cell in finals if cell["protocol"] == protocol.name and cell["dtype"] == DTYPE]
-    finals = [cell for cell in finals if cell["arm"] in ARM_NAMES]
+    finals = [cell for cell in reported(rows, protocol) if cell["arm"] in ARM_NAMES]
     planned = (*FIRST_SPARSITIES, *MORE_SPARSITIES)
     tasks = (*EXTENTS[options.protocol].tasks, *options.tasks, *(c["task"] for c in finals if c["arm"] != HEAD.arm))
     return Scope(

@@ -222,7 +222,7 @@ def row_of(angles: dict[int | None, float]) -> dict[str, Any]:
 def test_what_is_said_of_distances() -> None:
     near, uneven = row_of({None: 0.05, 0: 0.02, 1: 0.025}), row_of({None: 0.01, 0: 0.02, 1: 0.1})
     close, layers = closeness_report.distance_bounds({"sst2": [near], "trec": [uneven]})
-    assert "By angle: 5.0 to 50.0 times, held in part (1 of 2 runs); By mean L1: 5.0" in close
+    assert "By angle: 5.0 to 50.0 times, held in part (1 of 2 runs). By mean L1: 5.0" in close
     assert "By angle: 1.2 to 5.0 times, held in part (1 of 2 runs) (moves most: layer 1 in 2)" in layers
     close, layers = closeness_report.distance_bounds({"sst2": [near]})
     assert "10.0 to 25.0 times, held (1 of 1 runs)" in close
