@@ -177,7 +177,8 @@ def unpack_scores(
         if shape is None or score is None:
             unpacked[key] = tensors[key]
         elif module + SCORES not in tensors:
-            unpacked[module + SCORES] = torch.where(unpack_bits(tensors[key], shape), score, -score)
+            scores = torch.full(shape, score, dtype=torch.float32, device=tensors[key].device)
+            unpacked[module + SCORES] = scores.where(unpack_bits(tensors[key], shape), -scores)
             made.append(module)
     return unpacked, made
 

@@ -67,6 +67,7 @@ class SupermaskConfig(LNTuneConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ConfigError(f"{name} takes a number, but got {value!r} of type {type(value).__name__}.")
+            setattr(self, name, float(value))
         if not 0 <= self.initial_sparsity < 1:
             raise ConfigError(
                 f"initial_sparsity={self.initial_sparsity} should be at least 0 and below 1: the fraction of each "

@@ -1,5 +1,7 @@
 """The layer around any other module with a floating weight: its full delta, or a mask over its weight."""
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +41,7 @@ class ModuleLayer(LNTuneLayer):
             block: where only a part of the weight is meant, that part.
             stored: whether its values are about to be loaded.
         """
-        base = self.base_parameter("weight")
+        base = self.unmerged("weight")
         mask = Supermask(
             base,
             config.initial_sparsity,
@@ -60,6 +62,12 @@ class ModuleLayer(LNTuneLayer):
         """Say whether an adapter's mask is drawn outside of training too."""
         self.lntune_supermask[adapter_name].sampling = sampling  # type: ignore[assignment]  # a module's attribute
         self._forget()
+
+    def _call(self, adapters: Sequence[str]) -> Callable[..., Tensor] | None:
+        masks: Any = self._modules["lntune_supermask"]._modules  # type: ignore[union-attr]
+        if any(masks[name].drawn for name in adapters if name in masks):
+            return partial(self.run, self._sums(self._tuned(adapters)))  # another mask at every call: none is kept
+        return super()._call(adapters)
 
     def _tuned(self, adapters: Any) -> list[tuple[str, Any]]:
         masks = self._modules["lntune_supermask"]._modules  # type: ignore[union-attr]
