@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dtype, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, cast_adapter_dtype, onload_layer
 from torch import Tensor, nn
 
 from peft_lntune.concatenated import concatenate
@@ -31,6 +31,7 @@ from peft_lntune.heads import copy_heads, routed_heads
 from peft_lntune.inject import create_and_replace, is_target, prepare, route_of
 from peft_lntune.layers import PARAMETERS, BesideLayer, LNTuneLayer, NormLayer
 from peft_lntune.lora import LoraLayer, LoraPart, routed_lora
+from peft_lntune.merging import merge_layers, take_out_shared, unmerge_layers
 from peft_lntune.packing import pack, pack_scores
 from peft_lntune.plan import plan
 from peft_lntune.selection.masks import check_masks
@@ -134,7 +135,8 @@ class LNTuneModel(BaseTuner):
                 `"keep"` them as they are, beside the merged parameters, so that the model says the same.
 
         Raises:
-            UnsupportedError: an adapter has such a part, and it should not be kept.
+            UnsupportedError: an adapter has such a part, and it should not be kept; or LoRA would be merged behind an
+                active supermask.
             ValueError: a merged value is not finite.
         """
         if unmergeable not in ("refuse", "keep"):
@@ -143,7 +145,12 @@ class LNTuneModel(BaseTuner):
             self._check_mergeable(adapter_names, 'merge_adapter(unmergeable="keep") merges the rest')
         if safe_merge:
             self._check_merge(adapter_names)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        self._check_merge_allowed()
+        merge_layers(self.model, adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Put the base parameters back; bit for bit, but where LoRA alone was merged, which subtracts."""
+        unmerge_layers(self.model)
 
     def _unload_and_optionally_merge(
         self,
@@ -156,19 +163,12 @@ class LNTuneModel(BaseTuner):
             self._check_mergeable(adapter_names, "unload() takes the adapter off")
             if safe_merge:
                 self._check_merge(adapter_names)
-            for layer in self._inner_layers():
-                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        take_out_shared(self.model, merge, safe_merge, adapter_names)
         besides = [(name.rpartition(".")[0], m) for name, m in self.model.named_modules() if isinstance(m, BesideLayer)]
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for host, beside in besides:
             beside.detach(model.get_submodule(host))
         return model
-
-    def _inner_layers(self) -> list[Any]:
-        """Layers inside another adapter's layer around the same module; PEFT unloads the outermost one alone."""
-        layers = [layer for layer in self._layers(BaseTunerLayer) if isinstance(layer, self.tuner_layer_cls)]
-        inner = [getattr(layer, "base_layer", None) for layer in layers]
-        return [layer for layer in inner if isinstance(layer, self.tuner_layer_cls)]
 
     def _check_mergeable(self, adapter_names: list[str] | None, instead: str) -> None:
         names = self.active_adapters if adapter_names is None else adapter_names

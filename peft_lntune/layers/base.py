@@ -222,14 +222,23 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: a merged value would be NaN or infinite.
         """
-        names = self.active_adapters if adapter_names is None else adapter_names
-        added = [name for name in names if name not in self.merged_adapters and self._tuned([name])]
+        added = self.added(adapter_names)
         self._check_finite(self._merged([*self.merged_adapters, *added]), added)
 
+    def added(self, adapter_names: Sequence[str] | None = None) -> list[str]:
+        """Those of some adapters (None: the active ones) that `merge` would merge here."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        return [name for name in names if name not in self.merged_adapters and self._tuned([name])]
+
     def unmerge(self) -> None:
-        """Put the base parameters back, bit for bit."""
+        """Put the base parameters back, bit for bit; what was merged in other tuners' layers within, first."""
         if not self.merged:
             return
+        inner: Any = self.base_layer
+        while isinstance(inner, BaseTunerLayer):
+            if inner.merged:
+                inner.unmerge()
+            inner = inner.base_layer
         for parameter in self._unmerged:
             self.base_parameter(parameter).data = self.unmerged(parameter)
         self._unmerged = {}
