@@ -169,8 +169,10 @@ def unpack_scores(
         module = key.removesuffix(KEEP).removesuffix(SCORES)
         shape, score = masks.get(module.removeprefix(ROOT), (None, None))
         if key.endswith(SCORES):
-            if score is not None or module + KEEP not in tensors:
+            if shape is None or score is not None:
                 unpacked[key] = tensors[key]
+            elif module + KEEP not in tensors:
+                unpacked[module + KEEP] = pack_bits(kept(tensors[key]))
             continue
         if shape is not None:
             _check_supermask(tensors[key], shape, module, where)

@@ -206,6 +206,11 @@ class TestEvaluation:
         assert not torch.equal(adapted.output(model, batch), adapted.output(model, batch))
         assert torch.equal(adapted.output(model.eval(), batch), still)
 
+    @pytest.mark.parametrize("training", [True, False])
+    def test_a_new_mask_is_in_the_mode_of_its_model(self, training):
+        model = get_peft_model(adapted.build("bert").train(training), SupermaskConfig(initial_score=0.1))
+        assert {mask.drawn for mask in supermasks_of(model, "default").values()} == {training}
+
     def test_copies(self):
         model, batch = masked("bert"), adapted.inputs("bert")
         expected = adapted.output(model, batch)

@@ -41,7 +41,7 @@ class ModuleLayer(LNTuneLayer):
             block: where only a part of the weight is meant, that part.
             stored: whether its values are about to be loaded.
         """
-        base = self.unmerged("weight")
+        base, base_layer = self.unmerged("weight"), self.get_base_layer()
         mask = Supermask(
             base,
             config.initial_sparsity,
@@ -53,6 +53,7 @@ class ModuleLayer(LNTuneLayer):
         )
         if not config.init_weights and mask.weight is not None:
             nn.init.normal_(mask.weight)
+        mask.train(base_layer.training)  # a new module is in training, and would draw in a model that is not
         self.lntune_supermask[adapter_name] = mask
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self._forget()
