@@ -199,6 +199,15 @@ class TestSupermask:
         assert Supermask(base).weight.dtype == torch.float32
         assert Supermask(base, dtype=torch.float64).weight.dtype == torch.float64
 
+    @pytest.mark.parametrize("axis", [0, 1])
+    def test_a_part_in_one_piece_is_not_copied_for_the_backward_pass(self, axis):
+        base = torch.randn(6, 6)
+        mask = Supermask(base, block=Block(axis, ((2, 4),)))
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            mask(base)
+        assert {t.untyped_storage().data_ptr() for t in saved} == {base.data_ptr(), mask.weight.data_ptr()}
+
     def test_on_meta_there_is_nothing_to_rank(self):
         base = torch.empty(4, 4, device="meta")
         assert Supermask(base, sparsity=0.5).weight.is_meta
