@@ -15,6 +15,7 @@ from peft_lntune.core.route import Route
 from peft_lntune.core.sublayers import Sublayer
 from peft_lntune.errors import AdapterFileError
 from peft_lntune.layers import BesideLayer, BottleneckLayer, LNTuneLayer, ModuleLayer, NormLayer, PrefixLayer
+from peft_lntune.packing import ROOT
 from peft_lntune.plan import plan_parts
 from peft_lntune.plan_deltas import part_of
 from peft_lntune.planned import Part, Plan
@@ -111,7 +112,8 @@ def create_and_replace(
     if isinstance(part.place, Norm):
         layer = NormLayer(target, injection.route, part.place)
     else:
-        layer = ModuleLayer(target, injection.route, part.name)
+        # A mixed model injects its second adapter into itself, and so gives names from there.
+        layer = ModuleLayer(target, injection.route, part.name.removeprefix(ROOT))
     layer.set_adapter(adapter_name)
     _update(layer, adapter_name, config, part, injection.stored)
     if adapter_name not in tuner.active_adapters:

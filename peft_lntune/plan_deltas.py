@@ -106,7 +106,7 @@ def part_of(
         plain = type(kind) is torch.Tensor
         has = "none" if weight is None else f"one of {kind.dtype if plain else type(kind).__name__}"
         raise UnsupportedError(
-            f"{name} ({type(module).__name__}) is named in target_modules, but what is tuned needs a floating "
+            f"{name} ({type(module).__name__}) is chosen to be tuned, but that needs a floating "
             f"`weight`, and it has {has}. Name its submodules instead, or leave it out."
         )
     found = {p: getattr(module, p, None) for p in config.parameters if only is None or p in only}

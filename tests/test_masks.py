@@ -312,5 +312,5 @@ def test_masks_that_do_not_fit_are_refused_before_anything_changes(case):
 
 def test_masks_of_an_unknown_adapter_are_refused():
     peft_model = adapt(build("bert"))
-    with pytest.raises(ConfigError, match="which adapter 'other' does not tune"):
+    with pytest.raises(ConfigError, match=r"adapter 'other' not found; this model has \['default'\]"):
         peft_model.set_masks({NORM: ONES}, adapter_name="other")

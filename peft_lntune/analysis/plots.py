@@ -11,7 +11,7 @@ from peft_lntune.analysis.magnitude import SIZES
 from peft_lntune.analysis.tables import Table
 from peft_lntune.errors import ConfigError
 
-__all__ = ["plot_change", "plot_closeness", "plot_magnitude", "plot_overlap", "plot_score_map"]
+__all__ = ["plot_change", "plot_closeness", "plot_magnitude", "plot_overlap", "plot_score_map", "plot_sparsity"]
 
 Path = str | PathLike[str]
 Grid = Sequence[Sequence[float | None]]
@@ -28,6 +28,9 @@ _SAID = {
     "sum_of_scores": "sum of scores",
     "share_tuned": "share of tuned entries",
     "entries_tuned": "tuned entries",
+    "sparsity": "share of weights switched off",
+    "sparsity_before": "share of weights off at the start",
+    "flipped": "share of weights turned off or on",
 }
 _DISTANCES = {
     "mean_l1": "mean L1 distance",
@@ -130,24 +133,46 @@ def plot_score_map(table: Table, path: Path) -> None:
     _draw_places(table, path, quantity, title, logarithmic="score" in quantity)
 
 
-def plot_overlap(table: Table, path: Path) -> None:
-    """Draw an `overlap_matrix` table: the overlap of each two tasks, and beside it what chance gives.
+def plot_sparsity(table: Table, path: Path, measure: str = "sparsity") -> None:
+    """Draw a `sparsity` table: components by layers, on a linear colour scale.
+
+    Args:
+        table: with `by="component"`.
+        path: PNG file, or another ending that matplotlib knows.
+        measure: `"sparsity"`; or, where the table knows the start, `"sparsity_before"` or `"flipped"`.
 
     Raises:
-        ConfigError: the table is not one of `overlap_matrix`.
+        ConfigError: there is no such measure, or the table is not one of components.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    measures = [column for column in ("sparsity", "sparsity_before", "flipped") if column in table.columns]
+    if measure not in measures:
+        raise ConfigError(f"measure={measure!r}: choose one of {', '.join(measures) or 'those of a sparsity table'}.")
+    _draw_places(table, path, measure, f"{_capital(_SAID[measure])}, by component and layer", logarithmic=False)
+
+
+def plot_overlap(table: Table, path: Path) -> None:
+    """Draw an `overlap_matrix` or `off_overlap` table: the overlap of each two tasks, and beside it what chance gives.
+
+    Raises:
+        ConfigError: the table is neither of the two.
         ModuleNotFoundError: matplotlib is not installed.
     """
     tasks = table.column("task")
-    rows = [f"{task}\n({density:.1%} tuned)" for task, density in zip(tasks, table.column("density"), strict=True)]
+    sparse = table.columns[1] == "sparsity"
+    share, what, said = ("sparsity", "weights switched off", "off") if sparse else ("density", "masks", "tuned")
+    rows = [f"{task}\n({value:.1%} {said})" for task, value in zip(tasks, table.column(share), strict=True)]
     panels = {
-        "Masks": [table.column(task) for task in tasks],
+        _capital(what): [table.column(task) for task in tasks],
         "Random masks of the same sizes, mean": [table.column(f"{task}, by chance") for task in tasks],
     }
+    if sparse:
+        panels["The same sizes in each tensor"] = [table.column(f"{task}, by chance a tensor") for task in tasks]
     grids = {said: list(zip(*columns, strict=True)) for said, columns in panels.items()}
     quantity = "Jaccard index: entries in both / in either"
     figure, colors = _matplotlib()
     longest = max(map(len, tasks))
-    size = (4.0 + 0.08 * longest + 1.6 * len(tasks), max(3.8, 2.4 + 0.7 * len(tasks)))
+    size = (4.0 + 0.08 * longest + 0.8 * len(panels) * len(tasks), max(3.8, 2.4 + 0.7 * len(tasks)))
     drawing = figure(figsize=size, layout="constrained")
     axes = _draw(drawing, grids, rows, tasks, colors.Normalize(0, 1), quantity)
     for axis, grid in zip(axes, grids.values(), strict=True):
@@ -155,7 +180,7 @@ def plot_overlap(table: Table, path: Path) -> None:
             for name in axis.get_xticklabels():
                 name.set(rotation=30, ha="right", rotation_mode="anchor")
         _write(axis, grid)
-    drawing.suptitle("Overlap of masks between tasks")
+    drawing.suptitle(f"Overlap of {what} between tasks")
     drawing.savefig(path, dpi=120)
 
 
