@@ -16,6 +16,7 @@ from peft_lntune.fit import deltas_of
 from peft_lntune.model import LNTuneModel
 from peft_lntune.plan import plan
 from peft_lntune.selection import FisherState, fisher_scores, mask_density, select
+from peft_lntune.selection.fisher import own_share
 from peft_lntune.selection.losses import Batch, Loss
 
 __all__ = ["FisherFit", "fit_fisher_masks"]
@@ -69,6 +70,9 @@ def fit_fisher_masks(
     The deltas become new parameters, one value for each chosen entry, so call it before making the optimizer. The model
     is scored as it is, with all active adapters in effect, and is otherwise left as it was.
 
+    Where `torch.distributed` has several processes, all of them call it, each with batches of its own as a prepared
+    `DataLoader` gives them, and before the model is wrapped. They share the samples, and all choose the same entries.
+
     Args:
         peft_model: a model of `get_peft_model`; the adapter is active and its deltas are zero.
         batches: dicts of tensors, with labels, as a `DataLoader` gives them. `num_samples` of the config are looked at.
@@ -100,10 +104,11 @@ def fit_fisher_masks(
     parts = plan(peft_model.get_base_model(), peft_model.peft_config[adapter_name]).parts
     norms = {name: part for name, part in parts.items() if part.method == "delta"}
     roles = {f"{name}.{parameter}": part.roles for name, part in norms.items() for parameter in part.entries}
-    state = FisherState()
-    scores = fisher_scores(
-        peft_model, batches, config.fisher, roles, loss, config.seed, num_samples=config.num_samples, state=state
-    )
+    first, samples = own_share(config.num_samples)
+    state = FisherState(first)
+    fisher_scores(peft_model, batches, config.fisher, roles, loss, config.seed, num_samples=samples, state=state)
+    state = state.of_all_processes()
+    scores = state.scores()
     masks = select(scores, density=config.density, scope=config.scope)
     source = {
         "made": "fisher",

@@ -147,13 +147,19 @@ def _with_scores(
     return found
 
 
-def folded(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of an adapter with each prefix as its values, where it is trained through an MLP."""
+def folded(adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of an adapter with each prefix as its values, where it is trained through a network.
+
+    They come from the tensors given: a model whose parameters are sharded does not have them whole.
+    """
     found = dict(tensors)
-    for name, prefix in _prefixes(model, adapter_name):
-        if prefix.weight is None:
-            found = {key: value for key, value in found.items() if not key.startswith(f"{name}.")}
-            found[f"{name}.weight"] = prefix.folded().detach()
+    ending = f".lntune_prefix.{adapter_name}.embedding"
+    for key in (key for key in tensors if key.endswith(ending)):
+        name = key.removesuffix("embedding")
+        own = {other.removeprefix(name): found.pop(other) for other in tensors if other.startswith(name)}
+        columns, width = own["embedding"].shape
+        network = Prefix(columns, width, hidden=len(own["down.bias"]), device=torch.device("meta"))
+        found[f"{name}weight"] = torch.func.functional_call(network, own, ()).detach()
     return found
 
 

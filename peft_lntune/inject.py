@@ -44,7 +44,9 @@ def prepare(config: LNTuneConfig, model: nn.Module) -> list[PeftConfig]:
         AdapterFileError: the config was saved with masks for another model; and all that `plan` raises.
     """
     planned = plan_parts(model, config, config.stored_counts)
-    _check_selected(config, sum(plan.selected for _, plan in planned))
+    selected = sum(plan.selected for _, plan in planned)
+    _check_selected(config, selected)
+    config.__dict__["selected"] = selected  # for the file: a model that is wrapped by then cannot be planned for again
     stored = config.__dict__.pop("stored", False)
     route, modules = route_of(model), base_modules(model)
     for part, plan in planned:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, cast_adapter_dtype, onload_layer
 from torch import Tensor, nn
 
@@ -33,14 +33,13 @@ from peft_lntune.layers import PARAMETERS, BesideLayer, LNTuneLayer, NormLayer
 from peft_lntune.lora import LoraLayer, LoraPart, routed_lora
 from peft_lntune.merging import merge_layers, take_out_shared, unmerge_layers
 from peft_lntune.packing import pack, pack_scores
-from peft_lntune.plan import plan
 from peft_lntune.selection.masks import check_masks
 from peft_lntune.storage import (
     cast_values,
     check_tensors,
     dropped_tensors,
+    held_tensors,
     manifest_of,
-    of_adapter,
     without_adapter_name,
 )
 from peft_lntune.weighted import MAJORITY_SIGNS, combine, combined_config, drop_untuned
@@ -194,9 +193,8 @@ class LNTuneModel(BaseTuner):
     ) -> dict[str, Tensor]:
         # In place: PEFT takes the heads in modules_to_save from the same state dict afterwards.
         kwargs["state_dict"].update(dropped_tensors(model, adapter_name, kwargs["unwanted_adapter_names"]))
-        tensors = super()._get_adapter_state_dict(model=model, config=config, adapter_name=adapter_name, **kwargs)
-        tensors = {key: value for key, value in tensors.items() if of_adapter(key, adapter_name)}
-        tensors = folded(model, adapter_name, tensors)
+        # Not PEFT's search: where FSDP has wrapped modules inside the model, it finds nothing, and says nothing.
+        tensors = folded(adapter_name, held_tensors(model, adapter_name, kwargs["state_dict"]))
         stored = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in tensors.items()}
         stored = pack_scores(stored, any(getattr(part, "save_scores", False) for part in parts_of(config)))
         stored = cast_values(stored, config.torch_save_dtype)
@@ -206,8 +204,7 @@ class LNTuneModel(BaseTuner):
         partial = norms is not None and norms.mask_source is not None
         config.manifest = manifest_of(stored, partial=partial) if whole else None
         if "tuned" in (config.manifest or {}):
-            base = model.get_base_model() if isinstance(model, PeftModel) else model
-            config.manifest["selected"] = plan(base, config).selected
+            config.manifest["selected"] = config.__dict__["selected"]
         return pack(stored) if whole else cast_values(tensors, config.torch_save_dtype)
 
     @classmethod

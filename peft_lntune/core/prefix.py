@@ -134,7 +134,7 @@ class Prefix(nn.Module):
 
     Example:
         >>> prefix = Prefix(columns=3, width=8, hidden=16)
-        >>> before = prefix.folded()
+        >>> before = prefix()
         >>> prefix.fold_()
         >>> [name for name, _ in prefix.named_parameters()], torch.equal(prefix.weight, before)
         (['weight'], True)
@@ -170,10 +170,13 @@ class Prefix(nn.Module):
         nn.init.normal_(self.up.weight, std=std / hidden**0.5)
         nn.init.zeros_(self.up.bias)
 
-    def folded(self) -> Tensor:
-        """Keys and values, `(2, P, H * hd)`; with gradients to whatever they come from."""
+    def forward(self) -> Tensor:
+        """Keys and values, `(2, P, H * hd)`; with gradients to whatever they come from.
+
+        A copy, made in a call of the module: FSDP has a parameter together, and its memory, for that long.
+        """
         if self.weight is not None:
-            return self.weight
+            return self.weight.clone()
         both = self.up(torch.tanh(self.down(self.embedding)))
         return both.view(self.columns, 2, self.width).transpose(0, 1)
 
@@ -182,7 +185,7 @@ class Prefix(nn.Module):
         if self.weight is not None:
             return
         with torch.no_grad():
-            values = self.folded().contiguous()
+            values = self().contiguous()
         self.weight = nn.Parameter(values, requires_grad=self.embedding.requires_grad)
         for name in ("embedding", "down", "up"):
             delattr(self, name)

@@ -133,7 +133,7 @@ class PrefixLayer(BesideLayer):
 
     def stack(self, order: Sequence[str]) -> dict[str, Tensor]:
         """`prefix`, `(n, 2, P, H * hd)`, filled up to the longest, and `keep`, `(n, P)` bool, what of it is there."""
-        held = {name: prefix.folded() for name, prefix in self.lntune_prefix.items()}
+        held = {name: prefix() for name, prefix in self.lntune_prefix.items()}
         first = next(iter(held.values()))
         longest = max(prefix.shape[1] for prefix in held.values())
         stack = first.new_zeros(len(order), 2, longest, first.shape[2])
@@ -164,7 +164,8 @@ class PrefixLayer(BesideLayer):
             rows = self._route.index(query.shape, self.label, stacks["keep"].device)
             both, keep = stacks["prefix"].index_select(0, rows), stacks["keep"].index_select(0, rows)
         else:
-            both = torch.cat([self.lntune_prefix[name].folded() for name in self.running], dim=1)
+            own = [self.lntune_prefix[name]() for name in self.running]
+            both = own[0] if len(own) == 1 else torch.cat(own, dim=1)
         key, value = both.unflatten(-1, self._sizes).unbind(-4)
         return Columns(key, value, keep)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from peft_lntune.core.persample import PerSample, per_sample
@@ -19,7 +20,7 @@ from peft_lntune.errors import ConfigError, DataError, UnsupportedError
 from peft_lntune.selection.losses import HEADS, Batch, Head, Loss, find_head
 from peft_lntune.selection.parameters import base_model, find_parameters, generator
 
-__all__ = ["KINDS", "MAX_CLASSES", "FisherState", "fisher_scores"]
+__all__ = ["KINDS", "MAX_CLASSES", "FisherState", "fisher_scores", "own_share"]
 
 KINDS = ("empirical", "mc", "exact")
 
@@ -68,6 +69,33 @@ class FisherState:
             raise ConfigError("these two states hold scores of different parameters, so they cannot be added.")
         squares = {name: total + other.squares[name].to(total.device) for name, total in self.squares.items()}
         return FisherState(min(self.first, other.first), self.samples + other.samples, squares)
+
+    def of_all_processes(self) -> "FisherState":
+        """The sums of all processes of `torch.distributed`, the same in each of them; where there is one, its own."""
+        if not _several_processes():
+            return self
+        squares = {name: total.clone() for name, total in self.squares.items()}
+        samples = torch.tensor(self.samples, device=next(iter(squares.values())).device)
+        for tensor in (samples, *squares.values()):
+            dist.all_reduce(tensor)
+        return FisherState(0, int(samples), squares)
+
+
+def own_share(samples: int) -> tuple[int, int]:
+    """The number of the first sample, and how many samples, that this process of `torch.distributed` scores of all.
+
+    Example:
+        >>> own_share(1024)  # one process
+        (0, 1024)
+    """
+    if not _several_processes():
+        return 0, samples
+    rank, each, rest = dist.get_rank(), *divmod(samples, dist.get_world_size())
+    return rank * each + min(rank, rest), each + (rank < rest)
+
+
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def fisher_scores(

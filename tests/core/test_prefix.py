@@ -115,7 +115,7 @@ class TestPrefix:
     def test_plain(self):
         prefix = Prefix(P, H * HD, dtype=torch.float64)
         assert [name for name, _ in prefix.named_parameters()] == ["weight"]
-        assert prefix.folded() is prefix.weight
+        assert torch.equal(prefix(), prefix.weight)
         assert prefix.weight.shape == (2, P, H * HD)
         assert prefix.weight.dtype == torch.float64
 
@@ -131,7 +131,7 @@ class TestPrefix:
         }
         for parameter in prefix.parameters():
             torch.nn.init.normal_(parameter)
-        folded = prefix.folded()
+        folded = prefix()
         for column in range(P):
             hidden = torch.tanh(prefix.down.weight @ prefix.embedding[column] + prefix.down.bias)
             both = prefix.up.weight @ hidden + prefix.up.bias
@@ -140,7 +140,7 @@ class TestPrefix:
 
     def test_folding_keeps_the_values_bit_for_bit(self):
         prefix = Prefix(P, H * HD, hidden=7)
-        before = prefix.folded()
+        before = prefix()
         prefix.fold_()
         assert list(prefix.state_dict()) == ["weight"]
         assert torch.equal(prefix.weight, before)
@@ -156,13 +156,13 @@ class TestPrefix:
 
     def test_gradients_reach_the_whole_network(self):
         prefix = Prefix(P, H * HD, hidden=7)
-        prefix.folded().square().sum().backward()
+        prefix().square().sum().backward()
         assert all(parameter.grad.any() for parameter in prefix.parameters())
 
     @pytest.mark.parametrize("hidden", [None, 64])
     def test_it_starts_small(self, hidden):
-        values = Prefix(50, 64, hidden).folded()
+        values = Prefix(50, 64, hidden)()
         assert 0.002 < values.std() < 0.03
 
     def test_on_meta(self):
-        assert Prefix(P, H * HD, hidden=7, device=torch.device("meta")).folded().is_meta
+        assert Prefix(P, H * HD, hidden=7, device=torch.device("meta"))().is_meta

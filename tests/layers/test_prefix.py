@@ -163,7 +163,7 @@ def expected(model, layers, batch):
     slow = copy.deepcopy(model)
     for layer in layers:
         host = host_of(slow, layer)
-        values = host.kv_prefix.lntune_prefix["a"].folded().detach()
+        values = host.kv_prefix.lntune_prefix["a"]().detach()
         host.kv_prefix.detach(host)
         host.the_prefix = values.view(2, P, *layer._sizes)
     for module in slow.modules():
@@ -283,7 +283,7 @@ class TestFormula:
         switch(layers, on=False)
         cache = hf.DynamicCache(config=model.config)
         for index, layer in enumerate(layers):
-            values = layer.lntune_prefix["a"].folded().detach().view(2, P, 1, 8).transpose(1, 2)
+            values = layer.lntune_prefix["a"]().detach().view(2, P, 1, 8).transpose(1, 2)
             cache.update(*(side.expand(2, -1, -1, -1) for side in values), index)
         batch = {
             "input_ids": ids,

@@ -1,0 +1,107 @@
+"""Several processes train, choose and save what one process does: two in the quick run, four in the full one."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from tests.processes.worker import ACCELERATED, CASES, WAYS, build_base, launch
+
+TOLERANCE = {"atol": 1e-6, "rtol": 0}
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    launch(1, folder)
+    return folder
+
+
+@pytest.fixture(scope="session", params=[2, pytest.param(4, marks=pytest.mark.full)])
+def together(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("several")
+    launch(request.param, folder)
+    return folder
+
+
+def tensors(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def assert_same_files(found, expected):
+    ours, theirs = tensors(found), tensors(expected)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], **TOLERANCE, msg=lambda said, name=name: f"{name}: {said}")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", CASES)
+def test_the_adapter_is_that_of_one_process(case, way, alone, together):
+    assert_same_files(together / f"{case}-{way}", alone / f"{case}-one")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_moved_it(case, alone):
+    """Or the comparison above would hold for adapters that nobody has trained."""
+    model = PeftModel.from_pretrained(build_base(), alone / f"{case}-one").eval()
+    (batch,) = ({"input_ids": torch.arange(1, 7).unsqueeze(0)},)
+    with torch.no_grad():
+        tuned = model(**batch).logits
+        with model.disable_adapter():
+            assert (model(**batch).logits - tuned).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_whole_and_loads(case, way, alone, together):
+    """The digest in the config is that of the tensors, so the file was written once and by one process."""
+    one, several = (
+        PeftModel.from_pretrained(build_base(), folder).eval()
+        for folder in (alone / f"{case}-one", together / f"{case}-{way}")
+    )
+    ids = torch.arange(1, 13).view(2, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(several(input_ids=ids).logits, one(input_ids=ids).logits, atol=1e-5, rtol=0)
+    config = json.loads((together / f"{case}-{way}" / "adapter_config.json").read_text())
+    assert config["manifest"]["digest"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_all_processes_choose_the_entries_that_one_chooses(way, alone, together):
+    ours, theirs = (tensors(folder) for folder in (together / f"fisher-{way}", alone / "fisher-one"))
+    name = "base_model.model.lntune_packed.mask"
+    assert torch.equal(ours[name], theirs[name])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_dtypes_over_a_base_in_half_precision(way, together):
+    seen = json.loads((together / f"bf16-{way}" / "seen.json").read_text())
+    # The head is trained in the dtype of the base, as PEFT leaves it.
+    assert seen == {
+        "trained": ["torch.bfloat16", "torch.float32"],
+        "deltas": ["torch.float32"],
+        "frozen as before": True,
+    }
+    found = tensors(together / f"bf16-{way}")
+    assert {tensor.dtype for name, tensor in found.items() if "lntune" in name} == {torch.float32}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_frozen_moved(way, together):
+    for case in CASES:
+        seen = json.loads((together / f"{case}-{way}" / "seen.json").read_text())
+        assert seen == {"trained": ["torch.float32"], "deltas": ["torch.float32"], "frozen as before": True}, case
+
+
+@pytest.mark.parametrize("case", ACCELERATED)
+def test_accelerate_with_a_short_last_batch(case, alone, together):
+    ours, theirs = tensors(together / case), tensors(alone / case)
+    assert ours.keys() == theirs.keys()
+    # Gradients that are averaged in another order are rounded otherwise in bfloat16.
+    tolerance = TOLERANCE if case == "accumulated" else {"atol": 2e-3, "rtol": 0}
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], **tolerance)
+        assert tensor.dtype == torch.float32
