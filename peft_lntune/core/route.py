@@ -172,15 +172,6 @@ class Route:
         finally:
             self._expansions = before
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Nothing is routed in here: a module runs with rows of its own that hold all of it."""
-        self.active = False
-        try:
-            yield
-        finally:
-            self.active = True
-
     def rows(self, owner: int, shape: torch.Size, label: str) -> Rows | None:
         """The rows of one norm for an input of `shape`, `(B, ..., d)`; None where no adapter touches it.
 
