@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peft_lntune.errors import RoutingError
 
-__all__ = ["BASE", "Entry", "Route", "Rows", "expansions_of", "fit_rows"]
+__all__ = ["BASE", "Entry", "Route", "Rows", "expansions_of", "fit_rows", "one_dtype"]
 
 BASE = "__base__"
 """The name that stands for the base model in a list of adapter names, as in PEFT."""
@@ -85,6 +85,7 @@ class Route:
         self._index = torch.empty(0, dtype=torch.long)
         self._broadcast = False
         self._what = ""
+        self._count = 0
         self._expansions: set[int] = {1}
         self._tokens = 0
         self._rows: dict[int, dict[int, Rows]] = {}
@@ -144,9 +145,12 @@ class Route:
         """
         self.check_idle()
         self.names = [names] if isinstance(names, str) else list(names)
+        self._count = len(self.names)
         self._expansions = {1} if isinstance(names, str) else expansions
         self._broadcast = isinstance(names, str)
         self._gather, self._what = gather, what
+        # Here and not at the first norm, so that a compiled model finds the rows as inputs of its graph.
+        self._rows = {1: gather(1)}
         self.active = True
         try:
             yield
@@ -235,7 +239,8 @@ class Route:
         if self._broadcast:
             return 1
         batch = shape[0]
-        factor, rest = divmod(batch, len(self.names)) if self.names else (0, batch)
+        # A number and not the list: a graph must not depend on the names in it.
+        factor, rest = divmod(batch, self._count) if self._count else (0, batch)
         if not rest and factor in self._expansions:
             self._tokens = shape[1] if len(shape) == 3 else self._tokens
             return factor
@@ -244,7 +249,7 @@ class Route:
         if rest or factor not in flattened:
             raise RoutingError(
                 f"Length of {self._what} should be the same as the number of inputs, but got "
-                f"{len(self.names)} and {batch} respectively. (Seen in {label}, along its first axis; where a model "
+                f"{self._count} and {batch} respectively. (Seen in {label}, along its first axis; where a model "
                 "reorders or drops tokens before a layer, as experts do, it cannot be routed by sample.)"
             )
         return factor
@@ -260,7 +265,7 @@ class Route:
             groups.setdefault((base.shape, base.device), []).append(entry)
         for group in groups.values():
             rows = [torch.stack([entry.value(name) for entry in group]) for name in (BASE, *adapters)]
-            self._stacks.append((group, torch.stack(_one_dtype(rows)).unsqueeze(2)))
+            self._stacks.append((group, torch.stack(one_dtype(rows)).unsqueeze(2)))
         self._key = key
 
     def _places(self, factor: int, device: torch.device) -> Tensor:
@@ -278,7 +283,8 @@ class Route:
         return {owner: Rows(**found) for owner, found in parameters.items()}
 
 
-def _one_dtype(tensors: list[Tensor]) -> list[Tensor]:
+def one_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors in the narrowest dtype that holds them all."""
     dtype = tensors[0].dtype
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
