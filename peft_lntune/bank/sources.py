@@ -16,7 +16,8 @@ from peft_lntune.config.base import CONFIG_FILE, PEFT_TYPE
 from peft_lntune.core.delta import PARAMETERS, scatter, unpack_bits
 from peft_lntune.core.norms import Norm, base_modules, called_modules, find_norms
 from peft_lntune.errors import AdapterFileError, ConfigError, UnsupportedError
-from peft_lntune.fit import check_shapes, deltas_of, unpack_by
+from peft_lntune.fit import check_shapes, unpack_by
+from peft_lntune.layers import LNTuneLayer
 from peft_lntune.packing import PREFIX, ROOT
 from peft_lntune.plan import check_selected, plan
 from peft_lntune.storage import WEIGHTS_FILE, check_tensors, read_tensors
@@ -117,18 +118,23 @@ class Sources:
             raise ConfigError(f"adapter {adapter_name!r} not found; the given model has {known}.")
         config = model.peft_config[adapter_name]
         self._check_kind(name, config)
-        base = model.get_base_model()
+        # Not by the names that PEFT has them under: a head's copy holds copies of the layers of other adapters.
+        called = called_modules(model.get_base_model())
         deltas = {
-            place.replace(f".{PREFIX}", "."): delta.dense() for place, delta in deltas_of(base, adapter_name).items()
+            f"{place}.{parameter}": layer.deltas(parameter)[adapter_name].dense()
+            for place, layer in called.items()
+            if isinstance(layer, LNTuneLayer)
+            for parameter in PARAMETERS
+            if adapter_name in layer.deltas(parameter)
         }
         shapes, _ = self._selection(name, config)
         tuned = deltas.keys() if config.mask_source is not None else shapes.keys()
         expected = {key: shape for key, shape in shapes.items() if key in tuned}
         check_shapes(expected, {key: value.shape for key, value in deltas.items()}, name)
         heads = {
-            place: dict(called.modules_to_save[adapter_name].state_dict())
-            for place, called in called_modules(base).items()
-            if isinstance(called, ModulesToSaveWrapper) and adapter_name in called.modules_to_save
+            place: tensors_of(base_modules(wrapper.modules_to_save[adapter_name]))
+            for place, wrapper in called.items()
+            if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save
         }
         return self._adapter(deltas, heads)
 
@@ -188,7 +194,7 @@ class Sources:
         return Adapter(every, rest)
 
 
-def tensors_of(modules: Mapping[str, nn.Module], name: str) -> dict[str, Tensor]:
+def tensors_of(modules: Mapping[str, nn.Module], name: str = "") -> dict[str, Tensor]:
     """The parameters and saved buffers of a module and those in it, by their names within it.
 
     Args:
@@ -196,12 +202,13 @@ def tensors_of(modules: Mapping[str, nn.Module], name: str) -> dict[str, Tensor]
         name: of the module.
     """
     found: dict[str, Tensor] = {}
+    above = f"{name}." if name else ""
     for place, module in modules.items():
-        if f"{place}.".startswith(f"{name}."):
-            within = f"{place}.".removeprefix(f"{name}.")
+        if f"{place}.".startswith(above):
+            within = f"{place}.".removeprefix(above) if place else ""
             buffers = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
             own = {**module._parameters, **buffers}
-            found |= {within + key: value for key, value in own.items() if value is not None}
+            found |= {within + key: value.detach() for key, value in own.items() if value is not None}
     return found
 
 

@@ -215,7 +215,7 @@ class TestSourcesThatAreModels:
     def test_an_adapter_that_misses_norms_is_refused(self):
         model = adapt(build("bert"))
         del model.base_model.model.bert.embeddings.LayerNorm.lntune_bias["default"]
-        with pytest.raises(AdapterFileError, match="1 missing, such as bert.embeddings.LayerNorm.bias"):
+        with pytest.raises(AdapterFileError, match=r"1 missing, such as bert\.embeddings\.LayerNorm\.bias"):
             AdapterBank(model).add("x", (model, "default"))
 
     def test_neither_a_directory_nor_a_model_is_refused(self):
@@ -287,7 +287,7 @@ class TestNames:
     def test_many_lie_in_a_row(self):
         model, bank = banked("bert", "a", "b", "c")
         bank.remove("b")
-        bank.add_many({name: (model, "b") for name in "xyz"})
+        bank.add_many(dict.fromkeys("xyz", (model, "b")))
         first = bank.index(["x"]).item()
         assert bank.index(["x", "y", "z"]).tolist() == [first, first + 1, first + 2]
 
@@ -299,7 +299,7 @@ class TestNames:
 
     def test_taken_and_unknown_names_are_refused(self):
         model, bank = banked("bert")
-        with pytest.raises(ConfigError, match="an adapter named 'a' is in the bank. Remove it first"):
+        with pytest.raises(ConfigError, match=r"an adapter named 'a' is in the bank\. Remove it first"):
             bank.add("a", (model, "b"))
         for call in (bank.remove, bank.deltas, bank.heads, lambda name: bank.load([name])):
             with pytest.raises(ConfigError, match="adapter 'z' is not in the bank, which has a, b"):
