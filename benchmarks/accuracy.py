@@ -15,7 +15,7 @@ from benchmarks.harness.classification import (
     experiment_parser,
     final_cells,
     run_experiment,
-    search_cells,
+    search_first,
 )
 from benchmarks.harness.models import default_model
 from benchmarks.harness.rows import Cell, Rows
@@ -36,14 +36,12 @@ DTYPE_NAMES = ("float32", "bfloat16")
 
 def waves(options: argparse.Namespace, protocol: Protocol) -> list[list[Cell]]:
     """Return the cells in order of worth; a wave may need the rows of the waves before it."""
-    found: list[list[Cell]] = []
+    stages: list[list[Cell]] = []
     for dtype, arms in LONG_TIERS if protocol.name == "full" else TIERS:
         kept = [arm for arm in arms if arm in options.arms and dtype in options.dtypes]
         kinds = [(task, arm, dtype) for arm in kept for task in options.tasks]
-        found.append([cell for place in kinds for cell in search_cells(protocol, *place)])
-        finals = [cell for place in kinds for cell in final_cells(protocol, *place, options.seeds)]
-        found.append(sorted(finals, key=lambda cell: cell["seed"]))
-    return [wave for wave in found if wave]
+        stages.append([cell for place in kinds for cell in final_cells(protocol, *place, options.seeds)])
+    return search_first(protocol, stages)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -22,7 +22,7 @@ def write_report(
     rows: Rows, results: Path, protocol: Protocol, tasks: Sequence[str], arms: Sequence[str], seeds: Sequence[int]
 ) -> None:
     """Write `accuracy.md` and `accuracy.png`, for another protocol than the CPU's with its name in them."""
-    stem = "accuracy" if protocol.name == "cpu" else f"accuracy_{protocol.name}"
+    stem = protocol.stem("accuracy")
     parts = [
         f"# Accuracy in per cent: mean ± standard deviation over {len(seeds)} seeds",
         f"Protocol `{protocol.name}`: {protocol.steps} steps of {protocol.batch_size} rows for every arm.",

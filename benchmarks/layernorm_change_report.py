@@ -1,12 +1,11 @@
 """What full fine-tuning changes: the part of `layernorm_key_component.py`'s page that its rows of `full` give."""
 
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.rows import Row
-from benchmarks.harness.tables import markdown
+from benchmarks.harness.tables import markdown, mean_table
 from peft_lntune.analysis import Table, plot_change
 from peft_lntune.analysis.change import MEASURES
 
@@ -102,14 +101,9 @@ def _times(measure: str, rows: Sequence[Row]) -> str:
 
 def _mean_table(tables: Sequence[Mapping[str, Any]]) -> Table:
     """The mean over seeds of tables of changes, without their ranks."""
-    places = [column for column in tables[0]["columns"] if column not in MEASURES and not column.startswith("rank_")]
-    seeds = [Table(table["columns"], table["rows"]) for table in tables]
-    lines = []
-    for number in range(len(seeds[0].rows)):
-        values = [[table.column(measure)[number] for table in seeds] for measure in MEASURES]
-        means = [None if None in each else statistics.mean(each) for each in values]
-        lines.append((*(seeds[0].column(place)[number] for place in places), *means))
-    return Table((*places, *MEASURES), lines)
+    found = mean_table([Table(**table) for table in tables], MEASURES)
+    kept = [number for number, column in enumerate(found.columns) if not column.startswith("rank_")]
+    return Table([found.columns[n] for n in kept], [[row[n] for n in kept] for row in found.rows])
 
 
 def _ordinal(rank: int) -> str:

@@ -24,14 +24,17 @@ from benchmarks.harness.classification import (
     experiment_parser,
     final_cells,
     load_base,
+    refuse_unknown,
     run_experiment,
-    search_cells,
+    search_first,
 )
+from benchmarks.harness.finals import reported
 from benchmarks.harness.masked import DENSITY
 from benchmarks.harness.rows import Cell, Row, Rows
+from benchmarks.harness.tables import as_row
 from benchmarks.harness.tasks import TEXT_COLUMNS, load_task
 from benchmarks.layernorm_key_component_report import Scope, write_report
-from peft_lntune.analysis import Table, parameter_change
+from peft_lntune.analysis import parameter_change
 
 NAME = "layernorm_key_component"
 ARM_NAMES = ("full", "bitfit", "ln", "ln-ffn", "ln-attention", "head")
@@ -81,23 +84,12 @@ def waves(options: argparse.Namespace, protocol: Protocol) -> list[list[Cell]]:
     """Return the cells in order of worth; each stage searches its learning rates first."""
     planned = [[(task, at) for at in stage for task in options.tasks] for stage in stages(options)]
     planned.append([(task, at) for task in options.tasks for at in unions(options, task)])
-    searched: set[Kind] = set()
-    found: list[list[Cell]] = []
-    if "change" in options.arms:  # it trains all norms at their rate, even in the search for its own
-        searched = {(task, "ln", DTYPE) for task in options.tasks}
-        found.append([cell for kind in sorted(searched) for cell in search_cells(protocol, *kind)])
-    for stage in planned:
-        finals = [cell for task, at in stage for cell in _finals(protocol, task, at, options.seeds)]
-        kinds = [*dict.fromkeys(kind for cell in finals for kind in masked.needed_rates(cell) - searched)]
-        searched |= {*kinds}
-        found.append([cell for kind in kinds for cell in search_cells(protocol, *kind)])
-        found.append(sorted(finals, key=lambda cell: cell["seed"]))
-    return [wave for wave in found if wave]
-
-
-def _finals(protocol: Protocol, task: str, at: dict[str, Any], seeds: Sequence[int]) -> list[Cell]:
-    further = {name: value for name, value in at.items() if name != "arm"}
-    return final_cells(protocol, task, at["arm"], DTYPE, seeds, **further)
+    finals = [
+        [cell for task, at in stage for cell in final_cells(protocol, task, dtype=DTYPE, seeds=options.seeds, **at)]
+        for stage in planned
+    ]
+    # A mask of changes trains all norms at their rate, even in the search for its own.
+    return search_first(protocol, finals, masked.needed_rates)
 
 
 def run_cell(cell: Cell, protocol: Protocol, place: Place, rates: dict[Kind, float], folder: Path) -> Row:
@@ -112,11 +104,7 @@ def changed(model: Any, cell: Cell, protocol: Protocol, place: Place) -> Row:
     """Compare a trained model with its start: each component and layer, and each component with its layers pooled."""
     start = load_base(cell, protocol, place, load_task(cell["task"], place.data_dir, place.model))
     tables = {name: parameter_change(start, model, layers=name == "layers") for name in ("layers", "components")}
-    return {"change": {name: {"columns": table.columns, "rows": _rounded(table)} for name, table in tables.items()}}
-
-
-def _rounded(table: Table) -> list[list[Any]]:
-    return [[float(f"{value:.6g}") if isinstance(value, float) else value for value in row] for row in table.rows]
+    return {"change": {name: as_row(table) for name, table in tables.items()}}
 
 
 def shared_rows(results: Path) -> list[Row]:
@@ -140,17 +128,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.tasks = options.tasks or extent.tasks
     options.mask_tasks = options.mask_tasks or options.tasks
     options.densities = options.densities or extent.densities
-    unknown = [task for task in (*options.tasks, *options.mask_tasks) if task not in TEXT_COLUMNS]
-    if unknown:
-        parser.error(f"unknown task {unknown[0]!r}; the tasks are {', '.join(TEXT_COLUMNS)}.")
+    refuse_unknown(parser, (*options.tasks, *options.mask_tasks), TEXT_COLUMNS)
     return options
 
 
 def scope(options: argparse.Namespace, protocol: Protocol, rows: Rows) -> Scope:
     """Return what is reported: what the protocol plans, and what else has been asked for or run."""
     extent = EXTENTS[options.protocol]
-    finals = [row["cell"] for row in rows if row["cell"]["phase"] == "final"]
-    finals = [cell for cell in finals if cell["protocol"] == protocol.name and cell["dtype"] == DTYPE]
+    finals = reported(rows, protocol, DTYPE)
     masks = [cell["density"] for cell in finals if "density" in cell]
     joined = [(cell["task"], tuple(cell["mask_tasks"])) for cell in finals if cell["arm"] == "union"]
     planned = [(task, tuple(at["mask_tasks"])) for task in options.tasks for at in unions(options, task)[:1]]

@@ -60,9 +60,9 @@ def write_report(rows: Rows, results: Path, scope: Scope) -> None:
     """Write the page, its plot, and for each task the table of changes (CSV) and its picture."""
     found = Finals(rows, scope.protocol, scope.seeds)
     compared = Comparison(found, scope.tasks, scope.tasks)
-    end = "" if scope.protocol.name == "cpu" else f"_{scope.protocol.name}"
+    stem = scope.protocol.stem
     results.mkdir(parents=True, exist_ok=True)
-    picture = f"{NAME}{end}.png"
+    picture = f"{stem(NAME)}.png"
     parts = [_title(scope), *_held(compared), *_arms(compared, scope), *_masks(compared, scope)]
     parts += _unions(found, scope)
     curves = {task: _curves(compared, scope, task) for task in scope.tasks}
@@ -72,8 +72,8 @@ def write_report(rows: Rows, results: Path, scope: Scope) -> None:
         parts.append(f"![Accuracy against tuned entries]({picture})")
     parts += ["## What full fine-tuning changes", CHANGE_NOTES]
     for task in scope.tasks:
-        parts += [f"### {task}", *write_change(found.of(task, "full"), results, f"layernorm_change_{task}{end}")]
-    (results / f"{NAME}{end}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        parts += [f"### {task}", *write_change(found.of(task, "full"), results, stem(f"layernorm_change_{task}"))]
+    (results / f"{stem(NAME)}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def _title(scope: Scope) -> str:

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,10 +25,12 @@ from benchmarks.harness.classification import (
     experiment_parser,
     final_cells,
     load_base,
+    refuse_unknown,
     run_experiment,
-    search_cells,
+    search_first,
 )
 from benchmarks.harness.costs import in_turns, training_call
+from benchmarks.harness.finals import reported
 from benchmarks.harness.rows import Cell, Row, Rows
 from benchmarks.harness.runner import run_cells, stamp
 from benchmarks.harness.splits import ordered
@@ -53,13 +54,11 @@ def waves(options: argparse.Namespace, protocol: Protocol) -> list[list[Cell]]:
     stages = [(arms, main) for arms in (FIRST, ABLATIONS, COMBINED)]
     stages += [(FIRST, tasks) for tasks in others]
     stages += [((*ABLATIONS, *COMBINED), tasks) for tasks in others]
-    found: list[list[Cell]] = []
+    finals: list[list[Cell]] = []
     for arms, tasks in stages:
         kinds = [(task, arm, DTYPE) for arm in arms if arm in options.arms for task in tasks]
-        found.append([cell for kind in kinds for cell in search_cells(protocol, *kind)])
-        finals = [cell for kind in kinds for cell in final_cells(protocol, *kind, options.seeds)]
-        found.append(sorted(finals, key=lambda cell: cell["seed"]))
-    return [wave for wave in found if wave]
+        finals.append([cell for kind in kinds for cell in final_cells(protocol, *kind, options.seeds)])
+    return search_first(protocol, finals)
 
 
 def cost_cell(options: argparse.Namespace, protocol: Protocol) -> Cell:
@@ -95,9 +94,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.tasks = options.tasks or [*MAIN, *OTHERS]
     known = (*TEXT_COLUMNS, *SIMILARITY, *LOADERS)
-    unknown = [task for task in options.tasks if task not in known]
-    if unknown:
-        parser.error(f"unknown task {unknown[0]!r}; the tasks are {', '.join(known)}.")
+    refuse_unknown(parser, options.tasks, known)
     causal = [task for task in options.tasks if task in CAUSAL]
     if causal and (len(causal) < len(options.tasks) or options.model is None or options.data_dir is None):
         parser.error(f"{causal[0]} is a task of causal LMs: give --model with one, --data-dir, and no other tasks.")
@@ -111,9 +108,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def scope(options: argparse.Namespace, protocol: Protocol, rows: Rows) -> Scope:
     """Return what is reported: what the protocol plans, and what else has been asked for or run."""
-    cells: list[dict[str, Any]] = [row["cell"] for row in rows if row["cell"]["phase"] == "final"]
-    cells = [cell for cell in cells if cell["protocol"] == protocol.name and cell["dtype"] == DTYPE]
-    run = [cell for cell in cells if cell["arm"] in ARM_NAMES]
+    run = [cell for cell in reported(rows, protocol, DTYPE) if cell["arm"] in ARM_NAMES]
     planned = options.tasks if set(options.tasks) <= set(CAUSAL) else (*MAIN, *OTHERS, *options.tasks)
     return Scope(
         protocol=protocol,

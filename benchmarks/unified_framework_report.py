@@ -1,14 +1,13 @@
 """The tables and the plot of `unified_framework.py`, from its rows and those it shares with other benchmarks."""
 
 import operator
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.harness.arms import SHARE
 from benchmarks.harness.classification import Protocol
-from benchmarks.harness.comparison import ABOUT_DIFFERENCES, ABOUT_HEAD, ABOUT_RATES, Bound, Comparison, Side
+from benchmarks.harness.comparison import ABOUT_DIFFERENCES, ABOUT_HEAD, ABOUT_RATES, Bound, Comparison, Side, not_run
 from benchmarks.harness.finals import Finals
 from benchmarks.harness.metrics import metric_of
 from benchmarks.harness.plots import SMALLEST, Curves, plot_curves
@@ -109,7 +108,7 @@ def write_report(rows: Rows, results: Path, scope: Scope) -> None:
     """Write the page and its plot."""
     averaged = [task for task in scope.tasks if task in AVERAGED] or list(scope.tasks)
     compared = Comparison(Finals(rows, scope.protocol, scope.seeds), scope.tasks, averaged)
-    stem = NAME if scope.protocol.name == "cpu" else f"{NAME}_{scope.protocol.name}"
+    stem = scope.protocol.stem(NAME)
     results.mkdir(parents=True, exist_ok=True)
     parts = [_title(scope), *_held(compared, scope), *_arms(compared, scope), *_costs(scope.cost)]
     if _plot(compared, scope, results / f"{stem}.png"):
@@ -147,19 +146,13 @@ def _held(compared: Comparison, scope: Scope) -> Iterator[str]:
 
 def _best(compared: Comparison, scope: Scope) -> str:
     """Compare the paper's best combination with whatever else did best here; that is chosen by the same figures."""
-    means = {}
-    for arm in (*FIRST, *COMBINED):
-        ours = compared.differences(side(BEST), side(arm))
-        values = compared.average(ours)
-        if arm in scope.arms and arm not in (BEST, "full", "head") and values:
-            means[arm] = statistics.mean(values)
-    if not means:
+    others = [side(arm) for arm in (*FIRST, *COMBINED) if arm in scope.arms and arm not in (BEST, "full", "head")]
+    ranked, left = compared.ranked(others, side(BEST))
+    if not ranked:
         return f"- Wanted: {BEST} above every other arm but full. Not measured yet."
-    rival = min(means, key=lambda arm: means[arm])
-    left = [arm for arm in (*FIRST, *COMBINED) if arm not in (*means, BEST, "full", "head")]
-    unknown = f"; {NOT_RUN}: {', '.join(left)}" if left else ""
-    wanted = f"above every other arm but full, of which {rival} is best here{unknown}"
-    return compared.wanted(Bound(side(BEST), side(rival), wanted))
+    rival = ranked[-1]
+    wanted = f"above every other arm but full, of which {rival.said} is best here{not_run(left)}"
+    return compared.wanted(Bound(side(BEST), rival, wanted))
 
 
 def _arms(compared: Comparison, scope: Scope) -> Iterator[str]:

@@ -42,6 +42,7 @@ from peft_lntune.selection import (
     magnitude_scores,
     mask_density,
     mask_overlap,
+    median_distance_scores,
     random_scores,
     select,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "magnitude_scores",
     "mask_density",
     "mask_overlap",
+    "median_distance_scores",
     "plan",
     "random_scores",
     "select",

@@ -16,6 +16,7 @@ def is_chosen(config: Any, name: str) -> bool:
 
 
 def is_saved(config: LNTuneConfig, name: str) -> bool:
+    """PEFT's rule: whether a module is one of `modules_to_save`, or inside one."""
     return any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save or ())
 
 

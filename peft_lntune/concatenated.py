@@ -38,7 +38,7 @@ def concatenated_parts(model: nn.Module, configs: Mapping[str, LNTuneConfig], co
         if any(isinstance(part, SupermaskConfig) for part in parts_of(config)):
             raise UnsupportedError(
                 f"adapter {name!r} has supermasks, and a weighted sum of masks is no mask. Make several active "
-                f"instead, which keeps what all of them keep: set_adapter({names!r})."
+                f"instead, which keeps what all of them keep: peft_model.base_model.set_adapter({names!r})."
             )
     for name, module in model.named_modules():
         held = [n for n in names if isinstance(module, PrefixLayer) and module.holds(n)]

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from peft_lntune.config import LNTuneConfig, SupermaskConfig
@@ -15,7 +16,7 @@ from peft_lntune.core.supermask import Supermask
 from peft_lntune.errors import AdapterFileError
 from peft_lntune.layers import PARAMETERS, LNTuneLayer, ModuleLayer, PrefixLayer
 from peft_lntune.packing import PREFIX, ROOT, unpack, unpack_scores
-from peft_lntune.plan import plan_parts
+from peft_lntune.plan import plan, plan_parts
 from peft_lntune.storage import is_ours, is_part
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "deltas_of",
     "fold",
     "folded",
+    "masks_of",
+    "own_tensors",
     "scores_by",
     "scores_for",
     "supermasks_of",
@@ -42,6 +45,20 @@ def deltas_of(model: nn.Module, adapter_name: str) -> dict[str, Delta]:
         for parameter in PARAMETERS
         if adapter_name in layer.deltas(parameter)
     }
+
+
+def masks_of(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
+    """Which entries an adapter tunes, of all parameters that its config selects: bool, by the base parameter's name."""
+    base = model.get_base_model()
+    modules = base_modules(base)
+    deltas = deltas_of(base, adapter_name)
+    masks = {}
+    for name, part in plan(base, model.peft_config[adapter_name]).parts.items():
+        for parameter in part.entries if part.method == "delta" else ():
+            delta = deltas.get(f"{name}.{PREFIX}{parameter}")
+            shape = getattr(modules[name], parameter).shape
+            masks[f"{name}.{parameter}"] = torch.zeros(shape, dtype=torch.bool) if delta is None else delta.tuned()
+    return masks
 
 
 def unpack_for(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -151,8 +168,7 @@ def folded(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -
 def fold(model: nn.Module, adapter_name: str) -> None:
     """Make an adapter ready for prefixes as they are saved: values in place of the MLP that gave them."""
     for _, prefix in _prefixes(model, adapter_name):
-        if prefix.weight is None:
-            prefix.fold_()
+        prefix.fold_()
 
 
 def _prefixes(model: nn.Module, adapter_name: str) -> list[tuple[str, Prefix]]:
@@ -163,23 +179,28 @@ def _prefixes(model: nn.Module, adapter_name: str) -> list[tuple[str, Prefix]]:
     ]
 
 
-def as_in_model(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an adapter, keyed as in the model's state dict, in the dtypes they have there."""
-    dtypes = {name: value.dtype for name, value in model.state_dict().items() if is_part(name, adapter_name)}
-    return {name: value.to(dtypes.get(name, value.dtype)) for name, value in tensors.items()}
+def own_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """The tensors of an adapter as a model's state dict has them, without heads in `modules_to_save`."""
+    return {name: value for name, value in model.state_dict().items() if is_part(name, adapter_name)}
 
 
-def check_fit(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+def as_in_model(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors, keyed as in the model's state dict, in the dtypes that they have among the adapter's `own_tensors`."""
+    return {name: value.to(own[name].dtype if name in own else value.dtype) for name, value in tensors.items()}
+
+
+def check_fit(own: Mapping[str, Tensor], adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
     """Raise where the tensors of an adapter, keyed as in the model's state dict, are not the ones the model expects.
+
+    Args:
+        own: what the model has of this adapter, see `own_tensors`.
+        adapter_name: the adapter.
+        tensors: what is to be loaded.
 
     Raises:
         AdapterFileError: keys are missing or unexpected, or shapes differ. The model is as it was.
     """
-    expected = {
-        name.replace("_fsdp_wrapped_module.", ""): value.shape
-        for name, value in model.state_dict().items()
-        if is_part(name, adapter_name)
-    }
+    expected = {name.replace("_fsdp_wrapped_module.", ""): value.shape for name, value in own.items()}
     found = {
         name: value.shape
         for name, value in tensors.items()

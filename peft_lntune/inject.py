@@ -14,6 +14,7 @@ from peft_lntune.core.norms import Norm, base_modules
 from peft_lntune.core.route import Route
 from peft_lntune.core.sublayers import Sublayer
 from peft_lntune.layers import BesideLayer, BottleneckLayer, LNTuneLayer, ModuleLayer, NormLayer, PrefixLayer
+from peft_lntune.packing import ROOT
 from peft_lntune.plan import check_selected, plan_parts
 from peft_lntune.plan_deltas import part_of
 from peft_lntune.planned import Part, Plan
@@ -93,7 +94,7 @@ def create_and_replace(
         beside = _beside(injection, part, parent if part.method == "bottleneck" else target)
         beside.update_layer(adapter_name, config, injection.stored)
         return
-    part = part or part_of(config, current_key, target)
+    part = part or part_of(config, current_key, target).tuned
     if isinstance(target, LNTuneLayer):
         _update(target, adapter_name, config, part, injection.stored)
         return
@@ -101,7 +102,8 @@ def create_and_replace(
     if isinstance(part.place, Norm):
         layer = NormLayer(target, injection.route, part.place)
     else:
-        layer = ModuleLayer(target, injection.route, part.name)
+        # A mixed model injects its second adapter into itself, and so gives names from there.
+        layer = ModuleLayer(target, injection.route, part.name.removeprefix(ROOT))
     layer.set_adapter(adapter_name)
     _update(layer, adapter_name, config, part, injection.stored)
     if adapter_name not in tuner.active_adapters:
@@ -121,8 +123,7 @@ def _beside(injection: Injection, part: Part, host: nn.Module) -> BesideLayer:
     """The layer of a part beside `host`; a new one where it has none yet."""
     layer: BesideLayer
     if isinstance(part.place, Sublayer):
-        leaves = injection.modules[part.place.entry], injection.modules[part.place.exit]
-        layer = BottleneckLayer(injection.route, part.place.exit, *leaves, part.place.role)
+        layer = BottleneckLayer.of(injection.route, part.place, injection.modules)
     elif isinstance(part.place, AttentionFacts):
         layer = PrefixLayer(injection.route, part.place)
     else:

@@ -7,13 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dtype, onload_layer
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner, cast_adapter_dtype, onload_layer
 from torch import Tensor, nn
 
 from peft_lntune.concatenated import concatenate
 from peft_lntune.config import (
     BottleneckConfig,
+    DeltaConfig,
     FisherLNConfig,
     LNTuneConfig,
     LNTuningConfig,
@@ -25,11 +26,12 @@ from peft_lntune.config import (
 from peft_lntune.config.deltas import recorded
 from peft_lntune.core.route import BASE, expansions_of
 from peft_lntune.errors import ConfigError, RoutingError, UnsupportedError
-from peft_lntune.fit import as_in_model, check_fit, fold, folded, scores_for, unpack_for
+from peft_lntune.fit import as_in_model, check_fit, fold, folded, own_tensors, scores_for, unpack_for
 from peft_lntune.heads import copy_heads, routed_heads
 from peft_lntune.inject import create_and_replace, is_target, prepare, route_of
 from peft_lntune.layers import PARAMETERS, BesideLayer, LNTuneLayer, NormLayer
 from peft_lntune.lora import LoraLayer, LoraPart, routed_lora
+from peft_lntune.merging import merge_layers, take_out_shared, unmerge_layers
 from peft_lntune.packing import pack, pack_scores
 from peft_lntune.plan import plan
 from peft_lntune.selection.masks import check_masks
@@ -76,9 +78,21 @@ class LNTuneModel(BaseTuner):
             )
         config = self.peft_config[adapter_name]
         stored = "stored" in config.__dict__
+        parts = self._inject(model, adapter_name, PeftConfig, *args, **kwargs)
+        if isinstance(config, UnifiedConfig):
+            config.parts = _with_targets(config, parts)  # in place, as PEFT does it: PeftModel holds on to this config
+            if not stored:
+                _warn_of_combination(config)
+        if not stored:
+            # All entries are tuned now, also where the config was taken from a masked adapter.
+            record_mask(self.peft_config, adapter_name, None)
+
+    def _inject(self, model: nn.Module, adapter_name: str, kind: type, *args: Any, **kwargs: Any) -> list[PeftConfig]:
+        """Put those parts of an adapter into the model that are of a kind; returns all its parts."""
+        config = self.peft_config[adapter_name]
         parts = prepare(config, model)
         try:
-            for part in parts:
+            for part in [part for part in parts if isinstance(part, kind)]:
                 # PEFT takes the config of what it injects from here.
                 self.peft_config[adapter_name] = part
                 inject = self._lora().inject_adapter if isinstance(part, LoraConfig) else super().inject_adapter
@@ -87,13 +101,7 @@ class LNTuneModel(BaseTuner):
             self.peft_config[adapter_name] = config
             for part in parts:
                 part.__dict__.pop("injection", None)
-        if isinstance(config, UnifiedConfig):
-            config.parts = _with_targets(config, parts)  # in place, as PEFT does it: PeftModel holds on to this config
-            if not stored:
-                _warn_of_combination(config)
-        if not stored:
-            # All entries are tuned now, also where the config was taken from a masked adapter.
-            record_mask(self.peft_config, adapter_name, None)
+        return parts
 
     def _lora(self) -> LoraPart:
         configs = {
@@ -110,12 +118,8 @@ class LNTuneModel(BaseTuner):
         asked = [p for p in parts_of(config) if isinstance(p, LNTuneConfig) and p.delta_dtype is not None]
         if autocast_adapter_dtype or asked:
             return
-        for layer in self.tuner_layers():
-            for parameter in PARAMETERS:
-                if adapter_name in layer.deltas(parameter):
-                    layer.deltas(parameter)[adapter_name].to(layer.base_parameter(parameter).dtype)
-        for beside in self._layers(BesideLayer):
-            beside.to_base_dtype(adapter_name)
+        for layer in self._layers((LNTuneLayer, BesideLayer)):
+            layer.to_base_dtype(adapter_name)
 
     # Merging: what could fail is looked at in every layer before the first is changed.
 
@@ -131,7 +135,8 @@ class LNTuneModel(BaseTuner):
                 `"keep"` them as they are, beside the merged parameters, so that the model says the same.
 
         Raises:
-            UnsupportedError: an adapter has such a part, and it should not be kept.
+            UnsupportedError: an adapter has such a part, and it should not be kept; or LoRA would be merged behind an
+                active supermask.
             ValueError: a merged value is not finite.
         """
         if unmergeable not in ("refuse", "keep"):
@@ -140,7 +145,12 @@ class LNTuneModel(BaseTuner):
             self._check_mergeable(adapter_names, 'merge_adapter(unmergeable="keep") merges the rest')
         if safe_merge:
             self._check_merge(adapter_names)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        self._check_merge_allowed()
+        merge_layers(self.model, adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Put the base parameters back; bit for bit, but where LoRA alone was merged, which subtracts."""
+        unmerge_layers(self.model)
 
     def _unload_and_optionally_merge(
         self,
@@ -153,19 +163,12 @@ class LNTuneModel(BaseTuner):
             self._check_mergeable(adapter_names, "unload() takes the adapter off")
             if safe_merge:
                 self._check_merge(adapter_names)
-            for layer in self._inner_layers():
-                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        take_out_shared(self.model, merge, safe_merge, adapter_names)
         besides = [(name.rpartition(".")[0], m) for name, m in self.model.named_modules() if isinstance(m, BesideLayer)]
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for host, beside in besides:
             beside.detach(model.get_submodule(host))
         return model
-
-    def _inner_layers(self) -> list[Any]:
-        """Layers inside another adapter's layer around the same module; PEFT unloads the outermost one alone."""
-        layers = [layer for layer in self._layers(BaseTunerLayer) if isinstance(layer, self.tuner_layer_cls)]
-        inner = [getattr(layer, "base_layer", None) for layer in layers]
-        return [layer for layer in inner if isinstance(layer, self.tuner_layer_cls)]
 
     def _check_mergeable(self, adapter_names: list[str] | None, instead: str) -> None:
         names = self.active_adapters if adapter_names is None else adapter_names
@@ -219,8 +222,9 @@ class LNTuneModel(BaseTuner):
         tensors = scores_for(model, adapter_name, unpack_for(model, adapter_name, state_dict))
         fold(model, adapter_name)
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
-        check_fit(model, adapter_name, renamed)
-        return as_in_model(model, adapter_name, renamed)
+        own = own_tensors(model, adapter_name)
+        check_fit(own, adapter_name, renamed)
+        return as_in_model(own, renamed)
 
     # Adapters.
 
@@ -257,9 +261,10 @@ class LNTuneModel(BaseTuner):
                 the config keeps it as `mask_source`. None: by hand.
 
         Raises:
-            ConfigError: a name or shape does not fit this adapter, nothing is chosen, or JSON cannot hold `source`.
-                Nothing has changed.
+            ConfigError: a name or shape does not fit this adapter, it has no deltas, nothing is chosen, or JSON cannot
+                hold `source`. Nothing has changed.
         """
+        self._check_deltas(adapter_name)
         places = self._places(adapter_name)
         shapes = {name: layer.base_parameter(parameter).shape for name, (layer, parameter) in places.items()}
         check_masks(masks, shapes, f"adapter {adapter_name!r}")
@@ -271,24 +276,36 @@ class LNTuneModel(BaseTuner):
     def clear_masks(self, adapter_name: str = "default") -> None:
         """Tune every entry again that the config selects; the inverse of `set_masks`, and like it before the optimizer.
 
-        Values of entries that were tuned are kept, the others start from zero.
+        Values of entries that were tuned are kept, the others start from zero. Parts that are no deltas stay as they
+        are.
 
         Args:
             adapter_name: the adapter.
 
         Raises:
-            ConfigError: there is no such adapter.
+            ConfigError: there is no such adapter, or it has no deltas.
         """
-        if adapter_name not in self.peft_config:
-            raise ConfigError(f"adapter {adapter_name!r} not found; this model has {list(self.peft_config)}.")
+        self._check_deltas(adapter_name)
         old = {(layer, p): layer.deltas(p)[adapter_name] for layer, p in self._places(adapter_name).values()}
         own_dtype = all(delta.weight.dtype == layer.base_parameter(p).dtype for (layer, p), delta in old.items())
-        self.inject_adapter(self.model, adapter_name)
+        self._inject(self.model, adapter_name, DeltaConfig)
+        record_mask(self.peft_config, adapter_name, None)
         self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=not own_dtype)
         for layer, parameter in self._places(adapter_name).values():
             delta = layer.deltas(parameter)[adapter_name]
             before = old.get((layer, parameter))
             delta.fill(torch.zeros_like(delta.weight) if before is None else before.dense())
+
+    def _check_deltas(self, adapter_name: str) -> None:
+        if adapter_name not in self.peft_config:
+            raise ConfigError(f"adapter {adapter_name!r} not found; this model has {list(self.peft_config)}.")
+        config = self.peft_config[adapter_name]
+        if delta_part(config) is None:
+            kinds = ", ".join(type(part).__name__ for part in parts_of(config))
+            raise ConfigError(
+                f"adapter {adapter_name!r} has {kinds}, and no deltas, whose entries these masks choose. Use an "
+                "adapter with LNTuningConfig, FisherLNConfig or ModuleTuningConfig."
+            )
 
     def _places(self, adapter_name: str) -> dict[str, tuple[LNTuneLayer, str]]:
         """Where an adapter has its deltas: layer and parameter by the name of the base parameter."""

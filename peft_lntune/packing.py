@@ -169,15 +169,18 @@ def unpack_scores(
         module = key.removesuffix(KEEP).removesuffix(SCORES)
         shape, score = masks.get(module.removeprefix(ROOT), (None, None))
         if key.endswith(SCORES):
-            if score is not None or module + KEEP not in tensors:
+            if shape is None or score is not None:
                 unpacked[key] = tensors[key]
+            elif module + KEEP not in tensors:
+                unpacked[module + KEEP] = pack_bits(kept(tensors[key]))
             continue
         if shape is not None:
             _check_supermask(tensors[key], shape, module, where)
         if shape is None or score is None:
             unpacked[key] = tensors[key]
         elif module + SCORES not in tensors:
-            unpacked[module + SCORES] = torch.where(unpack_bits(tensors[key], shape), score, -score)
+            scores = torch.full(shape, score, dtype=torch.float32, device=tensors[key].device)
+            unpacked[module + SCORES] = scores.where(unpack_bits(tensors[key], shape), -scores)
             made.append(module)
     return unpacked, made
 

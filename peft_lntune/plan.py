@@ -39,7 +39,8 @@ def plan(model: nn.Module, config: PeftConfig, counts: Mapping[str, int | None] 
         NoMatchError: the config selects nothing; the message lists the norms there are.
         ConfigError: two parts want one place; the message names both.
         UnsupportedError: a module named in `target_modules` has no weight that a delta could be added to, or is a norm
-            where a mask is wanted; or the model's attention takes no prefix.
+            where a mask is wanted; the model's attention takes no prefix; or a leaf that a bottleneck works on does not
+            say how wide it is.
 
     Example:
         >>> from peft_lntune import LNTuningConfig

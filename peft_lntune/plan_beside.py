@@ -10,6 +10,8 @@ from torch import nn
 from peft_lntune.attention import find_attention
 from peft_lntune.choose import is_chosen
 from peft_lntune.config import BottleneckConfig, PrefixConfig
+from peft_lntune.config.bottleneck import LEARNED
+from peft_lntune.core.bottleneck import read_widths
 from peft_lntune.core.delta import delta_dtype
 from peft_lntune.core.norms import base_modules
 from peft_lntune.core.prefix import Prefix
@@ -30,11 +32,11 @@ def plan_bottlenecks(model: nn.Module, config: BottleneckConfig) -> Plan:
         if sublayer.role not in config.roles or not is_chosen(config, name):
             continue
         out = modules[name]
-        width = _width(out, 1)
-        read = width if config.position == "sequential" else _width(modules[sublayer.entry], 0)
+        reads = read_widths(modules[sublayer.entry], out, name)
+        width = reads["sequential"]
         size = config.size_of(width)
-        counts = {"down": size * (read + 1), "up": width * (size + 1)}
-        counts |= {"scale": 1} if config.scale == "learned" else {}
+        counts = {"down": size * (reads[config.position] + 1), "up": width * (size + 1)}
+        counts |= {"scale": 1} if config.scale == LEARNED else {}
         parts[name] = _beside(config, name, out, sublayer, counts, "bottleneck")
     if not parts:
         known = ", ".join(f"{s.exit} ({s.role})" for s in sublayers) or "none"
@@ -66,15 +68,6 @@ def _beside(config: Any, name: str, module: nn.Module, place: Any, counts: Mappi
     itemsize = delta_dtype(first, config.torch_delta_dtype).itemsize
     entries = {what: (count, count) for what, count in counts.items()}
     return Part(name, type(module).__name__, place, entries, sum(counts.values()) * itemsize, method)
-
-
-def _width(leaf: nn.Module, side: int) -> int:
-    """Inputs (side 0) or outputs (side 1) of a linear map, also of GPT-2's Conv1D, whose weight is `(in, out)`."""
-    for names in (("in_features", "out_features"), ("nx", "nf")):
-        if isinstance(width := getattr(leaf, names[side], None), int):
-            return width
-    weight: Any = leaf.weight
-    return int(weight.shape[1 - side])
 
 
 def plan_lora(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, Plan]:

@@ -24,38 +24,39 @@ def plan_components(model: nn.Module, config: ModuleTuningConfig, counts: Mappin
     places = find_parameters(model, config.components or (), norms, config.parameters)
     places = {name: found for name, found in places.items() if is_chosen(config, name) and not is_saved(config, name)}
 
-    def parts_with(counts: Mapping[str, int | None] | None) -> dict[str, Part]:
-        every = {n: part_of(config, n, modules[n], norms.get(n), counts, found) for n, found in places.items()}
-        return {name: part for name, part in every.items() if part.entries}
-
-    parts, every = parts_with(counts), parts_with(None)
+    every = {n: part_of(config, n, modules[n], norms.get(n), counts, found) for n, found in places.items()}
+    parts, selected = _tuned(every)
     if not parts:
         raise NoMatchError(
             f"this model has none of the components {config.components!r} in the chosen layers, with the parameters "
             f"that tune={config.tune!r} asks for. `parameter_change` names the components it has; or name modules in "
             "target_modules."
         )
-    return Plan(parts, {}, sum(total for part in every.values() for _, total in part.entries.values()))
+    return Plan(parts, {}, selected)
 
 
 def plan_deltas(model: nn.Module, config: DeltaConfig, counts: Mapping[str, int | None] | None) -> Plan:
     modules = base_modules(model)
     norms = find_norms(model, parameterless=True)
     reasons: dict[str, str] = {}
-    parts: dict[str, Part] = {}
-    selected = 0
+    every: dict[str, Part] = {}
     for name in norms if config.target_modules is None else modules:
         reason = _reason_to_leave(config, name, norms.get(name))
         if reason is None:
-            selected += sum(total for _, total in part_of(config, name, modules[name]).entries.values())
-            parts[name] = part_of(config, name, modules[name], norms.get(name), counts)
+            every[name] = part_of(config, name, modules[name], norms.get(name), counts)
         reasons[name] = reason or ""
-    parts = {name: part for name, part in parts.items() if part.entries}
+    parts, selected = _tuned(every)
     left_out = {name: reasons.get(name) or "its parameters are not among those tuned" for name in norms.keys() - parts}
     left_out = {name: left_out[name] for name in norms if name in left_out}
     if not parts:
         raise NoMatchError(_nothing(config, norms, left_out, modules))
     return Plan(parts, left_out, selected)
+
+
+def _tuned(every: Mapping[str, Part]) -> tuple[dict[str, Part], int]:
+    """Of what a config selects: the modules of which something is tuned, and how many entries are selected in all."""
+    parts = {name: tuned for name, part in every.items() if (tuned := part.tuned).entries}
+    return parts, sum(total for part in every.values() for _, total in part.entries.values())
 
 
 def _reason_to_leave(config: Any, name: str, norm: Norm | None) -> str | None:
@@ -86,7 +87,15 @@ def part_of(
     counts: Mapping[str, int | None] | None = None,
     only: Mapping[str, Block | None] | None = None,
 ) -> Part:
-    """What `config` tunes of one module; `only`: which of its parameters may be, and which part of each.
+    """What `config` selects of one module, also parameters of which `counts` leaves nothing; see `Part.tuned`.
+
+    Args:
+        config: says which parameters.
+        name: of the module.
+        module: itself.
+        norm: what is known of it, where it is a norm.
+        counts: see `plan`.
+        only: which of its parameters may be tuned, and which part of each.
 
     Raises:
         UnsupportedError: the module has no floating weight.
@@ -97,7 +106,7 @@ def part_of(
         plain = type(kind) is torch.Tensor
         has = "none" if weight is None else f"one of {kind.dtype if plain else type(kind).__name__}"
         raise UnsupportedError(
-            f"{name} ({type(module).__name__}) is named in target_modules, but what is tuned needs a floating "
+            f"{name} ({type(module).__name__}) is chosen to be tuned, but that needs a floating "
             f"`weight`, and it has {has}. Name its submodules instead, or leave it out."
         )
     found = {p: getattr(module, p, None) for p in config.parameters if only is None or p in only}
@@ -105,7 +114,6 @@ def part_of(
     blocks = {p: block for p, block in (only or {}).items() if block is not None and p in tuned}
     sizes = {p: (blocks[p].shape_in(t.shape) if p in blocks else t.shape).numel() for p, t in tuned.items()}
     entries = {p: (_count(counts, name, p, size), size) for p, size in sizes.items()}
-    entries = {p: count for p, count in entries.items() if count[0]}
     size = sum(n * delta_dtype(tuned[p].dtype, config.torch_delta_dtype).itemsize for p, (n, _) in entries.items())
     return Part(name, type(module).__name__, norm, entries, size, blocks=blocks)
 

@@ -1,7 +1,7 @@
 """What a plan is: the places that something is done to, as data and as a table."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from peft_lntune.attention import AttentionFacts
 from peft_lntune.core.delta import Block
@@ -38,6 +38,11 @@ class Part:
         if isinstance(self.place, Norm):
             return "+".join(self.place.roles) or "unknown"
         return "-" if self.place is None else self.place.role
+
+    @property
+    def tuned(self) -> "Part":
+        """The same without the parameters of which no entry is tuned."""
+        return replace(self, entries={name: count for name, count in self.entries.items() if count[0]})
 
     @property
     def counts(self) -> dict[str, int | None]:

@@ -27,6 +27,8 @@ from peft_lntune.errors import AdapterFileError
 from peft_lntune.packing import KEEP, PREFIX, ROOT, counts_of, pack
 
 __all__ = [
+    "CONTAINERS",
+    "LORA",
     "WEIGHTS_FILE",
     "cast_values",
     "check_directory",
@@ -47,8 +49,12 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_FILE = "adapter_model.bin"  # PEFT writes and reads it where a user says safe_serialization=False
 
 
-CONTAINERS = (PREFIX, "lora_")
-"""How the containers of an adapter's tensors are called: ours, and those of a part that is PEFT's LoRA."""
+LORA = "lora_"
+"""How the names of PEFT's containers of LoRA's tensors begin."""
+
+
+CONTAINERS = (PREFIX, LORA)
+"""How the names of all containers of an adapter's tensors begin: ours, and those of a part that is LoRA."""
 
 
 BARE = "lora_embedding_"
@@ -92,7 +98,7 @@ def without_adapter_name(key: str, adapter_name: str) -> str:
 
 def has_lora(keys: Iterable[str]) -> bool:
     """Whether one of these names in a file is of a tensor of LoRA."""
-    return any(is_ours(key) and f".{CONTAINERS[1]}" in f".{key}" for key in keys)
+    return any(is_ours(key) and f".{LORA}" in f".{key}" for key in keys)
 
 
 def with_lora_name(key: str, adapter_name: str) -> str:
@@ -104,7 +110,7 @@ def with_lora_name(key: str, adapter_name: str) -> str:
     """
     parts = key.split(".")
     for place in range(max(len(parts) - 2, 0), len(parts)):
-        if parts[place].startswith(CONTAINERS[1]):
+        if parts[place].startswith(LORA):
             return ".".join([*parts[: place + 1], adapter_name, *parts[place + 1 :]])
     return key
 

@@ -45,7 +45,7 @@ def start_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, Te
     """The masks that a supermask adapter started from, by the magnitudes of the base weights and its config.
 
     Args:
-        model: a model with such an adapter; not merged.
+        model: a model with such an adapter.
         adapter_name: which.
 
     Returns:
@@ -53,18 +53,19 @@ def start_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, Te
 
     Raises:
         ConfigError: the adapter is unknown, or has no supermask.
-        UnsupportedError: the model is merged, so the base weights are not at hand.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from peft_lntune import SupermaskConfig
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(2, 1)), SupermaskConfig(target_modules=["0"]))
+        >>> start_masks(model)
+        {'0.weight': tensor([[True, True]])}
     """
     found = {}
     for layer, mask in _masks(model, adapter_name):
-        if layer.merged:
-            raise UnsupportedError(
-                f"{layer.label} is merged, so its base weight is not at hand. Call unmerge_adapter()."
-            )
-        base = layer.base_parameter("weight")
+        base = layer.unmerged("weight")
         part = base if mask.block is None else mask.block.of(base)
-        start = kept(mask.start(part))
-        found[f"{layer.label}.weight"] = _dense(mask.block, start, layer)
+        found[f"{layer.label}.weight"] = _dense(mask.block, kept(mask.start(part)), layer)
     return found
 
 
@@ -81,7 +82,7 @@ def sampled_masks(model: nn.Module, adapter_name: str = "default") -> Iterator[N
 
     Raises:
         ConfigError: the adapter is unknown, or has no supermask.
-        UnsupportedError: it has no scores, since it was loaded for inference.
+        UnsupportedError: it has no scores, since it was loaded for inference; or it is merged.
 
     Example:
         >>> from peft import get_peft_model
@@ -93,18 +94,21 @@ def sampled_masks(model: nn.Module, adapter_name: str = "default") -> Iterator[N
         False
     """
     masks = _masks(model, adapter_name)
+    if any(adapter_name in layer.merged_adapters for layer, _ in masks):
+        raise UnsupportedError(f"adapter {adapter_name!r} is merged, so nothing is drawn. Call unmerge_adapter().")
     if any(mask.weight is None for _, mask in masks):
         raise UnsupportedError(
             f"adapter {adapter_name!r} holds bits alone, so there are no probabilities to draw from. Save it with "
             "SupermaskConfig(save_scores=True), and load it with is_trainable=True."
         )
-    for layer, _ in masks:
-        layer.sample(adapter_name, True)
+    before = [mask.sampling for _, mask in masks]
     try:
+        for layer, _ in masks:
+            layer.sample(adapter_name, True)
         yield
     finally:
-        for layer, _ in masks:
-            layer.sample(adapter_name, False)
+        for (layer, _), sampling in zip(masks, before, strict=True):
+            layer.sample(adapter_name, sampling)
 
 
 def _masks(model: nn.Module, adapter_name: str) -> list[tuple[ModuleLayer, Any]]:

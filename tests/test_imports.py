@@ -21,7 +21,7 @@ FLOORS = [
     {"plan_beside", "plan_deltas"},
     {"plan_masks"},
     {"plan", "layers", "heads"},
-    {"concatenated", "fit", "inject"},
+    {"concatenated", "fit", "inject", "merging"},
     {"weighted"},
     {"model"},
     {"bank", "fisher_fit", "lora_files", "stock", "supermasks"},

@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+import transformers as hf
 from peft import PeftConfig, PeftModel, get_peft_model
 
-from peft_lntune import ConfigError, FisherLNConfig, LNTuningConfig, UnsupportedError
+from peft_lntune import ConfigError, FisherLNConfig, LNTuningConfig, UnifiedConfig, UnsupportedError
+from peft_lntune.config import delta_part
 from tests.adapted import adapt, assert_unchanged, build, deltas, fill, inputs, output, said, snapshot
 
 
@@ -14,6 +16,23 @@ def random_masks(model, adapter="default", density=0.3, seed=0):
     generator = torch.Generator().manual_seed(seed)
     found = deltas(model, adapter)
     return {name: torch.rand(delta.shape, generator=generator) < density for name, delta in found.items()}
+
+
+def ln_and_adapters(**options):
+    return UnifiedConfig(preset="ln+mha-adapter", **options)
+
+
+HEADED = {
+    "SEQ_CLS": hf.BertForSequenceClassification,
+    "TOKEN_CLS": hf.BertForTokenClassification,
+    "QUESTION_ANS": hf.BertForQuestionAnswering,
+}
+
+
+def headed(task):
+    """The BERT of `build` with the head of a task."""
+    torch.manual_seed(0)
+    return HEADED[task](build("bert").config).eval()
 
 
 def trained(model):
@@ -201,6 +220,27 @@ class TestSource:
         assert config.mask_source is None
         assert all(delta.mask is None for name in "bc" for delta in deltas(peft_model, name).values())
 
+    @pytest.mark.parametrize("kind", [LNTuningConfig, ln_and_adapters], ids=["plain", "unified"])
+    @pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"])
+    def test_a_config_taken_to_another_model_with_a_head(self, task, kind, tmp_path):
+        """PEFT names the heads of some tasks in the config it was given, which here is not the one that is kept."""
+        first = get_peft_model(build("bert"), kind())
+        first.set_masks(random_masks(first), source={"made": "for the first"})
+        config = dataclasses.replace(first.peft_config["default"], task_type=task)
+        second = get_peft_model(headed(task), config)
+        made = get_peft_model(headed(task), kind(task_type=task))
+        expected = made.peft_config["default"]
+        assert second.peft_config["default"].modules_to_save == expected.modules_to_save
+        assert delta_part(second.peft_config["default"]).mask_source is None
+        assert delta_part(config).mask_source == {"made": "for the first"}
+        assert config.modules_to_save == expected.modules_to_save  # as PEFT leaves every config
+        names = {name for name, p in second.named_parameters() if p.requires_grad}
+        assert names == {name for name, p in made.named_parameters() if p.requires_grad}
+        fill(second, "default")
+        second.save_pretrained(tmp_path)
+        loaded, batch = PeftModel.from_pretrained(headed(task), tmp_path), inputs("bert")
+        assert torch.equal(output(loaded, batch), output(second, batch))
+
 
 class TestClear:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -272,5 +312,5 @@ def test_masks_that_do_not_fit_are_refused_before_anything_changes(case):
 
 def test_masks_of_an_unknown_adapter_are_refused():
     peft_model = adapt(build("bert"))
-    with pytest.raises(ConfigError, match="which adapter 'other' does not tune"):
+    with pytest.raises(ConfigError, match=r"adapter 'other' not found; this model has \['default'\]"):
         peft_model.set_masks({NORM: ONES}, adapter_name="other")

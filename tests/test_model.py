@@ -89,7 +89,7 @@ class TestIdentity:
         model = build("bert", torch.bfloat16)
         quantize_(model, Int8WeightOnlyConfig(version=2))
         before = [name for name, _ in model.named_modules()]
-        with pytest.raises(ValueError, match=r"query \(Linear\) is named in target_modules, but .* floating `weight`"):
+        with pytest.raises(ValueError, match=r"query \(Linear\) is chosen to be tuned, but .* floating `weight`"):
             get_peft_model(model, LNTuningConfig(target_modules=["query"]))
         assert [name for name, _ in model.named_modules()] == before
 

@@ -14,9 +14,10 @@ from transformers import BertConfig, BertModel
 
 from peft_lntune import AdapterFileError, LNTuningConfig
 from peft_lntune.core.delta import pack_bits
-from peft_lntune.packing import counts_of, is_packed, pack, unpack
+from peft_lntune.packing import counts_of, is_packed, pack, pack_scores, unpack, unpack_scores
 from peft_lntune.storage import WEIGHTS_FILE
 from tests.adapted import adapt, build, deltas, fill
+from tests.oracles import bytes_of_bits
 
 Sizes = dict[str, tuple[int, torch.Size]]
 
@@ -93,6 +94,45 @@ def test_bits_beyond_the_last_entry_are_refused() -> None:
     packed = {"lntune_packed.weight": torch.ones(1), "lntune_packed.mask": torch.tensor([129]).byte()}
     with pytest.raises(AdapterFileError, match=r"the mask of a.lntune_bias has 1 entries and others beyond its last"):
         unpack(packed, {"a.lntune_bias": (1, torch.Size([5]))}, "here")
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 7)), min_size=1, max_size=4), st.booleans(), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_scores_become_bits_and_come_back(shapes: list[tuple[int, int]], scores: bool, root: bool) -> None:
+    above = "base_model.model." if root else ""
+    tensors = {f"{above}{n}.query.lntune_supermask.weight": torch.randn(shape) for n, shape in enumerate(shapes)}
+    others = {f"{above}head.weight": torch.ones(2), f"{above}n.lntune_bias.weight": torch.ones(3)}
+    packed = pack_scores({**others, **tensors}, scores)
+    bits = {key: value for key, value in packed.items() if key.endswith(".keep")}
+    assert {key: bytes_of_bits((value > 0).reshape(-1).tolist()) for key, value in tensors.items()} == {
+        key.replace(".keep", ".weight"): value.tolist() for key, value in bits.items()
+    }
+    assert packed.keys() == others.keys() | bits.keys() | (tensors.keys() if scores else set())
+    sizes = {key.removeprefix(above).rpartition(".lntune_")[0]: value.shape for key, value in tensors.items()}
+    trained, made = unpack_scores(packed, {name: (shape, 2.0) for name, shape in sizes.items()}, "here")
+    assert trained.keys() == others.keys() | tensors.keys()
+    for key, value in tensors.items():
+        assert torch.equal(trained[key], value if scores else torch.where(value > 0, 2.0, -2.0))
+    assert len(made) == (0 if scores else len(tensors))
+    served, made = unpack_scores(packed, {name: (shape, None) for name, shape in sizes.items()}, "here")
+    assert served.keys() == others.keys() | bits.keys()
+    assert all(torch.equal(served[key], value) for key, value in bits.items())
+    assert made == []
+    alone, _ = unpack_scores(tensors, {name: (shape, None) for name, shape in sizes.items()}, "here")
+    assert all(torch.equal(alone[key], value) for key, value in bits.items())
+
+
+@pytest.mark.parametrize("score", [5.0, None])
+@pytest.mark.parametrize(
+    ("bits", "has"), [([7, 2], "2 bytes"), ([7, 1, 0], "3 bytes"), ([7], "1 bytes"), ([255, 255], "2 bytes")]
+)
+def test_bits_that_are_not_those_of_a_supermask(bits: list[int], has: str, score: float | None) -> None:
+    packed = {"query.lntune_supermask.keep": torch.tensor(bits).byte()}
+    with pytest.raises(
+        AdapterFileError,
+        match=rf"supermask of query has {has}, expected 2 for the 9 entries of \(3, 3\), with no bit beyond the last",
+    ):
+        unpack_scores(packed, {"query": (torch.Size([3, 3]), score)}, "here")
 
 
 def chosen_at_random(model: PeftModel, density: float) -> dict[str, Tensor]:

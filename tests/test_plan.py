@@ -5,7 +5,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from peft_lntune import LNTuningConfig, NoMatchError, UnsupportedError, plan
+from peft_lntune import LNTuningConfig, ModuleTuningConfig, NoMatchError, UnsupportedError, plan
 from tests.adapted import adapt, assert_unchanged, build, deltas, snapshot
 
 BERT = "bert.encoder.layer"
@@ -94,6 +94,17 @@ def test_masked_entries_are_printed_with_their_number():
     planned = plan(build("bert"), LNTuningConfig(), counts)
     assert planned.entries == 3
     assert "weight 3 of 16" in str(planned)
+    assert list(planned.parts) == ["bert.embeddings.LayerNorm"]
+
+
+@pytest.mark.parametrize(
+    "config", [LNTuningConfig(), ModuleTuningConfig(components=["query", "norm"])], ids=lambda c: c.kind
+)
+def test_selected_are_all_entries_whatever_a_mask_leaves(config):
+    whole = plan(build("bert"), config)
+    masked = plan(build("bert"), config, {"bert.embeddings.LayerNorm.lntune_weight": 3})
+    assert masked.entries == 3
+    assert masked.selected == whole.selected == whole.entries
 
 
 def test_norms_without_parameters_are_listed_not_tuned():

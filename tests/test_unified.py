@@ -318,6 +318,28 @@ def test_what_a_model_cannot_take() -> None:
         assert len(list(model.modules())) == modules
 
 
+class Unmeasured(nn.Module):
+    """A linear map that does not say how wide it is."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+
+@pytest.mark.parametrize("position", ["sequential", "parallel"])
+@pytest.mark.parametrize("leaf", ["intermediate", "output"])
+def test_a_leaf_of_unknown_width_is_refused_before_anything_changed(leaf: str, position: str) -> None:
+    model = adapted.build("bert")
+    last = model.bert.encoder.layer[-1].get_submodule(leaf)
+    last.dense = Unmeasured(last.dense)
+    before, modules = adapted.snapshot(model), list(model.modules())
+    for call in (plan, get_peft_model):
+        with pytest.raises(UnsupportedError, match=r"layer\.1\.output\.dense needs to know how wide .* but Unmeasured"):
+            call(model, BottleneckConfig(roles=["ffn"], position=position))
+    adapted.assert_unchanged(model, before)
+    assert list(model.modules()) == modules
+
+
 def test_lora_at_what_is_no_linear_map() -> None:
     for targets, message in [(["encoder"], "matches bert.encoder "), (["LayerNorm"], "matches bert.embeddings.Layer")]:
         model = adapted.build("bert")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness.models import head_modules
 
-Tune = Callable[[nn.Module], nn.Module]
+Tune = Callable[..., nn.Module]
 # Ends of transformers' class names, and PEFT's names for what the models do.
 TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -20,6 +20,7 @@ TASK_TYPES = {
     "ForCausalLM": "CAUSAL_LM",
 }
 LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16}
+SPARSITY = 0.2  # where arms with zeros have their rates searched; their other sparsities take those
 SHARE = 0.0033  # of the model's entries: what arXiv 2211.08682 gives a prefix and an adapter each
 
 
@@ -29,10 +30,12 @@ class Arm:
 
     Attributes:
         name: as in cells and tables.
-        tune: what it does to a model.
+        tune: what it does to a model, and to those coordinates of a cell that it takes.
         rates: learning rates that are tried for it.
         searched_at: further coordinates of the runs that try them.
         rate_of: the arm whose rate it takes, where none is searched for it.
+        head_rate_of: the arm whose rate its head takes, where one rate cannot serve both.
+        takes: coordinates of a cell that `tune` is told by name.
     """
 
     name: str
@@ -40,6 +43,8 @@ class Arm:
     rates: tuple[float, ...]
     searched_at: Mapping[str, Any] = field(default_factory=dict)
     rate_of: str | None = None
+    head_rate_of: str | None = None
+    takes: tuple[str, ...] = ()
 
 
 ARMS: dict[str, Arm] = {}
@@ -201,6 +206,88 @@ def ln_upper(model: nn.Module) -> nn.Module:
 
 def _layers(model: Any) -> list[int]:
     return list(range(model.config.num_hidden_layers))
+
+
+@arm("ln-layer", rate_of="ln", takes=("layer",))
+def ln_layer(model: nn.Module, layer: int) -> nn.Module:
+    """Train deltas on the norms of one layer."""
+    return _ln(model, layers_to_transform=[layer])
+
+
+def _third(model: Any) -> int:
+    return max(1, len(_layers(model)) // 3)
+
+
+def tune_modules(model: nn.Module, **fields: Any) -> nn.Module:
+    """Train deltas on what a `ModuleTuningConfig` of these fields chooses."""
+    from peft_lntune import ModuleTuningConfig
+
+    return _peft(model, ModuleTuningConfig(**fields))
+
+
+def _all_but(*components: str) -> list[str]:
+    from peft_lntune.config.module_tuning import COMPONENTS
+
+    return [name for name in COMPONENTS if name not in components]
+
+
+@arm("l0-close", rate_of="full")
+def l0_close(model: nn.Module) -> nn.Module:
+    """Train all modules but key projections and embeddings."""
+    return tune_modules(model, preset="l0-close")
+
+
+@arm("l0-no-key", rate_of="full")
+def l0_no_key(model: nn.Module) -> nn.Module:
+    """Train all modules but key projections."""
+    return tune_modules(model, components=_all_but("key"))
+
+
+@arm("l0-no-embedding", rate_of="full")
+def l0_no_embedding(model: nn.Module) -> nn.Module:
+    """Train all modules but embeddings of words, positions and types."""
+    return tune_modules(model, components=_all_but("embedding"))
+
+
+@arm("l0-no-deepest", rate_of="full")
+def l0_no_deepest(model: nn.Module) -> nn.Module:
+    """Train all modules but those of the deepest third of the layers, next to the head."""
+    return tune_modules(model, components=_all_but(), layers_to_exclude=_layers(model)[-_third(model) :])
+
+
+@arm("l0-close-no-deepest", rate_of="full")
+def l0_close_no_deepest(model: nn.Module) -> nn.Module:
+    """Leave out key projections, embeddings and the deepest third of the layers."""
+    return tune_modules(model, preset="l0-close", layers_to_exclude=_layers(model)[-_third(model) :])
+
+
+@arm("l0-no-value", rate_of="full")
+def l0_no_value(model: nn.Module) -> nn.Module:
+    """Train all modules but value projections: the control of `l0-no-key`, which leaves out as much."""
+    return tune_modules(model, components=_all_but("value"))
+
+
+@arm("l0-no-lowest", rate_of="full")
+def l0_no_lowest(model: nn.Module) -> nn.Module:
+    """Train all modules but those of the lowest third of the layers: the control of `l0-no-deepest`."""
+    return tune_modules(model, components=_all_but(), layers_to_exclude=_layers(model)[: _third(model)])
+
+
+# One kind of module in all layers (arXiv 2302.00378); norms are the arm `ln`, and the pooler is trained by every arm.
+ALONE = ("query", "key", "value", "attention_output", "ffn_up", "ffn_gate", "ffn_down", "embedding")
+ALONE_RATES = (5e-5, 1.5e-4, 5e-4, 1.5e-3)
+
+for _component in ALONE:
+    arm(_component, ALONE_RATES)(partial(tune_modules, components=[_component]))
+
+
+# One rate cannot serve both: steps that move a score from 5 to 0 in time make a head diverge.
+@arm("supermask", rates=(1e-2, 3e-2, 1e-1, 3e-1), searched_at={"sparsity": SPARSITY}, head_rate_of="head")
+def supermask(model: nn.Module, sparsity: float = SPARSITY) -> nn.Module:
+    """Train scores of every matrix in the layers; `sparsity` of each starts at zero, the smallest weights first."""
+    from peft_lntune import SupermaskConfig
+
+    return _peft(model, SupermaskConfig(initial_sparsity=sparsity))
 
 
 # The parts of arXiv 2211.08682 and what they are joined to, by the names of UnifiedConfig's presets.

@@ -49,6 +49,10 @@ class Protocol:
         """Return the steps of a cell."""
         return self.search_steps if cell["phase"] == "search" else self.steps
 
+    def stem(self, name: str) -> str:
+        """Return how the files of a report are called: by its name, and by any protocol but the CPU's."""
+        return name if self.name == "cpu" else f"{name}_{self.name}"
+
 
 SEEDS = (0, 1, 2)
 PROTOCOLS = {
@@ -89,6 +93,12 @@ def kind(cell: Cell) -> Kind:
     return cell["task"], find_arm(cell["arm"]).rate_of or cell["arm"], cell["dtype"]
 
 
+def head_kind(cell: Cell) -> Kind | None:
+    """Return what the rate of the head is chosen for, where the head has one of its own."""
+    arm = find_arm(cell["arm"]).head_rate_of
+    return None if arm is None else (cell["task"], arm, cell["dtype"])
+
+
 def search_cells(protocol: Protocol, task: str, arm: str, dtype: str) -> list[Cell]:
     """Return the runs that choose an arm's learning rate, on one seed."""
     place = {"protocol": protocol.name, "phase": "search", "task": task, "arm": arm, "dtype": dtype, "seed": 0}
@@ -119,7 +129,34 @@ def best_rates(rows: Rows, protocol: Protocol, kinds: Iterable[Kind]) -> dict[Ki
 
 def needed_rates(cell: Cell) -> set[Kind]:
     """Return the kinds whose learning rate must be known before a cell can run."""
-    return {kind(cell)} if cell["phase"] == "final" else set()
+    own, head = {kind(cell)} if cell["phase"] == "final" else set(), head_kind(cell)
+    return own if head is None else own | {head}
+
+
+def search_first(
+    protocol: Protocol, stages: Iterable[Sequence[Cell]], needs: Callable[[Cell], set[Kind]] = needed_rates
+) -> list[list[Cell]]:
+    """Return waves: each stage of reported cells, seed by seed, behind the searches for what nothing before it needs.
+
+    Args:
+        protocol: of the cells.
+        stages: reported cells, in order of worth.
+        needs: which learning rates a cell needs; a search may need one as well, which is then searched before it.
+    """
+    searched: set[Kind] = set()
+    waves: list[list[Cell]] = []
+    for finals in stages:
+        wanted = _kinds(finals, needs)
+        before = _kinds([cell for kind in wanted for cell in search_cells(protocol, *kind)], needs)
+        for kinds in (before, wanted):
+            waves.append([cell for kind in kinds if kind not in searched for cell in search_cells(protocol, *kind)])
+            searched |= {*kinds}
+        waves.append(sorted(finals, key=lambda cell: cell["seed"]))
+    return [wave for wave in waves if wave]
+
+
+def _kinds(cells: Iterable[Cell], needs: Callable[[Cell], set[Kind]]) -> list[Kind]:
+    return list(dict.fromkeys(kind for cell in cells for kind in sorted(needs(cell))))
 
 
 def experiment_parser(description: str) -> argparse.ArgumentParser:
@@ -130,6 +167,13 @@ def experiment_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--tasks", nargs="+", default=None)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     return parser
+
+
+def refuse_unknown(parser: argparse.ArgumentParser, tasks: Iterable[str], known: Iterable[str]) -> None:
+    """End the program with a message where a task is not known."""
+    unknown = [task for task in tasks if task not in known]
+    if unknown:
+        parser.error(f"unknown task {unknown[0]!r}; the tasks are {', '.join(known)}.")
 
 
 def run_experiment(
@@ -175,7 +219,8 @@ def run_experiment(
 
 def by_name(model: nn.Module, cell: Cell, task: Task) -> nn.Module:
     """Apply the arm that a cell names: all there is to do where an arm needs no data."""
-    return find_arm(cell["arm"]).tune(model)
+    chosen = find_arm(cell["arm"])
+    return chosen.tune(model, **{name: cell[name] for name in chosen.takes})
 
 
 def run_cell(
@@ -201,18 +246,21 @@ def run_cell(
     if search:
         task = task.held_out()
     rate = cell["learning_rate"] if search else rates[kind(cell)]
+    head = head_kind(cell)
+    head_rate = None if head is None else rates[head]
     model = tune(load_base(cell, protocol, place, task), cell, task).to(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     steps = protocol.length(cell)
     data = batches(task.train, protocol.batch_size, steps, cell["seed"], device)
-    trained = train(model, data, Schedule(steps, rate))
+    trained = train(model, data, Schedule(steps, rate, head_rate=head_rate))
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     scores = task.score(model, device)
     metrics: dict[str, Any] = {f"held_out_{k}" if search else k: round(value, 5) for k, value in scores.items()}
     metrics |= {name: trained.pop(name) for name in ("train_loss", "moved")}
     return {
         "learning_rate": rate,
+        **({} if head_rate is None else {"head_learning_rate": head_rate}),
         "steps": steps,
         "batch_size": protocol.batch_size,
         "metrics": metrics,

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.harness.finals import Finals, by_seed, certainty, differences, figures, verdict
 from benchmarks.harness.rows import Row
-from benchmarks.harness.tables import markdown, mean_and_spread
+from benchmarks.harness.tables import NOT_RUN, markdown, mean_and_spread
 
 ABOUT_DIFFERENCES = (
     "Differences in points, the first minus the second, each taken within a seed (the same head and batches{also}). "
@@ -29,15 +29,18 @@ class Side:
         said: in a sentence.
         arm: in rows.
         at: further coordinates of its rows.
+        view: a row -> the row as it is compared, where that is by another figure of it.
     """
 
     said: str
     arm: str
     at: Mapping[str, Any] = field(default_factory=dict)
+    view: Callable[[Row], Row] | None = None
 
     def rows(self, found: Finals, task: str) -> list[Row]:
         """Return the reported rows on a task."""
-        return found.of(task, self.arm, **self.at)
+        rows = found.of(task, self.arm, **self.at)
+        return rows if self.view is None else [self.view(row) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,17 @@ class Bound:
     wanted: str
     bound: float = 0.0
     holds: Callable[[float, float], bool] = operator.gt
+
+
+def not_run(missing: Iterable[Side]) -> str:
+    """Return the end of a sentence that names the sides without rows.
+
+    Example:
+        >>> not_run([Side("mam", "mam"), Side("lora+ln", "lora+ln")]), not_run([])
+        ('; not run: mam, lora+ln', '')
+    """
+    names = ", ".join(side.said for side in missing)
+    return f"; {NOT_RUN}: {names}" if names else ""
 
 
 def over_seeds(by_task: Mapping[str, Mapping[int, float]]) -> list[float]:
@@ -99,6 +113,17 @@ class Comparison:
         said = verdict(wanted, values, self.planned, bound.holds(statistics.mean(values), bound.bound))
         return f"- {said} How sure: {certainty(values, bound.bound)}."
 
+    def ranked(self, sides: Iterable[Side], against: Side) -> tuple[list[Side], list[Side]]:
+        """Return sides by their mean difference from another, the worst first, and those that have none."""
+        means, missing = list[tuple[float, Side]](), list[Side]()
+        for side in sides:
+            values = self.average(self.differences(side, against))
+            if values:
+                means.append((statistics.mean(values), side))
+            else:
+                missing.append(side)
+        return [side for _, side in sorted(means, key=lambda found: found[0])], missing
+
     def difference_table(self, pairs: Iterable[tuple[Side, Side]]) -> str:
         """Return a table with a line a pair."""
         table: list[list[object]] = []
@@ -112,7 +137,11 @@ class Comparison:
 
     def scores(self, arm: str, **at: Any) -> list[object]:
         """Return the cells of a line that hold scores: each task, and the average of the seeds that all have."""
-        by_task = {task: by_seed(self.found.of(task, arm, **at)) for task in self.tasks}
+        return self.scores_of(Side(arm, arm, at))
+
+    def scores_of(self, side: Side) -> list[object]:
+        """Return the same of a side, which may be seen by another figure."""
+        by_task = {task: by_seed(side.rows(self.found, task)) for task in self.tasks}
         cells = [list(scores.values()) for scores in by_task.values()]
         return [mean_and_spread(scores, self.planned) for scores in (*cells, self.average(by_task))]
 

@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.harness.arms import find_arm
 from benchmarks.harness.classification import Protocol, best_rates, final_cells
 from benchmarks.harness.metrics import ACCURACY, metric_of
-from benchmarks.harness.rows import Row, Rows
+from benchmarks.harness.rows import Cell, Row, Rows
 from benchmarks.harness.tables import mean_and_spread
 
 
@@ -25,11 +25,18 @@ class Finals:
 
     def rate(self, task: str, arm: str, dtype: str = "float32") -> str | None:
         """Return the learning rate that was chosen, and whether it was the smallest or largest tried."""
-        chosen = best_rates(self.rows, self.protocol, [(task, arm, dtype)]).get((task, arm, dtype))
+        searched = find_arm(arm).rate_of or arm
+        chosen = best_rates(self.rows, self.protocol, [(task, searched, dtype)]).get((task, searched, dtype))
         if chosen is None:
             return None
-        rates = find_arm(arm).rates
+        rates = find_arm(searched).rates
         return f"{chosen:g}" + (" (edge)" if chosen in (min(rates), max(rates)) else "")
+
+
+def reported(rows: Rows, protocol: Protocol, dtype: str = "float32") -> list[Cell]:
+    """Return the cells of a protocol that have a row and are reported."""
+    cells = [row["cell"] for row in rows if row["cell"]["phase"] == "final"]
+    return [cell for cell in cells if cell["protocol"] == protocol.name and cell["dtype"] == dtype]
 
 
 def figures(rows: Sequence[Row]) -> list[float]:

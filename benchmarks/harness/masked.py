@@ -1,12 +1,13 @@
 """Masked arms: deltas on every norm, of which only the entries of a mask are tuned. Masks come from training rows.
 
 Each function below says how one arm chooses its mask; everything else (head, batches, steps) is as in the other arms.
+Masks of as many entries as a cell says, of norms and of other modules, are in `magnitude`.
 """
 
 import math
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.harness.arms import arm, ln
-from benchmarks.harness.classification import Kind, Place, Protocol, by_name, kind, load_base
+from benchmarks.harness import classification
+from benchmarks.harness.arms import Tune, arm, ln
+from benchmarks.harness.classification import Kind, Place, Protocol, by_name, load_base
 from benchmarks.harness.rows import Cell
 from benchmarks.harness.splits import batches
 from benchmarks.harness.tasks import Task, load_task
@@ -34,6 +36,7 @@ from peft_lntune import (
 Named = dict[str, Tensor]
 RATES = (3e-3, 7e-3, 2e-2, 5e-2)
 DENSITY = 0.2  # where a kind of mask has its rate searched; its other densities take that rate
+SEARCHED_AT = {"density": DENSITY}
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,13 @@ class Source:
     """What a mask is chosen from.
 
     Attributes:
-        cell: coordinates, among them the `density`.
+        cell: coordinates, among them how much is chosen: a `density`, or a `count` of entries.
         task: of which the training rows are used; in a search without those held out.
         protocol: what is equal for all arms.
         place: model, data and device.
         rates: learning rates that were chosen; a mask of changes needs that of all norms.
-        folder: where scores are kept while the experiment runs, so that another density need not make them again.
+        folder: where scores are kept while the experiment runs, so that another density need not make them again; None
+            makes them each time.
     """
 
     cell: Cell
@@ -54,7 +58,7 @@ class Source:
     protocol: Protocol
     place: Place
     rates: dict[Kind, float]
-    folder: Path
+    folder: Path | None = None
 
     def model(self) -> nn.Module:
         """Load the pretrained body with the fresh head that training starts from."""
@@ -71,15 +75,28 @@ Choose = Callable[[Source], Named]
 CHOICES: dict[str, Choose] = {}
 
 
-def masked_arm(name: str, rates: tuple[float, ...] = RATES, rate_of: str | None = None) -> Callable[[Choose], Choose]:
-    """Register a function that chooses masks as the arm `name`."""
+def masked_arm(
+    name: str,
+    rates: tuple[float, ...] = RATES,
+    rate_of: str | None = None,
+    searched_at: Mapping[str, Any] = SEARCHED_AT,
+    tune: Tune = ln,
+) -> Callable[[Choose], Choose]:
+    """Register a function that chooses masks of what `tune` trains as the arm `name`."""
 
     def add(choose: Choose) -> Choose:
-        arm(name, rates, searched_at={"density": DENSITY}, rate_of=rate_of)(ln)
+        arm(name, rates, searched_at=searched_at, rate_of=rate_of)(tune)
         CHOICES[name] = choose
         return choose
 
     return add
+
+
+def fisher_information(model: nn.Module, task: Task, protocol: Protocol, seed: int, device: torch.device) -> Named:
+    """Return the empirical Fisher information of every norm on as many training rows as a mask is chosen by."""
+    samples, size = protocol.mask_samples, protocol.batch_size
+    data = batches(task.train, size, math.ceil(samples / size), seed, device)
+    return fisher_scores(model, data, num_samples=samples, progress=False)
 
 
 def _kept(score: Score) -> Score:
@@ -87,6 +104,8 @@ def _kept(score: Score) -> Score:
 
     def read_or_make(source: Source) -> Named:
         cell = source.cell
+        if source.folder is None:
+            return score(source)
         path = source.folder / f"{score.__name__.strip('_')}-{cell['task']}-{cell['phase']}-{cell['seed']}.safetensors"
         if not path.exists():
             made = {name: values.detach().cpu().contiguous() for name, values in score(source).items()}
@@ -101,9 +120,7 @@ def _kept(score: Score) -> Score:
 @_kept
 def _fisher(source: Source) -> Named:
     """Empirical Fisher information, at the pretrained body with the fresh head."""
-    samples, size = source.protocol.mask_samples, source.protocol.batch_size
-    data = batches(source.task.train, size, math.ceil(samples / size), source.cell["seed"], _device(source))
-    return fisher_scores(source.model(), data, num_samples=samples, progress=False)
+    return fisher_information(source.model(), source.task, source.protocol, source.cell["seed"], _device(source))
 
 
 @_kept
@@ -118,9 +135,13 @@ def _change(source: Source) -> Named:
     return change_scores(start, trained)
 
 
+def random_seed(source: Source) -> int:
+    """Return a seed for chance: another one for every task and seed, the same one for every density."""
+    return zlib.crc32(f"{source.cell['task']} {source.cell['seed']}".encode())
+
+
 def _random(source: Source) -> Named:
-    """Another draw for every task and seed, the same one for every density."""
-    return random_scores(source.model(), seed=zlib.crc32(f"{source.cell['task']} {source.cell['seed']}".encode()))
+    return random_scores(source.model(), seed=random_seed(source))
 
 
 @masked_arm("fisher")
@@ -174,7 +195,7 @@ def tune(
     protocol: Protocol,
     place: Place,
     rates: dict[Kind, float],
-    folder: Path,
+    folder: Path | None = None,
 ) -> nn.Module:
     """Make a model ready for a cell of any arm, masked or not."""
     if cell["arm"] not in CHOICES:
@@ -188,8 +209,7 @@ def tune(
 
 def needed_rates(cell: Cell) -> set[Kind]:
     """Return the kinds whose learning rate must be known before a cell can run."""
-    own = {kind(cell)} if cell["phase"] == "final" else set()
-    return own | ({_all_norms(cell)} if cell["arm"] == "change" else set())
+    return classification.needed_rates(cell) | ({_all_norms(cell)} if cell["arm"] == "change" else set())
 
 
 def _all_norms(cell: Cell) -> Kind:

@@ -1,7 +1,8 @@
 """Plots of results; they compute nothing that a table does not have."""
 
+import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ MARKERS = "osD^vPX*<>phd"
 SMALLEST = 1000  # below this many entries the axis is linear, so that an arm with none of its own has a place
 SMALLEST_MASK = 50  # the same where masks of few entries are drawn
 Scores = Mapping[str, Mapping[str, Sequence[float]]]
-Curves = Mapping[str, Sequence[tuple[int, Sequence[float]]]]
+Curves = Mapping[str, Sequence[tuple[float, Sequence[float]]]]
 
 
 def plot_against_size(path: Path, panels: Mapping[str, Scores], sizes: Mapping[str, int], title: str) -> None:
@@ -54,40 +55,136 @@ def plot_curves(
         bands: names of one point that are drawn across the panel, since they tune far more than the others.
         smallest: below this many entries the axis is linear.
     """
-    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    names = _names(panels)
     sizes = [
-        size for curves in panels.values() for name, points in curves.items() for size, _ in points if name not in bands
+        int(size)
+        for curves in panels.values()
+        for name, points in curves.items()
+        for size, _ in points
+        if name not in bands
     ]
     with _figure(path, panels, title) as axes:
         for axis, (task, curves) in zip(axes, panels.items(), strict=True):
-            for name, points in curves.items():
-                number = names.index(name)
-                if name in bands:
-                    _band(axis, *points[0], label=name, color=_look(number)["color"])
-                    continue
-                # Curves of equal sizes stand a little beside each other, so that every bar is seen.
-                shift = 1.04 ** (number - len(names) / 2)
-                look = {**_look(number), "linestyle": "-" if len(points) > 1 else "none", "alpha": 0.85}
-                _points(axis, [(size * shift, scores) for size, scores in points], label=name, **look)
+            # Curves of equal sizes stand a little beside each other, so that every bar is seen.
+            _curves(
+                axis,
+                curves,
+                names,
+                lambda size, place: size * 1.04**place,
+                {name: f"{name} ({curves[name][0][0]:,})" for name in bands if name in curves},
+            )
             _scale(axis, task, max([SMALLEST, *sizes]), smallest)
 
 
+def plot_along(
+    path: Path,
+    panels: Mapping[str, Curves],
+    title: str,
+    along: str,
+    upright: str | None = None,
+    bands: Sequence[str] = (),
+    ticks: Sequence[str] = (),
+) -> None:
+    """Draw mean and reach of the scores along a linear axis, one panel a task.
+
+    Args:
+        path: PNG file.
+        panels: task -> name -> points, each its place and the scores, one a seed. The points of a name are joined.
+        title: above the panels.
+        along: what the axis is.
+        upright: what the scores are; None: those of the task's metric.
+        bands: names whose first point is drawn across the panel.
+        ticks: what the places 0, 1 and so on are called, where they are no numbers.
+    """
+    names = _names(panels)
+    places = [place for curves in panels.values() for points in curves.values() for place, _ in points]
+    step = (max(places) - min(places)) / 200  # beside each other, as above
+    with _figure(path, panels, title) as axes:
+        for axis, (task, curves) in zip(axes, panels.items(), strict=True):
+            _curves(axis, curves, names, lambda at, place: at + step * place, {name: name for name in bands})
+            axis.set(title=task, xlabel=along, ylabel=upright or metric_of(task).said)
+            if ticks:
+                axis.set_xticks(range(len(ticks)), ticks, rotation=30, ha="right", rotation_mode="anchor")
+            axis.grid(alpha=0.3)
+
+
+def plot_matrices(
+    path: Path, panels: Mapping[str, Sequence[Sequence[float | None]]], names: Sequence[str], title: str
+) -> None:
+    """Draw square tables of correlations in hundredths as heat maps, one panel each; None is left empty.
+
+    Args:
+        path: PNG file.
+        panels: title -> values (names, names).
+        names: of the rows and of the columns.
+        title: above the panels.
+    """
+    with _figure(path, panels, title, size=(1.9 + 0.62 * len(names), 1.6 + 0.62 * len(names))) as axes:
+        for axis, (said, values) in zip(axes, panels.items(), strict=True):
+            shown = [[math.nan if value is None else value for value in row] for row in values]
+            axis.imshow(shown, cmap="RdBu_r", vmin=-100, vmax=100)
+            for y, row in enumerate(values):
+                for x, value in enumerate(row):
+                    text = "-" if value is None else f"{value:.0f}"
+                    dark = value is not None and abs(value) > 60
+                    axis.text(x, y, text, ha="center", va="center", color="white" if dark else "black")
+            axis.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
+            axis.set_yticks(range(len(names)), names)
+            axis.set_title(said)
+
+
+def _names(panels: Mapping[str, Curves]) -> list[str]:
+    return list(dict.fromkeys(name for curves in panels.values() for name in curves))
+
+
+def _curves(
+    axis: Any,
+    curves: Curves,
+    names: Sequence[str],
+    beside: Callable[[float, float], float],
+    bands: Mapping[str, str],
+) -> None:
+    """Draw the curves of one panel.
+
+    Args:
+        axis: of the panel.
+        curves: name -> points.
+        names: of all panels, which choose the colours.
+        beside: a place and how far to stand from the middle -> the place that is drawn.
+        bands: names that are drawn across the panel, and how the legend has them.
+    """
+    for name, points in curves.items():
+        number = names.index(name)
+        if name in bands:
+            _band(axis, points[0][1], label=bands[name], color=_look(number)["color"])
+            continue
+        look = {**_look(number), "linestyle": "-" if len(points) > 1 else "none", "alpha": 0.85}
+        moved = [(beside(place, number - len(names) / 2), scores) for place, scores in points]
+        _points(axis, moved, label=name, **look)
+
+
 @contextmanager
-def _figure(path: Path, panels: Iterable[str], title: str) -> Iterator[Sequence[Any]]:
-    """Make one panel a task beside each other, and after they are drawn a legend for all; write it."""
+def _figure(
+    path: Path, panels: Iterable[str], title: str, size: tuple[float, float] = (5.6, 4.4)
+) -> Iterator[Sequence[Any]]:
+    """Make one panel a task beside each other, and after they are drawn a legend for all; write it.
+
+    `size` is of a panel, in inches.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    count = len(list(panels))
-    figure, axes = pyplot.subplots(1, count, figsize=(5.6 * count, 4.4), squeeze=False, layout="constrained")
+    count, (width, height) = len(list(panels)), size
+    figure, axes = pyplot.subplots(1, count, figsize=(width * count, height), squeeze=False, layout="constrained")
     try:
         yield axes[0]
         named = {
             label: drawn for axis in axes[0] for drawn, label in zip(*axis.get_legend_handles_labels(), strict=True)
         }
-        figure.legend(named.values(), named.keys(), loc="outside right upper", frameon=False)
+        if named:
+            figure.legend(named.values(), named.keys(), loc="outside right upper", frameon=False)
         figure.suptitle(title)
         figure.savefig(path, dpi=120, metadata={"Software": None})
     finally:
@@ -127,10 +224,10 @@ def _points(axis: Any, points: Sequence[tuple[float, Sequence[float]]], **look: 
     axis.errorbar([size for size, _ in points], means, yerr=[below, above], capsize=3, markersize=7, **look)
 
 
-def _band(axis: Any, size: int, scores: Sequence[float], label: str, color: str) -> None:
+def _band(axis: Any, scores: Sequence[float], label: str, color: str) -> None:
     """Draw the mean of scores as a line across the panel, in a band from the worst to the best."""
     axis.axhspan(min(scores), max(scores), color=color, alpha=0.15, linewidth=0)
-    axis.axhline(statistics.mean(scores), color=color, linestyle="--", label=f"{label} ({size:,})")
+    axis.axhline(statistics.mean(scores), color=color, linestyle="--", label=label)
 
 
 def _look(number: int) -> dict[str, Any]:

@@ -35,6 +35,35 @@ def mean_and_spread(values: Sequence[float], planned: int, digits: int = 1) -> s
     return text if len(values) == planned else f"{text} ({len(values)} of {planned} runs)"
 
 
+def as_row(table: Table) -> dict[str, Any]:
+    """Return a table as JSON values, with six digits of a float; `Table(**...)` reads it.
+
+    Example:
+        >>> as_row(Table(["score"], [[1 / 3], [None]]))
+        {'columns': ['score'], 'rows': [[0.333333], [None]]}
+    """
+    rows = [[float(f"{value:.6g}") if isinstance(value, float) else value for value in row] for row in table.rows]
+    return {"columns": list(table.columns), "rows": rows}
+
+
+def mean_table(tables: Sequence[Table], measures: Sequence[str]) -> Table:
+    """Return the mean of the measures over tables of the same rows, behind the columns named by none of `measures`.
+
+    Example:
+        >>> one, two = (Table(["norm", "score"], [["ln", score]]) for score in (1.0, 2.0))
+        >>> print(mean_table([one, two], ["score"]))
+        norm  score
+        ln    1.5
+    """
+    places = [column for column in tables[0].columns if column not in measures]
+    kept = zip(*(tables[0].column(place) for place in places), strict=True)
+    each = [zip(*(table.column(measure) for table in tables), strict=True) for measure in measures]
+    means = [[None if None in values else statistics.mean(values) for values in measured] for measured in each]
+    return Table(
+        (*places, *measures), [(*place, *row) for place, row in zip(kept, zip(*means, strict=True), strict=True)]
+    )
+
+
 def quartiles(values: Sequence[float], digits: int = 3) -> str:
     """Return 'median (first quartile to third quartile)'.
 

@@ -25,6 +25,7 @@ class Schedule:
     steps: int
     learning_rate: float
     clip: float = CLIP
+    head_rate: float | None = None  # of the head, where it is not that of the rest
 
 
 def rate_factor(step: int, steps: int) -> float:
@@ -40,10 +41,15 @@ def rate_factor(step: int, steps: int) -> float:
     return (steps - step) / max(1, steps - warm_up)
 
 
-def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
-    """Return AdamW without weight decay over what the arm trains."""
-    tuned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(tuned, lr=learning_rate, weight_decay=0.0, fused=True)
+def make_optimizer(model: nn.Module, learning_rate: float, head_rate: float | None = None) -> torch.optim.AdamW:
+    """Return AdamW without weight decay over what the arm trains, by one rate or with one of its own for the head."""
+    tuned = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    groups: list[dict[str, Any]] = [{"params": list(tuned.values())}]
+    if head_rate is not None:
+        own = own_parameters(model)
+        head = [parameter for name, parameter in tuned.items() if name not in own]
+        groups = [{"params": list(own.values())}, {"params": head, "lr": head_rate}]
+    return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=0.0, fused=True)
 
 
 def train_step(model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, clip: float = CLIP) -> float:
@@ -66,7 +72,7 @@ def train(model: nn.Module, data: Iterable[Batch], schedule: Schedule) -> dict[s
         and `moved`, the share of the arm's own entries (without the head) that differ from their start.
     """
     model.train()
-    optimizer = make_optimizer(model, schedule.learning_rate)
+    optimizer = make_optimizer(model, schedule.learning_rate, schedule.head_rate)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, schedule.steps))
     start = {name: parameter.detach().clone() for name, parameter in own_parameters(model).items()}
     losses = []

@@ -5,8 +5,16 @@ from peft_lntune.analysis.checkpoints import Checkpoint, match_tensors, open_ten
 from peft_lntune.analysis.closeness import closeness
 from peft_lntune.analysis.magnitude import find_outliers, magnitude, outlier_overlap, outliers
 from peft_lntune.analysis.overlap import overlap_matrix
-from peft_lntune.analysis.plots import plot_change, plot_closeness, plot_overlap, plot_score_map
+from peft_lntune.analysis.plots import (
+    plot_change,
+    plot_closeness,
+    plot_magnitude,
+    plot_overlap,
+    plot_score_map,
+    plot_sparsity,
+)
 from peft_lntune.analysis.score_map import score_map
+from peft_lntune.analysis.supermasks import off_overlap, sparsity
 from peft_lntune.analysis.tables import Table
 
 __all__ = [
@@ -16,6 +24,7 @@ __all__ = [
     "find_outliers",
     "magnitude",
     "match_tensors",
+    "off_overlap",
     "open_tensors",
     "outlier_overlap",
     "outliers",
@@ -23,8 +32,11 @@ __all__ = [
     "parameter_change",
     "plot_change",
     "plot_closeness",
+    "plot_magnitude",
     "plot_overlap",
     "plot_score_map",
+    "plot_sparsity",
     "rank_flips",
     "score_map",
+    "sparsity",
 ]

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peft_lntune.analysis.checkpoints import one_sided
 from peft_lntune.analysis.components import Place, find_components, group_by_place
 from peft_lntune.analysis.effective import effective_parameters
 from peft_lntune.analysis.tables import Table
@@ -105,12 +106,9 @@ def _tensors(given: nn.Module | Tensors) -> Tensors:
 def _check_alike(old: Tensors, new: Tensors) -> None:
     if not old:
         raise ConfigError("there is no parameter to compare: before is empty.")
-    missing, added = [n for n in old if n not in new], [n for n in new if n not in old]
-    if missing or added:
-        said = [f"{len(missing)} only before, such as {missing[0]}"] if missing else []
-        said += [f"{len(added)} only after, such as {added[0]}"] if added else []
+    if said := one_sided(old, new):
         raise ConfigError(
-            f"before and after should have the same parameters, but {' and '.join(said)}. "
+            f"before and after should have the same parameters, but {said}. "
             "Pass named tensors without them to compare the rest."
         )
     for name, value in old.items():

@@ -1,7 +1,7 @@
 """Named tensors from wherever they are: a model, a dict, or safetensors files of any size, read one at a time."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from peft_lntune.core.norms import base_modules
 from peft_lntune.errors import AdapterFileError, ConfigError
 from peft_lntune.selection.parameters import base_model
 
-__all__ = ["Checkpoint", "Source", "match_tensors", "open_tensors"]
+__all__ = ["Checkpoint", "Source", "facts_of", "match_tensors", "one_sided", "open_tensors"]
 
 Source = nn.Module | Mapping[str, Tensor] | str | PathLike[str]
 """A model, tensors by name, or the path of a checkpoint: a safetensors file, the index of a sharded one, a folder."""
@@ -76,6 +76,9 @@ class Checkpoint(Mapping[str, Tensor]):
         except (SafetensorError, OSError) as error:
             raise _damaged(file, error) from error
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._places  # a Mapping would read the tensor to tell
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
@@ -91,6 +94,9 @@ class _View(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[self.names[name]]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -118,7 +124,7 @@ def open_tensors(source: Source) -> Mapping[str, Tensor]:
         tensors: Mapping[str, Tensor] = effective_parameters(source)
     else:
         tensors = Checkpoint(source) if isinstance(source, (str, PathLike)) else source
-    facts = _facts(tensors)
+    facts = facts_of(tensors)
     for name, fact in facts.items():
         if fact.meta or fact.dtype in _SMALL:
             raise ConfigError(
@@ -156,8 +162,8 @@ def match_tensors(before: Source, after: Source, *, shared: bool = False) -> tup
     old, new = (_without(open_tensors(source), buffers) for source in (before, after))
     if not old:
         raise ConfigError("there is no tensor to compare: before is empty.")
-    shapes = {name: fact.shape for name, fact in _facts(old).items()}
-    others = {name: fact.shape for name, fact in _facts(new).items()}
+    shapes = {name: fact.shape for name, fact in facts_of(old).items()}
+    others = {name: fact.shape for name, fact in facts_of(new).items()}
     names = _pairs(shapes, others) if shared else {name: name for name in shapes if name in others}
     if shared:
         names = {name: other for name, other in names.items() if shapes[name] == others[other]}
@@ -182,14 +188,22 @@ def _without(tensors: Mapping[str, Tensor], names: set[str]) -> Mapping[str, Ten
     return _View(tensors, {name: name for name in tensors if name not in names})
 
 
+def one_sided(before: Collection[str], after: Collection[str]) -> str:
+    """What an error says of names that only one side has; empty where both have the same.
+
+    Example:
+        >>> one_sided(["a", "b"], ["b", "c", "d"])
+        '1 only before, such as a and 2 only after, such as c'
+    """
+    sides = {"before": [n for n in before if n not in after], "after": [n for n in after if n not in before]}
+    return " and ".join(f"{len(names)} only {when}, such as {names[0]}" for when, names in sides.items() if names)
+
+
 def _check_alike(old: Mapping[str, tuple[int, ...]], new: Mapping[str, tuple[int, ...]]) -> None:
-    missing, added = [n for n in old if n not in new], [n for n in new if n not in old]
-    if missing or added:
-        said = [f"{len(missing)} only before, such as {missing[0]}"] if missing else []
-        said += [f"{len(added)} only after, such as {added[0]}"] if added else []
+    if said := one_sided(old, new):
         raise ConfigError(
-            f"before and after should have the same tensors, but {' and '.join(said)}; {len(old) - len(missing)} are "
-            "in both. To compare what both have, say shared=True (--shared)."
+            f"before and after should have the same tensors, but {said}; {sum(name in new for name in old)} are in "
+            "both. To compare what both have, say shared=True (--shared)."
         )
     changed = [name for name in old if old[name] != new[name]]
     if changed:
@@ -217,11 +231,12 @@ def _such(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return f"{len(shapes)} tensors" + (f" such as {first} {shapes[first]}" if first else "")
 
 
-def _facts(tensors: Mapping[str, Tensor]) -> dict[str, Facts]:
+def facts_of(tensors: Mapping[str, Tensor]) -> dict[str, Facts]:
+    """What is known of each tensor; of those in files, from their headers alone."""
     if isinstance(tensors, Checkpoint):
         return tensors.facts
     if isinstance(tensors, _View):
-        known = _facts(tensors.tensors)
+        known = facts_of(tensors.tensors)
         return {name: known[other] for name, other in tensors.names.items()}
     return {
         name: Facts(tuple(t.shape), str(t.dtype).removeprefix("torch."), t.is_floating_point(), t.is_meta)

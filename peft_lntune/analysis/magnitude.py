@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_lntune.analysis.checkpoints import Source, open_tensors
+from peft_lntune.analysis.checkpoints import Source, facts_of, open_tensors
 from peft_lntune.analysis.components import Place, find_components, group_by_place
 from peft_lntune.analysis.tables import Table
 from peft_lntune.errors import ConfigError
 
 __all__ = ["find_outliers", "magnitude", "outlier_overlap", "outliers"]
 
+SIZES = ("mean_magnitude", "std", "largest", "over_others")
 DEVIATIONS = 3.0
 _CHUNK = 2**20  # entries held in float64 at a time
 
@@ -65,7 +66,7 @@ def magnitude(source: Source, *, layers: bool = True) -> Table:
         cells = tuple(place) if layers else (place.component, place.parameter)
         rows.append((*cells, count, mean, std, largest, over))
     columns = ("component", "layer", "parameter") if layers else ("component", "parameter")
-    return Table((*columns, "entries", "mean_magnitude", "std", "largest", "over_others"), tuple(rows))
+    return Table((*columns, "entries", *SIZES), tuple(rows))
 
 
 def find_outliers(
@@ -95,15 +96,14 @@ def find_outliers(
     if not deviations > 0:
         raise ConfigError(f"deviations={deviations!r} should be above 0: how far from the mean an outlier begins.")
     tensors = open_tensors(source)
-    wanted = list(tensors) if parameters is None else list(parameters)
+    vectors = [name for name, facts in facts_of(tensors).items() if len(facts.shape) == 1]
+    wanted = vectors if parameters is None else list(parameters)
     unknown = [name for name in wanted if name not in tensors]
     if unknown:
         raise ConfigError(f"there is no parameter {unknown[0]!r} (and {len(unknown) - 1} more) among {len(tensors)}.")
     masks = {}
     for name in wanted:
         values = tensors[name]
-        if parameters is None and values.dim() != 1:
-            continue
         mean, std = _mean_and_std(name, values)
         masks[name] = ((values.detach().cpu().double() - mean).abs() > deviations * std) & (std > 0)
     if not masks:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from peft_lntune.analysis.tables import Table
 from peft_lntune.errors import ConfigError
-from peft_lntune.selection.masks import mask_overlap
+from peft_lntune.selection.masks import check_bool, mask_overlap
 
 __all__ = ["expected_overlap", "overlap_matrix"]
 
@@ -39,9 +39,7 @@ def overlap_matrix(masks_by_task: Mapping[str, Mapping[str, Tensor]]) -> Table:
     if not masks_by_task:
         raise ConfigError("there are no masks to compare: masks_by_task is empty.")
     for task, masks in masks_by_task.items():
-        for name, mask in masks.items():
-            if mask.dtype != torch.bool:
-                raise ConfigError(f"task {task!r}: the mask of {name} should be a bool tensor, but is {mask.dtype}.")
+        check_bool(masks, f"task {task!r}")
     tuned = {task: sum(int(mask.sum()) for mask in masks.values()) for task, masks in masks_by_task.items()}
     entries = sum(mask.numel() for mask in next(iter(masks_by_task.values())).values())
     rows = []

@@ -7,10 +7,11 @@ from typing import Any
 
 from peft_lntune.analysis.change import MEASURES
 from peft_lntune.analysis.closeness import DISTANCES
+from peft_lntune.analysis.magnitude import SIZES
 from peft_lntune.analysis.tables import Table
 from peft_lntune.errors import ConfigError
 
-__all__ = ["plot_change", "plot_closeness", "plot_overlap", "plot_score_map"]
+__all__ = ["plot_change", "plot_closeness", "plot_magnitude", "plot_overlap", "plot_score_map", "plot_sparsity"]
 
 Path = str | PathLike[str]
 Grid = Sequence[Sequence[float | None]]
@@ -19,10 +20,17 @@ _SAID = {
     "mean_change": "mean |change|",
     "relative_to_mean": "mean |change| / mean |w0|",
     "relative_to_std": "mean |change| / std(w0)",
+    "mean_magnitude": "mean |w|",
+    "std": "standard deviation",
+    "largest": "max |w|",
+    "over_others": "mean |w| / that of weights outside norms",
     "mean_score": "mean score",
     "sum_of_scores": "sum of scores",
     "share_tuned": "share of tuned entries",
     "entries_tuned": "tuned entries",
+    "sparsity": "share of weights switched off",
+    "sparsity_before": "share of weights off at the start",
+    "flipped": "share of weights turned off or on",
 }
 _DISTANCES = {
     "mean_l1": "mean L1 distance",
@@ -94,6 +102,23 @@ def plot_closeness(table: Table, path: Path, measure: str = "angle") -> None:
     drawing.savefig(path, dpi=120)
 
 
+def plot_magnitude(table: Table, path: Path, measure: str = "mean_magnitude") -> None:
+    """Draw a `magnitude` table: components by layers, on a logarithmic colour scale, weight and bias apart.
+
+    Args:
+        table: with `layers=True`.
+        path: PNG file, or another ending that matplotlib knows.
+        measure: the column that is shown: `"mean_magnitude"`, `"std"`, `"largest"` or `"over_others"`.
+
+    Raises:
+        ConfigError: there is no such measure, or the table has no layers.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    if measure not in SIZES:
+        raise ConfigError(f"measure={measure!r}: choose one of {', '.join(SIZES)}.")
+    _draw_places(table, path, measure, f"{_capital(_SAID[measure])}, by component and layer", logarithmic=True)
+
+
 def plot_score_map(table: Table, path: Path) -> None:
     """Draw a `score_map` table: components by layers, weight and bias apart; scores on a logarithmic colour scale.
 
@@ -108,24 +133,46 @@ def plot_score_map(table: Table, path: Path) -> None:
     _draw_places(table, path, quantity, title, logarithmic="score" in quantity)
 
 
-def plot_overlap(table: Table, path: Path) -> None:
-    """Draw an `overlap_matrix` table: the overlap of each two tasks, and beside it what chance gives.
+def plot_sparsity(table: Table, path: Path, measure: str = "sparsity") -> None:
+    """Draw a `sparsity` table: components by layers, on a linear colour scale.
+
+    Args:
+        table: with `by="component"`.
+        path: PNG file, or another ending that matplotlib knows.
+        measure: `"sparsity"`; or, where the table knows the start, `"sparsity_before"` or `"flipped"`.
 
     Raises:
-        ConfigError: the table is not one of `overlap_matrix`.
+        ConfigError: there is no such measure, or the table is not one of components.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    measures = [column for column in ("sparsity", "sparsity_before", "flipped") if column in table.columns]
+    if measure not in measures:
+        raise ConfigError(f"measure={measure!r}: choose one of {', '.join(measures) or 'those of a sparsity table'}.")
+    _draw_places(table, path, measure, f"{_capital(_SAID[measure])}, by component and layer", logarithmic=False)
+
+
+def plot_overlap(table: Table, path: Path) -> None:
+    """Draw an `overlap_matrix` or `off_overlap` table: the overlap of each two tasks, and beside it what chance gives.
+
+    Raises:
+        ConfigError: the table is neither of the two.
         ModuleNotFoundError: matplotlib is not installed.
     """
     tasks = table.column("task")
-    rows = [f"{task}\n({density:.1%} tuned)" for task, density in zip(tasks, table.column("density"), strict=True)]
+    sparse = table.columns[1] == "sparsity"
+    share, what, said = ("sparsity", "weights switched off", "off") if sparse else ("density", "masks", "tuned")
+    rows = [f"{task}\n({value:.1%} {said})" for task, value in zip(tasks, table.column(share), strict=True)]
     panels = {
-        "Masks": [table.column(task) for task in tasks],
+        _capital(what): [table.column(task) for task in tasks],
         "Random masks of the same sizes, mean": [table.column(f"{task}, by chance") for task in tasks],
     }
+    if sparse:
+        panels["The same sizes in each tensor"] = [table.column(f"{task}, by chance a tensor") for task in tasks]
     grids = {said: list(zip(*columns, strict=True)) for said, columns in panels.items()}
     quantity = "Jaccard index: entries in both / in either"
     figure, colors = _matplotlib()
     longest = max(map(len, tasks))
-    size = (4.0 + 0.08 * longest + 1.6 * len(tasks), max(3.8, 2.4 + 0.7 * len(tasks)))
+    size = (4.0 + 0.08 * longest + 0.8 * len(panels) * len(tasks), max(3.8, 2.4 + 0.7 * len(tasks)))
     drawing = figure(figsize=size, layout="constrained")
     axes = _draw(drawing, grids, rows, tasks, colors.Normalize(0, 1), quantity)
     for axis, grid in zip(axes, grids.values(), strict=True):
@@ -133,7 +180,7 @@ def plot_overlap(table: Table, path: Path) -> None:
             for name in axis.get_xticklabels():
                 name.set(rotation=30, ha="right", rotation_mode="anchor")
         _write(axis, grid)
-    drawing.suptitle("Overlap of masks between tasks")
+    drawing.suptitle(f"Overlap of {what} between tasks")
     drawing.savefig(path, dpi=120)
 
 

@@ -1,13 +1,13 @@
 """The command line, `peft-lntune`: one command a file, each beside the function that does its work.
 
 Commands only read arguments and print. From Python, call the functions: `peft_lntune.cli.inspect.inspect_adapter`,
-`merge.merge_adapter`, `export.export_stock`, `fisher.fisher_masks`, `plan.plan_model`, `change.change_between`, and
-those of `peft_lntune.analysis`.
+`merge.merge_adapter`, `export.export_stock`, `fisher.fisher_masks`, `plan.plan_model`, `change.change_between`,
+`magnitude.magnitude_of`, and those of `peft_lntune.analysis`.
 """
 
 import click
 
-from peft_lntune.cli import change, closeness, export, fisher, inspect, merge, plan
+from peft_lntune.cli import change, closeness, export, fisher, inspect, magnitude, merge, plan
 from peft_lntune.cli.group import Commands
 from peft_lntune.version import __version__
 
@@ -29,5 +29,5 @@ def main(traceback: bool) -> None:
     """
 
 
-for _file in (plan, fisher, change, closeness, inspect, merge, export):
+for _file in (plan, fisher, change, closeness, magnitude, inspect, merge, export):
     main.add_command(_file.command)

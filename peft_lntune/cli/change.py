@@ -7,7 +7,7 @@ import click
 from peft_lntune.analysis import Table, match_tensors, parameter_change, plot_change
 from peft_lntune.analysis.change import MEASURES
 from peft_lntune.cli.models import load_adapted
-from peft_lntune.cli.tables import csv_option, layers_option, plot_option, shared_option, show
+from peft_lntune.cli.tables import csv_option, layers_option, plot_option, shared_option, show, with_layers
 
 __all__ = ["change_between", "command"]
 
@@ -55,7 +55,6 @@ def command(
       peft-lntune change ./bert-base ./bert-sst2 --shared --no-layers
       peft-lntune change ./bert-base ./my-adapter --plot change.png
     """
-    if plot is not None and not layers:
-        raise click.UsageError("--plot shows components by layers; leave --no-layers out.")
+    with_layers(plot, layers)
     table = change_between(before, after, layers=layers, shared=shared)
     show(table, csv_file, plot, lambda drawn, path: plot_change(drawn, path, measure))

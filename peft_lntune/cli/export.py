@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from peft_lntune import to_stock
-from peft_lntune.cli.models import load_adapted
+from peft_lntune.cli.models import adapter_to_folder, load_adapted
 from peft_lntune.cli.output import new_folder
 
 __all__ = ["command", "export_stock"]
@@ -31,9 +31,7 @@ def export_stock(adapter: str, out: str | Path, model: str | None = None) -> Pat
 
 
 @click.command("export", short_help="Write an adapter in PEFT's own LN_TUNING format.")
-@click.argument("adapter")
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--model", help="Folder of the base model.  [default: the one that the adapter's config names]")
+@adapter_to_folder
 def command(adapter: str, out: Path, model: str | None) -> None:
     """Write ADAPTER into the new folder OUT in PEFT's own LN_TUNING format.
 

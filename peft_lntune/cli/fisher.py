@@ -17,6 +17,7 @@ from peft_lntune import DataError, FisherState, fisher_scores, mask_density, sel
 from peft_lntune.analysis import Table, score_map
 from peft_lntune.cli.output import new_file
 from peft_lntune.cli.rows import encode_labels, read_rows
+from peft_lntune.cli.tables import csv_option, show
 from peft_lntune.core.norms import find_norms
 from peft_lntune.selection.fisher import KINDS
 from peft_lntune.selection.select import SCOPES
@@ -188,12 +189,7 @@ def _table(model: nn.Module, scores: Mapping[str, Tensor], masks: Mapping[str, T
 @click.option(
     "--scores", type=click.Path(path_type=Path, dir_okay=False), help="Write the scores there too, as safetensors."
 )
-@click.option(
-    "--csv",
-    "csv_file",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Write the table there, with every digit.",
-)
+@csv_option
 def command(
     model: str,
     data: Path,
@@ -232,10 +228,7 @@ def command(
     _save(found.masks, out, found.source)
     if scores is not None:
         _save(found.scores, scores, found.source)
-    if csv_file is not None:
-        with new_file(csv_file) as made:
-            found.table.to_csv(made)
-    click.echo(str(found.table))
+    show(found.table, csv_file)
     tuned = sum(int(mask.sum()) for mask in found.masks.values())
     share, samples = mask_density(found.masks), found.source["samples"]
     click.echo(f"\n{tuned:,} entries ({share:.1%}) chosen by {samples:,} samples; the masks are in {out}.")

@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from peft_lntune.analysis import Checkpoint, Table
 from peft_lntune.analysis.checkpoints import Facts
 from peft_lntune.analysis.components import find_components
-from peft_lntune.config import LNTuneConfig, parts_of
+from peft_lntune.config import LNTuneConfig, SupermaskConfig, parts_of
 from peft_lntune.config.base import CONFIG_FILE, PEFT_TYPE
 from peft_lntune.config.kinds import build
 from peft_lntune.config.stored import KINDS
+from peft_lntune.core.delta import unpack_bits
+from peft_lntune.core.supermask import kept
 from peft_lntune.errors import AdapterFileError
-from peft_lntune.packing import DELTAS, PREFIX, ROOT, is_packed
-from peft_lntune.storage import WEIGHTS_FILE, check_directory, is_ours
+from peft_lntune.packing import DELTAS, KEEP, PREFIX, ROOT, SCORES, is_packed
+from peft_lntune.storage import CONTAINERS, LORA, WEIGHTS_FILE, check_directory, is_ours
 
 __all__ = ["AdapterReport", "command", "inspect_adapter"]
 
@@ -31,9 +34,11 @@ class AdapterReport:
         directory: where the adapter is.
         config: its config; `config.kind`, `config.manifest`, ...
         entries: a table with columns `method`, `where`, `parameter`, `layers`, `modules`, `entries` and `bytes`: a row
-            for what is tuned in one place of all layers. Rows of `method` "head" are modules saved whole.
+            for what is tuned in one place of all layers. Rows of `method` "head" are modules saved whole. Where a
+            supermask is saved as bits, its entries are counted in whole bytes.
         file_bytes: size of each file.
-        masks: by part, how its mask was made; empty where all entries are tuned.
+        masks: by part, how its mask was made, and of a supermask the share that it switches off; empty where all
+            entries are tuned.
         problem: what is wrong with the weights, such as another digest than the config says; None: they are good.
     """
 
@@ -103,14 +108,37 @@ def inspect_adapter(directory: str | Path) -> AdapterReport:
     if not weights.is_file():
         check_directory(config.manifest, folder)  # says what is missing
         raise AdapterFileError(f"{folder} holds pickled weights, which are not read: they may run code.")
-    facts = Checkpoint(weights).facts
+    tensors = Checkpoint(weights)
     try:
         check_directory(config.manifest, folder)
     except AdapterFileError as error:
         problem = str(error)
-    masks = {type(part).__name__: source for part in parts_of(config) if (source := getattr(part, "mask_source", None))}
+    masks = {type(part).__name__: source for part in parts_of(config) if (source := _source(part, tensors))}
     sizes = {file.name: file.stat().st_size for file in (folder / CONFIG_FILE, weights)}
-    return AdapterReport(folder, config, _entries(facts, config.manifest or {}), sizes, masks, problem)
+    return AdapterReport(folder, config, _entries(tensors.facts, config.manifest or {}), sizes, masks, problem)
+
+
+def _source(part: Any, tensors: Checkpoint) -> dict[str, Any] | None:
+    """How the mask of a part was made."""
+    if not isinstance(part, SupermaskConfig):
+        return getattr(part, "mask_source", None)
+    entries, stay = 0, 0
+    for name in _supermasks(tensors):
+        tensor = tensors[name]
+        shape = torch.Size([8 * len(tensor)]) if name.endswith(KEEP) else tensor.shape
+        entries += shape.numel()
+        stay += int((unpack_bits(tensor, shape) if name.endswith(KEEP) else kept(tensor)).sum())
+    return {"initial_sparsity": part.initial_sparsity, "sparsity": round(1 - stay / max(1, entries), 4)}
+
+
+def _supermasks(tensors: Iterable[str]) -> list[str]:
+    """The tensors of a file that hold a supermask, of each its scores, or its bits where there are no scores."""
+    names = set(tensors)
+    return [
+        name
+        for name in tensors
+        if name.endswith(SCORES) or (name.endswith(KEEP) and name.removesuffix(KEEP) + SCORES not in names)
+    ]
 
 
 def _read_config(folder: Path) -> LNTuneConfig:
@@ -129,11 +157,13 @@ def _read_config(folder: Path) -> LNTuneConfig:
 def _entries(facts: dict[str, Facts], manifest: dict[str, Any]) -> Table:
     """Tensors of a file, those of one place in all layers as one row."""
     found: list[tuple[str, str, int, int]] = []  # method, name of a parameter, entries, bytes
-    rest = 0
+    rest, supermasks = 0, set(_supermasks(facts))
     for key, fact in facts.items():
         name, size = key.removeprefix(ROOT), _size(fact)
         if is_packed([key]):
             rest += size if key.endswith(".mask") else 0
+        elif name.endswith(KEEP):
+            found.append((*_method(name), 8 * size if key in supermasks else 0, size))
         else:
             found.append((*_method(name), 0 if name.endswith(".mask") else size // _itemsize(fact), size))
     packed = next((fact for key, fact in facts.items() if is_packed([key]) and not key.endswith(".mask")), None)
@@ -147,7 +177,7 @@ def _entries(facts: dict[str, Facts], manifest: dict[str, Any]) -> Table:
     rows: dict[tuple[str, str, str], list[tuple[int | None, str, int, int]]] = defaultdict(list)
     for method, name, entries, size in found:
         place = places[name]
-        parameter = place.parameter if method in ("delta", "head") else "-"
+        parameter = place.parameter if method in ("delta", "head", "supermask") else "-"
         rows[method, place.component, parameter].append((place.layer, name.rpartition(".")[0], entries, size))
     lines: list[tuple[Any, ...]] = [
         (
@@ -169,12 +199,14 @@ def _method(name: str) -> tuple[str, str]:
     if not is_ours(name):
         return "head", name
     parts = name.split(".")
-    at = max(place for place, part in enumerate(parts) if part.startswith((PREFIX, "lora_")))
+    at = max(place for place, part in enumerate(parts) if part.startswith(CONTAINERS))
     host, container = ".".join(parts[:at]), parts[at]
     if container in DELTAS:
         return "delta", f"{host}.{container.removeprefix(PREFIX)}"
-    if container.startswith("lora_"):
+    if container.startswith(LORA):
         return "lora", f"{host}.weight"
+    if name.endswith((SCORES, KEEP)):
+        return "supermask", f"{host}.weight"
     host, _, child = host.rpartition(".")  # a layer beside a module, such as attention_bottleneck or kv_prefix
     return child.rpartition("_")[2], f"{host}.weight"
 

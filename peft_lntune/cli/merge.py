@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from peft_lntune.cli.models import load_adapted
+from peft_lntune.cli.models import adapter_to_folder, load_adapted
 from peft_lntune.cli.output import new_folder
 
 __all__ = ["command", "merge_adapter"]
@@ -51,9 +51,7 @@ def merge_adapter(adapter: str, out: str | Path, model: str | None = None) -> Pa
 
 
 @click.command("merge", short_help="Merge an adapter into its model.")
-@click.argument("adapter")
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--model", help="Folder of the base model.  [default: the one that the adapter's config names]")
+@adapter_to_folder
 def command(adapter: str, out: Path, model: str | None) -> None:
     """Merge ADAPTER into its model and save it in the new folder OUT, with the tokenizer.
 

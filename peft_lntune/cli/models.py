@@ -1,8 +1,10 @@
-"""From folders to models: which class a model is of, and a model with an adapter in it."""
+"""From folders to models: which class a model is of, a model with an adapter in it, and how commands are told."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 import transformers
 from peft import PeftConfig, PeftModel
@@ -14,7 +16,7 @@ from peft_lntune.analysis import Checkpoint
 from peft_lntune.config import LNTuneConfig
 from peft_lntune.storage import WEIGHTS_FILE, is_ours
 
-__all__ = ["adapter_config", "empty_model", "load_adapted", "load_model"]
+__all__ = ["adapter_config", "adapter_to_folder", "empty_model", "load_adapted", "load_model"]
 
 CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -25,6 +27,15 @@ CLASSES = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 """By PEFT's task type, the class that makes a model with the head of that task."""
+
+
+def adapter_to_folder(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What commands are told that make a folder of a saved adapter: `ADAPTER`, `OUT` and `--model`."""
+    model = click.option(
+        "--model", help="Folder of the base model.  [default: the one that the adapter's config names]"
+    )
+    out = click.argument("out", type=click.Path(path_type=Path))
+    return click.argument("adapter")(out(model(command)))
 
 
 def empty_model(model: str) -> nn.Module:

@@ -9,7 +9,7 @@ import click
 from peft_lntune.analysis import Table
 from peft_lntune.cli.output import new_file
 
-__all__ = ["csv_option", "layers_option", "plot_option", "shared_option", "show"]
+__all__ = ["csv_option", "layers_option", "plot_option", "shared_option", "show", "to_csv", "with_layers"]
 
 csv_option = click.option(
     "--csv",
@@ -28,12 +28,28 @@ shared_option = click.option(
 )
 
 
-def show(table: Table, csv_file: Path | None, plot: Path | None, draw: Callable[[Table, Path], Any]) -> None:
-    """Print a table, and write it as CSV and as a picture where that is asked for."""
+def with_layers(plot: Path | None, layers: bool) -> None:
+    """Refuse a picture of components by layers where the layers are pooled."""
+    if plot is not None and not layers:
+        raise click.UsageError("--plot shows components by layers; leave --no-layers out.")
+
+
+def to_csv(table: Table, file: Path) -> None:
+    """Write a table as CSV, whole or not at all."""
+    with new_file(file) as made:
+        table.to_csv(made)
+
+
+def show(
+    table: Table,
+    csv_file: Path | None = None,
+    plot: Path | None = None,
+    draw: Callable[[Table, Path], Any] | None = None,
+) -> None:
+    """Print a table, and write it as CSV and, by `draw`, as a picture where that is asked for."""
     if csv_file is not None:
-        with new_file(csv_file) as made:
-            table.to_csv(made)
-    if plot is not None:
+        to_csv(table, csv_file)
+    if plot is not None and draw is not None:
         with new_file(plot) as made:
             draw(table, made)
     click.echo(str(table))

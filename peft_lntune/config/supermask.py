@@ -17,10 +17,11 @@ class SupermaskConfig(LNTuneConfig):
 
         w_eff = w where keep, else 0        keep = Bernoulli(sigmoid(score)) in training, score > 0 otherwise
 
-    There is a trained score for each weight, with a straight-through gradient. The scores, their gradients and the
-    optimizer's state are in memory while training (16 bytes a weight with AdamW); a saved adapter, and one loaded
-    without `is_trainable=True`, is bits alone. Scores want learning rates of 1e-2 to 3e-1 and no weight decay, which
-    would pull every entry towards a coin toss. A head is tuned densely by `modules_to_save` (or a `task_type`).
+    There is a trained score for each weight, with a straight-through gradient. Masks are drawn where `model.train()`
+    was said, as dropout is. The scores, their gradients and the optimizer's state are in memory while training (16
+    bytes a weight with AdamW); a saved adapter, and one loaded without `is_trainable=True`, is bits alone. Scores want
+    learning rates of 1e-2 to 3e-1 and no weight decay, which would pull every entry towards a coin toss. A head is
+    tuned densely by `modules_to_save` (or a `task_type`).
 
     Source: Radiya-Dixit and Wang 2020 (arXiv 2004.14129).
 
@@ -67,6 +68,7 @@ class SupermaskConfig(LNTuneConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ConfigError(f"{name} takes a number, but got {value!r} of type {type(value).__name__}.")
+            setattr(self, name, float(value))
         if not 0 <= self.initial_sparsity < 1:
             raise ConfigError(
                 f"initial_sparsity={self.initial_sparsity} should be at least 0 and below 1: the fraction of each "

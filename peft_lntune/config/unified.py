@@ -16,6 +16,9 @@ __all__ = ["UnifiedConfig", "delta_part", "parts_of", "record_mask"]
 # What says where and how to tune belongs to a part; here it would do nothing.
 _OF_PARTS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "delta_dtype")
 
+# Tasks whose heads PEFT names in the config it was given, and only when the adapter is in the model.
+_NAMED_LATE = ("TOKEN_CLS", "QUESTION_ANS")
+
 
 @dataclass(kw_only=True)
 class UnifiedConfig(LNTuneConfig):
@@ -114,9 +117,13 @@ def record_mask(configs: dict[str, Any], adapter_name: str, source: dict[str, An
         adapter_name: the adapter.
         source: what `mask_source` shall be.
     """
-    deltas = delta_part(configs[adapter_name])
-    if deltas is not None and deltas.mask_source != source:
-        configs[adapter_name] = _with_delta_part(configs[adapter_name], mask_source=source)
+    given = configs[adapter_name]
+    deltas = delta_part(given)
+    if deltas is None or deltas.mask_source == source:
+        return
+    if given.modules_to_save is None and given.task_type in _NAMED_LATE:
+        given.modules_to_save = []  # what PEFT writes into this list, the copy has too
+    configs[adapter_name] = _with_delta_part(given, mask_source=source)
 
 
 def _start(part: PeftConfig) -> str:

@@ -14,7 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ACTIVATIONS", "PARTS", "Scale", "bottleneck", "project", "reset", "stack_rows", "weighted_sum", "widen"]
+from peft_lntune.errors import UnsupportedError
+
+__all__ = [
+    "ACTIVATIONS",
+    "PARTS",
+    "Scale",
+    "bottleneck",
+    "project",
+    "read_widths",
+    "reset",
+    "stack_rows",
+    "weighted_sum",
+    "widen",
+]
 
 PARTS = ("down", "down_bias", "up", "up_bias")
 """The tensors of a bottleneck by the names that `bottleneck` gives them: D, b, U, c."""
@@ -176,3 +189,33 @@ def reset(down: nn.Linear, up: nn.Linear, identity: bool = True) -> None:
     else:
         nn.init.normal_(up.weight, std=0.1)
     nn.init.zeros_(up.bias)
+
+
+def read_widths(entry: nn.Module, exit: nn.Module, label: str) -> dict[str, int]:
+    """How many features a bottleneck reads by its position; it answers with as many as a sequential one reads.
+
+    Args:
+        entry: the leaf whose input is x, the sub-layer's input.
+        exit: the leaf whose output is h, what the sub-layer answers.
+        label: name of the exit in the model, for the error.
+
+    Raises:
+        UnsupportedError: a leaf does not say how wide it is.
+
+    Example:
+        >>> read_widths(nn.Linear(2, 8), nn.Linear(8, 3), "mlp.fc2")
+        {'parallel': 2, 'sequential': 3}
+    """
+    return {"parallel": _widths(entry, label)[0], "sequential": _widths(exit, label)[1]}
+
+
+def _widths(leaf: nn.Module, label: str) -> tuple[int, int]:
+    """Features that a leaf reads, and those that it answers with."""
+    for names in (("in_features", "out_features"), ("nx", "nf")):  # nn.Linear and its like; GPT-2's Conv1D
+        found = [getattr(leaf, name, None) for name in names]
+        if all(isinstance(width, int) for width in found):
+            return found[0], found[1]  # type: ignore[return-value]
+    raise UnsupportedError(
+        f"a bottleneck at {label} needs to know how wide the model is there, but {type(leaf).__name__} has neither "
+        "in_features and out_features nor nx and nf. Leave it out with exclude_modules, or tune its norms instead."
+    )

@@ -78,13 +78,14 @@ class Block(NamedTuple):
         return whole
 
     def of(self, base: Tensor) -> Tensor:
-        """This part of `base`.
+        """This part of `base`; a view where it is one range.
 
         Example:
             >>> Block(0, ((0, 1), (2, 3))).of(torch.arange(3))
             tensor([0, 2])
         """
-        return torch.cat([base.narrow(self.axis, start, stop - start) for start, stop in self.ranges], self.axis)
+        parts = [base.narrow(self.axis, start, stop - start) for start, stop in self.ranges]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, self.axis)
 
 
 def effective(base: Tensor, values: Tensor, index: Tensor | None = None, block: Block | None = None) -> Tensor:

@@ -30,7 +30,6 @@ class Delta(nn.Module):
 
     mask: Tensor | None
     stored = "weight"  # the tensor that the delta is in
-    drawn = False  # a delta is the same at every call
 
     def __init__(
         self,

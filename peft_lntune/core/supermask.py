@@ -23,8 +23,9 @@ def smallest(values: Tensor, count: int) -> Tensor:
     size = values.detach().abs().reshape(-1)
     if not count:
         return torch.zeros_like(values, dtype=torch.bool)
-    # A threshold and a count of ties: sorting all entries would take many times as long.
-    bound = size.kthvalue(count).values
+    # A threshold and a count of ties: sorting all entries would take many times as long. Elsewhere than on the CPU,
+    # kthvalue is an error under torch.use_deterministic_algorithms, for the sake of its indices.
+    bound = size.kthvalue(count).values if size.device.type == "cpu" else size.sort().values[count - 1]
     chosen = size < bound
     ties = (size == bound).nonzero().reshape(-1)
     chosen[ties[: count - int(chosen.sum())]] = True
@@ -47,7 +48,7 @@ def initial_scores(base: Tensor, sparsity: float, score: float) -> Tensor:
         tensor([-5.,  5., -5.,  5.])
     """
     off = smallest(base, round(sparsity * base.numel()))
-    return torch.full(base.shape, score, device=base.device).masked_fill_(off, -score)
+    return torch.full(base.shape, score, dtype=torch.float32, device=base.device).masked_fill_(off, -score)
 
 
 def kept(scores: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ def masked(base: Tensor, scores: Tensor, keep: Tensor) -> Tensor:
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, base: Tensor, scores: Tensor, keep: Tensor) -> Tensor:
-        # The mask itself is needed only where the base is trained too, which nobody does on purpose.
+        # The mask itself is needed only where the base has a gradient: where another mask in training made it.
         ctx.save_for_backward(base, scores, keep if ctx.needs_input_grad[0] else None)
         return torch.where(keep, base, 0)
 
@@ -96,7 +97,8 @@ class _StraightThrough(torch.autograd.Function):
         of_scores = None
         if ctx.needs_input_grad[1]:
             chance = scores.sigmoid()
-            of_scores = (gradient * base).to(scores.dtype) * chance * (1 - chance)
+            # In the scores' own dtype: in float16 the product of two small numbers is zero.
+            of_scores = (gradient.to(scores.dtype) * base * chance * (1 - chance)).to(scores.dtype)
         return of_base, of_scores, None
 
 

@@ -78,6 +78,17 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         # Read through the module, not its `_parameters`: sharding and outer layers put tensors in its `__dict__`.
         return getattr(self.get_base_layer(), parameter)
 
+    def unmerged(self, parameter: str) -> Tensor:
+        """The base parameter as it is without adapters, whether or not some are merged into it now."""
+        base = self.base_parameter(parameter)
+        return self._unmerged[parameter].to(base.device, base.dtype) if parameter in self._unmerged else base
+
+    def to_base_dtype(self, adapter_name: str) -> None:
+        """Bring what is trained of an adapter into the dtype of the base."""
+        for parameter, tuned in self._tuned([adapter_name]):
+            tuned.to(self.base_parameter(parameter).dtype)
+        self._forget()
+
     def update_layer(
         self,
         adapter_name: str,
@@ -152,8 +163,6 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         kept = self._kept
         if kept is None or kept.adapters != adapters or not all(map(unchanged, kept.sources)):
             tuned = self._tuned(adapters)
-            if any(delta.drawn for _, delta in tuned):
-                return partial(self.run, self._sums(tuned))
             base = self.get_base_layer()
             owners = [(base, parameter) for parameter, _ in tuned] + [(delta, delta.stored) for _, delta in tuned]
             sources = [source_of(*owner) for owner in owners]
@@ -213,17 +222,25 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: a merged value would be NaN or infinite.
         """
-        names = self.active_adapters if adapter_names is None else adapter_names
-        added = [name for name in names if name not in self.merged_adapters and self._tuned([name])]
+        added = self.added(adapter_names)
         self._check_finite(self._merged([*self.merged_adapters, *added]), added)
 
+    def added(self, adapter_names: Sequence[str] | None = None) -> list[str]:
+        """Those of some adapters (None: the active ones) that `merge` would merge here."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        return [name for name in names if name not in self.merged_adapters and self._tuned([name])]
+
     def unmerge(self) -> None:
-        """Put the base parameters back, bit for bit."""
+        """Put the base parameters back, bit for bit; what was merged in other tuners' layers within, first."""
         if not self.merged:
             return
-        for parameter, value in self._unmerged.items():
-            base = self.base_parameter(parameter)
-            base.data = value.to(base.device, base.dtype)
+        inner: Any = self.base_layer
+        while isinstance(inner, BaseTunerLayer):
+            if inner.merged:
+                inner.unmerge()
+            inner = inner.base_layer
+        for parameter in self._unmerged:
+            self.base_parameter(parameter).data = self.unmerged(parameter)
         self._unmerged = {}
         self.merged_adapters = []
         self._forget()
@@ -241,8 +258,7 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         """What the base parameters become: summed in the wide dtype from the unmerged ones, then rounded once."""
         sums: dict[str, Tensor] = {}
         for parameter, delta in self._tuned(adapters):
-            base = self._unmerged.get(parameter, self.base_parameter(parameter))
-            sums[parameter] = delta.settled(sums.get(parameter, base))
+            sums[parameter] = delta.settled(sums[parameter] if parameter in sums else self.unmerged(parameter))
         return {parameter: value.to(self.base_parameter(parameter).dtype) for parameter, value in sums.items()}
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -10,7 +10,17 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from peft_lntune.config.bottleneck import LEARNED, BottleneckConfig
-from peft_lntune.core.bottleneck import ACTIVATIONS, PARTS, Scale, bottleneck, reset, stack_rows, weighted_sum, widen
+from peft_lntune.core.bottleneck import (
+    ACTIVATIONS,
+    PARTS,
+    Scale,
+    bottleneck,
+    read_widths,
+    reset,
+    stack_rows,
+    weighted_sum,
+    widen,
+)
 from peft_lntune.core.delta import delta_dtype
 from peft_lntune.core.route import Route
 from peft_lntune.core.sublayers import Sublayer
@@ -71,7 +81,7 @@ class BottleneckLayer(BesideLayer):
         self.child = f"{role}_bottleneck"
         # In a tuple: as an attribute of its own, a module would become a child, and its parameters ours.
         self._leaves = leaves
-        self._reads = {"parallel": _widths(self._leaves[0], label)[0], "sequential": _widths(self._leaves[1], label)[1]}
+        self._reads = read_widths(*leaves, label)
         self._recipes: dict[str, Recipe] = {}
         self._hooks: dict[str, RemovableHandle] = {}
         self._held = Held()
@@ -305,15 +315,3 @@ def _innermost(module: nn.Module) -> nn.Module:
     while "base_layer" in module._modules:
         module = module._modules["base_layer"]  # type: ignore[assignment]
     return module
-
-
-def _widths(leaf: nn.Module, label: str) -> tuple[int, int]:
-    """Features that a leaf reads, and those that it answers with."""
-    for names in (("in_features", "out_features"), ("nx", "nf")):  # nn.Linear and its like; GPT-2's Conv1D
-        found = [getattr(leaf, name, None) for name in names]
-        if all(isinstance(width, int) for width in found):
-            return found[0], found[1]  # type: ignore[return-value]
-    raise UnsupportedError(
-        f"a bottleneck at {label} needs to know how wide the model is there, but {type(leaf).__name__} has neither "
-        "in_features and out_features nor nx and nf. Leave it out with exclude_modules, or tune its norms instead."
-    )

@@ -1,5 +1,7 @@
 """The layer around any other module with a floating weight: its full delta, or a mask over its weight."""
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +41,7 @@ class ModuleLayer(LNTuneLayer):
             block: where only a part of the weight is meant, that part.
             stored: whether its values are about to be loaded.
         """
-        base = self.base_parameter("weight")
+        base, base_layer = self.unmerged("weight"), self.get_base_layer()
         mask = Supermask(
             base,
             config.initial_sparsity,
@@ -51,6 +53,7 @@ class ModuleLayer(LNTuneLayer):
         )
         if not config.init_weights and mask.weight is not None:
             nn.init.normal_(mask.weight)
+        mask.train(base_layer.training)  # a new module is in training, and would draw in a model that is not
         self.lntune_supermask[adapter_name] = mask
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self._forget()
@@ -60,6 +63,12 @@ class ModuleLayer(LNTuneLayer):
         """Say whether an adapter's mask is drawn outside of training too."""
         self.lntune_supermask[adapter_name].sampling = sampling  # type: ignore[assignment]  # a module's attribute
         self._forget()
+
+    def _call(self, adapters: Sequence[str]) -> Callable[..., Tensor] | None:
+        masks: Any = self._modules["lntune_supermask"]._modules  # type: ignore[union-attr]
+        if any(masks[name].drawn for name in adapters if name in masks):
+            return partial(self.run, self._sums(self._tuned(adapters)))  # another mask at every call: none is kept
+        return super()._call(adapters)
 
     def _tuned(self, adapters: Any) -> list[tuple[str, Any]]:
         masks = self._modules["lntune_supermask"]._modules  # type: ignore[union-attr]

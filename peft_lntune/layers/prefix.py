@@ -131,11 +131,6 @@ class PrefixLayer(BesideLayer):
         self.base_dtype = base.dtype
         self.settle(adapter_name, config, base.device)
 
-    def fold(self, adapter_name: str) -> None:
-        """Leave the plain tensor of an adapter in place of the network it came from, see `Prefix.fold_`."""
-        if adapter_name in self.lntune_prefix:
-            self.lntune_prefix[adapter_name].fold_()
-
     def stack(self, order: Sequence[str]) -> dict[str, Tensor]:
         """`prefix`, `(n, 2, P, H * hd)`, filled up to the longest, and `keep`, `(n, P)` bool, what of it is there."""
         held = {name: prefix.folded() for name, prefix in self.lntune_prefix.items()}

@@ -1,7 +1,7 @@
 """LN adapters in a `PeftMixedModel`, beside LoRA, LoHa, LoKr and the others.
 
-PEFT's mixed tuner dispatches on closed tuples of classes; these are extended, and three of its methods learn one more
-case. PEFT cannot save mixed models: for one saved adapter use a combined config.
+PEFT's mixed tuner dispatches on closed tuples of classes; these are extended, and its methods learn one more case.
+PEFT cannot save mixed models: for one saved adapter use a combined config.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,20 @@ from peft_lntune.config.base import PEFT_TYPE
 from peft_lntune.errors import UnsupportedError
 from peft_lntune.inject import create_and_replace, is_target, prepare
 from peft_lntune.layers import LNTuneLayer
+from peft_lntune.merging import merge_layers, take_out_shared, unmerge_layers
 from peft_lntune.model import LNTuneModel
 
 __all__ = ["join_mixed_models"]
 
-_CASES = ("_create_and_replace", "_prepare_adapter_config", "_prepare_model", "_check_target_module_exists")
+_CASES = (
+    "_create_and_replace",
+    "_prepare_adapter_config",
+    "_prepare_model",
+    "_check_target_module_exists",
+    "_unload_and_optionally_merge",
+    "merge_adapter",
+    "unmerge_adapter",
+)
 
 
 def join_mixed_models() -> None:
@@ -72,7 +81,23 @@ def _cases(originals: dict[str, Callable[..., Any]]) -> dict[str, Any]:
             return is_target(peft_config, key)
         return originals["_check_target_module_exists"](peft_config, key)
 
+    def _unload_and_optionally_merge(
+        self: Any, merge: bool = True, progressbar: bool = False, safe_merge: bool = False, adapter_names: Any = None
+    ) -> Any:
+        take_out_shared(self.model, merge, safe_merge, adapter_names)
+        return originals["_unload_and_optionally_merge"](self, merge, progressbar, safe_merge, adapter_names)
+
+    def merge_adapter(self: Any, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_merge_allowed()
+        merge_layers(self.model, adapter_names, safe_merge)
+
+    def unmerge_adapter(self: Any) -> None:
+        unmerge_layers(self.model)
+
     return {
+        "merge_adapter": merge_adapter,
+        "unmerge_adapter": unmerge_adapter,
+        "_unload_and_optionally_merge": _unload_and_optionally_merge,
         "_create_and_replace": _create_and_replace,
         "_prepare_adapter_config": staticmethod(_prepare_adapter_config),
         "_prepare_model": _prepare_model,

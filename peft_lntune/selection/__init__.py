@@ -2,7 +2,7 @@
 
 from peft_lntune.selection.fisher import FisherState, fisher_scores
 from peft_lntune.selection.masks import check_masks, combine_masks, mask_density, mask_overlap
-from peft_lntune.selection.scores import change_scores, magnitude_scores, random_scores
+from peft_lntune.selection.scores import change_scores, magnitude_scores, median_distance_scores, random_scores
 from peft_lntune.selection.select import select
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "magnitude_scores",
     "mask_density",
     "mask_overlap",
+    "median_distance_scores",
     "random_scores",
     "select",
 ]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from peft_lntune.errors import ConfigError
 
-__all__ = ["check_masks", "combine_masks", "mask_density", "mask_overlap"]
+__all__ = ["check_alike", "check_bool", "check_masks", "combine_masks", "mask_density", "mask_overlap"]
 
 Masks = Mapping[str, Tensor]
 
@@ -39,7 +39,7 @@ def combine_masks(masks: Sequence[Masks], how: str = "union", at_least: int | No
     if needed is None or not 1 <= needed <= len(masks):
         raise ConfigError(f"at_least={at_least} should be from 1 to {len(masks)}, the number of masks.")
     for other in masks[1:]:
-        _check_alike(masks[0], other)
+        check_alike(masks[0], other)
     return {
         name: torch.stack([one[name].to(first.device) for one in masks]).sum(0) >= needed
         for name, first in masks[0].items()
@@ -63,7 +63,7 @@ def mask_overlap(a: Masks, b: Masks) -> float:
         >>> mask_overlap({"w": torch.tensor([True, True, False])}, {"w": torch.tensor([True, False, False])})
         0.5
     """
-    _check_alike(a, b)
+    check_alike(a, b)
     both = sum(int((a[name] & b[name].to(a[name].device)).sum()) for name in a)
     either = sum(int((a[name] | b[name].to(a[name].device)).sum()) for name in a)
     return both / either if either else 1.0
@@ -100,7 +100,15 @@ def check_masks(masks: Masks, shapes: Mapping[str, torch.Size], what: str) -> No
         raise ConfigError("the masks choose no entry at all, so there would be nothing to train.")
 
 
-def _check_alike(a: Masks, b: Masks) -> None:
+def check_bool(masks: Masks, what: str) -> None:
+    """Raise a `ConfigError` where one of these masks is no bool tensor; `what`: whose they are, for the message."""
+    for name, mask in masks.items():
+        if mask.dtype != torch.bool:
+            raise ConfigError(f"{what}: the mask of {name} should be a bool tensor, but is {mask.dtype}.")
+
+
+def check_alike(a: Masks, b: Masks) -> None:
+    """Raise a `ConfigError` where two sets of masks are of other parameters, or of other shapes."""
     differing = sorted(a.keys() ^ b.keys()) or [name for name in a if a[name].shape != b[name].shape]
     if differing:
         raise ConfigError(

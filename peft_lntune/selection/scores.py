@@ -1,4 +1,4 @@
-"""Scores that need no data: magnitude, change, and chance as the control."""
+"""Scores that need no data: magnitude, distance from the median, change, and chance as the control."""
 
 from collections.abc import Iterable, Mapping
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from peft_lntune.errors import ConfigError
 from peft_lntune.selection.parameters import find_parameters, generator
 
-__all__ = ["change_scores", "magnitude_scores", "random_scores"]
+__all__ = ["change_scores", "magnitude_scores", "median_distance_scores", "random_scores"]
 
 Tensors = Mapping[str, Tensor]
 
@@ -25,6 +25,36 @@ def magnitude_scores(model: nn.Module, parameters: Iterable[str] | None = None) 
         tensor([1., 1.])
     """
     return {name: _wide(value).abs() for name, value in find_parameters(model, parameters).items()}
+
+
+def median_distance_scores(model: nn.Module, parameters: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """How far each entry lies from the median of its own parameter: `|w - median(w)|`.
+
+    Gains of one norm crowd around a value of their own, so those that stand out, on either side, are not always the
+    large ones. The median stays where it is however far a few stand out, which the mean does not.
+
+    Source: ours. Outliers by distance from the mean of their own vector: Kovaleva et al. 2021 (arXiv 2105.06990).
+
+    Args:
+        model: any model; with adapters, its base parameters.
+        parameters: names in the base model; None: weight and bias of every norm. A parameter of more dimensions counts
+            as one vector.
+
+    Returns:
+        For each parameter its scores, of its shape. The median of an even number of entries is the lower of the two in
+        the middle.
+
+    Raises:
+        ConfigError: a name is unknown, or there is no norm.
+
+    Example:
+        >>> norm = nn.LayerNorm(3)
+        >>> _ = norm.weight.data.copy_(torch.tensor([0.1, 0.6, 0.8]))
+        >>> median_distance_scores(nn.Sequential(norm))["0.weight"]
+        tensor([0.5000, 0.0000, 0.2000])
+    """
+    wide = {name: _wide(value) for name, value in find_parameters(model, parameters).items()}
+    return {name: (value - value.median()).abs() for name, value in wide.items()}
 
 
 def change_scores(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from peft_lntune.analysis import find_outliers, magnitude, outlier_overlap, outliers
+from peft_lntune.analysis import Checkpoint, find_outliers, magnitude, outlier_overlap, outliers
 from peft_lntune.analysis.components import find_components, group_by_place
 from peft_lntune.errors import ConfigError
 from tests import adapted
@@ -143,6 +143,14 @@ def test_files(tmp_path):
     save_file(planted(), tmp_path / "model.safetensors")
     assert sorted(outliers(tmp_path).rows) == sorted(outliers(planted()).rows)
     assert sorted(magnitude(tmp_path).rows, key=str) == sorted(magnitude(planted()).rows, key=str)
+
+
+def test_of_a_file_only_vectors_are_read(tmp_path, monkeypatch):
+    save_file(planted(), tmp_path / "model.safetensors")
+    read, keep = [], Checkpoint.__getitem__
+    monkeypatch.setattr(Checkpoint, "__getitem__", lambda self, name: (read.append(name), keep(self, name))[1])
+    found = find_outliers(tmp_path)
+    assert sorted(read) == sorted(found)  # and each of them once
 
 
 # Outliers and masks.

@@ -10,13 +10,18 @@ import torch
 
 from peft_lntune.analysis import (
     Table,
+    magnitude,
+    off_overlap,
     overlap_matrix,
     parameter_change,
     plot_change,
+    plot_magnitude,
     plot_overlap,
     plot_score_map,
+    plot_sparsity,
     plots,
     score_map,
+    sparsity,
 )
 from peft_lntune.errors import ConfigError
 from tests.analysis.test_change import moved
@@ -35,6 +40,11 @@ def masks(*seeds):
         torch.manual_seed(seed)
         found[f"task {seed}"] = {"h.0.ln_1.weight": torch.rand(50) < 0.3, "h.1.ln_1.bias": torch.rand(50) < 0.1}
     return found
+
+
+def sparsity_table(by="component"):
+    keep = {f"h.{layer}.attn.c_proj.weight": torch.rand(9, 9) < 0.2 * layer for layer in range(4)}
+    return sparsity(keep, {name: torch.rand(9, 9) < 0.5 for name in keep}, by=by)
 
 
 @pytest.fixture
@@ -67,9 +77,14 @@ DRAWINGS = {
     "change": lambda path: plot_change(change_table(), path),
     "relative change": lambda path: plot_change(change_table(), path, "relative_to_std"),
     "no change": lambda path: plot_change(parameter_change(build("t5"), build("t5")), path),
+    "magnitude": lambda path: plot_magnitude(magnitude(build("bert")), path),
+    "magnitude over the rest": lambda path: plot_magnitude(magnitude(build("t5")), path, "over_others"),
     "scores": lambda path: plot_score_map(score_map({"a.0.weight": torch.tensor([0.1, 3.0])}), path),
     "masks": lambda path: plot_score_map(score_map(masks(0)["task 0"]), path),
     "overlap": lambda path: plot_overlap(overlap_matrix(masks(0, 1, 2)), path),
+    "sparsity": lambda path: plot_sparsity(sparsity_table(), path),
+    "flipped": lambda path: plot_sparsity(sparsity_table(), path, "flipped"),
+    "what is off": lambda path: plot_overlap(off_overlap(masks(0, 1, 2)), path),
     "overlap of one": lambda path: plot_overlap(overlap_matrix({"one and only task": masks(3)["task 3"]}), path),
 }
 
@@ -119,6 +134,16 @@ def test_change_shows_the_table(tmp_path, drawn):
                 assert shown.mask[y, x] if not row else shown[y, x] == row[0][4]
 
 
+def test_magnitude_shows_its_measure(tmp_path, drawn):
+    table = magnitude(build("bert"))
+    plot_magnitude(table, tmp_path / "p.png", "largest")
+    weight, _, bar = drawn[0].axes
+    assert bar.get_ylabel() == "max |w| (white: 0)"
+    shown = weight.get_images()[0].get_array()
+    (query,) = [row for row in table.rows if row[:3] == ("query", 1, "weight")]
+    assert shown[texts(weight).index("query"), 2] == query[table.columns.index("largest")]
+
+
 def test_zeros_on_a_logarithmic_scale(tmp_path, drawn):
     plot_score_map(
         score_map({"a.0.weight": torch.tensor([0.0]), "a.1.weight": torch.tensor([2.0])}), tmp_path / "p.png"
@@ -140,6 +165,25 @@ def test_overlap_shows_the_table(tmp_path, drawn):
     assert texts(left)[0].startswith("task 0\n(")
 
 
+def test_overlap_of_what_is_off_has_both_controls(tmp_path, drawn):
+    table = off_overlap(masks(0, 1))
+    plot_overlap(table, tmp_path / "p.png")
+    *panels, _ = drawn[0].axes
+    ends = ("", ", by chance", ", by chance a tensor")
+    assert [p.get_images()[0].get_array()[0, 1] for p in panels] == [table.column(f"task 1{end}")[0] for end in ends]
+    assert texts(panels[0])[0].endswith("% off)")
+    assert drawn[0].get_suptitle() == "Overlap of weights switched off between tasks"
+
+
+@pytest.mark.parametrize("measure", ["sparsity", "sparsity_before", "flipped"])
+def test_sparsity_shows_the_table(measure, tmp_path, drawn):
+    table = sparsity_table()
+    plot_sparsity(table, tmp_path / "p.png", measure)
+    panel, bar = drawn[0].axes
+    assert panel.get_images()[0].get_array()[0].tolist() == table.column(measure)
+    assert bar.get_ylabel() == plots._SAID[measure]
+
+
 def test_many_layers_are_named_with_gaps(tmp_path, drawn):
     rows = tuple(("query", layer, "weight", 4, 0.5) for layer in range(80))
     plot_score_map(Table(("component", "layer", "parameter", "entries", "mean_score"), rows), tmp_path / "p.png")
@@ -154,8 +198,16 @@ def test_many_layers_are_named_with_gaps(tmp_path, drawn):
             lambda: plot_change(parameter_change(build("bert"), build("bert"), layers=False), "p.png"),
             "no column 'layer'",
         ),
+        (
+            lambda: plot_magnitude(magnitude(build("bert")), "p.png", "entries"),
+            "measure='entries': choose one of mean_",
+        ),
+        (lambda: plot_magnitude(magnitude(build("bert"), layers=False), "p.png"), "no column 'layer'"),
         (lambda: plot_score_map(change_table(), "p.png"), "last column of this one is 'rank_relative_to_std'"),
         (lambda: plot_overlap(change_table(), "p.png"), "no column 'task'"),
+        (lambda: plot_sparsity(sparsity_table(), "p.png", "off"), "measure='off': choose one of sparsity, sparsity_b"),
+        (lambda: plot_sparsity(change_table(), "p.png"), "choose one of those of a sparsity table"),
+        (lambda: plot_sparsity(sparsity_table(by="tensor"), "p.png"), "no column 'component'"),
     ],
 )
 def test_errors(call, said, tmp_path, monkeypatch):
@@ -178,5 +230,10 @@ def test_importing_takes_neither_matplotlib_nor_pandas():
 
 
 def test_every_column_that_is_drawn_has_its_words():
-    columns = set(change_table().columns) | {"mean_score", "sum_of_scores", "share_tuned", "entries_tuned"}
+    columns = (
+        set(change_table().columns)
+        | set(magnitude(build("bert")).columns)
+        | set(sparsity_table().columns)
+        | {"mean_score", "sum_of_scores", "share_tuned", "entries_tuned"}
+    )
     assert set(plots._SAID) <= columns

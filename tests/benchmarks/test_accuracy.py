@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import accuracy
-from benchmarks.harness.classification import PROTOCOLS, best_rates
+from benchmarks.harness.classification import PROTOCOLS, best_rates, search_cells
 from benchmarks.harness.rows import Rows
 
 
@@ -52,7 +52,7 @@ def test_a_repeated_run_gives_the_same_figures(short: list[str], tmp_path: Path)
 def test_equal_scores_choose_the_smaller_rate(tmp_path: Path) -> None:
     rows, protocol = Rows(tmp_path / "rows.jsonl"), PROTOCOLS["cpu"]
     place = ("sst2", "ln", "float32")
-    for cell in reversed(accuracy.search_cells(protocol, *place)):
+    for cell in reversed(search_cells(protocol, *place)):
         assert best_rates(rows, protocol, [place]) == {}
         rows.append({"cell": cell, "learning_rate": cell["learning_rate"], "metrics": {"held_out_accuracy": 0.5}})
     assert best_rates(rows, protocol, [place])[place] == min(row["learning_rate"] for row in rows)

@@ -1,6 +1,7 @@
 """What each arm trains."""
 
 import pytest
+from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from benchmarks.harness.arms import ARMS, arm, find_arm, own_parameters
@@ -16,22 +17,33 @@ EXPECTED = {
     "ln-weight": NORMS * WIDTH,
     "ln-bias": NORMS * WIDTH,
     "lora": 2 * 2 * 2 * 8 * WIDTH,
+    "ln-layer": 2 * WIDTH * 2,
+    "query": 2 * (WIDTH * WIDTH + WIDTH),
+    "ffn_up": 2 * (WIDTH * 2 * WIDTH + 2 * WIDTH),
+    "embedding": (256 + 32 + 2) * WIDTH,
 }
+COORDINATES = {"layer": 1}  # of the arms that take some
+LEFT_OUT = {"ffn_gate"}  # components that BERT has not
+
+
+def tuned(name: str, base: nn.Module) -> nn.Module:
+    chosen = find_arm(name)
+    return chosen.tune(base, **{taken: COORDINATES[taken] for taken in chosen.takes})
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_own_entries(name: str, tiny_bert: str) -> None:
     base = AutoModelForSequenceClassification.from_pretrained(tiny_bert)
-    model = find_arm(name).tune(base)
+    model = tuned(name, base)
     found = counts(model)
     assert found["num_method_params"] == EXPECTED[name]
     assert found["num_trainable_params"] - found["num_method_params"] == WIDTH * WIDTH + WIDTH + 2 * WIDTH + 2
     assert saved_bytes(model) > saved_bytes(model, with_head=False) >= 4 * EXPECTED[name]
 
 
-@pytest.mark.parametrize("name", ARMS)
+@pytest.mark.parametrize("name", sorted(ARMS.keys() - LEFT_OUT))
 def test_every_arm_trains_the_head(name: str, tiny_bert: str) -> None:
-    model = find_arm(name).tune(AutoModelForSequenceClassification.from_pretrained(tiny_bert))
+    model = tuned(name, AutoModelForSequenceClassification.from_pretrained(tiny_bert))
     own = own_parameters(model)
     trained = {n for n, p in model.named_parameters() if p.requires_grad} - own.keys()
     assert {part for name in trained for part in name.split(".")} >= {"classifier", "pooler"}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import fisher_cost, operations, size, speed
+from benchmarks import fisher_cost, module_cost, operations, size, speed
 from benchmarks.harness.rows import Rows
 
 
@@ -75,3 +75,24 @@ def test_fisher_cost_without_rows_says_so(tmp_path: Path, capsys: pytest.Capture
     assert capsys.readouterr().out.startswith("1 groups left")
     fisher_cost.main(["--report", "--protocol", "gpu", "--results", str(tmp_path)])
     assert "not run" in (tmp_path / "fisher_cost_gpu.md").read_text()
+
+
+def test_module_cost(monkeypatch: pytest.MonkeyPatch, tiny_bert: str, tmp_path: Path) -> None:
+    monkeypatch.setattr(module_cost, "PROTOCOLS", {"cpu": {"rounds": 2, "batch": 2, "tokens": 4}})
+    module_cost.main(["--model", tiny_bert, "--results", str(tmp_path), "--device", "cpu", "--threads", "1"])
+    rows = {row["cell"]["tuned"]: row for row in Rows(tmp_path / "module_cost.jsonl")}
+    assert rows.keys() == module_cost.GROUPS.keys()
+    for row in rows.values():
+        entries = row["num_method_params"]
+        assert entries["deltas"] == entries["plain"] > 0
+        peaks = {name: arm["accelerator_memory_max"] for name, arm in row["arms"].items()}
+        assert peaks["plain"] == peaks["plain again"] < peaks["deltas"]
+    assert rows["query"]["num_method_params"]["supermask"] < rows["query"]["num_method_params"]["deltas"]
+    table = (tmp_path / "module_cost.md").read_text()
+    assert table.count("| supermask |") == len(module_cost.MASKED)
+    assert "not run" not in table
+
+
+def test_module_cost_without_rows_says_so(tmp_path: Path) -> None:
+    module_cost.main(["--report", "--results", str(tmp_path)])
+    assert (tmp_path / "module_cost.md").read_text().count("not run") == len(module_cost.GROUPS)

@@ -8,7 +8,7 @@ from peft import LNTuningConfig as StockLNTuningConfig
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
-from peft_lntune import AdapterFileError, BottleneckConfig, ConfigError, LNTuningConfig, PrefixConfig
+from peft_lntune import AdapterFileError, BottleneckConfig, ConfigError, LNTuningConfig, PrefixConfig, SupermaskConfig
 from peft_lntune.cli.inspect import inspect_adapter
 from tests import adapted
 from tests.cli.saved import combined, refused, run, save_adapter, save_model
@@ -87,6 +87,23 @@ def test_masked(model, tmp_path):
     assert sum(report.entries.column("bytes")) == sum(value.nbytes for value in tensors.values())
     assert report.masks == {"LNTuningConfig": {"made": "by hand"}}
     assert "mask        LNTuningConfig: made by hand" in str(report)
+
+
+@pytest.mark.parametrize("save_scores", [False, True])
+def test_supermask(save_scores, model, tmp_path):
+    config = SupermaskConfig(task_type="SEQ_CLS", initial_sparsity=0.25, save_scores=save_scores)
+    folder = save_adapter(tmp_path / "a", model, config=config)
+    report = inspect_adapter(folder)
+    rows = {row[:3]: row[3:] for row in report.entries.rows}
+    assert rows["supermask", "query", "weight"][:3] == ("0-1", 2, 2 * 16 * 16)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    bits = torch.cat([value for key, value in tensors.items() if key.endswith(".keep")]).tolist()
+    off = 1 - sum(byte.bit_count() for byte in bits) / (8 * len(bits))
+    assert sum(row[5] for row in report.entries.rows if row[0] == "supermask") == 8 * len(bits)
+    assert sum(report.entries.column("bytes")) == sum(value.nbytes for value in tensors.values())
+    assert report.masks == {"SupermaskConfig": {"initial_sparsity": 0.25, "sparsity": round(off, 4)}}
+    assert 0.3 < off < 0.7
+    assert f"mask        SupermaskConfig: initial_sparsity 0.25, sparsity {off:.4f}".rstrip("0") in str(report)
 
 
 def test_no_model_is_loaded(model, tmp_path, monkeypatch):

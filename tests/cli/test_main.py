@@ -31,7 +31,7 @@ def test_as_a_module():
 
 
 def test_one_command_a_file():
-    assert list(main.commands) == ["plan", "fisher", "change", "closeness", "inspect", "merge", "export"]
+    assert list(main.commands) == ["plan", "fisher", "change", "closeness", "magnitude", "inspect", "merge", "export"]
     for name, command in main.commands.items():
         assert importlib.import_module(f"peft_lntune.cli.{name}").command is command
 
@@ -71,6 +71,11 @@ def test_help_of_each_command(name):
         ("closeness", "a", "b", "--by", "layer", "--no-layers"),
         ("closeness", "a", "b", "--by", "tensor", "--plot", "p.png"),
         ("change", "a", "b", "--no-layers", "--plot", "p.png"),
+        ("magnitude",),
+        ("magnitude", "a", "--no-layers", "--plot", "p.png"),
+        ("magnitude", "a", "--measure", "entries"),
+        ("magnitude", "a", "--deviations", "0"),
+        ("magnitude", "a", "--overlap", "o.csv"),
         ("fisher", "--model", "m"),
         ("fisher", "--model", "m", "--data", "nowhere.jsonl"),
         ("fisher", "--model", "m", "--data", __file__, "--density", "0.1", "--count", "3"),
@@ -92,6 +97,7 @@ def test_wrong_usage(arguments, tmp_path, monkeypatch):
         (("inspect", "nowhere"), "nowhere holds no adapter_config.json"),
         (("closeness", "nowhere", "else"), "nowhere does not exist"),
         (("change", "nowhere", "else"), "nowhere does not exist"),
+        (("magnitude", "nowhere", "--csv", "c.csv", "--outliers", "o.csv"), "nowhere does not exist"),
         (("merge", "nowhere", "out"), "nowhere"),
         (("export", "nowhere", "out"), "nowhere"),
         (("plan", "nowhere/at/all"), "nowhere/at/all"),

@@ -107,6 +107,6 @@ def test_a_module_without_a_floating_weight_is_refused():
     for module, kind in ((Counts(), r"one of torch\.int64"), (nn.ReLU(), "none")):
         model = nn.ModuleDict({"norm": nn.LayerNorm(3), "odd": module})
         before = snapshot(model)
-        with pytest.raises(UnsupportedError, match=rf"odd \(\w+\) is named in target_modules, but .* it has {kind}"):
+        with pytest.raises(UnsupportedError, match=rf"odd \(\w+\) is chosen to be tuned, but .* it has {kind}"):
             get_peft_model(model, LNTuningConfig(target_modules=["norm", "odd"]))
         assert_unchanged(model, before)

@@ -19,6 +19,7 @@ from peft_lntune.attention import IMPLEMENTATION, find_attention
 from peft_lntune.config.prefix import PrefixConfig
 from peft_lntune.core.route import BASE, Route
 from peft_lntune.errors import RoutingError, UnsupportedError
+from peft_lntune.fit import fold
 from peft_lntune.layers.prefix import ConfigView, PrefixLayer
 from peft_lntune.plugin.attention import register_attention
 from tests import cases
@@ -518,9 +519,9 @@ class TestTraining:
         config = PrefixConfig(num_virtual_tokens=P, reparametrize=8)
         layers = put(model, config)
         before = output(model, batch)
+        fold(model, "a")
+        fold(model, "nobody")
         for layer in layers:
-            layer.fold("a")
-            layer.fold("nobody")
             layer.update_layer("b", config, stored=True)
             assert [n for n, _ in layer.named_parameters()] == ["lntune_prefix.a.weight", "lntune_prefix.b.weight"]
         assert torch.equal(output(model, batch), before)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from .saved import adapt, build_base
+from .saved import adapt, build_base, switch_off
 
 
 @pytest.fixture(scope="session")
@@ -28,4 +28,12 @@ def masked(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> Path:
     """A saved adapter that tunes half of the entries."""
     folder = tmp_path_factory.mktemp("masked")
     adapt(build_base(base_folder), masked=True, seed=5).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def supermasks(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> Path:
+    """A saved adapter that is bits alone, and a head."""
+    folder = tmp_path_factory.mktemp("supermasks")
+    switch_off(build_base(base_folder)).save_pretrained(folder)
     return folder

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from peft_lntune import LNTuningConfig
+from peft_lntune import LNTuningConfig, SupermaskConfig
 from tests import adapted
 
 FAMILY = "bert-classifier"
@@ -34,6 +34,14 @@ def adapt(base: nn.Module, *names: str, seed: int = 0, masked: bool = False, **o
             mask_half(model, name, seed + number)
         adapted.fill(model, name, seed=seed + number)
     return model.eval()
+
+
+def switch_off(base: nn.Module, **options: Any) -> PeftModel:
+    """Supermasks that switch off half of the queries and keys of `base`, in evaluation mode."""
+    config = SupermaskConfig(task_type="SEQ_CLS", components=["query", "key"], **options)
+    model = get_peft_model(base, config).eval()
+    adapted.fill(model, "default")
+    return model
 
 
 def mask_half(model: PeftModel, name: str, seed: int) -> None:

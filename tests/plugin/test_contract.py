@@ -107,7 +107,8 @@ REQUIRED = [
     Name(f"{TUNER}._create_and_replace", "injection", ("model.py", "plugin/mixed.py")),
     Name(f"{TUNER}._replace_module", "injection", ("inject.py",)),
     Name(f"{TUNER}._cast_adapter_dtype", "float32 deltas over a half precision base", ("model.py",)),
-    Name(f"{TUNER}._unload_and_optionally_merge", "safe_merge", ("model.py",)),
+    Name(f"{TUNER}._check_merge_allowed", "merging", ("model.py", "plugin/mixed.py")),
+    Name(f"{TUNER}._unload_and_optionally_merge", "safe_merge, and beside LoRA", ("model.py", "plugin/mixed.py")),
     Name(f"{TUNER}._get_adapter_state_dict", "the manifest, and tensors told by structure", ("model.py",)),
     Name(f"{TUNER}._remove_adapter_name_from_key", "adapters of any name", ("model.py",)),
     Name(
@@ -126,7 +127,7 @@ REQUIRED = [
     Name(
         f"{LAYER}._move_adapter_to_device_of_base_layer",
         "deltas keep their dtype",
-        ("layers/base.py", "layers/beside.py"),
+        ("layers/base.py", "layers/beside.py", "layers/module.py"),
     ),
     Name("peft.tuners.tuners_utils:check_adapters_to_merge", "merging", ("layers/base.py",)),
     Name("peft.tuners.tuners_utils:cast_adapter_dtype", "float32 LoRA over a half precision base", ("model.py",)),
@@ -136,7 +137,7 @@ REQUIRED = [
     Name("peft.utils.other:get_pattern_key", "counting LoRA by rank_pattern", ("lora.py",)),
     Name("transformers.pytorch_utils:Conv1D", "LoRA on GPT-2", ("lora.py",)),
     Name("peft.tuners.tuners_utils:check_target_module_exists", "choosing modules", ("plan_deltas.py", "inject.py")),
-    Name("peft.tuners.tuners_utils:onload_layer", "merging under offloading", ("model.py",)),
+    Name("peft.tuners.tuners_utils:onload_layer", "merging under offloading", ("model.py", "merging.py")),
     Name("transformers.models.bert.modeling_bert:eager_attention_forward", "prefixes under eager", ("attention.py",)),
     Name("peft.utils.other:ModulesToSaveWrapper", "heads in mixed batches", ("heads.py",)),
     *(
@@ -186,6 +187,9 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "_prepare_adapter_config",
         "_prepare_model",
         "_check_target_module_exists",
+        "_unload_and_optionally_merge",
+        "merge_adapter",
+        "unmerge_adapter",
     ):
         kept = inspect.getattr_static(mixed.MixedModel, attribute)
         monkeypatch.setattr(mixed.MixedModel, attribute, kept)

@@ -20,7 +20,7 @@ from peft_lntune import AdapterFileError, ConfigError, LNTuningConfig, PeftLNTun
 from peft_lntune.storage import manifest_of
 from tests import adapted
 
-from .saved import HEADS, State, adapt, build_base, logits
+from .saved import HEADS, State, adapt, build_base, logits, switch_off
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DELTA = "base_model.model.bert.embeddings.LayerNorm.lntune_weight.weight"
@@ -398,6 +398,101 @@ def test_a_masked_file_for_a_dense_adapter(way: str, masked: Path) -> None:
         AdapterFileError, match=r"all deltas are dense. Choose .* first \(fit_fisher_masks or set_masks"
     ):
         load(model, masked)
+    before.assert_same(model)
+
+
+KEEP = "base_model.model.bert.encoder.layer.1.attention.self.query.lntune_supermask.keep"
+SCORES = KEEP.replace(".keep", ".weight")
+
+
+def other_supermasks(**sizes: int) -> PeftModel:
+    body = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return switch_off(BertForSequenceClassification(BertConfig(**{**body, "vocab_size": 40, "num_labels": 3, **sizes})))
+
+
+SUPERMASK_DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "truncated": (cut(WEIGHTS, 0.6), BROKEN),
+    "bits-as-floats": (
+        edit_tensors(lambda t: t.update({KEEP: t[KEEP].float()})),
+        "query.lntune_supermask.keep should be of uint8, but is torch.float32",
+    ),
+    "scores-as-bytes": (
+        edit_tensors(lambda t: t.update({SCORES: torch.zeros(16, 16).byte()})),
+        "query.lntune_supermask.weight should be of a floating dtype, but is torch.uint8",
+    ),
+    "flipped": (edit_tensors(lambda t: t[KEEP].bitwise_not_()), "digests differ"),
+    "short": (
+        edit_signed(lambda t: t.update({KEEP: t[KEEP][1:]})),
+        UNFIT + r"supermask of .*query has 31 bytes, expected 32 for the 256 entries of \(16, 16\)",
+    ),
+    "long": (
+        edit_signed(lambda t: t.update({KEEP: t[KEEP].repeat(2)})),
+        UNFIT + r"supermask of .*query has 64 bytes, expected 32",
+    ),
+    "shape": (
+        edit_signed(lambda t: t.update({KEEP: t[KEEP].view(4, 8)})),
+        UNFIT + r"supermask of .*query has 32 bytes",
+    ),
+    "missing": (edit_signed(lambda t: t.pop(KEEP)), UNFIT + "1 missing, such as"),
+    "unexpected": (
+        edit_signed(lambda t: t.update({KEEP.replace("query", "value"): t[KEEP].clone()})),
+        UNFIT + "1 unexpected, such as",
+    ),
+    "scores-nan": (edit_tensors(lambda t: t.update({SCORES: torch.full((16, 16), torch.nan)})), "hold NaN or infinite"),
+    "hidden-size": (
+        take_all(lambda: other_supermasks(hidden_size=24)),
+        UNFIT + r"supermask of .* has 72 bytes, expected 32",
+    ),
+    "more-layers": (take_all(lambda: other_supermasks(num_hidden_layers=3)), UNFIT + "unexpected, such as.*layer.2"),
+    "fewer-layers": (take_all(lambda: other_supermasks(num_hidden_layers=1)), UNFIT + "missing, such as.*layer.1"),
+    "field": (
+        edit_config(initial_sparsity=2.0),
+        "initial_sparsity=2.0 should be at least 0 and below 1",
+    ),
+}
+# What is loaded over an adapter of another kind, or with a config of another kind, fits in no case.
+OF_ANOTHER_KIND = ["load_adapter-existing", "load_adapter-meta", "from_pretrained-config"]
+
+
+ANEW = pytest.mark.filterwarnings(r"ignore:adapter '\w+' is loaded to be trained:UserWarning")  # of bits alone
+
+
+@ANEW
+@pytest.mark.parametrize("damage", SUPERMASK_DAMAGES)
+@pytest.mark.parametrize("way", [way for way in WAYS if way not in OF_ANOTHER_KIND])
+def test_damaged_supermasks(way: str, damage: str, supermasks: Path, tmp_path: Path) -> None:
+    build, load = WAYS[way]
+    spoil, message = SUPERMASK_DAMAGES[damage]
+    folder = Path(shutil.copytree(supermasks, tmp_path / "adapter"))
+    spoil(folder)
+    model = build()
+    before = State.of(model)
+    with pytest.raises(PeftLNTuneError, match=f"(?s){message}"):
+        load(model, folder)
+    before.assert_same(model)
+
+
+@pytest.mark.parametrize("way", OF_ANOTHER_KIND)
+def test_supermasks_for_an_adapter_of_another_kind(way: str, supermasks: Path) -> None:
+    build, load = WAYS[way]
+    model = build()
+    before = State.of(model)
+    with pytest.raises(AdapterFileError, match=r"does not fit this model.*4 unexpected, such as .*lntune_supermask"):
+        load(model, supermasks)
+    before.assert_same(model)
+
+
+@ANEW
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("damage", [d for d in SUPERMASK_DAMAGES if d not in ("field", "more-layers", "fewer-layers")])
+def test_damaged_supermasks_over_good_ones(damage: str, trained: bool, supermasks: Path, tmp_path: Path) -> None:
+    spoil, message = SUPERMASK_DAMAGES[damage]
+    folder = Path(shutil.copytree(supermasks, tmp_path / "adapter"))
+    model = switch_off(build_base()) if trained else PeftModel.from_pretrained(build_base(), folder)
+    spoil(folder)
+    before = State.of(model)
+    with pytest.raises(PeftLNTuneError, match=f"(?s){message}"):
+        model.load_adapter(folder, "default", is_trainable=trained)
     before.assert_same(model)
 
 

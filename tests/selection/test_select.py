@@ -14,6 +14,7 @@ from peft_lntune.selection import (
     magnitude_scores,
     mask_density,
     mask_overlap,
+    median_distance_scores,
     random_scores,
     select,
 )
@@ -149,6 +150,30 @@ def test_magnitude_is_the_absolute_value_in_float32():
         scores["bert.embeddings.LayerNorm.bias"], model.bert.embeddings.LayerNorm.bias.detach().float().abs()
     )
     assert len(magnitude_scores(model)) == 2 * (1 + 2 * 2 + 1)  # the last is the norm of the head
+
+
+@given(st.lists(st.integers(-9, 9), min_size=1, max_size=9))
+def test_distance_is_from_the_median_of_each_vector(values):
+    """A slow oracle: the middle of the sorted entries, the lower one of two."""
+    one, two = nn.LayerNorm(len(values)), nn.LayerNorm(1)
+    with torch.no_grad():
+        one.weight.copy_(torch.tensor(values))
+        two.weight.fill_(100)
+    scores = median_distance_scores(nn.Sequential(one, two), ["0.weight", "1.weight"])
+    middle = sorted(values)[(len(values) - 1) // 2]
+    assert scores["0.weight"].tolist() == [abs(value - middle) for value in values]
+    assert scores["1.weight"].tolist() == [0]
+
+
+def test_distance_from_the_median_of_a_bf16_matrix():
+    model = nn.Linear(2, 2, bias=False, dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 2.0], [4.0, -8.0]]))
+    scores = median_distance_scores(model, ["weight"])["weight"]
+    assert scores.dtype == torch.float32
+    assert scores.tolist() == [[0.0, 1.0], [3.0, 9.0]]
+    with pytest.raises(ConfigError, match="no parameter 'bias'"):
+        median_distance_scores(model, ["bias"])
 
 
 def test_change_takes_models_or_tensors():

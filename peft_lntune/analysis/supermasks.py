@@ -1,0 +1,120 @@
+"""What supermasks switched off: how much of each tensor, how far from their start, and how alike for several tasks."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from peft_lntune.analysis.components import find_components, group_by_place
+from peft_lntune.analysis.overlap import overlap_matrix
+from peft_lntune.analysis.tables import Table
+from peft_lntune.core.norms import Norm
+from peft_lntune.errors import ConfigError
+from peft_lntune.selection.masks import check_alike, check_bool
+
+__all__ = ["FLIPS", "off_overlap", "sparsity"]
+
+FLIPS = ("sparsity_before", "turned_off", "turned_on", "flipped")
+"""The columns of `sparsity` that need to know the start."""
+
+Masks = Mapping[str, Tensor]
+
+
+def sparsity(
+    keep: Masks, start: Masks | None = None, norms: Mapping[str, Norm] | None = None, *, by: str = "tensor"
+) -> Table:
+    """The share of entries that masks switch off, and how many changed their state since the start.
+
+    Args:
+        keep: masks by parameter, bool, True where the entry stays; `peft_lntune.supermasks.keep_masks(model)`.
+        start: those that training started from; `peft_lntune.supermasks.start_masks(model)`.
+        norms: `find_norms(model)`, which tells the stacks of a model that has several; see `find_components`.
+        by: what a row pools: `"tensor"` (nothing), or `"component"` (of each layer).
+
+    Returns:
+        Columns `tensor`, or `component`, `layer`, `parameter`; then `entries`, `off` and `sparsity`, their ratio. With
+        `start` also `sparsity_before`, `turned_off` and `turned_on`, in entries, and `flipped`, both as a share. Where
+        a component shares its matrix with others, all of that matrix counts.
+
+    Raises:
+        ConfigError: no masks are given, one is not bool, `start` is of other parameters, or `by` is unknown.
+
+    Example:
+        >>> keep = {"w": torch.tensor([True, False, False, True])}
+        >>> print(sparsity(keep, start={"w": torch.tensor([True, True, False, False])}))
+        tensor  entries  off  sparsity  sparsity_before  turned_off  turned_on  flipped
+        w       4        2    0.5       0.5              1           1          0.5
+    """
+    if by not in ("tensor", "component"):
+        raise ConfigError(f"by={by!r}: choose 'tensor' or 'component'.")
+    if not keep:
+        raise ConfigError("there are no masks: keep is empty.")
+    check_bool(keep, "keep")
+    if start is not None:
+        check_bool(start, "start")
+        check_alike(keep, start)
+    if by == "tensor":
+        groups: dict[tuple[Any, ...], list[str]] = {(name,): [name] for name in keep}
+    else:
+        places = find_components(keep, {name: norm.roles for name, norm in (norms or {}).items()})
+        groups = {tuple(place): names for place, names in group_by_place(places).items()}
+    columns = ("tensor",) if by == "tensor" else ("component", "layer", "parameter")
+    rows = [(*label, *_row(names, keep, start)) for label, names in groups.items()]
+    return Table((*columns, "entries", "off", "sparsity", *(FLIPS if start is not None else ())), tuple(rows))
+
+
+def off_overlap(keeps: Mapping[str, Masks]) -> Table:
+    """How much of what each two tasks switch off is the same: entries off in both, over entries off in either.
+
+    Two controls stand beside it: random masks with as many entries off in all, and random masks with as many off in
+    each tensor, which has what the tasks share by both sparing the same tensors. Masks that start from one
+    `initial_sparsity` share that start too; compare what turned off since, `{name: keep[name] | ~start[name]}`, to
+    leave it out.
+
+    Args:
+        keeps: masks by task, as `keep_masks` gives them, all of the same parameters.
+
+    Returns:
+        One row a task: `task`, `sparsity`, one column a task with the overlap, one `<task>, by chance` each, and one
+        `<task>, by chance a tensor` each (None for a task with itself). The last is the ratio of the two means, which
+        for large tensors is the mean of the ratio.
+
+    Raises:
+        ConfigError: there is no task, a mask is not bool, or they are of other parameters.
+
+    Example:
+        >>> one, two = {"w": torch.tensor([False, False, True, True])}, {"w": torch.tensor([False, True, False, True])}
+        >>> table = off_overlap({"sst2": one, "trec": two})
+        >>> table.column("sst2"), table.column("sst2, by chance a tensor")
+        ([1.0, 0.3333333333333333], [None, 0.3333333333333333])
+    """
+    for task, keep in keeps.items():
+        check_bool(keep, f"task {task!r}")
+    table = overlap_matrix({task: {name: ~mask for name, mask in keep.items()} for task, keep in keeps.items()})
+    off = {task: {name: int((~mask).sum()) for name, mask in keep.items()} for task, keep in keeps.items()}
+    sizes = {name: mask.numel() for keep in keeps.values() for name, mask in keep.items()}
+    chance = [[None if one == other else _by_tensor(off[one], off[other], sizes) for other in off] for one in off]
+    return Table(
+        ("task", "sparsity", *table.columns[2:], *(f"{task}, by chance a tensor" for task in off)),
+        tuple((*row, *more) for row, more in zip(table.rows, chance, strict=True)),
+    )
+
+
+def _by_tensor(one: Mapping[str, int], other: Mapping[str, int], sizes: Mapping[str, int]) -> float:
+    """Of two random masks with as many entries in each tensor: the mean of entries in both over that in either."""
+    both = sum(one[name] * other[name] / max(1, size) for name, size in sizes.items())
+    either = sum(one.values()) + sum(other.values()) - both
+    return both / either if either else 1.0
+
+
+def _row(names: list[str], keep: Masks, start: Masks | None) -> tuple[int | float, ...]:
+    entries = sum(keep[name].numel() for name in names)
+    off = sum(int((~keep[name]).sum()) for name in names)
+    row: tuple[int | float, ...] = (entries, off, off / max(1, entries))
+    if start is None:
+        return row
+    pairs = [(keep[name], start[name].to(keep[name].device)) for name in names]
+    turned_off = sum(int((old & ~new).sum()) for new, old in pairs)
+    turned_on = sum(int((new & ~old).sum()) for new, old in pairs)
+    before = off - turned_off + turned_on
+    return (*row, before / max(1, entries), turned_off, turned_on, (turned_off + turned_on) / max(1, entries))
