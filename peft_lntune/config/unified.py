@@ -30,7 +30,8 @@ class UnifiedConfig(LNTuneConfig):
     and that an adapter at the FFN and LN together do worse than alone.
 
     Args:
-        parts: configs: `LNTuningConfig`, `FisherLNConfig`, `BottleneckConfig`, `PrefixConfig`, PEFT's `LoraConfig`.
+        parts: configs: `LNTuningConfig`, `FisherLNConfig`, `ModuleTuningConfig`, `SupermaskConfig`, `BottleneckConfig`,
+            `PrefixConfig`, PEFT's `LoraConfig`.
         preset: names joined by `+`: `"ln"`, `"fisher-ln"`, `"lora"`, `"prefix"`, `"mha-adapter"`, `"ffn-adapter"`,
             `"mam"`; such as `"prefix+mha-adapter+ln"`. It is turned into `parts`.
         modules_to_save, save_dtype: see `LNTuneConfig`; for the adapter, not for a part.
