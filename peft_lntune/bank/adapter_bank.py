@@ -24,6 +24,7 @@ from peft_lntune.core.delta import PARAMETERS, stamp
 from peft_lntune.core.detour import Detour
 from peft_lntune.core.route import BASE, Gather, Route, expansions_of, one_dtype
 from peft_lntune.errors import AdapterFileError, ConfigError, RoutingError, UnsupportedError
+from peft_lntune.layers import switched_off
 
 __all__ = ["AdapterBank"]
 
@@ -345,7 +346,7 @@ class AdapterBank:
                 one = isinstance(names, str)
                 stack.enter_context(self._route.serving(named[0] if one else named, gather, {1}, what))
                 stack.enter_context(self._heads.serving(named, slots))
-            stack.enter_context(_switched_off(tuners))
+            stack.enter_context(switched_off(tuners))
             yield
 
     def _check_ready(self) -> list[Any]:
@@ -494,19 +495,6 @@ def _base_of(model: nn.Module) -> nn.Module:
 
 def _spread(stacks: Stacks, rows: Sequence[Tensor], owners: Mapping[str, tuple[int, str]], factor: int) -> Any:
     return spread(stacks, rows if factor == 1 else [own.repeat_interleave(factor, 0) for own in rows], owners)
-
-
-@contextmanager
-def _switched_off(tuners: Sequence[Any]) -> Iterator[None]:
-    """PEFT's own adapters are off in here; without PEFT's way, which also changes what requires a gradient."""
-    on = [layer for layer in tuners if not layer._disable_adapters]
-    try:
-        for layer in on:
-            layer._disable_adapters = True
-        yield
-    finally:
-        for layer in on:
-            layer._disable_adapters = False
 
 
 def _listed(names: Sequence[str]) -> str:
