@@ -40,7 +40,7 @@ def test_each_number_of_rows_is_compiled_once():
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    for names in (["a", "b", "a"], ["b", "a"], ["b", "b", "a"], ["a", "a"], ["a", "b", "__base__", "a"]):
+    for names in (["a", "b", "a"], ["b", "a"], ["b", "b", "__base__"], ["a", "a"]):
         batch = inputs("bert", batch=len(names))
         torch.testing.assert_close(routed(bank, compiled, batch, names), routed(bank, model, batch, names), **CLOSE)
-    assert counter.frame_count == 3
+    assert counter.frame_count == 2
