@@ -3,17 +3,16 @@
 python -m benchmarks.operations
 """
 
-import copy
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import peft
 import torch
 from torch import nn
 
 from benchmarks.harness.arms import find_arm, norm_names, own_parameters
 from benchmarks.harness.counting import count_operations
+from benchmarks.harness.mixed import mixed_call
 from benchmarks.harness.models import load_body, load_classifier, tiny_llama
 from benchmarks.harness.rows import Cell, Row, Rows
 from benchmarks.harness.runner import run_script, stamp
@@ -88,15 +87,9 @@ def _training(model: nn.Module, cell: Cell) -> Callable[[], object]:
     return step
 
 
-def _mixed(model: Any, cell: Cell) -> Callable[[], object]:
+def _mixed(model: nn.Module, cell: Cell) -> Callable[[], object]:
     """Return a forward pass whose rows use `cell["adapters"]` distinct adapters in turn."""
-    names = [f"tenant{number}" for number in range(cell["adapters"])]
-    config: peft.PeftConfig = model.peft_config["default"]
-    for name in names:
-        model.add_adapter(name, copy.deepcopy(config))
-    model.eval()
-    inputs, rows = _inputs(), [names[i % len(names)] for i in range(BATCH)]
-    return torch.no_grad()(lambda: model(**inputs, adapter_names=rows))
+    return mixed_call(model, cell["adapters"], _inputs())
 
 
 def report(rows: Rows) -> str:

@@ -8,6 +8,7 @@ Importing this package registers it with PEFT. Then PEFT's own verbs do the work
     model = get_peft_model(model, LNTuningConfig(task_type="SEQ_CLS"))
 """
 
+from peft_lntune.bank import AdapterBank
 from peft_lntune.config import (
     BottleneckConfig,
     FisherLNConfig,
@@ -49,6 +50,7 @@ from peft_lntune.stock import from_stock, to_stock
 from peft_lntune.version import __version__
 
 __all__ = [
+    "AdapterBank",
     "AdapterFileError",
     "BottleneckConfig",
     "ConfigError",

@@ -22,6 +22,7 @@ from peft_lntune.storage import is_ours, is_part
 __all__ = [
     "as_in_model",
     "check_fit",
+    "check_shapes",
     "deltas_of",
     "fold",
     "folded",
@@ -74,13 +75,20 @@ def unpack_for(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor
     return unpack(tensors, sizes, f"the saved adapter for {adapter_name!r}")
 
 
-def unpack_by(model: nn.Module, config: LNTuneConfig, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+def unpack_by(
+    modules: Mapping[str, nn.Module], config: LNTuneConfig, tensors: Mapping[str, Tensor], where: str
+) -> dict[str, Tensor]:
     """The tensors of a file, unpacked by what its config records, for a model that has no such adapter yet.
+
+    Args:
+        modules: the `base_modules` of the model.
+        config: the config that was saved with the file.
+        tensors: the state dict of the file.
+        where: the file or adapter, for the message.
 
     Raises:
         AdapterFileError: they were not packed from such an adapter of such a model.
     """
-    modules = base_modules(model)
     sizes = {}
     for place, count in config.stored_counts.items():
         name, _, parameter = place.rpartition(f".{PREFIX}")
@@ -204,6 +212,17 @@ def check_fit(own: Mapping[str, Tensor], adapter_name: str, tensors: Mapping[str
         for name, value in tensors.items()
         if is_part(name, adapter_name) or is_ours(name.replace(f".{adapter_name}.", "."))
     }
+    check_shapes(expected, found, adapter_name)
+
+
+def check_shapes(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], adapter_name: str
+) -> None:
+    """Raise where the tensors of an adapter are not those that are expected, by name and shape.
+
+    Raises:
+        AdapterFileError: names are missing or unexpected, or shapes differ.
+    """
     missing, unexpected = expected.keys() - found.keys(), found.keys() - expected.keys()
     shapes = [name for name in expected.keys() & found.keys() if expected[name] != found[name]]
     if not (missing or unexpected or shapes):

@@ -13,10 +13,9 @@ from peft_lntune.config import DeltaConfig, LNTuneConfig
 from peft_lntune.core.norms import Norm, base_modules
 from peft_lntune.core.route import Route
 from peft_lntune.core.sublayers import Sublayer
-from peft_lntune.errors import AdapterFileError
 from peft_lntune.layers import BesideLayer, BottleneckLayer, LNTuneLayer, ModuleLayer, NormLayer, PrefixLayer
 from peft_lntune.packing import ROOT
-from peft_lntune.plan import plan_parts
+from peft_lntune.plan import check_selected, plan_parts
 from peft_lntune.plan_deltas import part_of
 from peft_lntune.planned import Part, Plan
 
@@ -45,7 +44,7 @@ def prepare(config: LNTuneConfig, model: nn.Module) -> list[PeftConfig]:
     """
     planned = plan_parts(model, config, config.stored_counts)
     selected = sum(plan.selected for _, plan in planned)
-    _check_selected(config, selected)
+    check_selected(config, selected)
     config.__dict__["selected"] = selected  # for the file: a model that is wrapped by then cannot be planned for again
     stored = config.__dict__.pop("stored", False)
     route, modules = route_of(model), base_modules(model)
@@ -63,15 +62,6 @@ def prepare(config: LNTuneConfig, model: nn.Module) -> list[PeftConfig]:
         )
         part.__dict__["injection"] = Injection(plan, route, modules, matcher, stored)
     return [part for part, _ in planned]
-
-
-def _check_selected(config: LNTuneConfig, selected: int) -> None:
-    saved = (config.manifest or {}).get("selected", selected)
-    if config.stored_counts and saved != selected:
-        raise AdapterFileError(
-            f"the masks of this adapter were chosen among {saved:,} entries, and its config selects {selected:,} in "
-            "this model. It was trained on another model; load it into that one."
-        )
 
 
 def is_target(config: LNTuneConfig, key: str) -> Any:

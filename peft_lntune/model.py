@@ -24,7 +24,7 @@ from peft_lntune.config import (
     record_mask,
 )
 from peft_lntune.config.deltas import recorded
-from peft_lntune.core.route import BASE
+from peft_lntune.core.route import BASE, expansions_of
 from peft_lntune.errors import ConfigError, RoutingError, UnsupportedError
 from peft_lntune.fit import as_in_model, check_fit, fold, folded, own_tensors, scores_for, unpack_for
 from peft_lntune.heads import copy_heads, routed_heads
@@ -400,7 +400,7 @@ class LNTuneModel(BaseTuner):
         entries = [entry for layer in layers for entry in layer.entries()]
         with ExitStack() as stack:
             route = route_of(self.model)
-            stack.enter_context(route(names, list(self.peft_config), entries, _expansions(self.model, kwargs)))
+            stack.enter_context(route(names, list(self.peft_config), entries, expansions_of(self.model, kwargs)))
             stack.enter_context(routed_heads(self.model, route, names))
             stack.enter_context(routed_lora(self.model, route))
             yield
@@ -441,13 +441,3 @@ def _warn_of_combination(config: UnifiedConfig) -> None:
             'adapter alone, and one at the attention together with LN-tuning better (preset="mha-adapter+ln").',
             stacklevel=2,
         )
-
-
-def _expansions(model: nn.Module, kwargs: Mapping[str, Any]) -> set[int]:
-    """By which factors `generate` may repeat the samples of a batch: beams, return sequences."""
-    configs = [kwargs.get("generation_config"), getattr(model, "generation_config", None)]
-    factors = {1}
-    for name in ("num_beams", "num_return_sequences"):
-        values = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
-        factors.add(next((value for value in values if value), 1))
-    return factors | {max(factors) * min(factors - {1}, default=1)}

@@ -8,18 +8,19 @@ from torch import nn
 from peft_lntune.config import (
     BottleneckConfig,
     DeltaConfig,
+    LNTuneConfig,
     ModuleTuningConfig,
     PrefixConfig,
     SupermaskConfig,
     UnifiedConfig,
 )
-from peft_lntune.errors import ConfigError
+from peft_lntune.errors import AdapterFileError, ConfigError
 from peft_lntune.plan_beside import plan_bottlenecks, plan_lora, plan_prefixes
 from peft_lntune.plan_deltas import plan_components, plan_deltas
 from peft_lntune.plan_masks import plan_masks
 from peft_lntune.planned import Plan
 
-__all__ = ["plan", "plan_parts"]
+__all__ = ["check_selected", "plan", "plan_parts"]
 
 
 def plan(model: nn.Module, config: PeftConfig, counts: Mapping[str, int | None] | None = None) -> Plan:
@@ -68,6 +69,20 @@ def plan_parts(
                 )
         taken.update(dict.fromkeys(its.parts, part))
     return planned
+
+
+def check_selected(config: LNTuneConfig, selected: int) -> None:
+    """Raise where a saved mask was chosen among another number of entries than its config selects in this model.
+
+    Raises:
+        AdapterFileError: it was.
+    """
+    saved = (config.manifest or {}).get("selected", selected)
+    if config.stored_counts and saved != selected:
+        raise AdapterFileError(
+            f"the masks of this adapter were chosen among {saved:,} entries, and its config selects {selected:,} in "
+            "this model. It was trained on another model; load it into that one."
+        )
 
 
 def _plan_part(

@@ -42,6 +42,7 @@ __all__ = [
     "is_part",
     "manifest_of",
     "of_adapter",
+    "read_tensors",
     "with_lora_name",
     "without_adapter_name",
 ]
@@ -220,14 +221,21 @@ def check_directory(
         AdapterFileError: a local directory holds no weights, the file cannot be read, or `check_tensors` refuses it.
     """
     file = _find(path, subfolder, hub)
-    if file is None:
-        return
+    if file is not None:
+        check_tensors(manifest, read_tensors(file), str(file))
+
+
+def read_tensors(file: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        AdapterFileError: it cannot be read.
+    """
     try:
         with safe_open(file, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # not a dict
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # not a dict
     except (SafetensorError, OSError) as error:
         raise AdapterFileError(f"{file} is damaged or cut off ({error}). Get a good copy of the adapter.") from error
-    check_tensors(manifest, tensors, str(file))
 
 
 def hub_options(given: Mapping[str, Any]) -> dict[str, Any]:

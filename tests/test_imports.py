@@ -24,7 +24,7 @@ FLOORS = [
     {"concatenated", "fit", "inject", "merging"},
     {"weighted"},
     {"model"},
-    {"fisher_fit", "lora_files", "stock", "supermasks"},
+    {"bank", "fisher_fit", "lora_files", "stock", "supermasks"},
     {"plugin"},
     {"__init__"},
     {"cli"},

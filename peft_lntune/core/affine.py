@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_lntune.core.delta import PARAMETERS
-from peft_lntune.core.shadow import call_hooked, is_plain, twin
+from peft_lntune.core.detour import forward_of
+from peft_lntune.core.shadow import call_hooked, is_of_class, is_plain, twin
 from peft_lntune.core.ways import Rule, by_rule, neutral, parameter, rule_for, widened
 from peft_lntune.errors import UnsupportedError
 
@@ -26,6 +27,7 @@ __all__ = [
     "normalize",
     "output_dtype",
     "split_call",
+    "with_rows",
 ]
 
 FastPath = Callable[[Any, Tensor, Tensor, "Tensor | None"], Tensor]
@@ -91,7 +93,7 @@ def call_with(
     if path is not None and not args and not kwargs and is_plain(norm):
         return path(norm, x, weight, bias)
     outer_bias = bias is not None and own_bias is None
-    rule, own, wider = rule_for(norm, x.device, x.dtype, weight.dtype, outer_bias), norm.forward, (weight, bias)
+    rule, own, wider = rule_for(norm, x.device, x.dtype, weight.dtype, outer_bias), forward_of(norm), (weight, bias)
     if is_plain(norm):
         return by_rule(norm, rule, own, wider, x, args, kwargs)
 
@@ -166,20 +168,49 @@ def call_with_rows(
         tensor([[-1.,  1.],
                 [-2.,  2.]])
     """
-    if type(norm) is nn.LayerNorm and not args and not kwargs and is_plain(norm):
-        wide = F.layer_norm(x.to(weight.dtype), norm.normalized_shape, None, None, norm.eps)
-        y = wide * weight if bias is None else torch.addcmul(bias, wide, weight)
-        return y.to(output_dtype(norm, x) if torch.is_autocast_enabled(x.device.type) else x.dtype)
-    rule, own = rule_for(norm, x.device, x.dtype, weight.dtype, True), norm.forward
+    own = forward_of(norm)
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        xhat = neutral(norm, rule, own, x, args, kwargs)
-        y = xhat * weight if bias is None else torch.addcmul(bias, xhat, weight)
-        return y.to(x.dtype if rule.dtype is None else rule.dtype)
+        return with_rows(norm, own, x, weight, bias, *args, **kwargs)
 
     if is_plain(norm):
         return forward(x, *args, **kwargs)
     return call_hooked(norm, forward, x, *args, **kwargs)
+
+
+def with_rows(
+    norm: nn.Module,
+    own: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """What `call_with_rows` computes, without the hooks of the module: for a forward that stands in the module's place.
+
+    Args:
+        norm: the module.
+        own: its forward, `forward_of(norm)`.
+        x: as in `call_with_rows`, and so the others.
+        weight: likewise.
+        bias: likewise.
+        *args: likewise.
+        **kwargs: likewise.
+
+    Example:
+        >>> norm, x = nn.LayerNorm(2, bias=False), torch.tensor([[1.0, 3.0]])
+        >>> with_rows(norm, norm.forward, x, torch.tensor([[2.0, 2.0]]), None).round()
+        tensor([[-2.,  2.]])
+    """
+    if type(norm) is nn.LayerNorm and not args and not kwargs and is_of_class(norm, own):
+        wide = F.layer_norm(x.to(weight.dtype), norm.normalized_shape, None, None, norm.eps)
+        y = wide * weight if bias is None else torch.addcmul(bias, wide, weight)
+        return y.to(output_dtype(norm, x) if torch.is_autocast_enabled(x.device.type) else x.dtype)
+    rule = rule_for(norm, x.device, x.dtype, weight.dtype, True)
+    xhat = neutral(norm, rule, own, x, args, kwargs)
+    y = xhat * weight if bias is None else torch.addcmul(bias, xhat, weight)
+    return y.to(x.dtype if rule.dtype is None else rule.dtype)
 
 
 def normalize(norm: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -213,7 +244,7 @@ def normalize(norm: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             f"normalize expects a norm, whose output is affine in its weight and free of its input's scale; "
             f"{type(norm).__name__} is none. See find_norms(model) for the norms of a model."
         )
-    return neutral(norm, rule, norm.forward, x, args, kwargs).to(rule.wide)
+    return neutral(norm, rule, forward_of(norm), x, args, kwargs).to(rule.wide)
 
 
 def output_dtype(norm: nn.Module, x: Tensor) -> torch.dtype:

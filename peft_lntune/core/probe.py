@@ -15,6 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from peft_lntune.core.detour import forward_of
+
 __all__ = [
     "Facts",
     "align",
@@ -101,8 +103,8 @@ def blank_copy(module: nn.Module, parameters: Mapping[str, Tensor], *, own_forwa
     state["_parameters"] = {**dict.fromkeys(module._parameters), **parameters}
     state["_buffers"] = {key: _fresh_buffer(value) for key, value in module._buffers.items()}
     state["training"] = False
-    forward = module.__dict__.get("forward")
-    if own_forward and isinstance(forward, MethodType) and forward.__self__ is module:
+    forward: Any = forward_of(module) if own_forward and "forward" in module.__dict__ else None
+    if isinstance(forward, MethodType) and forward.__self__ is module:
         state["forward"] = MethodType(forward.__func__, copy)
     copy.__dict__.update(state)
     return copy

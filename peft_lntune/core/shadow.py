@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["call_hooked", "forward_with", "is_plain", "shadowed", "twin"]
+from peft_lntune.core.detour import forward_of
+
+__all__ = ["call_hooked", "forward_with", "is_of_class", "is_plain", "shadowed", "twin"]
 
 _MISSING = object()
 
@@ -52,10 +54,9 @@ def forward_with(
         >>> forward_with(norm, {"bias": torch.ones(2)}, norm.forward, torch.zeros(1, 2)).tolist()
         [[1.0, 1.0]]
     """
-    function = getattr(own, "__func__", None)
-    if function is not type(module).forward or torch.compiler.is_compiling():
+    if not is_of_class(module, own) or torch.compiler.is_compiling():
         return shadowed(module, entries, own, *args, **kwargs)
-    return function(twin(module, entries), *args, **kwargs)
+    return type(module).forward(twin(module, entries), *args, **kwargs)
 
 
 def twin(module: nn.Module, entries: Mapping[str, Any]) -> nn.Module:
@@ -111,4 +112,12 @@ def shadowed(
 def is_plain(norm: nn.Module) -> bool:
     """Whether nothing is attached to this module that a call of its function alone would skip."""
     hooks = norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks
-    return not any(hooks) and "forward" not in norm.__dict__
+    if any(hooks):
+        return False
+    # A copy of a module that had a detour has its class's forward in the instance: that is nothing of its own.
+    return "forward" not in norm.__dict__ or is_of_class(norm, forward_of(norm))
+
+
+def is_of_class(module: nn.Module, forward: Callable[..., Any]) -> bool:
+    """Whether a forward is the one of the module's class, bound to this module or to a twin of it."""
+    return getattr(forward, "__func__", None) is type(module).forward

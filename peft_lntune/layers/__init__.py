@@ -6,6 +6,7 @@ from peft_lntune.layers.bottleneck import BottleneckLayer
 from peft_lntune.layers.module import ModuleLayer
 from peft_lntune.layers.norm import NormLayer
 from peft_lntune.layers.prefix import PrefixLayer
+from peft_lntune.layers.switched import switched_off
 
 __all__ = [
     "PARAMETERS",
@@ -15,4 +16,5 @@ __all__ = [
     "ModuleLayer",
     "NormLayer",
     "PrefixLayer",
+    "switched_off",
 ]

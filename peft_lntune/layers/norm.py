@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from peft_lntune.core.affine import bind, call_with, call_with_rows, split_call
 from peft_lntune.core.delta import stamp
 from peft_lntune.core.norms import Norm
-from peft_lntune.core.route import BASE, Entry, Route
+from peft_lntune.core.route import BASE, Entry, Route, fit_rows
 from peft_lntune.layers.base import PARAMETERS, LNTuneLayer
 
 __all__ = ["NormLayer"]
@@ -45,7 +45,9 @@ class NormLayer(LNTuneLayer):
         rows = self._route.rows(id(self), x.shape, self.label)
         if rows is None or rows.weight is None:
             return self.base_layer(x, *args, **kwargs)
-        return call_with_rows(self.base_layer, x, self._fit(rows.weight, x), self._fit(rows.bias, x), *args, **kwargs)
+        weight = fit_rows(rows.weight, x, self._axis)
+        bias = None if rows.bias is None else fit_rows(rows.bias, x, self._axis)
+        return call_with_rows(self.base_layer, x, weight, bias, *args, **kwargs)
 
     def entries(self) -> Iterator[Entry]:
         """What this layer contributes to the stacks of a route; both parameters, where one of them is tuned."""
@@ -64,13 +66,3 @@ class NormLayer(LNTuneLayer):
         value = self.effective(parameter, () if adapter == BASE else (adapter,))
         value = value.to(torch.promote_types(value.dtype, torch.float32))
         return value + self._offset if parameter == "weight" and self._offset else value
-
-    def _fit(self, rows: Any, x: Tensor) -> Any:
-        """Rows `(B, 1, *shape)`, or one row for all, as they broadcast over `x`; no operation in the usual case."""
-        if rows is None:
-            return None
-        shape = rows.shape[2:]
-        if self._axis == 1:
-            return rows.reshape(rows.shape[0], *shape, *(1,) * (x.dim() - 1 - len(shape)))
-        middle = x.dim() - 1 - len(shape)
-        return rows if middle == 1 else rows.reshape(rows.shape[0], *(1,) * middle, *shape)

@@ -22,6 +22,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 from peft_lntune.config import LNTuneConfig, StoredConfig, delta_part, record_mask
 from peft_lntune.config.base import PEFT_TYPE
 from peft_lntune.core.delta import delta_dtype
+from peft_lntune.core.norms import base_modules
 from peft_lntune.errors import AdapterFileError, PeftLNTuneError
 from peft_lntune.fit import scores_by, unpack_by
 from peft_lntune.model import LNTuneModel
@@ -140,7 +141,7 @@ def _read_ours(model: nn.Module, given: dict[str, Any], model_id: Any, hub: dict
     has_masks = any(key.endswith((KEEP, SCORES)) for key in tensors)
     if is_packed(tensors) or has_lora(tensors) or has_masks or config.save_dtype is not None:
         # Of the containers of this PEFT type alone it knows where the adapter's name belongs.
-        unpacked = unpack_by(model, config, tensors, where)
+        unpacked = unpack_by(base_modules(model), config, tensors, where)
         name = given.get("adapter_name") or "default"
         if has_masks:
             unpacked = scores_by(model, config, unpacked, bool(given.get("is_trainable")), name)

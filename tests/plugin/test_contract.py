@@ -122,7 +122,9 @@ REQUIRED = [
         ("model.py",),
     ),
     Name(
-        f"{LAYER}._disable_adapters", "disable_adapter", ("layers/base.py", "layers/beside.py", "layers/bottleneck.py")
+        f"{LAYER}._disable_adapters",
+        "disable_adapter, and a bank on a PeftModel",
+        ("layers/base.py", "layers/beside.py", "layers/bottleneck.py", "layers/switched.py"),
     ),
     Name(
         f"{LAYER}._move_adapter_to_device_of_base_layer",

@@ -1,0 +1,501 @@
+"""Many adapters of one model, in stacks of which a batch takes its rows. The tensors are in `core/bank.py`."""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from peft_lntune.bank.files import BLOCK, BankFile
+from peft_lntune.bank.heads import Heads
+from peft_lntune.bank.running import NormRun
+from peft_lntune.bank.saving import Saved, save_bank
+from peft_lntune.bank.sources import Adapter, Source, Sources
+from peft_lntune.core.bank import Stacks, as_rows, spread
+from peft_lntune.core.delta import PARAMETERS, stamp
+from peft_lntune.core.detour import Detour
+from peft_lntune.core.route import BASE, Gather, Route, expansions_of, one_dtype
+from peft_lntune.errors import AdapterFileError, ConfigError, RoutingError, UnsupportedError
+from peft_lntune.layers import switched_off
+
+__all__ = ["AdapterBank"]
+
+
+class AdapterBank:
+    """Very many LN-tuning and Fisher adapters of one model, served row by row.
+
+    All adapters are a few tensors, a row each. A routed batch gathers its rows once, whatever the number of adapters in
+    the bank or in the batch, and each norm costs one operation more than the base model's.
+
+    Rows are copied when a route is entered, so adapters may be added and removed at any time, by other threads too. One
+    routed forward runs at a time.
+
+    Args:
+        model: the base model, or a PeftModel, whose own adapters are then off inside a route.
+        capacity: how many adapters there is room for at first. Room doubles when it is used up, and while rows are
+            copied both are there; so give the number if it is known.
+        dtype: of the rows; None: float32. `torch.bfloat16` takes half, and rounds each delta to 8 bits.
+        device: of the rows; None: that of each norm.
+
+    Raises:
+        ConfigError: the capacity is no positive number, or the dtype not floating.
+        UnsupportedError: the model has no norm with parameters, or is a PeftModel with learned prompts.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from transformers import BertConfig, BertModel
+        >>> from peft_lntune import LNTuningConfig
+        >>> model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2)).eval()
+        >>> tuned = get_peft_model(model, LNTuningConfig(init_weights=False), adapter_name="french")
+        >>> bank = AdapterBank(model)
+        >>> bank.add("french", (tuned, "french"))
+        >>> bank.attach()
+        >>> with torch.no_grad(), bank.route(["french", "__base__"]):
+        ...     model(torch.ones(2, 5, dtype=torch.long)).last_hidden_state.shape
+        torch.Size([2, 5, 8])
+        >>> bank.detach()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        capacity: int = 1024,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        dtype = torch.float32 if dtype is None else dtype
+        if type(capacity) is not int or capacity < 1:
+            raise ConfigError(f"capacity={capacity!r} should be a number of adapters, at least 1.")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ConfigError(f"dtype={dtype!r} is no floating dtype of torch. Use torch.float32, or leave it out.")
+        self._base: Any = _base_of(model)
+        self._sources = Sources(self._base)
+        self._norms = list(self._sources.norms.items())
+        self._owners = {
+            f"{name}.{parameter}": (number, parameter)
+            for number, (name, _) in enumerate(self._norms)
+            for parameter in PARAMETERS
+            if getattr(self._sources.modules[name], parameter, None) is not None
+        }
+        if not self._owners:
+            raise UnsupportedError("this model has no norm with a weight, so there is nothing that a bank could hold.")
+        like = {name: self._sources.parameter(name) for name in self._owners}
+        self._stacks = Stacks(like, capacity + 1, dtype, None if device is None else torch.device(device))
+        self._stacks.write([0], as_rows(self._stacks, [{}]))
+        self._route = Route()
+        self._heads = Heads(self._sources, self._route)
+        self._lock = threading.RLock()
+        self._slots: dict[str, int] = {}
+        self._names: dict[int, str] = {0: BASE}
+        self._free: deque[int] = deque()
+        self._next = 1
+        self._saved: Saved | None = None
+        self._kept: tuple[object, list[Tensor]] | None = None
+        self._detours: list[Detour] = []
+
+    # What is in the bank.
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters, in the order they were added."""
+        with self._lock:
+            return list(self._slots)
+
+    @property
+    def capacity(self) -> int:
+        """How many adapters there is room for without growing."""
+        return self._stacks.rows - 1
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of memory for each adapter, heads aside."""
+        return self._stacks.row_bytes
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._slots
+
+    def __repr__(self) -> str:
+        return f"AdapterBank({len(self)} adapters of {type(self._base).__name__}, {self.row_bytes:,} bytes each)"
+
+    def add(self, name: str, source: Source) -> None:
+        """Take in an adapter.
+
+        Args:
+            name: what it is called here.
+            source: a directory that `save_pretrained` has written, or `(peft_model, adapter_name)`.
+
+        Raises:
+            ConfigError: the name is taken or not possible, or the source is neither of the two.
+            UnsupportedError: the adapter tunes something else than norms.
+            AdapterFileError: it is damaged, torn or foreign, or does not fit this model. The bank is as it was.
+        """
+        self.add_many({name: source})
+
+    def add_many(self, sources: Mapping[str, Source]) -> None:
+        """Take in adapters, all of them or, where one is refused, none.
+
+        Args:
+            sources: for each name what `add` takes.
+
+        Raises:
+            ConfigError, UnsupportedError, AdapterFileError: see `add`.
+        """
+        self._check_names(sources)
+        names = list(sources)
+        with self._lock:
+            slots = self._take(len(names))
+        try:
+            for start in range(0, len(names), BLOCK):
+                block = names[start : start + BLOCK]
+                adapters = [self._sources.read(name, sources[name]) for name in block]
+                rows = self._checked(block, adapters)
+                with self._lock:
+                    self._stacks.write(slots[start : start + BLOCK], rows)
+                    self._heads.write(slots[start : start + BLOCK], adapters)
+            with self._lock:
+                self._check_names(sources)
+                self._name(names, slots)
+        except BaseException:
+            with self._lock:
+                self._give_back(slots)
+            raise
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter; its place is used again. A route that is open keeps the rows it has gathered.
+
+        Raises:
+            ConfigError: there is no such adapter.
+        """
+        with self._lock:
+            self._check_known([name])
+            if self._saved is not None:
+                self._saved.pending.pop(name, None)
+            slot = self._slots.pop(name)
+            del self._names[slot]
+            self._give_back([slot])
+
+    def index(self, names: Sequence[str]) -> Tensor:
+        """Adapters as numbers, which `route` takes in place of names; the base model is 0.
+
+        A number is good until its adapter is removed, since its place is then used again.
+
+        Args:
+            names: of adapters, or `"__base__"`.
+
+        Returns:
+            `(len(names),)` int64.
+
+        Raises:
+            RoutingError: there is no such adapter.
+        """
+        with self._lock:
+            return torch.tensor(self._slots_of(names), dtype=torch.long)
+
+    def deltas(self, name: str) -> dict[str, Tensor]:
+        """The deltas of an adapter, dense, by the names of the base model's parameters; copies.
+
+        Raises:
+            ConfigError: there is no such adapter.
+        """
+        with self._lock:
+            self._check_known([name])
+            self._load([name])
+            return self._stacks.read(self._slots[name])
+
+    def heads(self, name: str) -> dict[str, dict[str, Tensor]]:
+        """The heads of an adapter, by module and by the names of the tensors in it; copies. Norms in them are deltas.
+
+        For heads of another shape than the model's own, which no route can run: run the model's body in a route, and
+        each row of what it gives through its own head.
+
+        Raises:
+            ConfigError: there is no such adapter.
+        """
+        with self._lock:
+            self._check_known([name])
+            self._load([name])
+            return self._heads.read(self._slots[name])
+
+    # Files.
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the bank as one safetensors file, which appears whole or not at all.
+
+        Nothing can be added, removed or routed meanwhile.
+
+        Args:
+            path: of the file.
+        """
+        with self._lock:
+            self._load(list(self._slots))
+            save_bank(path, self._slots, self._stacks, self._heads)
+
+    @classmethod
+    def open(
+        cls, path: str | os.PathLike, model: nn.Module, capacity: int = 1024, device: torch.device | str | None = None
+    ) -> "AdapterBank":
+        """Open a file that `save` has written. Rows are copied from it, and checked, when they are first asked for.
+
+        Args:
+            path: of the file.
+            model: the model that the bank was made for.
+            capacity: as in `AdapterBank`, at least the number of adapters in the file.
+            device: likewise.
+
+        Returns:
+            A bank with the dtype of the file.
+
+        Raises:
+            AdapterFileError: the file is damaged, cut off, no bank, or of another model.
+        """
+        saved = Saved(BankFile(path))
+        bank = cls(model, max(capacity, len(saved.names)), saved.dtype, device)
+        saved.check(bank._stacks, bank._sources)
+        bank._check_names(saved.names)
+        bank._name(saved.names, bank._take(len(saved.names)))
+        bank._saved = saved
+        return bank
+
+    def load(self, names: Sequence[str] | None = None) -> None:
+        """Copy adapters from the file that the bank was opened from, before they are first asked for.
+
+        Args:
+            names: which; None: all.
+
+        Raises:
+            AdapterFileError: the rows of an adapter are damaged. It stays in the file; the others can be used.
+            ConfigError: there is no such adapter.
+        """
+        with self._lock:
+            self._check_known(self._slots if names is None else names)
+            self._load(list(self._slots if names is None else names))
+
+    # Serving.
+
+    def attach(self) -> None:
+        """Let the norms of the model follow a route. While none is on, the model computes what it did before.
+
+        Every norm gets a forward of its own; no parameter is renamed, hooks stay, the state dict is the same. A copy of
+        the model is not attached. Attached twice is attached once.
+
+        Raises:
+            UnsupportedError: another bank is attached to this model.
+        """
+        with self._lock:
+            if self._detours:
+                return
+            modules = self._sources.modules
+            if any(isinstance(modules[name].__dict__.get("forward"), Detour) for name, _ in self._norms):
+                raise UnsupportedError("another bank is attached to this model. Call its detach() first.")
+            runs = [
+                NormRun(modules[name], norm, number, self._route) for number, (name, norm) in enumerate(self._norms)
+            ]
+            self._detours = [Detour(run.module, self._route, run) for run in runs]
+            if callable(getattr(self._base, "generate", None)):
+                self._detours.append(Detour(self._base, self._route, self._generate, "generate"))
+            for detour in self._detours:
+                detour.put()
+            self._heads.attach()
+
+    def detach(self) -> None:
+        """Leave the model as it was before `attach`.
+
+        Raises:
+            RoutingError: a route is on.
+        """
+        with self._lock:
+            self._route.check_idle()
+            self._heads.detach()
+            for detour in self._detours:
+                detour.take()
+            self._detours = []
+
+    @contextmanager
+    def route(self, names: Sequence[str] | str | Tensor) -> Iterator[None]:
+        """Forward passes and `generate` of the model inside this context use an adapter for each row.
+
+        Args:
+            names: the adapter of each row, `"__base__"` or 0 for none; or what `index` has made of them, `(B,)` int64;
+                or one name for all rows. In `generate` rows are repeated with their samples, for beams and return
+                sequences.
+
+        Raises:
+            RoutingError: the model is not attached, in training mode or merged, a route is on already, or an adapter
+                is not in the bank. Inside the context, at the first norm: the batch has another number of rows.
+            AdapterFileError: the rows of an adapter, in the file the bank was opened from, are damaged.
+        """
+        with ExitStack() as stack:
+            with self._lock:
+                tuners = self._check_ready()
+                self._route.check_idle()
+                named, slots = self._resolve(names)
+                self._load(named)
+                gather = self._gather(slots)
+                what = "the names or index given to `route`"
+                one = isinstance(names, str)
+                stack.enter_context(self._route.serving(named[0] if one else named, gather, {1}, what))
+                stack.enter_context(self._heads.serving(named, slots))
+            stack.enter_context(switched_off(tuners))
+            yield
+
+    def _check_ready(self) -> list[Any]:
+        """The tuner layers of the model, none of which may be merged."""
+        if not self._detours:
+            raise RoutingError("the bank is not attached to its model. Call bank.attach() first.")
+        if self._base.training:
+            raise RoutingError("cannot route when the model is in training mode. Call model.eval() first.")
+        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        tuners = [module for module in self._base.modules() if isinstance(module, kinds)]
+        if any(getattr(module, "merged", False) for module in tuners):
+            raise RoutingError("cannot route when there are merged adapters, please call `unmerge_adapter` first.")
+        return tuners
+
+    def _generate(self, own: Any, *args: Any, **kwargs: Any) -> Any:
+        named = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
+        with self._route.expanding(expansions_of(self._base, named)):
+            return own(*args, **kwargs)
+
+    def _gather(self, slots: Sequence[int]) -> Gather:
+        """Rows of the effective parameters; copies, whatever happens to the stacks afterwards."""
+        with torch.inference_mode(False), torch.no_grad():
+            deltas = self._stacks.gather(torch.tensor(slots, dtype=torch.long))
+            rows = [own.to(base.device) + base for own, base in zip(deltas, self._base_rows(), strict=True)]
+        return partial(_spread, self._stacks, rows, self._owners)
+
+    def _base_rows(self) -> list[Tensor]:
+        """The base model's parameters as the stacks have them, with the offset of zero-centred norms."""
+        parameters = {name: self._sources.parameter(name) for name in self._owners}
+        key = [stamp(parameter) for parameter in parameters.values()]
+        if self._kept is None or self._kept[0] != key:
+            if any(parameter.is_meta for parameter in parameters.values()):
+                raise UnsupportedError(
+                    "norms of this model are on the meta device, as accelerate leaves them between the calls of a "
+                    "model that it offloads. Keep the norms on a device, they are small."
+                )
+            wide = {name: self._wide(name, parameter) for name, parameter in parameters.items()}
+            groups = [one_dtype([wide[name] for name in names]) for names, _ in self._stacks]
+            self._kept = key, [torch.stack(group) for group in groups]
+        return self._kept[1]
+
+    def _wide(self, name: str, parameter: Tensor) -> Tensor:
+        number, which = self._owners[name]
+        wide = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
+        offset = self._norms[number][1].offset
+        return wide + offset if which == "weight" and offset else wide
+
+    # Names and slots; with the lock.
+
+    def _check_names(self, names: Mapping[str, Any] | Sequence[str]) -> None:
+        for name in names:
+            if not isinstance(name, str) or not name or name == BASE:
+                raise ConfigError(
+                    f"an adapter cannot be named {name!r}: a name is a string, not empty, and {BASE!r} is the base "
+                    "model."
+                )
+            if name in self._slots:
+                raise ConfigError(f"an adapter named {name!r} is in the bank. Remove it first, or choose another name.")
+
+    def _check_known(self, names: Mapping[str, Any] | Sequence[str]) -> None:
+        unknown = [name for name in names if name not in self._slots]
+        if unknown:
+            raise ConfigError(f"adapter {unknown[0]!r} is not in the bank, which has {_listed(list(self._slots))}.")
+
+    def _slots_of(self, names: Sequence[str]) -> list[int]:
+        names = [BASE if name == 0 else name for name in names]
+        unknown = {str(name) for name in names if name != BASE and name not in self._slots}
+        if unknown:
+            raise RoutingError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}. Known adapters: "
+                f"{_listed([*self._slots, BASE])}."
+            )
+        return [0 if name == BASE else self._slots[name] for name in names]
+
+    def _resolve(self, names: Sequence[str] | str | Tensor) -> tuple[list[str], list[int]]:
+        """Names and slots of what a user has routed."""
+        if isinstance(names, str):
+            return [names], self._slots_of([names])
+        if not isinstance(names, Tensor):
+            slots = self._slots_of(names)
+            return [self._names[slot] for slot in slots], slots
+        if names.dtype != torch.long or names.dim() != 1:
+            raise RoutingError(
+                f"an index is int64 of shape (B,), as bank.index makes it, but got {names.dtype} of shape "
+                f"{tuple(names.shape)}."
+            )
+        slots = names.tolist()
+        unknown = [slot for slot in slots if slot not in self._names]
+        if unknown:
+            raise RoutingError(
+                f"no adapter has the number {unknown[0]}: it was removed, or the index is not one that bank.index made."
+            )
+        return [self._names[slot] for slot in slots], slots
+
+    def _take(self, count: int) -> list[int]:
+        """Slots for new adapters: used ones for a single one, in a row for several where there is room."""
+        keep = count > 1 and self._next + count <= self._stacks.rows
+        reused = [] if keep else [self._free.popleft() for _ in range(min(count, len(self._free)))]
+        fresh = range(self._next, self._next + count - len(reused))
+        self._stacks.grow(fresh.stop)
+        self._next = fresh.stop
+        return [*reused, *fresh]
+
+    def _name(self, names: Sequence[str], slots: Sequence[int]) -> None:
+        self._slots.update(zip(names, slots, strict=True))
+        self._names.update(zip(slots, names, strict=True))
+
+    def _give_back(self, slots: Sequence[int]) -> None:
+        self._heads.forget(slots)
+        self._free.extend(slots)
+
+    def _checked(self, names: Sequence[str], adapters: Sequence[Adapter]) -> list[Tensor]:
+        for adapter in adapters:
+            self._heads.check(adapter)
+        rows = as_rows(self._stacks, [adapter.deltas for adapter in adapters])
+        for block in rows:
+            finite = block.flatten(1).isfinite().all(1).tolist()
+            if not all(finite):
+                raise AdapterFileError(
+                    f"adapter {names[finite.index(False)]!r} holds values that are not finite in {block.dtype}. The "
+                    "training that made it diverged, or the bank needs a wider dtype."
+                )
+        return rows
+
+    def _load(self, names: Sequence[str]) -> None:
+        """Copy rows from the file where that has not been done yet."""
+        if self._saved is None or not self._saved.pending:
+            return
+        for block in self._saved.take(names):
+            slots = [self._slots[name] for name in block.names]
+            self._stacks.write(slots, block.rows)
+            self._heads.write(slots, block.heads)
+            for name in block.names:
+                del self._saved.pending[name]
+
+
+def _base_of(model: nn.Module) -> nn.Module:
+    if not isinstance(model, PeftModel):
+        return model
+    if any(config.is_prompt_learning for config in model.peft_config.values()):
+        raise UnsupportedError(
+            "this PeftModel has learned prompts, which a route cannot leave out. Give its base model."
+        )
+    return model.get_base_model()
+
+
+def _spread(stacks: Stacks, rows: Sequence[Tensor], owners: Mapping[str, tuple[int, str]], factor: int) -> Any:
+    return spread(stacks, rows if factor == 1 else [own.repeat_interleave(factor, 0) for own in rows], owners)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 10 else f"{', '.join(names[:10])} and {len(names) - 10} others"

@@ -1,0 +1,77 @@
+"""A detour: a method put into one module in place of its own, that does something else while a route is on.
+
+It is an entry in the instance's `__dict__`, so no parameter is renamed, no module replaced, and hooks run around it as
+around the module's own forward. Who asks for a module's forward by `forward_of` gets what lies beneath the detour.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from peft_lntune.core.route import Route
+
+__all__ = ["Detour", "forward_of"]
+
+
+class Detour:
+    """Stands in place of a module's method, `forward` as a rule.
+
+    Args:
+        module: the module; `put` changes it, making a detour alone does not.
+        route: while it is active, `run` is called.
+        run: `(own, *args, **kwargs)` with the method that was there before.
+        method: the method's name.
+
+    Example:
+        >>> norm, route = nn.LayerNorm(2, bias=False), Route()
+        >>> detour = Detour(norm, route, lambda own, x: own(x) + 1)
+        >>> detour.put()
+        >>> torch.equal(norm(torch.zeros(2)), torch.zeros(2))  # nothing is routed
+        True
+        >>> detour.take()
+    """
+
+    def __init__(self, module: nn.Module, route: Route, run: Callable[..., Any], method: str = "forward") -> None:
+        self.own: Callable[..., Any] = getattr(module, method)
+        self.__wrapped__ = self.own  # so that its signature is that of the method
+        self._module, self._method = module, method
+        self._before = module.__dict__.get(method)
+        self._route, self._run = route, run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(self.own, *args, **kwargs) if self._route.active else self.own(*args, **kwargs)
+
+    def put(self) -> None:
+        """Put the detour into the module."""
+        self._module.__dict__[self._method] = self
+
+    def take(self) -> None:
+        """Leave the module as it was; where another method has been put around this one since, as it is."""
+        if self._module.__dict__.get(self._method) is not self:
+            self._route = Route()  # it stays beneath the other, and never routes again
+        elif self._before is None:
+            del self._module.__dict__[self._method]
+        else:
+            self._module.__dict__[self._method] = self._before
+
+    # A copy of the module has no detour: in its place stands the method beneath, bound to the copy.
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        return copy.deepcopy(self.own, memo)
+
+    def __reduce__(self) -> Any:
+        return _itself, (self.own,)
+
+
+def _itself(method: Callable[..., Any]) -> Callable[..., Any]:
+    return method
+
+
+def forward_of(module: nn.Module) -> Callable[..., Any]:
+    """The forward of a module as it is without a detour."""
+    forward: Any = module.forward
+    while isinstance(forward, Detour):
+        forward = forward.own
+    return forward
