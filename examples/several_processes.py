@@ -8,6 +8,7 @@ Masks are fitted before the model is wrapped, each process scoring its share; on
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16, help="rows of a step in each process; default 16")
     parser.add_argument("--accumulate", type=int, default=1, help="batches in a step; default 1")
     parser.add_argument("--lr", type=float, default=5e-3, help="default 5e-3")
-    parser.add_argument("--bf16", action="store_true", help="load the base in bfloat16, with the head in float32")
+    parser.add_argument("--bf16", action="store_true", help="the base in bfloat16; head and deltas are float32")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/several_processes"), help="default runs/several_processes"
@@ -52,15 +53,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def tune(base: nn.Module, kind: str, batches: DataLoader) -> Any:
-    """An adapter around the base, in every process the same."""
+    """An adapter around the base, in every process the same; the head in float32."""
     config, options = KINDS[kind]
     model = get_peft_model(base, config(task_type="SEQ_CLS", **options))  # type: ignore[arg-type]
-    if kind == "fisher":
-        fit_fisher_masks(model, batches)
     for name, parameter in model.named_parameters():
-        # A head is trained in the dtype it has, and FSDP wants one dtype among what is trained in a unit.
+        # In half precision it would not learn either; and FSDP wants one dtype among what is trained in a unit.
         if ".modules_to_save." in name:
             parameter.data = parameter.data.float()
+    if kind == "fisher":
+        fit_fisher_masks(model, batches)
     return model
 
 
@@ -75,7 +76,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     base = load_base(task, checkpoint, args.seed)
     loader = DataLoader(task.train, args.batch_size, shuffle=True, collate_fn=task.collator)  # type: ignore[arg-type]
     loader = accelerator.prepare(loader)
-    model = tune(base.bfloat16() if args.bf16 else base, args.kind, loader)
+    precision = partial(torch.autocast, accelerator.device.type, torch.bfloat16, enabled=args.bf16)
+    with precision():
+        model = tune(base.bfloat16() if args.bf16 else base, args.kind, loader)
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version == 1:
         plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model)  # what is trained gets units of its own
@@ -87,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tqdm(total=args.steps, unit="step", disable=not accelerator.is_main_process) as bar:
         while len(losses) < args.steps:
             for batch in loader:
-                with accelerator.accumulate(model), accelerator.autocast():
+                with accelerator.accumulate(model), precision():
                     loss = model(**batch).loss
                     accelerator.backward(loss)
                     optimizer.step()

@@ -22,6 +22,7 @@ from accelerate.state import AcceleratorState
 from peft import PeftModel, get_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType, fully_shard
@@ -80,12 +81,24 @@ def share(batch: dict[str, Tensor], rank: int, world: int) -> dict[str, Tensor]:
     return {name: rows.chunk(world)[rank] for name, rows in batch.items()}
 
 
+SENT: list[int] = []
+"""Bytes of each bucket of gradients that DDP has exchanged in this process."""
+
+
+def count_bytes(sent: list[int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's own exchange, counted."""
+    sent.append(bucket.buffer().nbytes)
+    return allreduce_hook(dist.group.WORLD, bucket)
+
+
 def wrap(way: str, model: PeftModel) -> nn.Module:
     """A model as a trainer of several processes would have it."""
     if way == "one":
         return model
     if way == "ddp":
-        return nn.parallel.DistributedDataParallel(model)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        wrapped.register_comm_hook(SENT, count_bytes)
+        return wrapped
     if way == "fsdp1":
         policy = fsdp_auto_wrap_policy(model)
         return FullyShardedDataParallel(
@@ -118,6 +131,7 @@ def train(way: str, case: str, folder: Path, rank: int, world: int, dtype: torch
     if case == "fisher":
         fit_fisher_masks(model, batches)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    SENT.clear()
     wrapped = wrap(way, model).train()
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-2)
     for step, batch in enumerate(batches):
@@ -125,11 +139,14 @@ def train(way: str, case: str, folder: Path, rank: int, world: int, dtype: torch
         wrapped(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    trained = [p for p in model.parameters() if p.requires_grad]
     state = whole_state(way, wrapped)
     model.save_pretrained(folder, state_dict=state, is_main_process=rank == 0)
     seen = {
         "trained": sorted({str(p.dtype) for p in wrapped.parameters() if p.requires_grad}),
         "deltas": sorted({str(v.dtype) for name, v in state.items() if ".lntune_" in name and v.is_floating_point()}),
+        "sent a step": sum(SENT) / STEPS,
+        "bytes trained": sum(p.numel() * p.element_size() for p in trained),
         "frozen as before": all(torch.equal(state[name], value) for name, value in before.items()),
     }
     if rank == 0:
