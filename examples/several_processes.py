@@ -25,7 +25,7 @@ from training import load_base, quiet
 
 from peft_lntune import FisherLNConfig, LNTuningConfig, SupermaskConfig, UnifiedConfig, fit_fisher_masks
 
-KINDS = {
+KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ln": (LNTuningConfig, {}),
     "fisher": (FisherLNConfig, {"density": 0.2, "num_samples": 256}),
     "unified": (UnifiedConfig, {"preset": "prefix+mha-adapter+ln"}),
@@ -55,7 +55,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def tune(base: nn.Module, kind: str, batches: DataLoader) -> Any:
     """An adapter around the base, in every process the same; the head in float32."""
     config, options = KINDS[kind]
-    model = get_peft_model(base, config(task_type="SEQ_CLS", **options))  # type: ignore[arg-type]
+    model = get_peft_model(base, config(task_type="SEQ_CLS", **options))
     for name, parameter in model.named_parameters():
         # In half precision it would not learn either; and FSDP wants one dtype among what is trained in a unit.
         if ".modules_to_save." in name:
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with accelerator.main_process_first():
         task, checkpoint = task_or_demo(args)
     base = load_base(task, checkpoint, args.seed)
-    loader = DataLoader(task.train, args.batch_size, shuffle=True, collate_fn=task.collator)  # type: ignore[arg-type]
+    loader = DataLoader(task.train, args.batch_size, shuffle=True, collate_fn=task.collator)
     loader = accelerator.prepare(loader)
     precision = partial(torch.autocast, accelerator.device.type, torch.bfloat16, enabled=args.bf16)
     with precision():
