@@ -151,6 +151,11 @@ class ManyTasks:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def norms(self) -> set[str]:
+        """The norms of the model that some task trains, by name."""
+        return set(self._numbers)
+
     def __repr__(self) -> str:
         return f"ManyTasks({len(self)} tasks on {type(self._base).__name__}, {self.entries:,} entries each at most)"
 
@@ -306,6 +311,7 @@ class ManyTasks:
         optimizer_class: Callable[..., torch.optim.Optimizer],
         max_grad_norm: float | Mapping[str, float | None] | None = None,
         schedule: Callable[[Any], Any] | Mapping[str, Callable[[Any], Any]] | None = None,
+        decayed: Callable[[str], bool] | None = None,
         **options: Any,
     ) -> TaskOptimizer:
         """An optimizer of its own for each task.
@@ -315,6 +321,8 @@ class ManyTasks:
             max_grad_norm: the largest norm of a task's gradient, or one for each task by name; None: no limit.
             schedule: from a task's optimizer to its learning-rate schedule, or one for each task by name. It moves on
                 with each step of its task.
+            decayed: whether a tensor of the base model, by name, has weight decay; None: all have. Those of one shape
+                go together, of the norms and of a layer of a head: where one has none, they all have none.
             **options: of the class, such as `lr`; a dict by name gives each task one of its own.
 
         Raises:
@@ -322,7 +330,16 @@ class ManyTasks:
         """
         self._follow()
         self._optimizers += 1
-        return TaskOptimizer(self._all(), self.names, optimizer_class, max_grad_norm, schedule, options)
+        groups = [("", self._norms), *((f"{layer}.", trained) for layer, trained in self._heads.items())]
+        free = {
+            (group, number)
+            for group, (prefix, trained) in enumerate(groups)
+            for number, (names, _) in enumerate(trained.stacks)
+            if decayed is not None and not all(decayed(prefix + name) for name in names)
+        }
+        made = TaskOptimizer(self._all(), self.names, optimizer_class, max_grad_norm, options, free)
+        made.set_schedule(schedule)
+        return made
 
     # The way back.
 

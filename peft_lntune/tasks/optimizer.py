@@ -1,6 +1,6 @@
 """An optimizer of its own for each task, over its rows of the tensors that hold all tasks."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,11 +43,11 @@ class TaskOptimizer:
         names: Sequence[str],
         optimizer_class: Callable[..., torch.optim.Optimizer],
         max_grad_norm: float | Mapping[str, float | None] | None,
-        schedule: Any,
         options: Mapping[str, Any],
+        free: Collection[tuple[int, int]] = (),
     ) -> None:
         self._trained, self._names = trained, list(names)
-        for option, value in {"max_grad_norm": max_grad_norm, "schedule": schedule, **options}.items():
+        for option, value in {"max_grad_norm": max_grad_norm, **options}.items():
             _check_option(option, value, self._names)
         limits = [_own(max_grad_norm, name) for name in names]
         self._clips = any(limit is not None for limit in limits)
@@ -61,11 +61,25 @@ class TaskOptimizer:
                 for number, (_, values) in enumerate(each.stacks)
                 if each.owns(number, slot)
             }
-            optimizer = optimizer_class(
-                list(rows.values()), **{key: _own(value, name) for key, value in options.items()}
-            )
+            groups: list[dict[str, Any]] = [{"params": [row for key, row in rows.items() if key not in free]}]
+            groups.append({"params": [row for key, row in rows.items() if key in free], "weight_decay": 0.0})
+            own = {key: _own(value, name) for key, value in options.items()}
+            optimizer = optimizer_class([group for group in groups if group["params"]], **own)
+            self._tasks[name] = _Task(optimizer, None, rows)
+
+    def set_schedule(self, schedule: Any) -> None:
+        """Give each task a schedule, from here on.
+
+        Args:
+            schedule: from a task's optimizer to its schedule, or one for each task by name; None: none.
+
+        Raises:
+            ConfigError: a dict lacks a task, or names one that is not there.
+        """
+        _check_option("schedule", schedule, self._names)
+        for name, task in self._tasks.items():
             make = _own(schedule, name)
-            self._tasks[name] = _Task(optimizer, None if make is None else make(optimizer), rows)
+            task.schedule = None if make is None else make(task.optimizer)
 
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
