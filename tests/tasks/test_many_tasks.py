@@ -384,6 +384,12 @@ class TestRefused:
         with pytest.raises(UnsupportedError, match=r"head\.1 \(BatchNorm1d\) is in a head and has the buffer running"):
             ManyTasks(model)
 
+    def test_a_head_inside_another(self):
+        model = tasked("roberta-classifier", "a", modules_to_save=["out_proj"])
+        model.add_adapter("b", LNTuningConfig(modules_to_save=["classifier"]))
+        with pytest.raises(UnsupportedError, match=r"are heads of adapters, one inside the other"):
+            ManyTasks(model)
+
     def test_state_of_other_tasks(self):
         tasks = ManyTasks(tasked(FAMILY))
         with pytest.raises(ConfigError, match="the state is not one of task 'a'"):
