@@ -47,6 +47,7 @@ from peft_lntune.selection import (
     select,
 )
 from peft_lntune.stock import from_stock, to_stock
+from peft_lntune.tasks import ManyTasks
 from peft_lntune.version import __version__
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "FisherLNConfig",
     "FisherState",
     "LNTuningConfig",
+    "ManyTasks",
     "ModuleTuningConfig",
     "NoMatchError",
     "Norm",

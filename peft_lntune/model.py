@@ -376,8 +376,9 @@ class LNTuneModel(BaseTuner):
 
     # Every forward pass of a PeftModel: training, mixed batches.
 
-    def _warn_of_missing_masks(self) -> None:
-        for name in self.active_adapters:
+    def warn_of_missing_masks(self, names: Sequence[str]) -> None:
+        """Say, once for each adapter, that it is about to train more than its config means to."""
+        for name in names:
             config = delta_part(self.peft_config[name]) if name in self.peft_config else None
             if isinstance(config, FisherLNConfig) and config.mask_source is None and name not in self._warned_of:
                 self._warned_of |= {name}
@@ -392,7 +393,7 @@ class LNTuneModel(BaseTuner):
         names = kwargs.pop("adapter_names", None)
         if names is None:
             if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                self._warn_of_missing_masks()
+                self.warn_of_missing_masks(self.active_adapters)
             yield
             return
         self._check_route(names)

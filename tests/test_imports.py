@@ -25,6 +25,7 @@ FLOORS = [
     {"weighted"},
     {"model"},
     {"bank", "fisher_fit", "lora_files", "stock", "supermasks"},
+    {"tasks"},
     {"plugin"},
     {"__init__"},
     {"cli"},

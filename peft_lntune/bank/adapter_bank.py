@@ -14,15 +14,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from peft_lntune.bank.base_rows import BaseRows
 from peft_lntune.bank.files import BLOCK, BankFile
 from peft_lntune.bank.heads import Heads
-from peft_lntune.bank.running import NormRun
+from peft_lntune.bank.running import NormRun, check_free
 from peft_lntune.bank.saving import Saved, save_bank
 from peft_lntune.bank.sources import Adapter, Source, Sources
 from peft_lntune.core.bank import Stacks, as_rows, spread
-from peft_lntune.core.delta import PARAMETERS, stamp
+from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.core.detour import Detour
-from peft_lntune.core.route import BASE, Gather, Route, expansions_of, one_dtype
+from peft_lntune.core.route import BASE, Gather, Route, expansions_of
 from peft_lntune.errors import AdapterFileError, ConfigError, RoutingError, UnsupportedError
 from peft_lntune.layers import switched_off
 
@@ -90,6 +91,7 @@ class AdapterBank:
         like = {name: self._sources.parameter(name) for name in self._owners}
         self._stacks = Stacks(like, capacity + 1, dtype, None if device is None else torch.device(device))
         self._stacks.write([0], as_rows(self._stacks, [{}]))
+        self._base_rows = BaseRows(self._sources, self._owners, self._stacks)
         self._route = Route()
         self._heads = Heads(self._sources, self._route)
         self._lock = threading.RLock()
@@ -98,7 +100,6 @@ class AdapterBank:
         self._free: deque[int] = deque()
         self._next = 1
         self._saved: Saved | None = None
-        self._kept: tuple[object, list[Tensor]] | None = None
         self._detours: list[Detour] = []
 
     # What is in the bank.
@@ -296,8 +297,7 @@ class AdapterBank:
             if self._detours:
                 return
             modules = self._sources.modules
-            if any(isinstance(modules[name].__dict__.get("forward"), Detour) for name, _ in self._norms):
-                raise UnsupportedError("another bank is attached to this model. Call its detach() first.")
+            check_free(modules[name] for name, _ in self._norms)
             runs = [
                 NormRun(modules[name], norm, number, self._route) for number, (name, norm) in enumerate(self._norms)
             ]
@@ -370,29 +370,8 @@ class AdapterBank:
         """Rows of the effective parameters; copies, whatever happens to the stacks afterwards."""
         with torch.inference_mode(False), torch.no_grad():
             deltas = self._stacks.gather(torch.tensor(slots, dtype=torch.long))
-            rows = [own.to(base.device) + base for own, base in zip(deltas, self._base_rows(), strict=True)]
-        return partial(_spread, self._stacks, rows, self._owners)
-
-    def _base_rows(self) -> list[Tensor]:
-        """The base model's parameters as the stacks have them, with the offset of zero-centred norms."""
-        parameters = {name: self._sources.parameter(name) for name in self._owners}
-        key = [stamp(parameter) for parameter in parameters.values()]
-        if self._kept is None or self._kept[0] != key:
-            if any(parameter.is_meta for parameter in parameters.values()):
-                raise UnsupportedError(
-                    "norms of this model are on the meta device, as accelerate leaves them between the calls of a "
-                    "model that it offloads. Keep the norms on a device, they are small."
-                )
-            wide = {name: self._wide(name, parameter) for name, parameter in parameters.items()}
-            groups = [one_dtype([wide[name] for name in names]) for names, _ in self._stacks]
-            self._kept = key, [torch.stack(group) for group in groups]
-        return self._kept[1]
-
-    def _wide(self, name: str, parameter: Tensor) -> Tensor:
-        number, which = self._owners[name]
-        wide = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
-        offset = self._norms[number][1].offset
-        return wide + offset if which == "weight" and offset else wide
+            rows = [own.to(base.device) + base for own, base in zip(deltas, self._base_rows.stacked(), strict=True)]
+        return partial(spread, self._stacks, rows, self._owners)
 
     # Names and slots; with the lock.
 
@@ -491,10 +470,6 @@ def _base_of(model: nn.Module) -> nn.Module:
             "this PeftModel has learned prompts, which a route cannot leave out. Give its base model."
         )
     return model.get_base_model()
-
-
-def _spread(stacks: Stacks, rows: Sequence[Tensor], owners: Mapping[str, tuple[int, str]], factor: int) -> Any:
-    return spread(stacks, rows if factor == 1 else [own.repeat_interleave(factor, 0) for own in rows], owners)
 
 
 def _listed(names: Sequence[str]) -> str:

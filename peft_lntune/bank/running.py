@@ -1,17 +1,26 @@
 """What stands in place of the forward of a norm, and of a layer of a head, while a bank routes a batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
 from peft_lntune.core.affine import split_call, with_rows
+from peft_lntune.core.detour import Detour
 from peft_lntune.core.head_rows import HeadForward, run_head
 from peft_lntune.core.norms import Norm
 from peft_lntune.core.route import Route, fit_rows
-from peft_lntune.errors import MixedHeadError
+from peft_lntune.errors import MixedHeadError, UnsupportedError
 
-__all__ = ["HeadRun", "NormRun"]
+__all__ = ["HeadRun", "NormRun", "check_free"]
+
+
+def check_free(norms: Iterable[nn.Module]) -> None:
+    """Raise an `UnsupportedError` where something else routes these norms."""
+    if any(isinstance(norm.__dict__.get("forward"), Detour) for norm in norms):
+        raise UnsupportedError(
+            "another bank is attached to this model. Call its detach() first; or close(), if it is a ManyTasks."
+        )
 
 
 class NormRun:

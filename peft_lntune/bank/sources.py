@@ -15,6 +15,7 @@ from peft_lntune.config import LNTuneConfig, LNTuningConfig, StoredConfig, parts
 from peft_lntune.config.base import CONFIG_FILE, PEFT_TYPE
 from peft_lntune.core.delta import PARAMETERS, scatter, unpack_bits
 from peft_lntune.core.norms import Norm, base_modules, called_modules, find_norms
+from peft_lntune.core.reparam import Delta
 from peft_lntune.errors import AdapterFileError, ConfigError, UnsupportedError
 from peft_lntune.fit import check_shapes, unpack_by
 from peft_lntune.layers import LNTuneLayer
@@ -22,7 +23,7 @@ from peft_lntune.packing import PREFIX, ROOT
 from peft_lntune.plan import check_selected, plan
 from peft_lntune.storage import WEIGHTS_FILE, check_tensors, read_tensors
 
-__all__ = ["Adapter", "Source", "Sources", "tensors_of"]
+__all__ = ["Adapter", "Source", "Sources", "deltas_in", "tensors_of"]
 
 Source = str | os.PathLike | tuple[PeftModel, str]
 """A directory that `save_pretrained` has written, or a model and the name of one of its adapters."""
@@ -57,9 +58,11 @@ class Sources:
 
     Args:
         model: the base model, plain or with tuner layers in it.
+        holder: what takes them in, for errors.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, holder: str = "a bank") -> None:
+        self._holder = holder
         self.modules = base_modules(model)
         self.norms: dict[str, Norm] = find_norms(model)
         self._model = model
@@ -118,15 +121,8 @@ class Sources:
             raise ConfigError(f"adapter {adapter_name!r} not found; the given model has {known}.")
         config = model.peft_config[adapter_name]
         self._check_kind(name, config)
-        # Not by the names that PEFT has them under: a head's copy holds copies of the layers of other adapters.
         called = called_modules(model.get_base_model())
-        deltas = {
-            f"{place}.{parameter}": layer.deltas(parameter)[adapter_name].dense()
-            for place, layer in called.items()
-            if isinstance(layer, LNTuneLayer)
-            for parameter in PARAMETERS
-            if adapter_name in layer.deltas(parameter)
-        }
+        deltas = {key: delta.dense() for key, delta in deltas_in(called, adapter_name).items()}
         shapes, _ = self._selection(name, config)
         tuned = deltas.keys() if config.mask_source is not None else shapes.keys()
         expected = {key: shape for key, shape in shapes.items() if key in tuned}
@@ -143,7 +139,7 @@ class Sources:
             return
         parts = ", ".join(type(part).__name__ for part in parts_of(config))
         raise UnsupportedError(
-            f"adapter {name!r} is of {parts}, and a bank holds deltas of norms alone: LNTuningConfig and "
+            f"adapter {name!r} is of {parts}, and {self._holder} holds deltas of norms alone: LNTuningConfig and "
             "FisherLNConfig. Load it into a PeftModel, and name it there in `adapter_names` for mixed batches."
         )
 
@@ -156,8 +152,8 @@ class Sources:
             if others:
                 raise UnsupportedError(
                     f"adapter {name!r} tunes {len(others)} modules that are no norms, such as {others[0].name} "
-                    f"({others[0].module_class}), and a bank holds deltas of norms alone. Load it into a PeftModel, "
-                    "and name it there in `adapter_names` for mixed batches."
+                    f"({others[0].module_class}), and {self._holder} holds deltas of norms alone. Load it into a "
+                    "PeftModel, and name it there in `adapter_names` for mixed batches."
                 )
             names = [f"{part.name}.{parameter}" for part in planned.parts.values() for parameter in part.entries]
             self._selections[key] = {name: self.parameter(name).shape for name in names}, planned.selected
@@ -192,6 +188,24 @@ class Sources:
                 every[f"{head}.{key}"] = tensors[key].to(wide) - own[key].detach().to(tensors[key].device, wide)
             rest[head] = {key: value for key, value in tensors.items() if key not in inside}
         return Adapter(every, rest)
+
+
+def deltas_in(called: Mapping[str, nn.Module], adapter_name: str) -> dict[str, Delta]:
+    """The deltas of an adapter, by the base parameter's name.
+
+    Not by the names that PEFT has them under: a head's copy holds copies of the layers of other adapters.
+
+    Args:
+        called: the `called_modules` of a base model.
+        adapter_name: the adapter.
+    """
+    return {
+        f"{place}.{parameter}": layer.deltas(parameter)[adapter_name]
+        for place, layer in called.items()
+        if isinstance(layer, LNTuneLayer)
+        for parameter in PARAMETERS
+        if adapter_name in layer.deltas(parameter)
+    }
 
 
 def tensors_of(modules: Mapping[str, nn.Module], name: str = "") -> dict[str, Tensor]:

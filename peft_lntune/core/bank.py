@@ -103,6 +103,10 @@ class Stacks:
             for name, value in zip(stack.names, stack.values[slot], strict=True)
         }
 
+    def follow(self, like: Mapping[str, Tensor]) -> None:
+        """Move each stack to where its tensors are by now; a stack that is moved is a new tensor."""
+        self._stacks = [Stack(names, values.to(like[names[0]].device)) for names, values in self._stacks]
+
     def gather(self, index: Tensor) -> list[Tensor]:
         """Rows `index` `(B,)` of every stack, `(B, k, *shape)` each; copies, so that rows may be written afterwards."""
         return [stack.values.index_select(0, index.to(stack.values.device)) for stack in self._stacks]
@@ -128,16 +132,19 @@ def as_rows(stacks: Stacks, adapters: Sequence[Mapping[str, Tensor]]) -> list[Te
     return blocks
 
 
-def spread(stacks: Stacks, gathered: Sequence[Tensor], owners: Mapping[str, tuple[int, str]]) -> dict[int, Rows]:
+def spread(
+    stacks: Stacks, gathered: Sequence[Tensor], owners: Mapping[str, tuple[int, str]], factor: int = 1
+) -> dict[int, Rows]:
     """Rows of stacks as rows of norms.
 
     Args:
         stacks: where they come from.
         gathered: `(B, k, *shape)` for each stack.
         owners: by the name of a parameter, the number of its norm and which of the norm's parameters it is.
+        factor: how often each row is repeated, as generation repeats the samples.
 
     Returns:
-        Rows `(B, 1, *shape)` by the number of the norm.
+        Rows `(factor * B, 1, *shape)` by the number of the norm.
 
     Example:
         >>> stacks = Stacks({"a.weight": torch.ones(2), "a.bias": torch.ones(2)}, rows=1)
@@ -146,7 +153,8 @@ def spread(stacks: Stacks, gathered: Sequence[Tensor], owners: Mapping[str, tupl
         torch.Size([3, 1, 2])
     """
     found: dict[int, dict[str, Tensor]] = {}
-    for stack, rows in zip(stacks, gathered, strict=True):
+    for stack, each in zip(stacks, gathered, strict=True):
+        rows = each if factor == 1 else each.repeat_interleave(factor, 0)
         for name, own in zip(stack.names, rows.unsqueeze(2).unbind(1), strict=True):
             number, parameter = owners[name]
             found.setdefault(number, {})[parameter] = own

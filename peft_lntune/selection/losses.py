@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +19,16 @@ from peft_lntune.errors import DataError, UnsupportedError
 __all__ = [
     "HEADS",
     "Head",
+    "Part",
     "causal_lm_loss",
     "classification_loss",
     "find_head",
+    "grouped_losses",
     "multi_label_loss",
     "question_answering_loss",
     "regression_loss",
     "token_loss",
+    "whole_loss",
 ]
 
 Batch = Mapping[str, Any]
@@ -37,7 +40,7 @@ IGNORED = -100
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy: logits `(B, C)`, labels `(B,)` int64 -> `(B,)`."""
-    return F.cross_entropy(_wide(logits), labels, reduction="none")
+    return F.cross_entropy(_wide(logits), labels.long(), reduction="none")
 
 
 def regression_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -89,12 +92,26 @@ def question_answering_loss(starts: Tensor, ends: Tensor, start: Tensor, end: Te
     Returns:
         `(B,)`.
     """
-    sides = zip((starts, ends), (start, end), strict=True)
-    losses = [
-        F.cross_entropy(_wide(logits), place.clamp(0, logits.shape[1]), reduction="none", ignore_index=logits.shape[1])
-        for logits, place in sides
-    ]
-    return (losses[0] + losses[1]) / 2
+    return (_position_loss(starts, start) + _position_loss(ends, end)) / 2
+
+
+def _position_loss(logits: Tensor, place: Tensor) -> Tensor:
+    length = logits.shape[1]
+    return F.cross_entropy(_wide(logits), place.clamp(0, length), reduction="none", ignore_index=length)
+
+
+class Part(NamedTuple):
+    """A part of a head's loss over some rows: `weight * sum of sums / sum of counts`.
+
+    Attributes:
+        weight: of this part in the loss.
+        sums: of each sample, `(B,)`.
+        counts: how many terms each sum has, `(B,)`; None: the loss is a sum and not a mean.
+    """
+
+    weight: float
+    sums: Tensor
+    counts: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -106,6 +123,7 @@ class Head:
         labels: names of the labels in a batch.
         fits: whether outputs and labels of a batch have the shapes of this head.
         loss: `(outputs, batch) -> (B,)`.
+        parts: `(outputs, batch) -> parts`, from which the loss of any rows of the batch follows.
         draw: `(outputs, batch, generators) -> labels by name`, drawn from the model's own distribution, one generator
             a sample.
         expected: `outputs -> [(weights (B,), losses (B,))]`, so that the exact Fisher diagonal is the sum over the list
@@ -116,17 +134,18 @@ class Head:
     labels: tuple[str, ...]
     fits: Callable[[Any, Batch], bool]
     loss: Loss
+    parts: Callable[[Any, Batch], list[Part]]
     draw: Callable[[Any, Batch, Sequence[torch.Generator]], dict[str, Tensor]]
     expected: Callable[[Any], list[tuple[Tensor, Tensor]]] | None = None
 
 
 def find_head(model: nn.Module, outputs: Any, batch: Batch) -> Head:
-    """The head whose loss a sample is the loss that the model itself reports for a batch of one sample.
+    """The head whose loss is the one that the model itself reports.
 
     Args:
         model: for the message.
         outputs: of the model, called with `batch`, labels among it; its `loss` is the model's own.
-        batch: a batch of one sample.
+        batch: a batch of one sample or several.
 
     Raises:
         DataError: the batch has no labels, or its own loss is not finite.
@@ -144,16 +163,57 @@ def find_head(model: nn.Module, outputs: Any, batch: Batch) -> Head:
             f"{', '.join(HEADS)}, or a function (outputs, batch) -> (B,)."
         )
     if not bool(torch.isfinite(own)):
-        raise DataError(f"the model's own loss is {own.item()} on a sample. Look at its labels and inputs.")
+        raise DataError(f"the model's own loss is {own.item()}. Look at the labels and inputs.")
     fitting = [head for head in HEADS.values() if all(n in batch for n in head.labels) and head.fits(outputs, batch)]
     # The nearest, not the first near one: a model that knows nothing has nearly the same loss under several readings.
-    errors = [abs(head.loss(outputs, batch).item() - own.item()) for head in fitting]
+    errors = [abs(whole_loss(head, outputs, batch).item() - own.item()) for head in fitting]
     if fitting and min(errors) <= 1e-3 + 1e-2 * abs(own.item()):
         return fitting[errors.index(min(errors))]
     raise UnsupportedError(
-        f"{type(model).__name__} reports a loss of {own.item():.4g} on a sample, which is none of the losses known "
+        f"{type(model).__name__} reports a loss of {own.item():.4g}, which is none of the losses known "
         f"here ({', '.join(HEADS)}). Pass loss=, a function (outputs, batch) -> (B,)."
     )
+
+
+def whole_loss(head: Head, outputs: Any, batch: Batch) -> Tensor:
+    """The loss of all rows of a batch together, as the model itself reports it: a scalar."""
+    parts = head.parts(outputs, batch)
+    return _grouped(parts, torch.zeros_like(parts[0].sums, dtype=torch.long), 1)[0]
+
+
+def grouped_losses(head: Head, outputs: Any, batch: Batch, groups: Tensor, count: int) -> Tensor:
+    """The losses that groups of rows would have as batches of their own.
+
+    Over tokens a loss is a mean over all tokens of its rows, so it is not the mean of the rows' own losses.
+
+    Args:
+        head: what the outputs mean.
+        outputs: of the model.
+        batch: with the labels.
+        groups: of each row the number of its group, `(B,)` int64.
+        count: how many groups there are.
+
+    Returns:
+        `(count,)`; 0 for a group in which nothing is counted, where a batch of its own would have no loss.
+
+    Example:
+        >>> outputs, batch = {"logits": torch.zeros(3, 2)}, {"labels": torch.tensor([0, 1, 0])}
+        >>> grouped_losses(HEADS["classification"], outputs, batch, torch.tensor([0, 1, 0]), 2)
+        tensor([0.6931, 0.6931])
+    """
+    return _grouped(head.parts(outputs, batch), groups, count)
+
+
+def _grouped(parts: Sequence[Part], groups: Tensor, count: int) -> Tensor:
+    total = parts[0].sums.new_zeros(count)
+    for weight, sums, counts in parts:
+        groups = groups.to(sums.device)
+        own = sums.new_zeros(count).index_add(0, groups, sums)
+        if counts is not None:
+            terms = sums.new_zeros(count).index_add(0, groups, counts.to(sums.dtype))
+            own = own / terms.clamp(min=1)
+        total = total + weight * own
+    return total
 
 
 def _field(outputs: Any, name: str) -> Any:
@@ -190,6 +250,40 @@ def _has_dims(outputs: Any, dims: int) -> bool:
 
 def _fits_tokens(outputs: Any, batch: Batch) -> bool:
     return _has_dims(outputs, 3) and _field(outputs, "logits").shape[:2] == batch["labels"].shape
+
+
+# Parts of losses.
+
+
+def _mean_of_rows(loss: Loss) -> Callable[[Any, Batch], list[Part]]:
+    """For losses that are a mean over samples; a class of -100 is left out."""
+
+    def parts(outputs: Any, batch: Batch) -> list[Part]:
+        losses, labels = loss(outputs, batch), batch["labels"]
+        left_out = not labels.is_floating_point() and labels.dim() == 1
+        return [Part(1.0, losses, labels.ne(IGNORED) if left_out else torch.ones_like(losses))]
+
+    return parts
+
+
+def _token_parts(next_token: bool, mean: bool) -> Callable[[Any, Batch], list[Part]]:
+    loss = causal_lm_loss if next_token else token_loss
+
+    def parts(outputs: Any, batch: Batch) -> list[Part]:
+        labels = batch["labels"]
+        counted = labels[:, 1:] if next_token else labels
+        sums = loss(_logits(outputs), labels, reduction="sum")
+        return [Part(1.0, sums, counted.ne(IGNORED).sum(1) if mean else None)]
+
+    return parts
+
+
+def _span_parts(outputs: Any, batch: Batch) -> list[Part]:
+    parts = []
+    for side in ("start", "end"):
+        logits, place = _field(outputs, f"{side}_logits"), batch[f"{side}_positions"]
+        parts.append(Part(0.5, _position_loss(logits, place), place.clamp(min=0) < logits.shape[1]))
+    return parts
 
 
 # Labels drawn from the model.
@@ -278,8 +372,11 @@ HEADS: dict[str, Head] = {
         Head(
             "classification",
             ("labels",),
-            lambda outputs, batch: _has_dims(outputs, 2) and batch["labels"].dim() == 1,
-            _on_labels(lambda logits, labels: classification_loss(logits, labels.long())),
+            lambda outputs, batch: (
+                _has_dims(outputs, 2) and batch["labels"].dim() == 1 and not batch["labels"].is_floating_point()
+            ),
+            _on_labels(classification_loss),
+            _mean_of_rows(_on_labels(classification_loss)),
             _draw_labels,
             _expected_classes,
         ),
@@ -288,6 +385,7 @@ HEADS: dict[str, Head] = {
             ("labels",),
             lambda outputs, batch: _has_dims(outputs, 2) and _logits(outputs).shape == batch["labels"].shape,
             _on_labels(multi_label_loss),
+            _mean_of_rows(_on_labels(multi_label_loss)),
             _draw_multi_label,
         ),
         Head(
@@ -299,18 +397,24 @@ HEADS: dict[str, Head] = {
                 and batch["labels"].is_floating_point()
             ),
             _on_labels(regression_loss),
+            _mean_of_rows(_on_labels(regression_loss)),
             _draw_values,
             _expected_values,
         ),
-        Head("token", ("labels",), _fits_tokens, _on_labels(token_loss), _draw_tokens),
-        Head("token_sum", ("labels",), _fits_tokens, _on_labels(partial(token_loss, reduction="sum")), _draw_tokens),
-        Head("causal_lm", ("labels",), _fits_tokens, _on_labels(causal_lm_loss), _draw_next_tokens),
-        Head(
-            "causal_lm_sum",
-            ("labels",),
-            _fits_tokens,
-            _on_labels(partial(causal_lm_loss, reduction="sum")),
-            _draw_next_tokens,
+        *(
+            Head(
+                name if mean else f"{name}_sum",
+                ("labels",),
+                _fits_tokens,
+                _on_labels(loss if mean else partial(loss, reduction="sum")),
+                _token_parts(next_token, mean),
+                draw,
+            )
+            for name, loss, next_token, draw in (
+                ("token", token_loss, False, _draw_tokens),
+                ("causal_lm", causal_lm_loss, True, _draw_next_tokens),
+            )
+            for mean in (True, False)
         ),
         Head(
             "question_answering",
@@ -322,6 +426,7 @@ HEADS: dict[str, Head] = {
                 batch["start_positions"],
                 batch["end_positions"],
             ),
+            _span_parts,
             _draw_spans,
         ),
     )

@@ -143,6 +143,10 @@ REQUIRED = [
     Name("transformers.models.bert.modeling_bert:eager_attention_forward", "prefixes under eager", ("attention.py",)),
     Name("peft.utils.other:ModulesToSaveWrapper", "heads in mixed batches", ("heads.py",)),
     *(
+        Name(f"transformers:Trainer.{name}", "TaskTrainer", ("tasks/trainer.py",))
+        for name in ("_load_from_checkpoint", "_set_signature_columns_if_needed")
+    ),
+    *(
         Name(f"peft.utils.merge_utils:{name}", "add_weighted_adapter", ("weighted.py",))
         for name in ("dare_linear", "dare_ties", "magnitude_prune", "task_arithmetic", "ties")
     ),

@@ -1,0 +1,56 @@
+"""Rows of a stack with a gradient: what autograd's own `index_select` does, but for who asks how often.
+
+Gradient checkpointing may run a backward pass of its own for each layer, and each of them comes down to the same rows.
+autograd frees what `index_select` has saved after the first; here nothing is saved that could be freed.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["take_rows"]
+
+
+def take_rows(
+    values: Tensor, index: Tensor, outside: Tensor | None = None, reached: Callable[[], None] | None = None
+) -> Tensor:
+    """Rows of a stack.
+
+    Args:
+        values: the stack, `(tasks, *shape)`.
+        index: `(B,)` int64.
+        outside: bool, `(tasks, *shape)`: entries that are not trained, whose gradient is zero; None: there are none.
+        reached: called in each backward pass that comes down to these rows.
+
+    Returns:
+        `(B, *shape)`.
+
+    Example:
+        >>> stack = torch.zeros(3, 2, requires_grad=True)
+        >>> take_rows(stack, torch.tensor([0, 2, 0])).sum().backward()
+        >>> stack.grad
+        tensor([[2., 2.],
+                [0., 0.],
+                [1., 1.]])
+    """
+    return _Take.apply(values, index, outside, reached)
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, index: Tensor, outside: Tensor | None, reached: Any) -> Tensor:
+        # Attributes and not `save_for_backward`: they must outlive the first backward pass.
+        ctx.index, ctx.outside, ctx.reached, ctx.shape = index, outside, reached, values.shape
+        return values.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        # Not a product with a matrix of ones and zeros: one task that diverges must leave the others alone.
+        total = grad.new_zeros(ctx.shape).index_add_(0, ctx.index, grad)
+        if ctx.outside is not None:
+            total.masked_fill_(ctx.outside, 0)
+        if ctx.reached is not None:
+            ctx.reached()
+        return total, None, None, None

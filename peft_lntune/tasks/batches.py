@@ -1,0 +1,72 @@
+"""Batches with rows of every task, in which each task sees what it would see alone."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from peft_lntune.errors import ConfigError
+
+__all__ = ["TaskBatches"]
+
+
+class TaskBatches:
+    """A batch sampler: in every batch as many rows of each task, until those of a task are used up.
+
+    A task that is used up has no rows in the rest of an epoch. The order of a task's rows depends on the seed, the
+    epoch and how many there are, and not on the other tasks: alone it would see the same batches, and tasks that train
+    on the same rows see them in the same order.
+
+    Args:
+        tasks: the task of each row of the data set.
+        rows: how many of each task are in a batch; the last of a task may be fewer.
+        seed: of the order.
+        shuffle: whether rows are shuffled, anew in each epoch.
+
+    Raises:
+        ConfigError: `rows` is no positive number, or there are no rows.
+
+    Example:
+        >>> list(TaskBatches(["a", "b", "a", "a"], rows=2, shuffle=False))
+        [[0, 2, 1], [3]]
+        >>> TaskBatches(["a", "b", "a", "a"], rows=2).steps
+        {'a': 2, 'b': 1}
+    """
+
+    def __init__(self, tasks: Sequence[str], rows: int, seed: int = 0, shuffle: bool = True) -> None:
+        if type(rows) is not int or rows < 1:
+            raise ConfigError(f"rows={rows!r} should be a number of rows of each task, at least 1.")
+        self.rows, self.seed, self.shuffle, self.epoch = rows, seed, shuffle, 0
+        self._places: dict[str, list[int]] = {}
+        for place, task in enumerate(tasks):
+            self._places.setdefault(task, []).append(place)
+        if not self._places:
+            raise ConfigError("the data set has no rows, so there are no batches.")
+
+    @property
+    def steps(self) -> dict[str, int]:
+        """In how many batches of an epoch each task has rows."""
+        return {task: -(-len(places) // self.rows) for task, places in self._places.items()}
+
+    @property
+    def sampler(self) -> "TaskBatches":
+        """What accelerate tells the epoch to."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch the next pass is of."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return max(self.steps.values())
+
+    def __iter__(self) -> Iterator[list[int]]:
+        shuffled = [self._shuffled(places) for places in self._places.values()]
+        for start in range(0, len(self) * self.rows, self.rows):
+            yield [place for places in shuffled for place in places[start : start + self.rows]]
+
+    def _shuffled(self, places: list[int]) -> list[int]:
+        if not self.shuffle:
+            return places
+        # Not seed + epoch alone: the second epoch of one seed would be the first of the next.
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+        return [places[place] for place in torch.randperm(len(places), generator=generator).tolist()]

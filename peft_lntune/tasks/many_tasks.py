@@ -1,0 +1,478 @@
+"""Many adapters of one model, trained in one pass: each row of a batch by the adapter of its task."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor
+
+from peft_lntune.bank.base_rows import BaseRows
+from peft_lntune.bank.heads import layers_of, within
+from peft_lntune.bank.running import HeadRun, NormRun, check_free
+from peft_lntune.bank.sources import Adapter, Sources, tensors_of
+from peft_lntune.core.bank import spread
+from peft_lntune.core.delta import PARAMETERS
+from peft_lntune.core.detour import Detour
+from peft_lntune.core.norms import called_modules
+from peft_lntune.core.recomputed import RecomputedDetour
+from peft_lntune.core.route import Gather, Route, Rows, expansions_of
+from peft_lntune.errors import ConfigError, RoutingError, UnsupportedError
+from peft_lntune.layers import switched_off
+from peft_lntune.selection.losses import Batch, Head
+from peft_lntune.tasks.losses import RowLoss, default_losses, losses_of_rows, order_of
+from peft_lntune.tasks.optimizer import TaskOptimizer
+from peft_lntune.tasks.places import above, tuned_in, write_adapter
+from peft_lntune.tasks.trained import Trained
+
+__all__ = ["ManyTasks"]
+
+
+@dataclass(eq=False)
+class _Routed:
+    """One entered route: whose the rows are, what they hold, and whether a backward pass has come down to them."""
+
+    names: list[str]
+    one: bool
+    gather: Gather
+    heads: dict[str, dict[str, Tensor]]
+    finished: bool = False
+
+
+class ManyTasks:
+    """Adapters of a PeftModel that train at once, each on its rows of every batch.
+
+    What each adapter trains lies in a few tensors, a row a task. A routed batch takes its rows once, and each norm
+    costs one operation more than the base model's, however many tasks there are. Each task has the gradient that it
+    would have alone, and its own optimizer, schedule, clipping and end; see docs/many_tasks.md.
+
+    The values are in the adapters again after `write`, `save` or `close`; until then the adapters are as they were.
+    Inside a route the model's own adapters are off; outside of it the model is what it was.
+
+    Args:
+        peft_model: holds an adapter a task, of LNTuningConfig or FisherLNConfig, with masks where these are wanted.
+        adapter_names: the tasks; None: all its adapters.
+
+    Raises:
+        ConfigError: no PeftModel, or an adapter is not there or named twice.
+        RoutingError: an adapter is merged.
+        UnsupportedError: an adapter is of another kind, a head cannot be taken apart or has buffers, or a bank is
+            attached to the model. Nothing has changed.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from peft_lntune import LNTuningConfig
+        >>> sizes = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 9}
+        >>> config = LNTuningConfig(task_type="SEQ_CLS")
+        >>> model = get_peft_model(BertForSequenceClassification(BertConfig(**sizes)), config, adapter_name="mail")
+        >>> model.add_adapter("news", config)
+        >>> batch = {"input_ids": torch.ones(3, 5, dtype=torch.long), "labels": torch.tensor([0, 1, 1])}
+        >>> with ManyTasks(model) as tasks:
+        ...     optimizer = tasks.optimizer(torch.optim.AdamW, lr={"mail": 1e-3, "news": 5e-3})
+        ...     with tasks.route(["mail", "news", "mail"]):
+        ...         losses = tasks.losses(model(**batch), batch)
+        ...     sum(losses.values()).backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> list(losses)
+        ['mail', 'news']
+    """
+
+    def __init__(self, peft_model: PeftModel, adapter_names: Sequence[str] | None = None) -> None:
+        self.names = _checked_names(peft_model, adapter_names)
+        self.model = peft_model
+        self._base: Any = peft_model.get_base_model()
+        self._sources = Sources(self._base, "training many tasks")
+        self._modules = self._sources.modules
+        self._tuners()
+        check_free(self._modules[name] for name in self._sources.norms)
+        adapters = [self._sources.read(name, (peft_model, name)) for name in self.names]
+        peft_model.base_model.warn_of_missing_masks(self.names)
+        self._head_layers = self._layers_in(adapters)
+        self._route = Route()
+        self._norms = self._make_norms(adapters)
+        self._heads = self._make_heads(adapters)
+        self._slots = {name: slot for slot, name in enumerate(self.names)}
+        self._optimizers = 0
+        self._latest: _Routed | None = None
+        self._recent: _Routed | None = None  # the latest that a backward pass may come down to
+        self._unclear = False
+        self._head: Head | None = None
+        self._detours: list[Detour] = []
+        self._attach()
+
+    def _make_norms(self, adapters: Sequence[Adapter]) -> Trained:
+        tuned = {name for adapter in adapters for name in adapter.deltas}
+        places = [name for name in self._sources.norms if tuned & {f"{name}.{p}" for p in PARAMETERS}]
+        self._numbers = {name: number for number, name in enumerate(places)}
+        self._owners = {
+            f"{name}.{parameter}": (number, parameter)
+            for name, number in self._numbers.items()
+            for parameter in PARAMETERS
+            if getattr(self._modules[name], parameter, None) is not None
+        }
+        zeros = {name: torch.zeros_like(self._sources.parameter(name)) for name in self._owners if name in tuned}
+        masks = [tuned_in(self.model, name, each) for name, each in zip(self.names, adapters, strict=True)]
+        trained = Trained(zeros, [adapter.deltas for adapter in adapters], masks)
+        self._base_rows = BaseRows(self._sources, self._owners, trained.source)
+        return trained
+
+    def _make_heads(self, adapters: Sequence[Adapter]) -> dict[str, Trained]:
+        heads = {}
+        for layer, head in self._head_layers.items():
+            own = [within(each.heads[head], layer, head) if head in each.heads else {} for each in adapters]
+            masks = [{key: torch.ones(value.shape, dtype=torch.bool) for key, value in task.items()} for task in own]
+            heads[layer] = Trained(tensors_of(self._modules, layer), own, masks)
+        return heads
+
+    def _layers_in(self, adapters: Sequence[Adapter]) -> dict[str, str]:
+        """The layers of all heads, and the head that each is in."""
+        found: dict[str, str] = {}
+        for head in dict.fromkeys(head for adapter in adapters for head in adapter.heads):
+            for layer in layers_of(self._modules, self._sources.norms, head):
+                buffers = [name for name, value in self._modules[layer]._buffers.items() if value is not None]
+                if buffers:
+                    raise UnsupportedError(
+                        f"{layer} ({type(self._modules[layer]).__name__}) is in a head and has the buffer "
+                        f"{buffers[0]}, which all tasks would share. Train these adapters alone."
+                    )
+                if found.setdefault(layer, head) != head:
+                    raise UnsupportedError(f"{found[layer]} and {head} are heads of adapters, one inside the other.")
+        return found
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def norms(self) -> set[str]:
+        """The norms of the model that some task trains, by name."""
+        return set(self._numbers)
+
+    def __repr__(self) -> str:
+        return f"ManyTasks({len(self)} tasks on {type(self._base).__name__}, {self.entries:,} entries each at most)"
+
+    @property
+    def entries(self) -> int:
+        """How many entries a task has in all stacks; each has a value, a gradient and what its optimizer keeps."""
+        return sum(values[0].numel() for each in self._all() for _, values in each.stacks)
+
+    # Routing.
+
+    def index(self, names: Sequence[str]) -> Tensor:
+        """Tasks as numbers, which `route` takes in place of names: `(len(names),)` int64.
+
+        Raises:
+            RoutingError: there is no such task.
+        """
+        return torch.tensor(self._slots_of(names), dtype=torch.long)
+
+    @contextmanager
+    def route(self, names: Sequence[str] | str | Tensor) -> Iterator[None]:
+        """Forward passes and `generate` of the model inside this context use the adapter of each row's task.
+
+        Args:
+            names: the task of each row, or what `index` has made of them, or one name for all rows.
+
+        Raises:
+            RoutingError: there is no such task, the tasks are closed, an adapter is merged, or a route is on already.
+                Inside the context, at the first norm: the batch has another number of rows.
+        """
+        tuners = self._tuners()
+        if not self._detours:
+            raise RoutingError("these tasks were closed, and their values are in the adapters. Make a new ManyTasks.")
+        self._route.check_idle()
+        routed = self._take(names)
+        self._latest = routed
+        if torch.is_grad_enabled():
+            self._begin(routed)
+        with self._on(routed, tuners):
+            yield
+
+    @contextmanager
+    def _on(self, routed: _Routed, tuners: Sequence[Any]) -> Iterator[None]:
+        with ExitStack() as stack:
+            names = routed.names[0] if routed.one else routed.names
+            stack.enter_context(self._route.serving(names, routed.gather, {1}, "the names given to `route`"))
+            stack.enter_context(switched_off(tuners))
+            for layer, run in self._runs.items():
+                run.rows = routed.heads[layer]
+            try:
+                yield
+            finally:
+                for run in self._runs.values():
+                    run.rows = {}
+
+    def _take(self, names: Sequence[str] | str | Tensor) -> _Routed:
+        one = isinstance(names, str)
+        slots = self._slots_of([names] if isinstance(names, str) else names)
+        index = torch.tensor(slots, dtype=torch.long)
+        self._follow()
+        routed = _Routed([self.names[slot] for slot in slots], one, _none, {})
+        finish = partial(setattr, routed, "finished", True)
+        bases, others = self._base_rows.stacked(), self._base_rows.others()
+        rows = [own + base for own, base in zip(self._norms.take(slots, index, finish), bases, strict=True)]
+        fixed: dict[int, dict[str, Tensor]] = {}
+        for name, value in others.items():
+            number, parameter = self._owners[name]
+            fixed.setdefault(number, {})[parameter] = value[None, None]
+        routed.gather = partial(_spread, self._norms, rows, self._owners, fixed)
+        for layer, trained in self._heads.items():
+            blocks = zip(trained.stacks, trained.take(slots, index, finish), strict=True)
+            routed.heads[layer] = {
+                name: value for (names, _), block in blocks for name, value in zip(names, block.unbind(1), strict=True)
+            }
+        return routed
+
+    def _follow(self) -> None:
+        """Move to where the model is by now."""
+        moved = self._norms.follow({name: self._sources.parameter(name) for name in self._owners})
+        for layer, trained in self._heads.items():
+            moved |= trained.follow(tensors_of(self._modules, layer))
+        if moved and self._optimizers:
+            raise RoutingError("the model was moved to another device after tasks.optimizer(...). Move it before.")
+
+    def _slots_of(self, names: Sequence[str] | Tensor) -> list[int]:
+        if isinstance(names, Tensor):
+            if names.dtype != torch.long or names.dim() != 1:
+                raise RoutingError(
+                    f"an index is int64 of shape (B,), as tasks.index makes it, but got {names.dtype} of shape "
+                    f"{tuple(names.shape)}."
+                )
+            slots: list[int] = names.tolist()
+            unknown: list[Any] = [slot for slot in slots if not 0 <= slot < len(self.names)]
+        else:
+            unknown = [name for name in names if name not in self._slots]
+            slots = [] if unknown else [self._slots[name] for name in names]
+        if unknown:
+            raise RoutingError(f"no task {unknown[0]!r}; there are {', '.join(self.names)}.")
+        if not slots:
+            raise RoutingError("no names: give the task of each row of the batch.")
+        return slots
+
+    # What is computed again in the backward pass.
+
+    def _begin(self, routed: _Routed | None) -> None:
+        self._unclear = self._recent is not None and not self._recent.finished
+        self._recent = routed
+
+    @contextmanager
+    def _again(self) -> Iterator[None]:
+        """The route of a layer that is computed again is on."""
+        if self._unclear:
+            raise RoutingError(
+                "a layer is computed again in a backward pass (gradient checkpointing), and there were several forward "
+                "passes before it, so that it is not known whose rows these are. Call backward after each of them."
+            )
+        if self._recent is None or self._route.active:
+            yield
+            return
+        with self._on(self._recent, self._tuners()):
+            yield
+
+    # Training.
+
+    def losses(self, outputs: Any, batch: Batch, loss: RowLoss | None = None) -> dict[str, Tensor]:
+        """The loss of each task that has rows in the batch of the latest route, as its rows alone would give it.
+
+        Args:
+            outputs: of the model, called in the route.
+            batch: what it was called with, labels among it.
+            loss: `(outputs, batch) -> scalar`, called once for each task with its rows of the tensors in both; None:
+                the loss that the model itself reports, which the first outputs must therefore have.
+
+        Returns:
+            Scalars by task, in the order of their first rows; 0 where nothing of a task is counted, such as no token.
+            The sum of all of them is what to call `backward` on.
+
+        Raises:
+            RoutingError: there was no route yet.
+            DataError: the batch has no labels, or another number of rows, or the model's own loss is not finite.
+            UnsupportedError: the model's own loss is none that is known. Pass `loss`.
+        """
+        if self._latest is None:
+            raise RoutingError("losses are those of a routed batch. Call the model inside tasks.route(names) first.")
+        order = order_of(self._latest.names)
+        groups = [order[name] for name in self._latest.names]
+        if loss is not None:
+            return losses_of_rows(loss, outputs, batch, order, groups, self._latest.one)
+        values, self._head = default_losses(self._base, self._head, outputs, batch, groups, self._latest.one)
+        return dict(zip(order, values, strict=True))
+
+    def optimizer(
+        self,
+        optimizer_class: Callable[..., torch.optim.Optimizer],
+        max_grad_norm: float | Mapping[str, float | None] | None = None,
+        schedule: Callable[[Any], Any] | Mapping[str, Callable[[Any], Any]] | None = None,
+        decayed: Callable[[str], bool] | None = None,
+        **options: Any,
+    ) -> TaskOptimizer:
+        """An optimizer of its own for each task.
+
+        Args:
+            optimizer_class: of torch, or like torch's: called with the task's tensors and the options.
+            max_grad_norm: the largest norm of a task's gradient, or one for each task by name; None: no limit.
+            schedule: from a task's optimizer to its learning-rate schedule, or one for each task by name. It moves on
+                with each step of its task.
+            decayed: whether a tensor of the base model, by name, has weight decay; None: all have. Those of one shape
+                go together, of the norms and of a layer of a head: where one has none, they all have none.
+            **options: of the class, such as `lr`; a dict by name gives each task one of its own.
+
+        Raises:
+            ConfigError: a dict lacks a task, or names one that is not there.
+        """
+        self._follow()
+        self._optimizers += 1
+        groups = [("", self._norms), *((f"{layer}.", trained) for layer, trained in self._heads.items())]
+        free = {
+            (group, number)
+            for group, (prefix, trained) in enumerate(groups)
+            for number, (names, _) in enumerate(trained.stacks)
+            if decayed is not None and not all(decayed(prefix + name) for name in names)
+        }
+        made = TaskOptimizer(self._all(), self.names, optimizer_class, max_grad_norm, options, free)
+        made.set_schedule(schedule)
+        return made
+
+    # The way back.
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """What each task trains, by task and by the names of the base model's tensors: deltas of norms, and heads."""
+        return {name: self._read(slot) for slot, name in enumerate(self.names)}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take what `state_dict` gave, bit for bit.
+
+        Raises:
+            ConfigError: it is of other tasks, or of other tensors. Nothing has changed.
+        """
+        for slot, name in enumerate(self.names):
+            own = {key: value.shape for key, value in self._read(slot).items()}
+            if own != {key: value.shape for key, value in state.get(name, {}).items()}:
+                raise ConfigError(
+                    f"the state is not one of task {name!r}: it has {', '.join(state)}, of other tensors."
+                )
+        for slot, name in enumerate(self.names):
+            self._norms.write(slot, state[name])
+            for layer, trained in self._heads.items():
+                trained.write(slot, within(state[name], layer, ""))
+
+    def _read(self, slot: int) -> dict[str, Tensor]:
+        found = self._norms.read(slot)
+        for layer, trained in self._heads.items():
+            found |= {f"{layer}.{key}": value for key, value in trained.read(slot).items()}
+        return found
+
+    def write(self) -> None:
+        """Put the values into the adapters of the model."""
+        for slot, name in enumerate(self.names):
+            heads: dict[str, dict[str, Tensor]] = {}
+            for layer, head in self._head_layers.items():
+                prefix = f"{layer}.".removeprefix(f"{head}.")
+                own = {prefix + key: value for key, value in self._heads[layer].read(slot).items()}
+                if own:
+                    heads.setdefault(head, {}).update(own)
+            write_adapter(self._sources, self.model, name, Adapter(self._norms.read(slot), heads))
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Write the values into the adapters, and save each as `save_pretrained` does, into `directory/<task>`."""
+        self.write()
+        for name in self.names:
+            # PEFT puts each adapter into a folder of its name, but for the one that is called "default".
+            folder = Path(directory, name) if name == "default" else Path(directory)
+            self.model.save_pretrained(str(folder), selected_adapters=[name])
+
+    def close(self) -> None:
+        """Write the values into the adapters, and leave the model as it was otherwise. Closed twice is closed once.
+
+        Raises:
+            RoutingError: a route is on.
+        """
+        if not self._detours:
+            return
+        self._route.check_idle()
+        self.write()
+        for detour in reversed(self._detours):
+            detour.take()
+        self._detours, self._latest, self._recent = [], None, None
+
+    def __enter__(self) -> "ManyTasks":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # The model.
+
+    def _all(self) -> list[Trained]:
+        return [self._norms, *self._heads.values()]
+
+    def _tuners(self) -> list[Any]:
+        """The tuner layers of the model, none of which may be merged."""
+        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        tuners = [module for module in self._base.modules() if isinstance(module, kinds)]
+        if any(getattr(module, "merged", False) for module in tuners):
+            raise RoutingError("cannot train when there are merged adapters, please call `unmerge_adapter` first.")
+        return tuners
+
+    def _attach(self) -> None:
+        route, modules, norms = self._route, self._modules, self._sources.norms
+        runs: dict[str, Any] = {
+            name: NormRun(modules[name], norms[name], number, route) for name, number in self._numbers.items()
+        }
+        self._runs = {layer: HeadRun(modules[layer], layer, route) for layer in self._heads}
+        runs |= self._runs
+        called = called_modules(self._base)
+        tuners = {name for name, module in called.items() if isinstance(module, BaseTunerLayer)}
+        detours: list[Detour] = [RecomputedDetour(modules[name], route, run, self._again) for name, run in runs.items()]
+        for name in above(called, {*runs, *tuners}):
+            if not (name in runs and called[name] is modules[name]):
+                detours.append(RecomputedDetour(called[name], route, None, self._again))
+        detours.append(RecomputedDetour(self._base, route, None, self._again, partial(self._begin, None)))
+        if callable(getattr(self._base, "generate", None)):
+            detours.append(Detour(self._base, route, self._generate, "generate"))
+        for detour in detours:
+            detour.put()
+        self._detours = detours
+
+    def _generate(self, own: Any, *args: Any, **kwargs: Any) -> Any:
+        named = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
+        with self._route.expanding(expansions_of(self._base, named)):
+            return own(*args, **kwargs)
+
+
+def _spread(
+    trained: Trained,
+    rows: Sequence[Tensor],
+    owners: Mapping[str, tuple[int, str]],
+    fixed: Mapping[int, Mapping[str, Tensor]],
+    factor: int,
+) -> dict[int, Rows]:
+    """The rows of each norm; what no task trains of it is one row for all."""
+    found = spread(trained.source, rows, owners, factor)
+    return {number: own._replace(**fixed.get(number, {})) for number, own in found.items()}
+
+
+def _none(factor: int) -> dict[int, Rows]:
+    return {}
+
+
+def _checked_names(peft_model: PeftModel, adapter_names: Sequence[str] | None) -> list[str]:
+    if not isinstance(peft_model, PeftModel):
+        raise ConfigError(f"many tasks are adapters of a PeftModel, but got {type(peft_model).__name__}.")
+    known = list(peft_model.peft_config)
+    names = known if adapter_names is None else list(adapter_names)
+    unknown = [name for name in names if name not in known]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if unknown or not names:
+        raise ConfigError(f"adapters {unknown or names} not found; this model has {known}. Call add_adapter first.")
+    if twice:
+        raise ConfigError(f"each task has an adapter of its own, but {twice[0]!r} is named twice.")
+    return names

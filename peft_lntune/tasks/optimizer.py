@@ -1,0 +1,194 @@
+"""An optimizer of its own for each task, over its rows of the tensors that hold all tasks."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_lntune.core.clipping import clip_rows_
+from peft_lntune.errors import ConfigError
+from peft_lntune.tasks.trained import Trained
+
+__all__ = ["TaskOptimizer"]
+
+
+@dataclass(eq=False)
+class _Task:
+    """The optimizer of one task, and its tensors by the trained group and the stack in it."""
+
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    rows: dict[tuple[int, int], nn.Parameter]
+    steps: int = 0
+    stopped: bool = False
+
+
+class TaskOptimizer:
+    """As many optimizers as tasks; `ManyTasks.optimizer` makes one.
+
+    A task steps where a backward pass has come down to its rows since the last `zero_grad`; the others stay as they
+    are, their moments and step counts too. What a task has of one shape is one tensor, so an optimizer that takes each
+    entry by itself, such as SGD or Adam, does what it would have done alone; one that looks at a tensor as a whole,
+    such as Adafactor, does not.
+
+    Attributes:
+        optimizers: by task, of the class that was asked for. Their tensors share memory with what all tasks hold.
+    """
+
+    def __init__(
+        self,
+        trained: Sequence[Trained],
+        names: Sequence[str],
+        optimizer_class: Callable[..., torch.optim.Optimizer],
+        max_grad_norm: float | Mapping[str, float | None] | None,
+        options: Mapping[str, Any],
+        free: Collection[tuple[int, int]] = (),
+    ) -> None:
+        self._trained, self._names = trained, list(names)
+        for option, value in {"max_grad_norm": max_grad_norm, **options}.items():
+            _check_option(option, value, self._names)
+        limits = [_own(max_grad_norm, name) for name in names]
+        self._clips = any(limit is not None for limit in limits)
+        self._limits = torch.tensor([float("inf") if limit is None else limit for limit in limits])
+        self._norms: Tensor | None = None
+        self._tasks: dict[str, _Task] = {}
+        for slot, name in enumerate(names):
+            rows = {
+                (group, number): nn.Parameter(values.detach()[slot])
+                for group, each in enumerate(trained)
+                for number, (_, values) in enumerate(each.stacks)
+                if each.owns(number, slot)
+            }
+            groups: list[dict[str, Any]] = [{"params": [row for key, row in rows.items() if key not in free]}]
+            groups.append({"params": [row for key, row in rows.items() if key in free], "weight_decay": 0.0})
+            own = {key: _own(value, name) for key, value in options.items()}
+            optimizer = optimizer_class([group for group in groups if group["params"]], **own)
+            self._tasks[name] = _Task(optimizer, None, rows)
+
+    def set_schedule(self, schedule: Any) -> None:
+        """Give each task a schedule, from here on.
+
+        Args:
+            schedule: from a task's optimizer to its schedule, or one for each task by name; None: none.
+
+        Raises:
+            ConfigError: a dict lacks a task, or names one that is not there.
+        """
+        _check_option("schedule", schedule, self._names)
+        for name, task in self._tasks.items():
+            make = _own(schedule, name)
+            task.schedule = None if make is None else make(task.optimizer)
+
+    @property
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {name: task.optimizer for name, task in self._tasks.items()}
+
+    @property
+    def schedules(self) -> dict[str, Any]:
+        """The schedule of each task that has one."""
+        return {name: task.schedule for name, task in self._tasks.items() if task.schedule is not None}
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all tasks, one after the other."""
+        return [group for task in self._tasks.values() for group in task.optimizer.param_groups]
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """The learning rate of each task now."""
+        return {name: float(task.optimizer.param_groups[0]["lr"]) for name, task in self._tasks.items()}
+
+    @property
+    def steps(self) -> dict[str, int]:
+        """How many steps each task has made."""
+        return {name: task.steps for name, task in self._tasks.items()}
+
+    @property
+    def active(self) -> list[str]:
+        """The tasks that were not stopped."""
+        return [name for name, task in self._tasks.items() if not task.stopped]
+
+    def grad_norms(self) -> dict[str, float]:
+        """The norm of each task's gradient before it was clipped in the latest step; empty where nothing is clipped."""
+        if self._norms is None:
+            return {}
+        return dict(zip(self._names, self._norms.tolist(), strict=True))
+
+    def step(self) -> None:
+        """A step of each task that had rows and was not stopped, clipped by its own norm; then of its schedule."""
+        grads = [values.grad for each in self._trained for _, values in each.stacks if values.grad is not None]
+        if self._clips and grads:
+            self._limits = self._limits.to(grads[0].device)
+            self._norms = clip_rows_(grads, self._limits)
+        for slot, task in enumerate(self._tasks.values()):
+            reached = False
+            for (group, number), row in task.rows.items():
+                each = self._trained[group]
+                grad = each.stacks[number].values.grad
+                found = grad is not None and slot in each.reached[number] and not task.stopped
+                row.grad = grad[slot] if found and grad is not None else None
+                reached |= found
+            if reached:
+                task.optimizer.step()
+                task.steps += 1
+                if task.schedule is not None:
+                    task.schedule.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of all tasks, and which tasks had rows."""
+        for each in self._trained:
+            each.forget()
+        for task in self._tasks.values():
+            for row in task.rows.values():
+                row.grad = None
+
+    def stop(self, name: str) -> None:
+        """A task no longer steps. Its rows may still be routed.
+
+        Raises:
+            ConfigError: there is no such task.
+        """
+        if name not in self._tasks:
+            raise ConfigError(f"no task {name!r}; there are {', '.join(self._names)}.")
+        self._tasks[name].stopped = True
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """For each task the state of its optimizer and schedule, its steps, and whether it was stopped."""
+        return {
+            name: {
+                "optimizer": task.optimizer.state_dict(),
+                "schedule": None if task.schedule is None else task.schedule.state_dict(),
+                "steps": task.steps,
+                "stopped": task.stopped,
+            }
+            for name, task in self._tasks.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Go on from what `state_dict` gave.
+
+        Raises:
+            ConfigError: it is of other tasks. Nothing has changed.
+        """
+        if state.keys() != self._tasks.keys():
+            raise ConfigError(f"the state is of the tasks {', '.join(state)}, but these are {', '.join(self._names)}.")
+        for name, task in self._tasks.items():
+            task.optimizer.load_state_dict(state[name]["optimizer"])
+            if task.schedule is not None:
+                task.schedule.load_state_dict(state[name]["schedule"])
+            task.steps, task.stopped = state[name]["steps"], state[name]["stopped"]
+
+
+def _own(value: Any, name: str) -> Any:
+    return value[name] if isinstance(value, Mapping) else value
+
+
+def _check_option(option: str, value: Any, names: Sequence[str]) -> None:
+    if not isinstance(value, Mapping):
+        return
+    wrong = sorted(set(names) ^ value.keys())
+    if wrong:
+        what = "lacks" if wrong[0] in names else "has"
+        raise ConfigError(f"{option} {what} {wrong[0]!r}. As a dict it has a value for each of {', '.join(names)}.")

@@ -1,0 +1,61 @@
+"""Losses in parts: of one row they are its own, of several what these rows have as a batch."""
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from peft_lntune.selection.losses import HEADS, find_head, grouped_losses, whole_loss
+
+
+def case(name):
+    """Outputs and a batch of five rows for a head; some labels do not count."""
+    torch.manual_seed(0)
+    logits = torch.randn(5, 3)
+    if name == "classification":
+        return {"logits": logits}, {"labels": torch.tensor([0, 2, -100, 1, 1])}
+    if name in ("multi_label", "regression"):
+        return {"logits": logits}, {"labels": torch.rand(5, 3).round()}
+    if name == "question_answering":
+        outputs = {"start_logits": torch.randn(5, 7), "end_logits": torch.randn(5, 7)}
+        places = torch.tensor([[0, 3, 9, 1, 6], [1, 7, 9, 2, 6]])
+        return outputs, {"start_positions": places[0], "end_positions": places[1]}
+    labels = torch.randint(3, (5, 6))
+    labels[torch.rand(5, 6) < 0.4] = -100
+    return {"logits": torch.randn(5, 6, 3)}, {"labels": labels}
+
+
+def rows(value, some):
+    return {name: tensor[some] for name, tensor in value.items()}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_group_of_one_row_has_the_loss_of_the_row(name):
+    outputs, batch = case(name)
+    found = grouped_losses(HEADS[name], outputs, batch, torch.arange(5), 5)
+    torch.testing.assert_close(found, HEADS[name].loss(outputs, batch))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_group_has_the_loss_of_its_rows_as_a_batch(name):
+    outputs, batch = case(name)
+    groups = [[0, 2, 4], [1, 3]]
+    found = grouped_losses(HEADS[name], outputs, batch, torch.tensor([0, 1, 0, 1, 0]), 3)
+    alone = [whole_loss(HEADS[name], rows(outputs, some), rows(batch, some)) for some in groups]
+    torch.testing.assert_close(found[:2], torch.stack(alone))
+    assert found[2] == 0
+
+
+def test_over_tokens_and_positions_it_is_no_mean_of_rows():
+    for name in ("token", "causal_lm", "question_answering", "classification"):
+        outputs, batch = case(name)
+        whole = whole_loss(HEADS[name], outputs, batch)
+        assert not torch.isclose(whole, HEADS[name].loss(outputs, batch).mean())
+
+
+def test_values_are_not_taken_for_classes():
+    model = BertForSequenceClassification(
+        BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_labels=1)
+    )
+    batch = {"input_ids": torch.randint(9, (4, 5)), "labels": torch.tensor([2.0, 3.0, 1.0, 5.0])}
+    with torch.no_grad():
+        assert find_head(model, model(**batch), batch).name == "regression"
