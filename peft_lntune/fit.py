@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from peft_lntune.config import LNTuneConfig, SupermaskConfig
@@ -26,6 +27,7 @@ __all__ = [
     "deltas_of",
     "fold",
     "folded",
+    "held_tensors",
     "masks_of",
     "own_tensors",
     "scores_by",
@@ -39,7 +41,7 @@ __all__ = [
 def deltas_of(model: nn.Module, adapter_name: str) -> dict[str, Delta]:
     """The deltas of an adapter by their place in a model, `<module>.lntune_<parameter>`."""
     return {
-        f"{name}.lntune_{parameter}".replace("_fsdp_wrapped_module.", ""): layer.deltas(parameter)[adapter_name]
+        f"{_plain(name)}.lntune_{parameter}": layer.deltas(parameter)[adapter_name]
         for name, layer in model.named_modules()
         if isinstance(layer, LNTuneLayer)
         for parameter in PARAMETERS
@@ -102,7 +104,7 @@ def unpack_by(
 def supermasks_of(model: nn.Module, adapter_name: str) -> dict[str, Supermask]:
     """The supermasks of an adapter by their module, named as in `model`."""
     return {
-        name.replace("_fsdp_wrapped_module.", ""): layer.lntune_supermask[adapter_name]  # type: ignore[misc]
+        _plain(name): layer.lntune_supermask[adapter_name]  # type: ignore[misc]
         for name, layer in model.named_modules()
         if isinstance(layer, ModuleLayer) and adapter_name in layer.lntune_supermask
     }
@@ -152,6 +154,29 @@ def _with_scores(
             "stopped, save with SupermaskConfig(save_scores=True).",
             stacklevel=2,
         )
+    return found
+
+
+def _plain(name: str) -> str:
+    """The name of a module without what FSDP 1 puts into it, which state dicts leave out."""
+    return ".".join(part for part in name.split(".") if part != "_fsdp_wrapped_module")
+
+
+def held_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those tensors of a state dict that are parts of an adapter: not its heads, nor what only looks like a part.
+
+    Args:
+        model: with the adapter; modules that FSDP has wrapped go by the names they have without it, as in `tensors`.
+        adapter_name: which.
+        tensors: a state dict of the model.
+    """
+    layers = {_plain(name) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    found = {}
+    for key, tensor in tensors.items():
+        parts = key.split(".")
+        above = {".".join(parts[:place]) for place in range(len(parts))}
+        if is_part(key, adapter_name) and above & layers:
+            found[key] = tensor
     return found
 
 
@@ -206,7 +231,7 @@ def check_fit(own: Mapping[str, Tensor], adapter_name: str, tensors: Mapping[str
     Raises:
         AdapterFileError: keys are missing or unexpected, or shapes differ. The model is as it was.
     """
-    expected = {name.replace("_fsdp_wrapped_module.", ""): value.shape for name, value in own.items()}
+    expected = {_plain(name): value.shape for name, value in own.items()}
     found = {
         name: value.shape
         for name, value in tensors.items()

@@ -26,7 +26,7 @@ from peft_lntune.config import (
 from peft_lntune.config.deltas import recorded
 from peft_lntune.core.route import BASE, expansions_of
 from peft_lntune.errors import ConfigError, RoutingError, UnsupportedError
-from peft_lntune.fit import as_in_model, check_fit, fold, folded, own_tensors, scores_for, unpack_for
+from peft_lntune.fit import as_in_model, check_fit, fold, folded, held_tensors, own_tensors, scores_for, unpack_for
 from peft_lntune.heads import copy_heads, routed_heads
 from peft_lntune.inject import create_and_replace, is_target, prepare, route_of
 from peft_lntune.layers import PARAMETERS, BesideLayer, LNTuneLayer, NormLayer
@@ -38,7 +38,6 @@ from peft_lntune.storage import (
     cast_values,
     check_tensors,
     dropped_tensors,
-    held_tensors,
     manifest_of,
     without_adapter_name,
 )

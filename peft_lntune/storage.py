@@ -20,7 +20,6 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -36,7 +35,6 @@ __all__ = [
     "check_tensors",
     "dropped_tensors",
     "has_lora",
-    "held_tensors",
     "hub_options",
     "is_ours",
     "is_part",
@@ -57,9 +55,6 @@ LORA = "lora_"
 
 CONTAINERS = (PREFIX, LORA)
 """How the names of all containers of an adapter's tensors begin: ours, and those of a part that is LoRA."""
-
-
-_FSDP = "_fsdp_wrapped_module"  # what FSDP1 puts into the names of modules, but not into those of a state dict
 
 
 BARE = "lora_embedding_"
@@ -126,25 +121,6 @@ def cast_values(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dic
         key: value.to(dtype) if dtype is not None and is_ours(key) and value.is_floating_point() else value
         for key, value in tensors.items()
     }
-
-
-def held_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those tensors of a state dict that are parts of an adapter: not its heads, nor what only looks like a part.
-
-    Args:
-        model: with the adapter; modules that FSDP has wrapped go by the names they have without it, as in `tensors`.
-        adapter_name: which.
-        tensors: a state dict of the model.
-    """
-    named = (name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    layers = {".".join(part for part in name.split(".") if part != _FSDP) for name in named}
-    found = {}
-    for key, tensor in tensors.items():
-        parts = key.split(".")
-        above = {".".join(parts[:place]) for place in range(len(parts))}
-        if is_part(key, adapter_name) and above & layers:
-            found[key] = tensor
-    return found
 
 
 def dropped_tensors(model: nn.Module, adapter_name: str, others: Iterable[str]) -> dict[str, Tensor]:
