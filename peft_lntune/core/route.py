@@ -240,7 +240,8 @@ class Route:
             return 1
         batch = shape[0]
         # A number and not the list: a graph must not depend on the names in it.
-        factor, rest = divmod(batch, self._count) if self._count else (0, batch)
+        # Not by divmod, which Dynamo does not know where the batch's length is a symbol.
+        factor, rest = (batch // self._count, batch % self._count) if self._count else (0, batch)
         if not rest and factor in self._expansions:
             self._tokens = shape[1] if len(shape) == 3 else self._tokens
             return factor

@@ -31,3 +31,16 @@ def test_other_adapters_are_no_reason_to_compile_again(family):
     expected = routed(bank, model, batch, names)
     torch.testing.assert_close(routed(bank, compiled, batch, names), expected, **CLOSE)
     assert counter.frame_count == 1
+
+
+def test_each_number_of_rows_is_compiled_once():
+    """Also where Dynamo has made a symbol of it: it does so when it sees a second one."""
+    tuned, bank = banked("bert", "a", "b")
+    model = tuned.get_base_model()
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for names in (["a", "b", "a"], ["b", "a"], ["b", "b", "__base__"], ["a", "a"]):
+        batch = inputs("bert", batch=len(names))
+        torch.testing.assert_close(routed(bank, compiled, batch, names), routed(bank, model, batch, names), **CLOSE)
+    assert counter.frame_count == 2
