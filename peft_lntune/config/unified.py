@@ -125,7 +125,8 @@ def record_mask(configs: dict[str, Any], adapter_name: str, source: dict[str, An
     if given.modules_to_save is None and given.task_type in _NAMED_LATE:
         given.modules_to_save = []  # what PEFT writes into this list, the copy has too
     configs[adapter_name] = _with_delta_part(given, mask_source=source)
-    configs[adapter_name].__dict__["selected"] = given.__dict__["selected"]  # see `inject.prepare`
+    if "selected" in given.__dict__:  # of an adapter that is in a model, see `inject.prepare`
+        configs[adapter_name].__dict__["selected"] = given.__dict__["selected"]
 
 
 def _start(part: PeftConfig) -> str:

@@ -155,12 +155,14 @@ def train(way: str, case: str, folder: Path, rank: int, world: int, dtype: torch
 
 def train_accelerated(case: str, folder: Path) -> None:
     """The usual loop of accelerate, with a last batch of fewer rows."""
-    shared = DataLoaderConfiguration(split_batches=True)  # or the short batch would be filled up with the first rows
+    shared = DataLoaderConfiguration(split_batches=True)
     accelerator = Accelerator(cpu=True, dataloader_config=shared, **ACCELERATED[case])
     torch.manual_seed(2)
     model = get_peft_model(build_base(), CASES["ln"]())
     (every,) = draw_batches(1, ROWS)
     rows = [{name: values[row] for name, values in every.items()} for row in range(ROWS)]
+    if accelerator.num_processes == 1:
+        rows += rows[: -ROWS % BATCH]  # as accelerate fills up a short batch where several processes share it
     loader: Any = DataLoader(rows, batch_size=BATCH)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
