@@ -30,8 +30,8 @@ from peft_lntune import AdapterBank, LNTuningConfig
 from peft_lntune.storage import WEIGHTS_FILE
 
 PROTOCOLS: dict[str, dict[str, Any]] = {
-    "cpu": {"rounds": 20, "batch": 64, "tokens": 32, "sizes": (10, 100, 1000, 10_000), "loaded": 30},
-    "gpu": {"rounds": 50, "batch": 64, "tokens": 128, "sizes": (10, 100, 1000, 10_000), "loaded": 30},
+    "cpu": {"rounds": 20, "batch": 64, "tokens": 32, "short": 1, "sizes": (10, 100, 1000, 10_000), "loaded": 30},
+    "gpu": {"rounds": 50, "batch": 64, "tokens": 128, "short": 1, "sizes": (10, 100, 1000, 10_000), "loaded": 30},
 }
 DISTINCT = (1, 8, 32, 64)
 MANY, MIXED = 64, 32  # distinct adapters in a batch: against the base model, and against PEFT's mixed batches
@@ -88,15 +88,20 @@ def _time(protocol: dict[str, Any], checkpoint: str, device: torch.device) -> Ro
 
 
 def _mixed(protocol: dict[str, Any], checkpoint: str, device: torch.device) -> Row:
-    """The same batch by the bank and by PEFT's `adapter_names`."""
-    inputs = make_inputs(protocol, device)
+    """The same batch by the bank and by PEFT's `adapter_names`: rows of one token, as in generating, and long ones."""
     served = load_body(checkpoint).to(device)
     bank = filled(served, checkpoint, protocol["sizes"][-1])
-    ours = routed(bank, served, inputs, fresh(bank, protocol, MIXED))
-    calls: dict[str, Call] = {"bank": ours, "bank again": ours}
-    for arm in ("ln", "lora", "road"):
-        calls[arm] = mixed_call(find_arm(arm).tune(load_body(checkpoint)).to(device), MIXED, inputs)
-    return {"arms": in_turns(calls, protocol["rounds"], device)}
+    batches = fresh(bank, protocol, MIXED)
+    peers = {arm: find_arm(arm).tune(load_body(checkpoint)).to(device) for arm in ("ln", "lora", "road")}
+    found = {}
+    for tokens in (protocol["short"], protocol["tokens"]):
+        inputs = make_inputs(protocol, device, tokens)
+        ours = routed(bank, served, inputs, batches)
+        calls: dict[str, Call] = {"bank": ours, "bank again": ours}
+        calls |= {arm: mixed_call(model, MIXED, inputs) for arm, model in peers.items()}
+        timed = in_turns(calls, protocol["rounds"], device)  # first: a first call keeps rows for later ones
+        found[str(tokens)] = {name: {**arm, "operations": count_operations(calls[name])} for name, arm in timed.items()}
+    return {"by_tokens": found}
 
 
 def _switching(protocol: dict[str, Any], checkpoint: str, device: torch.device) -> Row:
@@ -205,9 +210,9 @@ def fresh(bank: AdapterBank, protocol: dict[str, Any], distinct: int) -> list[li
     return batches
 
 
-def make_inputs(protocol: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
-    """Random tokens without padding."""
-    shape = (protocol["batch"], protocol["tokens"])
+def make_inputs(protocol: dict[str, Any], device: torch.device, tokens: int | None = None) -> dict[str, Tensor]:
+    """Random tokens without padding; rows of the protocol's length, unless told."""
+    shape = (protocol["batch"], tokens or protocol["tokens"])
     ids = torch.randint(1, 200, shape, generator=torch.Generator().manual_seed(0)).to(device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 

@@ -61,16 +61,23 @@ def _time(row: Row) -> list[str]:
 
 
 def _mixed(row: Row) -> list[str]:
-    arms = row["arms"]
-    lines = [
-        _verdict(
-            f"at least {FASTER:g} times faster than PEFT's mixed batch of {name}",
-            f"{arms[name]['ratio'][1]:.2f}",
-            arms[name]["ratio"][1] >= FASTER,
-        )
-        for name in ("lora", "road")
+    parts = []
+    for tokens, arms in row["by_tokens"].items():
+        lines = [
+            _verdict(
+                f"at least {FASTER:g} times faster than PEFT's mixed batch of {name}",
+                f"{arms[name]['ratio'][1]:.2f}",
+                arms[name]["ratio"][1] >= FASTER,
+            )
+            for name in ("lora", "road")
+        ]
+        parts += [f"Rows of {tokens} token{'s' * (tokens != '1')}:", cost_table(arms), "\n".join(lines)]
+    lengths = list(row["by_tokens"].values())
+    counts = [
+        [name, *(f"{arms[name]['operations']:,}" for arms in lengths)] for name in lengths[0] if "again" not in name
     ]
-    return [cost_table(arms), "\n".join(lines)]
+    header = ("arm", *(f"operations, {tokens} a row" for tokens in row["by_tokens"]))
+    return [*parts, markdown(header, counts)]
 
 
 def _switching(row: Row) -> list[str]:

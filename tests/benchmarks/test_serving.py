@@ -11,7 +11,7 @@ from benchmarks.harness.rows import Rows
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows and few adapters."""
-    tiny = {"rounds": 2, "batch": 6, "tokens": 4, "sizes": (3, 9), "loaded": 2}
+    tiny = {"rounds": 2, "batch": 6, "tokens": 4, "short": 1, "sizes": (3, 9), "loaded": 2}
     monkeypatch.setattr(serving, "PROTOCOLS", {"cpu": tiny})
     monkeypatch.setattr(serving, "DISTINCT", (1, 3))
     monkeypatch.setattr(serving, "MANY", 6)
@@ -25,13 +25,15 @@ def test_serving(tiny_bert: str, tmp_path: Path) -> None:
     rows = {row["cell"]["measure"]: row for row in Rows(tmp_path / "serving.jsonl")}
     counts = {count for by_distinct in rows["operations"]["operations"].values() for count in by_distinct.values()}
     assert len(counts) == 1
-    assert list(rows["mixed"]["arms"]) == ["bank", "bank again", "ln", "lora", "road"]
+    mixed = rows["mixed"]["by_tokens"]
+    assert [list(arms) for arms in mixed.values()] == [["bank", "bank again", "ln", "lora", "road"]] * 2
+    assert all(2 * arms["bank"]["operations"] < arms["lora"]["operations"] for arms in mixed.values())
     assert list(rows["switching"]["whole"]) == ["3", "9"]
     assert rows["loading"]["adapters"] == {"bank file": 9, "directories": 2, "load_adapter": 2}
     assert min(rows["loading"]["a_second"].values()) > 0
     assert rows["memory"]["row_bytes"] == 4 * 16 * 2 * 5  # weight and bias of five norms
     page = (tmp_path / "serving.md").read_text()
-    assert page.count("- Wanted: ") == 6
+    assert page.count("- Wanted: ") == 8
     assert "not run" not in page
 
 
