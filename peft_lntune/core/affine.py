@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.core.detour import forward_of
+from peft_lntune.core.row_norm import layer_norm_rows
 from peft_lntune.core.shadow import call_hooked, is_of_class, is_plain, twin
 from peft_lntune.core.ways import Rule, by_rule, neutral, parameter, rule_for, widened
 from peft_lntune.errors import UnsupportedError
@@ -204,8 +205,7 @@ def with_rows(
         tensor([[-2.,  2.]])
     """
     if type(norm) is nn.LayerNorm and not args and not kwargs and is_of_class(norm, own):
-        wide = F.layer_norm(x.to(weight.dtype), norm.normalized_shape, None, None, norm.eps)
-        y = wide * weight if bias is None else torch.addcmul(bias, wide, weight)
+        y = layer_norm_rows(x.to(weight.dtype), norm.normalized_shape, weight, bias, norm.eps)
         return y.to(output_dtype(norm, x) if torch.is_autocast_enabled(x.device.type) else x.dtype)
     rule = rule_for(norm, x.device, x.dtype, weight.dtype, True)
     xhat = neutral(norm, rule, own, x, args, kwargs)
