@@ -1,0 +1,77 @@
+"""A vision transformer on drawings, and on a checkpoint and a folder of images as a user has them."""
+
+import re
+
+import datasets
+import pytest
+from image_classification import TINY, main
+from image_data import SHAPES, draw_images, read_images
+from safetensors.torch import load_file
+from task_data import DataError
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+# PEFT reads transformers' gradient checkpointing property under its old name
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder of images, as `--data-dir` takes it."""
+    for part, count in (("train", 12), ("validation", 6)):
+        for i, row in enumerate(draw_images(count, 20, seed=i_of(part))):
+            folder = tmp_path / "images" / part / SHAPES[row["label"]]
+            folder.mkdir(parents=True, exist_ok=True)
+            row["image"].save(folder / f"{i}.png")
+    return tmp_path / "images"
+
+
+def i_of(part):
+    return ("train", "validation").index(part)
+
+
+def figures(printed, name):
+    return [float(x) for x in re.search(rf"^{name} .*: ([\d.]+) before, ([\d.]+) after", printed, re.MULTILINE).groups()]
+
+
+def test_drawings_are_learnt(tmp_path, capsys):
+    main(["--max-steps", "40", "--batch-size", "16", "--lr", "2e-2", "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    before, after = figures(printed, "loss")
+    assert after < before - 0.1
+    assert "are bit-equal" in printed
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in saved} == {
+        "classifier",
+        "lntune_weight",
+        "lntune_bias",
+    }
+
+
+def test_a_checkpoint_and_a_folder(images, cache, tmp_path, capsys):
+    model = str(tmp_path / "vit")
+    ViTForImageClassification(ViTConfig(**TINY, intermediate_size=96, num_labels=7)).save_pretrained(model)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(model)
+    flags = ["--max-steps", "2", "--batch-size", "4", "--out", str(tmp_path / "out")]
+    main(["--model", model, "--data-dir", str(images), *flags])
+    printed = capsys.readouterr().out
+    assert "all 6 logits are bit-equal" in printed
+    assert f"trainable params: {7 * 2 * 48 + 49 * 3:,} " in printed  # seven norms, and a head for three classes
+
+
+def test_equal_seeds_give_equal_drawings():
+    first, again, other = (draw_images(3, 16, seed)["image"][2].tobytes() for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_errors(images, cache, tmp_path):
+    with pytest.raises(SystemExit, match="error: cannot load .*nowhere"):
+        main(["--data-dir", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match="error: no model 'no-such-model': "):
+        main(["--model", "no-such-model"])
+    with pytest.raises(DataError, match="has no part validation; it has train"):
+        read_images(images / "train", None)
