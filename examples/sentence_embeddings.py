@@ -49,7 +49,7 @@ def demo_pairs(part: str, count: int, seed: int) -> datasets.Dataset:
 def read_pairs(data_dir: Path | None, stsb: bool, seed: int) -> dict[str, datasets.Dataset]:
     """Both parts, with two sentences and a score from 0 to 1."""
     if data_dir is None and not stsb:
-        return {part: demo_pairs(part, count, seed) for part, count in zip(PARTS, (2000, 400), strict=True)}
+        return {part: demo_pairs(part, count, seed) for part, count in zip(PARTS, (2000, 200), strict=True)}
     data = read_data("stsb", data_dir)
     parts = {"train": data.train, "validation": data.validation}
     return {
@@ -62,6 +62,14 @@ def read_pairs(data_dir: Path | None, stsb: bool, seed: int) -> dict[str, datase
         )
         for part, rows in parts.items()
     }
+
+
+def load_encoder(model: str | None) -> SentenceTransformer:
+    """The checkpoint, or an installed all-MiniLM-L6-v2."""
+    try:
+        return SentenceTransformer(model or default_model())
+    except OSError as error:
+        raise DataError(f"no model {model!r}: {error} Or give --model a folder on this machine.") from error
 
 
 def make_trainer(
@@ -108,8 +116,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     transformers.set_seed(args.seed)
     try:
         parts = read_pairs(args.data_dir, args.stsb, args.seed)
-        model = SentenceTransformer(args.model or default_model())
-    except (DataError, OSError) as error:
+        model = load_encoder(args.model)
+    except DataError as error:
         raise SystemExit(f"error: {error}") from error
     model.add_adapter(LNTuningConfig(task_type="FEATURE_EXTRACTION"))
     tuned = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -57,5 +57,5 @@ def test_the_demos_pairs():
 def test_errors(tmp_path):
     with pytest.raises(SystemExit, match="error: no such file"):
         main(["--data-dir", str(tmp_path)])
-    with pytest.raises(SystemExit, match="error: .*no-such-model"):
+    with pytest.raises(SystemExit, match="error: no model 'no-such-model': "):
         main(["--model", "no-such-model"])

@@ -16,7 +16,10 @@ from peft_lntune import FisherLNConfig
 from tests.adapted import deltas
 
 # PEFT reads transformers' gradient checkpointing property under its old name
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),  # and TRL sets it so
+]
 
 WORDS = "<pad> <unk> <eos> => positive negative The soup was cold warm bland rich film plot".split()
 
