@@ -57,7 +57,7 @@ def _column(rows: datasets.Dataset, kind: type, source: str) -> str:
 
 
 def read_images(
-    data_dir: Path | None, dataset: str | None, *, side: int = 32, count: int = 480, seed: int = 0
+    data_dir: Path | None, dataset: str | None, *, side: int = 32, count: int = 240, seed: int = 0
 ) -> dict[str, datasets.Dataset]:
     """Both parts: from the folder, or else from the Hub, or else `count` drawings and a quarter as many to validate."""
     if data_dir is None and dataset is None:

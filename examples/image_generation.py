@@ -54,7 +54,7 @@ def to_pixels(images: Sequence[Image.Image], unet: UNet2DModel) -> Tensor:
     """Images as the U-Net takes them: (N, channels, side, side), from -1 to 1."""
     side, mode = unet.config.sample_size, "L" if unet.config.in_channels == 1 else "RGB"
     arrays = [np.atleast_3d(np.asarray(image.convert(mode).resize((side, side)))) for image in images]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous() / 127.5 - 1
 
 
 def noised(pixels: Tensor, scheduler: DDPMScheduler, generator: torch.Generator) -> Batch:
@@ -104,7 +104,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="a DDPM pipeline's name or folder; without it, a tiny random U-Net")
     add_image_options(parser)
     parser.add_argument("--density", type=float, help="tune this share of the norms, chosen by Fisher information")
-    parser.add_argument("--max-steps", type=int, default=300, help="default 300")
+    parser.add_argument("--max-steps", type=int, default=200, help="default 200")
     parser.add_argument("--batch-size", type=int, default=16, help="default 16")
     parser.add_argument("--lr", type=float, default=1e-2, help="default 1e-2")
     parser.add_argument("--images", type=int, default=4, help="to draw at the end; default 4")

@@ -18,12 +18,13 @@ def test_learns_saves_and_draws(density, tmp_path, capsys):
     if density is not None:
         load_pipeline(None).save_pretrained(tmp_path / "ddpm")
         flags += ["--model", str(tmp_path / "ddpm")]
-    main([*flags, "--max-steps", "20", "--batch-size", "8", "--images", "2", "--draw-steps", "2", "--out", str(out)])
+    main([*flags, "--max-steps", "10", "--batch-size", "8", "--images", "2", "--draw-steps", "2", "--out", str(out)])
     printed = capsys.readouterr().out
     before, after = map(float, re.search(r"images: ([\d.]+) before, ([\d.]+) after", printed).groups())
     assert after < before
     assert "are bit-equal" in printed
-    assert Image.open(out / "image_1.png").size == (16, 16)
+    with Image.open(out / "image_1.png") as image:
+        assert image.size == (16, 16)
     if density is not None:
         assert "(25.0 %) of the entries" in printed
         assert isinstance(PeftConfig.from_pretrained(out), FisherLNConfig)

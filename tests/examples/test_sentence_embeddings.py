@@ -6,7 +6,7 @@ import re
 import datasets
 import numpy as np
 import pytest
-import torch
+from demo_data import sentences
 from peft import PeftModel
 from safetensors.torch import load_file
 from sentence_embeddings import main, read_pairs
@@ -20,12 +20,33 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 TEXTS = ["The soup was cold.", "Nobody liked the ending."]
 
 
-def test_minilm_learns_and_comes_back(tmp_path, capsys):
+@pytest.fixture
+def moods(tmp_path, monkeypatch):
+    """A folder with pairs that are alike where their moods are; the same ones for training and validation."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [*sentences("train", 14, seed=0)]
+    pairs = [(rows[i], rows[j]) for i in range(12) for j in (i + 1, i + 2)]
+    lines = [
+        {
+            "sentence1": one["sentence"],
+            "sentence2": other["sentence"],
+            "label": 5.0 * (one["sentiment"] == other["sentiment"]),
+        }
+        for one, other in pairs
+    ]
+    assert {line["label"] for line in lines} == {0.0, 5.0}
+    for part in ("train", "validation"):
+        (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def test_minilm_learns_and_comes_back(moods, tmp_path, capsys):
     out = tmp_path / "out"
-    main(["--max-steps", "10", "--batch-size", "16", "--lr", "1e-2", "--out", str(out)])
+    flags = ["--max-steps", "6", "--batch-size", "8", "--lr", "5e-3", "--data-dir", str(moods)]
+    main([*flags, "--out", str(out)])
     printed = capsys.readouterr().out
-    before, after = map(float, re.search(r"pairs: ([\d.]+) before, ([\d.]+) after", printed).groups())
-    assert after > before
+    before, after = map(float, re.search(r"pairs: (-?[\d.]+) before, (-?[\d.]+) after", printed).groups())
+    assert after > before + 0.1
     assert printed.startswith(f"{13 * 2 * 384:,} of ")
     assert "bit-equal" in printed
     assert not (out / "model.safetensors").exists()
