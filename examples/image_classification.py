@@ -130,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.train()
     after = trainer.evaluate()
     for name in ("loss", "accuracy"):
-        print(f"{name} of the validation images: {before[f'eval_{name}']:.3f} before, {after[f'eval_{name}']:.3f} after")
+        figures = [figure[f"eval_{name}"] for figure in (before, after)]
+        print("{} of the validation images: {:.3f} before, {:.3f} after".format(name, *figures))
 
     model.save_pretrained(str(args.out))
     fresh, _ = load_model(args.model, classes, args.seed)

@@ -1,15 +1,15 @@
 """Tune the GroupNorms of a diffusion model of diffusers to other images than it was trained on.
 
-    python examples/image_generation.py                                      # a tiny random U-Net, drawings made here
-    python examples/image_generation.py --model google/ddpm-cifar10-32 --data-dir my_images       # train/CLASS/*.png
-    python examples/image_generation.py --density 0.2                        # only the entries that Fisher scores choose
+    python examples/image_generation.py                                   # a tiny random U-Net, drawings made here
+    python examples/image_generation.py --model google/ddpm-cifar10-32 --data-dir my_images    # train/CLASS/*.png
+    python examples/image_generation.py --density 0.2                     # only the entries that Fisher scores choose
 
 The U-Net is wrapped by `get_peft_model`, as any module is. Its adapter is saved, loaded into a fresh pipeline and
 merged there, so that the pipeline draws some images without PEFT in between.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def batches(pixels: Tensor, scheduler: DDPMScheduler, size: int, seed: int) -> I
         yield noised(pixels[torch.randint(len(pixels), (size,), generator=generator)], scheduler, generator)
 
 
-def denoising_loss(outputs: Any, batch: Batch) -> Tensor:
+def denoising_loss(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
     """Mean squared error of the noise that was found, (B,)."""
     return (outputs.sample - batch["labels"]).square().flatten(1).mean(1)
 

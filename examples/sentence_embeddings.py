@@ -1,8 +1,8 @@
 """Tune a sentence encoder through its LayerNorms, by sentence-transformers' own trainer.
 
-    python examples/sentence_embeddings.py                          # an installed all-MiniLM-L6-v2, the demo's sentences
-    python examples/sentence_embeddings.py --stsb --model sentence-transformers/all-mpnet-base-v2           # the Hub
-    python examples/sentence_embeddings.py --data-dir my_data      # sentence1, sentence2, label: similarity from 0 to 5
+    python examples/sentence_embeddings.py                         # an installed all-MiniLM-L6-v2, the demo's sentences
+    python examples/sentence_embeddings.py --stsb --model sentence-transformers/all-mpnet-base-v2          # the Hub
+    python examples/sentence_embeddings.py --data-dir my_data     # sentence1, sentence2, label: similarity from 0 to 5
 
 `SentenceTransformer.add_adapter` takes the config; training, saving and loading are as without. The figure is the rank
 correlation of cosine similarities with the labels.
@@ -98,7 +98,7 @@ def make_trainer(
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a sentence encoder's name or folder; without it, an installed all-MiniLM-L6-v2")
+    parser.add_argument("--model", help="an encoder's name or folder; without it, an installed all-MiniLM-L6-v2")
     parser.add_argument("--stsb", action="store_true", help="the STS-B pairs of GLUE, from the Hub")
     parser.add_argument("--data-dir", type=Path, help="local train and validation files: .jsonl, .csv or .parquet")
     parser.add_argument("--max-steps", type=int, default=100, help="default 100")

@@ -1,8 +1,8 @@
 """Supervised fine-tuning of a language model through its norms, by TRL's SFTTrainer.
 
-    python examples/sft.py --model Qwen/Qwen3-0.6B --dataset trl-lib/Capybara                       # from the Hub
-    python examples/sft.py --model DIR --data-dir DIR              # train and validation files, columns as TRL knows them
-    python examples/sft.py --model DIR --density 0.2               # the demo's reviews; Fisher scores choose the entries
+    python examples/sft.py --model Qwen/Qwen3-0.6B --dataset trl-lib/Capybara                    # from the Hub
+    python examples/sft.py --model DIR --data-dir DIR           # train and validation files, columns as TRL knows them
+    python examples/sft.py --model DIR --density 0.2            # the demo's reviews; Fisher scores choose the entries
 
 SFTTrainer takes the config as `peft_config`, as it takes LoRA's. Where a Fisher mask is wanted it is fitted between
 making the trainer and training, since the optimizer is made when training begins.

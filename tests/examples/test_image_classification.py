@@ -32,7 +32,8 @@ def images(tmp_path):
 
 
 def figures(printed, name):
-    return [float(x) for x in re.search(rf"^{name} .*: ([\d.]+) before, ([\d.]+) after", printed, re.MULTILINE).groups()]
+    found = re.search(rf"^{name} .*: ([\d.]+) before, ([\d.]+) after", printed, re.MULTILINE)
+    return [float(figure) for figure in found.groups()]
 
 
 def test_a_checkpoint_and_a_folder(images, cache, tmp_path, capsys):
@@ -62,7 +63,7 @@ def test_equal_seeds_give_equal_drawings():
 
 
 def test_errors(images, cache, tmp_path):
-    with pytest.raises(SystemExit, match="error: cannot load .*nowhere"):
+    with pytest.raises(SystemExit, match=r"error: cannot load .*nowhere"):
         main(["--data-dir", str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit, match="error: no model 'no-such-model': "):
         main(["--model", "no-such-model"])

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with our configs as `peft_config`: what is trained, saved and loaded, and what TRL does to deltas."""
+"""TRL's SFTTrainer with our configs as `peft_config`: what is trained, saved and loaded, and what it does to deltas."""
 
 import json
 import re
@@ -21,7 +21,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),  # and TRL sets it so
 ]
 
-WORDS = "<pad> <unk> <eos> => positive negative The soup was cold warm bland rich film plot".split()
+WORDS = ["<pad>", "<unk>", "<eos>", "=>", "positive", "negative", "The", "was"]
+WORDS += ["soup", "film", "plot", "cold", "warm", "bland", "rich"]
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +31,7 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(WORDS),
