@@ -76,11 +76,11 @@ class TestQuantizedBase:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
         def quantized():
-            model = build("bert", torch.bfloat16)
+            model = build("bert-classifier", torch.bfloat16)
             quantize_(model, Int8WeightOnlyConfig(version=2))
             return model
 
-        batch = inputs("bert")
+        batch = inputs("bert-classifier")
         peft_model = train(adapt(quantized(), std=0), batch, lr=1e-2)
         assert all((delta.weight != 0).all() for delta in deltas(peft_model).values())
         expected = output(peft_model, batch)

@@ -5,8 +5,9 @@ import re
 import datasets
 import pytest
 import torch
-from image_classification import TINY, main
+from image_classification import TINY, load_model, main
 from image_data import SHAPES, draw_images, read_images
+from peft import PeftModel
 from safetensors.torch import load_file
 from task_data import PARTS, DataError
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
@@ -50,6 +51,10 @@ def test_a_checkpoint_and_a_folder(images, cache, tmp_path, capsys):
     assert f"trainable params: {7 * 2 * 48 + 49 * 3:,} " in printed  # seven norms, and a head for three classes
     saved = load_file(out / "adapter_model.safetensors")
     assert {name.split(".")[-2] for name in saved} == {"classifier", "lntune_weight", "lntune_bias"}
+    loaded = PeftModel.from_pretrained(load_model(model, sorted(SHAPES), 0)[0], out).eval()
+    with torch.no_grad():
+        tuned = loaded(torch.ones(1, 3, 32, 32)).logits
+        torch.testing.assert_close(loaded.merge_and_unload()(torch.ones(1, 3, 32, 32)).logits, tuned)
 
 
 def test_without_anything(tmp_path, capsys):

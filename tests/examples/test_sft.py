@@ -76,7 +76,12 @@ def test_learns_saves_and_loads(model, rows, density, capsys):
     trained = 5 * 16 if density is None else 5 * 16 // 2
     assert f"trainable params: {trained} " in printed
     assert isinstance(PeftConfig.from_pretrained(out), FisherLNConfig) == (density is not None)
-    assert isinstance(AutoPeftModelForCausalLM.from_pretrained(out), PeftModel)
+    loaded, ids = AutoPeftModelForCausalLM.from_pretrained(out).eval(), torch.tensor([[6, 8, 7, 11, 3]])
+    assert isinstance(loaded, PeftModel)
+    with torch.no_grad():
+        tuned, base = loaded(ids).logits, AutoModelForCausalLM.from_pretrained(model)(ids).logits
+        assert not torch.allclose(tuned, base, atol=1e-3)
+        torch.testing.assert_close(loaded.merge_and_unload()(ids).logits, tuned)
 
 
 def test_what_trl_does_to_deltas_over_a_quantized_base(model, rows, monkeypatch):
