@@ -262,6 +262,8 @@ def quiet() -> None:
     """Keep the libraries' own bars and reports off the screen: each method has one bar."""
     # PEFT asks transformers for a property by the name it had before 5.23
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    # and TRL sets it so
+    warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

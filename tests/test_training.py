@@ -71,6 +71,29 @@ class TestHalfPrecision:
         assert all((delta.weight != 0).all() for delta in deltas(peft_model).values())
 
 
+class TestQuantizedBase:
+    def test_int8_learns_reloads_and_merges(self, tmp_path):
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        def quantized():
+            model = build("bert-classifier", torch.bfloat16)
+            quantize_(model, Int8WeightOnlyConfig(version=2))
+            return model
+
+        batch = inputs("bert-classifier")
+        peft_model = train(adapt(quantized(), std=0), batch, lr=1e-2)
+        assert all((delta.weight != 0).all() for delta in deltas(peft_model).values())
+        expected = output(peft_model, batch)
+        assert not torch.equal(expected, output(quantized(), batch))
+        peft_model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(quantized(), tmp_path).eval()
+        assert torch.equal(output(again, batch), expected)
+        merged = again.merge_and_unload()
+        # Norms are not quantized, so merging rounds as over a bfloat16 base.
+        torch.testing.assert_close(output(merged, batch), expected, rtol=0.1, atol=0.1)
+        assert type(merged.bert.encoder.layer[0].attention.self.query.weight.data) is not torch.Tensor
+
+
 class TestSameAsTheOthers:
     """In float32 a delta, PEFT's copy and the norm itself are one and the same thing to train.
 

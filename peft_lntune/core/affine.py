@@ -88,6 +88,7 @@ def call_with(
     if given is None:
         return norm(x, *args, **kwargs)
     own_bias = parameter(norm, "bias")
+    x = _differentiable(norm, x)
     weight = parameter(norm, "weight").to(given.dtype) if weight is None else weight
     bias = own_bias.to(given.dtype) if bias is None and own_bias is not None else bias
     path = FAST_PATHS.get(type(norm))
@@ -102,6 +103,22 @@ def call_with(
         return by_rule(norm, rule, own, wider, x, args, kwargs)
 
     return call_hooked(norm, forward, x, *args, **kwargs)
+
+
+def _differentiable(norm: nn.Module, x: Tensor) -> Tensor:
+    """The input; of a GroupNorm on a CPU one that takes a gradient, where it is laid out with the channels last.
+
+    Torch (2.13) ends the process in the backward pass there, where weights want a gradient and the input does not:
+    behind a frozen convolution, that is.
+    """
+    if (
+        isinstance(norm, nn.GroupNorm)
+        and x.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and not (x.requires_grad or x.is_contiguous() or x.is_inference() or torch.compiler.is_compiling())
+    ):
+        return x.detach().requires_grad_()
+    return x
 
 
 def bind(norm: nn.Module, weight: Tensor | None, bias: Tensor | None) -> Callable[..., Tensor]:

@@ -54,6 +54,13 @@ STRUCTURES = (
     # Inside attention
     _row("q and k norms (Qwen3, Gemma 3, OLMo 2, Cohere)", "q_norm k_norm", {"q_norm": QK, "k_norm": QK}),
     _row("q and k norms (Phi, StableLM)", "q_layernorm k_layernorm", {"q_layernorm": QK, "k_layernorm": QK}),
+    _row(
+        "q and k norms (diffusers)",
+        "to_q to_k norm_q norm_k",
+        {"norm_q": QK, "norm_k": QK, "norm_added_q": QK, "norm_added_k": QK},
+    ),
+    _row("attention over an image (diffusers)", "group_norm to_q to_k", {"group_norm": ATTENTION}),
+    _row("cross-attention of U-Nets (diffusers)", "norm_cross to_q to_k", {"norm_cross": CROSS}),
     # Blocks, norm first
     _row(
         "norms on both sides of each sub-layer (Gemma 2 and 3), or behind each (OLMo 2)",
@@ -89,6 +96,13 @@ STRUCTURES = (
     _row("one norm for two parallel sub-layers (GPT-J)", "ln_1 attn mlp", {"ln_1": BOTH}, lacks="ln_2"),
     _row("ViT", "layernorm_before layernorm_after", {"layernorm_before": ATTENTION, "layernorm_after": FFN}),
     _row("CLIP, SigLIP", "self_attn layer_norm1 layer_norm2", {"layer_norm1": ATTENTION, "layer_norm2": FFN}),
+    _row("timm's vision transformers", "norm1 attn norm2 mlp", {"norm1": ATTENTION, "norm2": FFN}),
+    _row(
+        "transformer block of U-Nets and DiT (diffusers)",
+        "norm1 attn1 norm3 ff",
+        {"norm1": ATTENTION, "norm1.norm": ATTENTION, "norm2": CROSS, "norm3": FFN},
+    ),
+    _row("residual block of U-Nets (diffusers)", "norm1 conv1 norm2 conv2", {"norm1": MIXER, "norm2": MIXER}),
     _row("ModernBERT", "attn mlp mlp_norm", {"attn_norm": ATTENTION, "mlp_norm": FFN}),
     _row("state space (Mamba, Mamba 2)", "norm mixer", {"norm": MIXER, "mixer.norm": MIXER}),
     _row("T5's self-attention", "SelfAttention layer_norm", {"layer_norm": ATTENTION}),
@@ -148,6 +162,8 @@ STRUCTURES = (
     ),
     _row("stack of T5 blocks", "block final_layer_norm", {"final_layer_norm": FINAL}),
     _row("stack of GPT-2 blocks", "h ln_f", {"ln_f": FINAL}),
+    _row("stack of timm's blocks", "patch_embed blocks", {"norm": FINAL, "fc_norm": FINAL}),
+    _row("output of U-Nets (diffusers)", "conv_norm_out conv_out", {"conv_norm_out": FINAL}),
     _row(
         "encoder in a tower (CLIP, SigLIP, DINOv2)",
         "embeddings encoder",

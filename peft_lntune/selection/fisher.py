@@ -6,6 +6,7 @@ Never the square of a batch's mean gradient, which is another quantity. `kind` s
 takes the labels of the data, `mc` draws them from the model, `exact` takes the expectation over the model's classes.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -125,6 +126,7 @@ def fisher_scores(
         parameters: names in the base model; None: weight and bias of every norm.
         loss: None takes the loss of the model's own head, for tokens the mean of each sample. Or the name of one, such
             as `"causal_lm_sum"` (see `peft_lntune.selection.losses.HEADS`), or a function `(outputs, batch) -> (B,)`.
+            Where the model's forward takes no `labels` (diffusion models), they are for that function alone.
         seed: of the labels drawn by `"mc"`.
         num_samples: stop after this many; None: all.
         state: sums to go on with; it holds what was done where the pass is interrupted.
@@ -181,6 +183,7 @@ class _Scorer:
         self.loss: Loss | None = loss if callable(loss) else None
         config = getattr(model, "config", None)
         self.needs_labels = self.loss is not None or getattr(config, "is_encoder_decoder", False)
+        self.takes_labels = _takes(base_model(model), "labels")
         self.checked = False
 
     def add(self, batch: Batch, size: int, state: FisherState) -> None:
@@ -217,6 +220,8 @@ class _Scorer:
     def _losses(self, batch: Batch, size: int, number: int) -> list[tuple[Tensor | None, Tensor]]:
         """What to send back: losses `(B,)`, each with the weights of its squares, or None for one."""
         labels = self.head.labels if self.head is not None and not self.needs_labels else ()
+        if self.loss is not None and not self.takes_labels:
+            labels = ("labels",)
         outputs = self.model(**{key: value for key, value in batch.items() if key not in labels})
         if self.loss is not None:
             terms: list[tuple[Tensor | None, Tensor]] = [(None, self.loss(outputs, batch))]
@@ -312,6 +317,12 @@ class _Scorer:
                     "with parameters=, or give batches of one sample."
                 )
         self.taps.drop(name for name in self.taps.tapped if not _agree(ours.get(name), theirs.get(name)))
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    """Whether a model's forward takes an argument of this name."""
+    parameters = inspect.signature(model.forward).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _agree(ours: Tensor | None, theirs: Tensor | None) -> bool:

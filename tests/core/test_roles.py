@@ -162,6 +162,9 @@ def names(*children: str) -> list[str]:
         ("mamba feed_forward pre_ff_layernorm", {"pre_ff_layernorm": ("ffn",)}),
         ("attention ffn full_layer_layer_norm", {"full_layer_layer_norm": ("ffn",)}),  # ALBERT
         ("attention norm1 norm2 mlp", {"norm1": ("attention",), "norm2": ("ffn",)}),  # DINOv2
+        ("norm1 attn norm2 mlp", {"norm1": ("attention",), "norm2": ("ffn",)}),  # timm
+        ("patch_embed blocks norm", {"norm": ("final",)}),
+        ("to_q to_k norm_cross", {"norm_cross": ("cross_attention",)}),  # diffusers
         ("word_embeddings word_embeddings_layernorm h", {"word_embeddings_layernorm": ("embedding",)}),  # BLOOM
     ],
 )

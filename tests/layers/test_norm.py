@@ -1,13 +1,15 @@
 """One norm in a layer: its bits at the start, its values after, its dtype always; for every norm class of the table."""
 
+from typing import Any
+
 import pytest
 import torch
 from peft import get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
 from peft_lntune import LNTuningConfig
 from tests import cases
-from tests.adapted import DTYPES, HALVES, deltas, fill
+from tests.adapted import DTYPES, HALVES, adapt, deltas, fill
 
 NORMS = list(cases.NORMS)
 
@@ -176,3 +178,40 @@ class TestStrangers:
 
 def _fail(*_):
     raise RuntimeError("inside the norm")
+
+
+class TestChannelsLast:
+    """Torch 2.13 ends the process in the backward pass of a GroupNorm on a CPU whose input wants no gradient."""
+
+    def images(self) -> Tensor:
+        return torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+
+    @pytest.mark.parametrize("frozen", [True, False])
+    def test_the_input_of_the_kernel_takes_a_gradient(self, frozen, monkeypatch):
+        peft_model = adapt(nn.Sequential(nn.Conv2d(8, 8, 1), nn.GroupNorm(2, 8)).requires_grad_(not frozen), std=0.1)
+        layer, seen, kernel = peft_model.base_model.model[1], [], torch.nn.functional.group_norm
+
+        def group_norm(x: Tensor, *args: Any, **options: Any) -> Tensor:
+            assert x.requires_grad
+            seen.append(x)
+            return kernel(x, *args, **options)
+
+        monkeypatch.setattr(torch.nn.functional, "group_norm", group_norm)
+        x = self.images().requires_grad_(not frozen)
+        y = layer(x)
+        assert len(seen) == 1
+        y.square().sum().backward()
+        gradients = [delta.weight.grad.clone() for delta in deltas(peft_model).values()]
+
+        for delta in deltas(peft_model).values():
+            delta.weight.grad = None
+        plain = layer(x.detach().contiguous().requires_grad_())
+        torch.testing.assert_close(y, plain)
+        plain.square().sum().backward()
+        for delta, gradient in zip(deltas(peft_model).values(), gradients, strict=True):
+            torch.testing.assert_close(gradient, delta.weight.grad)
+
+    def test_without_gradients_nothing_is_asked(self):
+        peft_model = adapt(nn.Sequential(nn.Conv2d(8, 8, 1), nn.GroupNorm(2, 8)), std=0.1)
+        with torch.no_grad():
+            assert not peft_model.base_model.model[1](self.images()).requires_grad

@@ -352,6 +352,35 @@ class Mixed(nn.Module):
         return {"logits": self.head(rows.mean(1))}
 
 
+class Denoiser(nn.Module):
+    """Finds noise, which it is not given."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.out = nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 1)
+
+    def forward(self, sample):
+        return {"sample": self.out(self.norm(sample))}
+
+
+def test_labels_that_the_model_does_not_take_are_for_the_loss_alone():
+    class Given(Denoiser):
+        def forward(self, sample, labels=None):
+            return super().forward(sample)
+
+    def loss(outputs, batch):
+        return (outputs["sample"] - batch["labels"]).square().flatten(1).mean(1)
+
+    batch = {"sample": torch.randn(3, 4, 2, 2).double(), "labels": torch.randn(3, 4, 2, 2).double()}
+    model, given = Denoiser().double(), Given().double()
+    given.load_state_dict(model.state_dict())
+    expected = loop_scores(given, [batch], loss=loss)
+    assert_close(fisher_scores(given, [batch], loss=loss), expected, 1e-10)
+    assert_close(fisher_scores(model, [batch], loss=loss), expected, 1e-10)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'smaple'"):
+        fisher_scores(Denoiser(), [{**batch, "smaple": batch["sample"]}], loss=loss)
+
+
 @pytest.mark.parametrize("how", ["transposed", "packed", "averaged"])
 def test_a_lost_batch_axis_names_the_module(how):
     batch = {"x": torch.randn(4, 4, 6), "labels": torch.tensor([0, 1, 0, 1])}

@@ -1,0 +1,146 @@
+"""Tune a vision transformer to tell classes of images through its LayerNorms and its head, by transformers' Trainer.
+
+    python examples/image_classification.py                                  # a tiny random ViT, drawings made here
+    python examples/image_classification.py --model google/vit-base-patch16-224-in21k --dataset uoft-cs/cifar10
+    python examples/image_classification.py --model DIR --data-dir my_images       # train/CLASS/*.png, validation/...
+
+What is saved, deltas and head, is loaded into a fresh model, which has to answer bit for bit as the trained one did.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from image_data import add_image_options, read_images
+from methods import find_head
+from peft import PeftModel, get_peft_model
+from task_data import DataError
+from training import ProgressBar, quiet
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+)
+
+from peft_lntune import LNTuningConfig
+
+TINY = {"image_size": 32, "patch_size": 8, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+
+
+def load_model(model: str | None, classes: list[str], seed: int) -> tuple[Any, Any]:
+    """The checkpoint with a fresh head for these classes, the same for equal seeds; and what makes its inputs."""
+    transformers.set_seed(seed)
+    names = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+    if model is None:
+        config = ViTConfig(**TINY, intermediate_size=96, num_labels=len(classes), **names)
+        return ViTForImageClassification(config), ViTImageProcessorPil(size={"height": 32, "width": 32})
+    try:
+        processor = AutoImageProcessor.from_pretrained(model)
+        base = AutoModelForImageClassification.from_pretrained(
+            model, num_labels=len(classes), ignore_mismatched_sizes=True, **names
+        )
+    except OSError as error:
+        raise DataError(f"no model {model!r}: {error} Or give --model a folder on this machine.") from error
+    return base, processor
+
+
+def collator(processor: Any) -> Callable[[list[dict]], dict]:
+    """Rows to a batch: pixels (B, 3, height, width) and labels (B,)."""
+
+    def collate(rows: list[dict]) -> dict:
+        images = [row["image"].convert("RGB") for row in rows]
+        labels = torch.tensor([row["label"] for row in rows])
+        return {**processor(images=images, return_tensors="pt"), "labels": labels}
+
+    return collate
+
+
+def accuracy(predicted: Any) -> dict[str, float]:
+    """For Trainer's `compute_metrics`."""
+    return {"accuracy": float(np.mean(predicted.predictions.argmax(-1) == predicted.label_ids))}
+
+
+def make_trainer(args: argparse.Namespace, model: Any, parts: dict, processor: Any) -> Trainer:
+    """Trainer as for any model."""
+    arguments = TrainingArguments(
+        output_dir=str(args.out),
+        max_steps=args.max_steps,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=2 * args.batch_size,
+        learning_rate=args.lr,
+        weight_decay=0.0,  # gains, biases and their deltas are not to be pulled to zero
+        warmup_steps=0.1,  # a share of all steps
+        seed=args.seed,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,  # the collator reads the images
+        dataloader_pin_memory=torch.cuda.is_available(),
+        label_names=["labels"],
+    )
+    trainer = Trainer(
+        model,
+        arguments,
+        data_collator=collator(processor),
+        train_dataset=parts["train"],
+        eval_dataset=parts["validation"],
+        compute_metrics=accuracy,
+        callbacks=[ProgressBar("ln")],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a checkpoint's name or folder; without it, a tiny random ViT")
+    add_image_options(parser)
+    parser.add_argument("--max-steps", type=int, default=200, help="default 200")
+    parser.add_argument("--batch-size", type=int, default=16, help="default 16")
+    parser.add_argument("--lr", type=float, default=1e-2, help="default 1e-2")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--out", type=Path, default=Path("runs/image_classification"))
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Tune, measure, save, reload."""
+    args = parse_args(argv)
+    quiet()
+    try:
+        parts = read_images(args.data_dir, args.dataset, seed=args.seed)
+        classes = parts["train"].features["label"].names
+        base, processor = load_model(args.model, classes, args.seed)
+    except DataError as error:
+        raise SystemExit(f"error: {error}") from error
+    model = get_peft_model(base, LNTuningConfig(modules_to_save=find_head(base)))
+    model.print_trainable_parameters()
+
+    trainer = make_trainer(args, model, parts, processor)
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    for name in ("loss", "accuracy"):
+        figures = [figure[f"eval_{name}"] for figure in (before, after)]
+        print("{} of the validation images: {:.3f} before, {:.3f} after".format(name, *figures))
+
+    model.save_pretrained(str(args.out))
+    fresh, _ = load_model(args.model, classes, args.seed)
+    again = make_trainer(args, PeftModel.from_pretrained(fresh, str(args.out)), parts, processor)
+    logits: Any = [t.predict(parts["validation"]).predictions for t in (trainer, again)]
+    if not np.array_equal(*logits):
+        raise RuntimeError(f"what {args.out} holds answers differently after reloading")
+    print(f"reloaded {args.out}: all {len(logits[0])} logits are bit-equal to those after training")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Images for the examples, in two parts with the columns `image` and `label`: a folder, the Hub, or drawings made here.
+
+A folder has train and validation, each with a folder a class. What is made here are discs, squares and stripes of any
+colour and place, over noise: enough to see a model learn, and of no other use.
+"""
+
+import argparse
+from pathlib import Path
+
+import datasets
+import numpy as np
+from PIL import Image, ImageDraw
+from task_data import PARTS, DataError
+
+SHAPES = ("disc", "square", "stripes")
+
+
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    """Where images come from."""
+    parser.add_argument("--dataset", help="images on the Hub, with a column of classes; such as uoft-cs/cifar10")
+    parser.add_argument("--data-dir", type=Path, help="a folder with train/CLASS/*.png and validation/CLASS/*.png")
+
+
+def draw(shape: str, side: int, rng: np.random.Generator) -> Image.Image:
+    """One RGB image of side x side pixels."""
+    picture = Image.fromarray(rng.integers(0, 80, (side, side, 3), dtype=np.uint8))
+    pen, colour = ImageDraw.Draw(picture), tuple(map(int, rng.integers(120, 256, 3)))
+    size = int(rng.integers(side // 4, side // 2))
+    left, top = map(int, rng.integers(0, side - size, 2))
+    box = (left, top, left + size, top + size)
+    if shape == "disc":
+        pen.ellipse(box, fill=colour)
+    elif shape == "square":
+        pen.rectangle(box, fill=colour)
+    else:
+        for y in range(top, top + size, 4):
+            pen.line((0, y, side, y), fill=colour, width=2)
+    return picture
+
+
+def draw_images(count: int, side: int, seed: int) -> datasets.Dataset:
+    """`count` images, the shapes in turn; equal seeds give equal images."""
+    rng = np.random.default_rng(seed)
+    rows = {
+        "image": [draw(SHAPES[i % len(SHAPES)], side, rng) for i in range(count)],
+        "label": [i % len(SHAPES) for i in range(count)],
+    }
+    columns = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(SHAPES))})
+    return datasets.Dataset.from_dict(rows, features=columns)
+
+
+def _column(rows: datasets.Dataset, kind: type, source: str) -> str:
+    names = [name for name, feature in rows.features.items() if isinstance(feature, kind)]
+    if not names:
+        raise DataError(f"{source} has no column of {kind.__name__}; it has {', '.join(rows.column_names)}")
+    return names[0]
+
+
+def read_images(
+    data_dir: Path | None, dataset: str | None, *, side: int = 32, count: int = 240, seed: int = 0
+) -> dict[str, datasets.Dataset]:
+    """Both parts: from the folder, or else from the Hub, or else `count` drawings and a quarter as many to validate."""
+    if data_dir is None and dataset is None:
+        counts = (count, count // 4)
+        return {part: draw_images(n, side, 2 * seed + i) for i, (part, n) in enumerate(zip(PARTS, counts, strict=True))}
+    source = str(data_dir or dataset)
+    try:
+        loaded = datasets.load_dataset("imagefolder", data_dir=source) if data_dir else datasets.load_dataset(source)
+    except (ConnectionError, FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise DataError(f"cannot load {source}: {error}. Give --data-dir, a folder on this machine.") from error
+    parts = {"train": loaded.get("train"), "validation": loaded.get("validation", loaded.get("test"))}
+    if missing := [part for part, rows in parts.items() if rows is None]:
+        raise DataError(f"{source} has no part {missing[0]}; it has {', '.join(loaded)}")
+    wanted = (("image", datasets.Image), ("label", datasets.ClassLabel))
+    found = {part: {name: _column(rows, kind, source) for name, kind in wanted} for part, rows in parts.items()}
+    return {
+        part: rows.select_columns(list(found[part].values())).rename_columns(
+            {old: new for new, old in found[part].items() if old != new}
+        )
+        for part, rows in parts.items()
+    }
