@@ -19,6 +19,7 @@ from peft_lntune.storage import (
     check_tensors,
     is_ours,
     manifest_of,
+    new_file,
     of_adapter,
     without_adapter_name,
 )
@@ -144,6 +145,17 @@ class TestDirectory:
 
     def test_what_is_not_here_is_left_to_peft(self) -> None:
         check_directory(None, "somebody/something")
+
+
+def test_a_file_that_was_not_written_to_its_end_is_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "file"
+    with new_file(path) as written:
+        written.write_text("old")
+        assert not path.exists()
+    with pytest.raises(FileNotFoundError, match="halfway"), new_file(path) as written:
+        written.with_name("halfway").read_text()
+    assert path.read_text() == "old"
+    assert list(path.parent.iterdir()) == [path]
 
 
 def minilm() -> BertModel:
