@@ -5,6 +5,7 @@ Runs are forked off a server that has imported everything once, so that a run ta
 
 import multiprocessing
 import signal
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -28,9 +29,10 @@ from peft_lntune import (
 )
 from peft_lntune.tasks.trainer import TaskTrainer
 
-ROWS, BATCH, EPOCHS, EVERY = 20, 4, 3, 2  # 15 steps: checkpoints within epochs, at the end of one, and at the end
+ROWS, BATCH, EPOCHS, EVERY = 16, 4, 3, 2  # 12 steps, with checkpoints within epochs and at their ends
 ERROR_FILE = "error.txt"
-LAST = f"checkpoint-{ROWS // BATCH * EPOCHS}"
+STEPS = ROWS // BATCH * EPOCHS
+LAST, BEFORE = f"checkpoint-{STEPS}", f"checkpoint-{STEPS - EVERY}"
 
 CONFIGS: dict[str, Callable[[], Any]] = {
     "ln": lambda: LNTuningConfig(task_type="SEQ_CLS"),
@@ -119,17 +121,22 @@ def _run(case: str, folder: Path) -> None:
         raise
 
 
-def run(case: str, folder: Path, seconds: float | None = None) -> bool:
-    """Run a case to its end, or kill it with SIGKILL after so many seconds; return whether it was killed."""
+def run(case: str, folder: Path, seconds: float | None = None) -> tuple[bool, float]:
+    """Run a case to its end, or kill it with SIGKILL after so many seconds.
+
+    Returns:
+        Whether it was killed, and how long it ran.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     process = context.Process(target=_run, args=(case, folder))
-    process.start()
+    process.start()  # it waits for the server
+    begin = time.perf_counter()
     process.join(seconds)
     process.kill()
     process.join()
     killed = process.exitcode == -signal.SIGKILL
     if not killed and process.exitcode:
         raise RuntimeError((folder / ERROR_FILE).read_text())
-    return killed
+    return killed, time.perf_counter() - begin
