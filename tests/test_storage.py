@@ -147,14 +147,23 @@ class TestDirectory:
         check_directory(None, "somebody/something")
 
 
-def test_a_file_that_was_not_written_to_its_end_is_not_there(tmp_path: Path) -> None:
-    path = tmp_path / "folder" / "file"
-    with new_file(path) as written:
-        written.write_text("old")
-        assert not path.exists()
-    with pytest.raises(FileNotFoundError, match="halfway"), new_file(path) as written:
-        written.with_name("halfway").read_text()
-    assert path.read_text() == "old"
+def test_a_file_takes_the_place_of_an_old_one_when_it_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "table.csv"
+    for content in ("old", "new"):
+        with new_file(path) as written:
+            written.write_text(content)
+            assert written.suffix == ".csv"
+            assert (path.read_text() if path.exists() else None) == {"old": None, "new": "old"}[content]
+        assert path.read_text() == content
+
+    def fail() -> None:
+        with new_file(path) as written:
+            written.write_text("ne")
+            raise RuntimeError("halfway")
+
+    with pytest.raises(RuntimeError, match="halfway"):
+        fail()
+    assert path.read_text() == "new"
     assert list(path.parent.iterdir()) == [path]
 
 
