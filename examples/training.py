@@ -25,7 +25,8 @@ from task_data import DataError
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+
+from peft_lntune import last_whole_checkpoint
 
 SAVE_EVERY = 200  # steps between checkpoints, which --resume goes on from
 
@@ -228,7 +229,7 @@ def train_method(run: Run, task: Task, folder: Path, *, resume: bool = False, ch
     head = count_head(base)
     model = METHODS[run.method].prepare(base, task.peft_type)
     trainer = make_trainer(run, model, task, kept if checkpoints else None)
-    last = get_last_checkpoint(str(kept)) if resume and kept.is_dir() else None
+    last = last_whole_checkpoint(kept) if resume else None
     trained = trainer.train(resume_from_checkpoint=last)
     logits = predict(trainer, task)
     result = Result(

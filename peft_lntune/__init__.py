@@ -34,6 +34,7 @@ from peft_lntune.lora_files import load_lora
 from peft_lntune.plan import plan
 from peft_lntune.planned import Plan
 from peft_lntune.plugin import install
+from peft_lntune.resume import last_whole_checkpoint
 from peft_lntune.selection import (
     FisherState,
     change_scores,
@@ -79,6 +80,7 @@ __all__ = [
     "fisher_scores",
     "fit_fisher_masks",
     "from_stock",
+    "last_whole_checkpoint",
     "load_lora",
     "magnitude_scores",
     "mask_density",

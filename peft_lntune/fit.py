@@ -183,11 +183,12 @@ def held_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tens
 def folded(adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of an adapter with each prefix as its values, where it is trained through a network.
 
-    They come from the tensors given: a model whose parameters are sharded does not have them whole.
+    They come from the tensors given: a model whose parameters are sharded does not have them whole. DeepSpeed's ZeRO 3
+    leaves flat and empty tensors to the processes that write nothing, and these stay as they are.
     """
     found = dict(tensors)
     ending = f".lntune_prefix.{adapter_name}.embedding"
-    for key in (key for key in tensors if key.endswith(ending)):
+    for key in (key for key, tensor in tensors.items() if key.endswith(ending) and tensor.dim() == 2):
         name = key.removesuffix("embedding")
         own = {other.removeprefix(name): found.pop(other) for other in tensors if other.startswith(name)}
         columns, width = own["embedding"].shape

@@ -7,9 +7,11 @@ weights it was saved with, so that a config of one save beside the weights of an
 import hashlib
 import inspect
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -39,6 +41,7 @@ __all__ = [
     "is_ours",
     "is_part",
     "manifest_of",
+    "new_file",
     "of_adapter",
     "read_tensors",
     "with_lora_name",
@@ -212,6 +215,22 @@ def read_tensors(file: str | os.PathLike) -> dict[str, Tensor]:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # not a dict
     except (SafetensorError, OSError) as error:
         raise AdapterFileError(f"{file} is damaged or cut off ({error}). Get a good copy of the adapter.") from error
+
+
+@contextmanager
+def new_file(path: str | os.PathLike) -> Iterator[Path]:
+    """A file to write, of the same name elsewhere, which takes its place at `path` when all of it is written.
+
+    Who has the old file open keeps it. Where the block raises or the process is killed, the old file stays.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
+        made = Path(folder, target.name)
+        yield made
+        with made.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(made, target)
 
 
 def hub_options(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ FLOORS = [
     {"analysis"},
     {"storage"},
     {"config"},
-    {"attention", "lora"},
+    {"attention", "lora", "resume"},
     {"modules", "planned", "choose"},
     {"plan_beside", "plan_deltas"},
     {"plan_masks"},

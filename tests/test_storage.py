@@ -19,6 +19,7 @@ from peft_lntune.storage import (
     check_tensors,
     is_ours,
     manifest_of,
+    new_file,
     of_adapter,
     without_adapter_name,
 )
@@ -144,6 +145,26 @@ class TestDirectory:
 
     def test_what_is_not_here_is_left_to_peft(self) -> None:
         check_directory(None, "somebody/something")
+
+
+def test_a_file_takes_the_place_of_an_old_one_when_it_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "table.csv"
+    for content in ("old", "new"):
+        with new_file(path) as written:
+            written.write_text(content)
+            assert written.suffix == ".csv"
+            assert (path.read_text() if path.exists() else None) == {"old": None, "new": "old"}[content]
+        assert path.read_text() == content
+
+    def fail() -> None:
+        with new_file(path) as written:
+            written.write_text("ne")
+            raise RuntimeError("halfway")
+
+    with pytest.raises(RuntimeError, match="halfway"):
+        fail()
+    assert path.read_text() == "new"
+    assert list(path.parent.iterdir()) == [path]
 
 
 def minilm() -> BertModel:

@@ -6,10 +6,8 @@ The file may be larger than the memory that is left, so it is written block by b
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from peft_lntune.errors import AdapterFileError
+from peft_lntune.storage import new_file
 from peft_lntune.version import __version__
 
 __all__ = ["BLOCK", "FORMAT_VERSION", "BankFile", "Entry", "digest_of", "write_tensors"]
@@ -57,7 +56,6 @@ def write_tensors(path: str | os.PathLike, index: Mapping[str, Any], entries: Ma
         index: JSON values that stand in the file's metadata.
         entries: by name, written in this order, but wider dtypes first, as the format aligns them.
     """
-    target = Path(path)
     entries = dict(sorted(entries.items(), key=lambda named: -named[1].dtype.itemsize))
     index = {"format_version": FORMAT_VERSION, "peft_lntune_version": __version__, **index}
     header: dict[str, Any] = {"__metadata__": {"format": "pt", _KEY: json.dumps(index)}}
@@ -67,21 +65,11 @@ def write_tensors(path: str | os.PathLike, index: Mapping[str, Any], entries: Ma
         header[name] = {"dtype": _DTYPES[entry.dtype], "shape": list(entry.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, written = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
-    try:
-        with open(handle, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for entry in entries.values():
-                for block in entry.blocks():
-                    file.write(_bytes(block))
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(written, 0o666 & ~_umask())
-        os.replace(written, target)
-    except BaseException:
-        os.unlink(written)
-        raise
+    with new_file(path) as written, written.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for entry in entries.values():
+            for block in entry.blocks():
+                file.write(_bytes(block))
 
 
 def digest_of(tensors: Iterable[Tensor]) -> bytes:
@@ -148,10 +136,3 @@ class BankFile:
 
 def _bytes(tensor: Tensor) -> Any:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _umask() -> int:
-    # mkstemp makes files that only their owner can read; a bank is read by whoever may read the folder's other files.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,4 +1,4 @@
-"""What commands write appears whole or not at all."""
+"""A folder that a command writes appears whole or not at all. For a file see `storage.new_file`."""
 
 import os
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 from peft_lntune import ConfigError
 
-__all__ = ["new_file", "new_folder"]
+__all__ = ["new_folder"]
 
 
 @contextmanager
@@ -27,14 +27,4 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield made
         if path.exists():
             path.rmdir()
-        os.replace(made, path)
-
-
-@contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A file to write, of the same ending, which takes its place at `path` when it is written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-        made = Path(folder, path.name)
-        yield made
         os.replace(made, path)

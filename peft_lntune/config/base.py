@@ -1,8 +1,6 @@
 """What every config of the family shares: where to tune, how deltas are kept, and what was saved with it."""
 
 import json
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,10 @@ from peft.utils import PeftType
 
 from peft_lntune.card import name_import
 from peft_lntune.errors import ConfigError
+from peft_lntune.storage import new_file
 from peft_lntune.version import __version__
 
-__all__ = ["FORMAT_VERSION", "PEFT_TYPE", "LNTuneConfig"]
+__all__ = ["CONFIG_FILE", "FORMAT_VERSION", "PEFT_TYPE", "LNTuneConfig"]
 
 FORMAT_VERSION = 1
 """Version of the saved files. A file of another version is refused, never guessed at."""
@@ -115,12 +114,8 @@ class LNTuneConfig(PeftConfig):
             raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
         target.mkdir(parents=True, exist_ok=True)
         name_import(target)
-        with tempfile.TemporaryDirectory(dir=target, prefix=".adapter_config-") as folder:
-            super().save_pretrained(folder, **kwargs)
-            written = Path(folder, CONFIG_FILE)
-            with written.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(written, target / CONFIG_FILE)
+        with new_file(target / CONFIG_FILE) as written:
+            super().save_pretrained(str(written.parent), **kwargs)
 
     def take_sizes(self, saved: "LNTuneConfig") -> None:
         """Say that the next injection of this config is for the adapter that was saved with `saved`.

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
 from peft_lntune.errors import ConfigError, DataError, UnsupportedError
+from peft_lntune.storage import new_file, read_tensors
 from peft_lntune.tasks.bars import TaskBars
 from peft_lntune.tasks.batches import TaskBatches
 from peft_lntune.tasks.losses import RowLoss
@@ -239,14 +240,15 @@ class TaskTrainer(Trainer):
         self.tasks.save(folder)
         state = self.tasks.state_dict()
         tensors = {f"{name}/{key}": value.contiguous() for name, own in state.items() for key, value in own.items()}
-        save_file(tensors, Path(folder, VALUES_FILE))
+        with new_file(Path(folder, VALUES_FILE)) as written:
+            save_file(tensors, written)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         file = Path(resume_from_checkpoint, VALUES_FILE)
         if not file.is_file():
             raise ConfigError(f"{resume_from_checkpoint} is no checkpoint of a TaskTrainer: it has no {VALUES_FILE}.")
         state: dict[str, dict[str, Tensor]] = {name: {} for name in self.tasks.names}
-        for key, value in load_file(file).items():
+        for key, value in read_tensors(file).items():
             name, _, own = key.rpartition("/")
             state.setdefault(name, {})[own] = value
         self.tasks.load_state_dict(state)

@@ -10,7 +10,7 @@ import pytest
 
 import peft_lntune
 from peft_lntune.cli import main
-from peft_lntune.cli.output import new_file, new_folder
+from peft_lntune.cli.output import new_folder
 from peft_lntune.errors import ConfigError
 from tests.cli.saved import refused, run
 
@@ -143,27 +143,15 @@ def test_an_empty_folder_is_taken(tmp_path):
     assert (tmp_path / "b" / "x").is_file()
 
 
-@pytest.mark.parametrize("way", [new_folder, new_file])
-def test_after_an_error_there_is_nothing(way, tmp_path):
+def test_after_an_error_there_is_nothing(tmp_path):
     def fail():
-        with way(tmp_path / "b") as made:
-            (made / "x" if made.is_dir() else made).write_text("1")
+        with new_folder(tmp_path / "b") as made:
+            (made / "x").write_text("1")
             raise RuntimeError("halfway")
 
     with pytest.raises(RuntimeError, match="halfway"):
         fail()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_file_takes_the_place_of_an_old_one(tmp_path):
-    file = tmp_path / "t.csv"
-    file.write_text("old")
-    with new_file(file) as made:
-        made.write_text("new")
-        assert made.suffix == ".csv"
-        assert file.read_text() == "old"
-    assert file.read_text() == "new"
-    assert list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])

@@ -12,9 +12,8 @@ import pytest
 import torch
 from peft import PeftConfig, get_peft_config, get_peft_model
 
-from peft_lntune import ConfigError, LNTuningConfig, PeftLNTuneError, __version__
+from peft_lntune import ConfigError, LNTuningConfig, PeftLNTuneError, __version__, storage
 from peft_lntune.config import FORMAT_VERSION, KINDS, LNTuneConfig, StoredConfig
-from peft_lntune.config import base as config_base
 from tests import cases
 
 # One row a field: a value that is not what the class starts with, and values that are refused, with the message.
@@ -237,7 +236,7 @@ class TestSaved:
         def fail(*args: Any) -> None:
             raise OSError("no space left")
 
-        monkeypatch.setattr(config_base.os, "replace", fail)
+        monkeypatch.setattr(storage.os, "replace", fail)
         with pytest.raises(OSError, match=r"no space left"):
             LNTuningConfig(tune="bias").save_pretrained(tmp_path)
         assert (tmp_path / "adapter_config.json").read_bytes() == before

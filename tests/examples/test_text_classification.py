@@ -156,7 +156,9 @@ def test_killed_run_goes_on_where_it_was(tiny_bert, data_dir, tmp_path, monkeypa
     monkeypatch.setattr(Trainer, "training_step", stop_at_fifth)
     with pytest.raises(KeyboardInterrupt):
         train_method(run, task, tmp_path / "killed")
-    train_method(run, task, tmp_path / "killed", resume=True)
+    (tmp_path / "killed" / "checkpoints" / "checkpoint-5").mkdir()  # as if killed while this was written
+    with pytest.warns(UserWarning, match="checkpoint-5 is passed over"):
+        train_method(run, task, tmp_path / "killed", resume=True)
     assert not (tmp_path / "killed" / "checkpoints").exists()
     assert calls == [0, 1, 2, 3, 4, 4, 5]
     whole, killed = tensors(tmp_path / "whole"), tensors(tmp_path / "killed")

@@ -19,7 +19,7 @@ from peft_lntune.attention import IMPLEMENTATION, find_attention
 from peft_lntune.config.prefix import PrefixConfig
 from peft_lntune.core.route import BASE, Route
 from peft_lntune.errors import RoutingError, UnsupportedError
-from peft_lntune.fit import fold
+from peft_lntune.fit import fold, folded
 from peft_lntune.layers.prefix import ConfigView, PrefixLayer
 from peft_lntune.plugin.attention import register_attention
 from tests import cases
@@ -525,6 +525,12 @@ class TestTraining:
             layer.update_layer("b", config, stored=True)
             assert [n for n, _ in layer.named_parameters()] == ["lntune_prefix.a.weight", "lntune_prefix.b.weight"]
         assert torch.equal(output(model, batch), before)
+
+    def test_what_a_process_without_whole_tensors_holds_is_not_folded(self):
+        """ZeRO 3 gives whole tensors to the process that writes, and PEFT asks the others for theirs all the same."""
+        names = ["embedding", "down.weight", "down.bias", "up.weight", "up.bias"]
+        shards = {f"attention.lntune_prefix.a.{name}": torch.empty(0) for name in names}
+        assert folded("a", shards) == shards
 
     def test_only_the_active_adapter_is_trained(self):
         layers = put(build("bert"), None, "a", "b")

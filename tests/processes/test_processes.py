@@ -9,7 +9,7 @@ from filelock import FileLock
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from tests.processes.worker import ACCELERATED, CASES, WAYS, build_base, launch
+from tests.processes.worker import ACCELERATED, CASES, WAYS, ZERO, build_base, launch
 
 TOLERANCE = {"atol": 1e-6, "rtol": 0}
 
@@ -120,3 +120,24 @@ def test_accelerate_with_a_short_last_batch(case, alone, together):
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], **tolerance)
         assert tensor.dtype == torch.float32
+
+
+@pytest.fixture(scope="session")
+def in_shares(tmp_path_factory):
+    """What two processes of DeepSpeed have written. It compiles a little library on the first use."""
+    pytest.importorskip("deepspeed")
+    folder = tmp_path_factory.mktemp("deepspeed")
+    launch(2, folder, ZERO, ())
+    return folder
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("way", ZERO)
+@pytest.mark.parametrize("case", CASES)
+def test_deepspeed_on_cpus(case, way, alone, in_shares):
+    found = in_shares / f"{case}-{way}"
+    assert_same_files(found, alone / f"{case}-one")
+    PeftModel.from_pretrained(build_base(), found)  # the digest is that of the file
+    seen = json.loads((found / "seen.json").read_text())
+    assert seen["deltas"] == ["torch.float32"]
+    assert seen["frozen as before"]

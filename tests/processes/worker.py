@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from peft_lntune import (
 )
 
 WAYS = ("ddp", "fsdp1", "fsdp2")
+ZERO = ("zero2", "zero3")  # of DeepSpeed, where it is installed
 STEPS, BATCH, ROWS = 3, 8, 28  # rows of the runs with accelerate: their last batch is a short one
 
 CASES: dict[str, Callable[[], Any]] = {
@@ -112,6 +113,37 @@ def wrap(way: str, model: PeftModel) -> nn.Module:
     return model
 
 
+def prepare(way: str, model: PeftModel) -> tuple[nn.Module, Callable[[Tensor], Any]]:
+    """A model as a trainer of several processes would have it, and what makes a step from a loss."""
+    if way in ZERO:
+        import deepspeed  # not among the requirements
+
+        deepspeed.init_distributed("gloo")
+        tuned = [p for p in model.parameters() if p.requires_grad]
+        sharding = {
+            "stage": int(way[-1]),
+            "stage3_param_persistence_threshold": 0,  # or what is small is not sharded
+            "stage3_gather_16bit_weights_on_model_save": True,
+        }
+        options = {"train_micro_batch_size_per_gpu": BATCH // dist.get_world_size(), "zero_optimization": sharding}
+        engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(tuned, lr=1e-2), config=options)
+
+        def step_in_shares(loss: Tensor) -> None:
+            engine.backward(loss)
+            engine.step()
+
+        return engine, step_in_shares
+    wrapped = wrap(way, model)
+    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-2)
+
+    def step(loss: Tensor) -> None:
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return wrapped, step
+
+
 def whole_state(way: str, wrapped: nn.Module) -> dict[str, Any]:
     """The state dict with whole tensors, in every process."""
     if way == "fsdp1":
@@ -120,6 +152,9 @@ def whole_state(way: str, wrapped: nn.Module) -> dict[str, Any]:
             return wrapped.state_dict()
     if way == "fsdp2":
         return get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True))
+    if way == "zero3":
+        found: dict[str, Any] = wrapped._zero3_consolidated_16bit_state_dict()  # as accelerate asks for it
+        return found
     return getattr(wrapped, "module", wrapped).state_dict()
 
 
@@ -132,25 +167,25 @@ def train(way: str, case: str, folder: Path, rank: int, world: int, dtype: torch
         fit_fisher_masks(model, batches)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     SENT.clear()
-    wrapped = wrap(way, model).train()
-    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-2)
+    wrapped, make_step = prepare(way, model)
+    wrapped.train()
     for step, batch in enumerate(batches):
         torch.manual_seed(step)  # supermasks are drawn: here, for the comparison, in all processes alike
-        wrapped(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        make_step(wrapped(**batch).loss)
     trained = [p for p in model.parameters() if p.requires_grad]
     state = whole_state(way, wrapped)
     model.save_pretrained(folder, state_dict=state, is_main_process=rank == 0)
+    if rank != 0:
+        return  # DeepSpeed gives whole tensors to the first process alone
+    dtypes = {name: str(value.dtype) for name, value in state.items() if value.is_floating_point()}
     seen = {
         "trained": sorted({str(p.dtype) for p in wrapped.parameters() if p.requires_grad}),
-        "deltas": sorted({str(v.dtype) for name, v in state.items() if ".lntune_" in name and v.is_floating_point()}),
+        "deltas": sorted({dtype for name, dtype in dtypes.items() if ".lntune_" in name}),
         "sent a step": sum(SENT) / STEPS,
         "bytes trained": sum(p.numel() * p.element_size() for p in trained),
         "frozen as before": all(torch.equal(state[name], value) for name, value in before.items()),
     }
-    if rank == 0:
-        (folder / "seen.json").write_text(json.dumps(seen))
+    (folder / "seen.json").write_text(json.dumps(seen))
 
 
 def train_accelerated(case: str, folder: Path) -> None:
@@ -178,7 +213,7 @@ def train_accelerated(case: str, folder: Path) -> None:
     )
 
 
-def run(rank: int, world: int, port: int, folder: str) -> None:
+def run(rank: int, world: int, port: int, folder: str, ways: Sequence[str], accelerated: Sequence[str]) -> None:
     """Everything, in one process of `world`."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -186,24 +221,26 @@ def run(rank: int, world: int, port: int, folder: str) -> None:
     if world > 1:
         os.environ.update({name: str(value) for name, value in address.items()})
     root = Path(folder)
-    for case in ACCELERATED:
+    for case in accelerated:
         AcceleratorState._reset_state()  # it is one for a whole process, and the two runs differ in it
         train_accelerated(case, root / case)
-    for way in WAYS if world > 1 else ("one",):
+    for way in ways:
         for case in CASES:
             train(way, case, root / f"{case}-{way}", rank, world)
-        train(way, "ln", root / f"bf16-{way}", rank, world, torch.bfloat16)
+        if way not in ZERO:  # there a head becomes float32, and needs autocast
+            train(way, "ln", root / f"bf16-{way}", rank, world, torch.bfloat16)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
-def launch(world: int, folder: Path) -> None:
-    """Run `world` processes to their end."""
+def launch(world: int, folder: Path, ways: Sequence[str] = WAYS, accelerated: Sequence[str] = (*ACCELERATED,)) -> None:
+    """Run `world` processes to their end; one alone has one way."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(run, args=(world, port, str(folder)), nprocs=world)
+    ways = ways if world > 1 else ("one",)
+    torch.multiprocessing.spawn(run, args=(world, port, str(folder), ways, accelerated), nprocs=world)
 
 
 if __name__ == "__main__":

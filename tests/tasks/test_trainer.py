@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 
-from peft_lntune import ConfigError, DataError, ManyTasks
+from peft_lntune import AdapterFileError, ConfigError, DataError, ManyTasks
 from peft_lntune.tasks.batches import TaskBatches
 from peft_lntune.tasks.trainer import TaskTrainer
 from tests.tasks.tasked import CLOSE, build, labelled, tasked, trained
@@ -208,6 +208,9 @@ def test_data_it_refuses(tmp_path):
         train(tmp_path, train_dataset=dataset(numbers=True).map(lambda row: {"task": 3}))
     (tmp_path / "checkpoint-1").mkdir()
     with pytest.raises(ConfigError, match=r"is no checkpoint of a TaskTrainer: it has no tasks\.safetensors"):
+        train(tmp_path, resume=str(tmp_path / "checkpoint-1"))
+    (tmp_path / "checkpoint-1" / "tasks.safetensors").touch()
+    with pytest.raises(AdapterFileError, match=r"tasks\.safetensors is damaged or cut off"):
         train(tmp_path, resume=str(tmp_path / "checkpoint-1"))
     trainer = train(tmp_path)
     with pytest.raises(ConfigError, match="evaluation needs an eval_dataset"):
