@@ -34,8 +34,8 @@ class Finals:
 
 
 def reported(rows: Rows, protocol: Protocol, dtype: str = "float32") -> list[Cell]:
-    """Return the cells of a protocol that have a row and are reported."""
-    cells = [row["cell"] for row in rows if row["cell"]["phase"] == "final"]
+    """Return the cells of a protocol that this experiment has run and reports; of others' tasks and seeds it says nothing."""
+    cells = [row["cell"] for row in rows.own() if row["cell"]["phase"] == "final"]
     return [cell for cell in cells if cell["protocol"] == protocol.name and cell["dtype"] == dtype]
 
 

@@ -31,6 +31,7 @@ class Rows:
         """
         self.path = path
         self._rows: dict[str, Row] = {cell_key(row["cell"]): row for row in _read(path)}
+        self._adopted: set[str] = set()
 
     def __contains__(self, cell: Cell) -> bool:
         """Tell whether this cell has been run."""
@@ -51,7 +52,14 @@ class Rows:
     def adopt(self, rows: Iterable[Row]) -> None:
         """Count rows of another experiment as run here too; they stay in its file alone."""
         for row in rows:
-            self._rows.setdefault(cell_key(row["cell"]), row)
+            key = cell_key(row["cell"])
+            if key not in self._rows:
+                self._rows[key] = row
+                self._adopted.add(key)
+
+    def own(self) -> Iterator[Row]:
+        """Walk the rows that are no other experiment's."""
+        return iter([row for key, row in self._rows.items() if key not in self._adopted])
 
     def append(self, row: Row) -> None:
         """Write a row and wait until it is on the disk.

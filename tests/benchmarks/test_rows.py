@@ -53,3 +53,11 @@ def test_a_run_that_raises_leaves_no_row_and_the_others_go_on(tmp_path: Path) ->
     run_cells(CELLS, rows, run, jobs=1, title="test")
     assert CELLS[0] not in rows
     assert len(rows) == len(CELLS) - 1
+
+
+def test_rows_of_another_experiment_are_known_but_not_its_own(tmp_path: Path) -> None:
+    rows = Rows(tmp_path / "rows.jsonl")
+    rows.append({"cell": {"task": "sst2"}, "accuracy": 0.5})
+    rows.adopt([{"cell": {"task": "sst2"}, "accuracy": 0.9}, {"cell": {"task": "stsb"}, "accuracy": 0.8}])
+    assert [row["accuracy"] for row in rows] == [0.5, 0.8]
+    assert [row["accuracy"] for row in rows.own()] == [0.5]
