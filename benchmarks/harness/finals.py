@@ -34,7 +34,7 @@ class Finals:
 
 
 def reported(rows: Rows, protocol: Protocol, dtype: str = "float32") -> list[Cell]:
-    """Return the cells of a protocol that this experiment has run and reports; of others' tasks and seeds it says nothing."""
+    """Return what this experiment has run and reports of a protocol; of others' tasks and seeds it says nothing."""
     cells = [row["cell"] for row in rows.own() if row["cell"]["phase"] == "final"]
     return [cell for cell in cells if cell["protocol"] == protocol.name and cell["dtype"] == dtype]
 
