@@ -95,7 +95,8 @@ class TaskTrainer(Trainer):
         column = getattr(dataset, "column_names", None)
         if column is not None and self.task_column not in column:
             raise DataError(f"no column {self.task_column!r}; there are {', '.join(column)}. Give task_column.")
-        values = dataset[self.task_column] if column is not None else [row[self.task_column] for row in dataset]
+        # The slice reads the column at once; without it datasets decodes a row at a time.
+        values = dataset[self.task_column][:] if column is not None else [row[self.task_column] for row in dataset]
         return [_name(self.tasks, value) for value in values]
 
     def get_train_dataloader(self) -> DataLoader:
