@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness.counting import peak_bytes
+from benchmarks.harness.made import made_batch
 from benchmarks.harness.models import load_classifier
 from benchmarks.harness.rows import Cell, Row, Rows
 from benchmarks.harness.runner import run_timed, stamp
@@ -73,11 +74,8 @@ def tuned_norms(model: nn.Module) -> dict[str, Tensor]:
 def make_batches(protocol: Mapping[str, int], device: torch.device) -> list[Batch]:
     """Return batches of random tokens without padding, which the loop would be spared."""
     generator = torch.Generator().manual_seed(0)
-    found = []
-    for _ in range(protocol["batches"]):
-        ids = torch.randint(1, 200, (protocol["batch"], protocol["tokens"]), generator=generator).to(device)
-        found.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2})
-    return found
+    size = protocol["batch"], protocol["tokens"]
+    return [made_batch(*size, device, generator) for _ in range(protocol["batches"])]
 
 
 def step(model: Any, data: Sequence[Batch]) -> None:

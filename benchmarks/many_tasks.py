@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks.harness.costs import in_turns, training_call
 from benchmarks.harness.counting import count_operations
+from benchmarks.harness.made import made_batch
 from benchmarks.harness.models import load_classifier
 from benchmarks.harness.rows import Cell, Row, Rows
 from benchmarks.harness.runner import run_timed, stamp
@@ -38,9 +39,7 @@ def cells(protocol: str) -> list[Cell]:
 def run_cell(cell: Cell, checkpoint: str, device: torch.device) -> Row:
     """Time, weigh and count a whole step: forward, backward, clipping, AdamW."""
     protocol, heads = PROTOCOLS[cell["protocol"]], HEADS[cell["head"]]
-    shape = (protocol["batch"], protocol["tokens"])
-    ids = torch.randint(1, 200, shape, generator=torch.Generator().manual_seed(0)).to(device)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
+    batch = made_batch(protocol["batch"], protocol["tokens"], device)
     one = training_call(tuned(checkpoint, heads, 1).to(device), batch)
     calls: dict[str, Callable[[], object]] = {"one": one, "one again": one}
     entries = 0

@@ -14,6 +14,7 @@ from torch import nn
 
 from benchmarks.harness.arms import own_parameters
 from benchmarks.harness.costs import in_turns, training_call
+from benchmarks.harness.made import made_batch
 from benchmarks.harness.models import head_modules, load_classifier
 from benchmarks.harness.rows import Cell, Row, Rows
 from benchmarks.harness.runner import run_timed, stamp
@@ -46,9 +47,7 @@ def run_cell(cell: Cell, checkpoint: str, device: torch.device) -> Row:
     arms = {"plain": plain, "plain again": plain, "deltas": deltas}
     if cell["tuned"] in MASKED:
         arms["supermask"] = supermask
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1, 200, (protocol["batch"], protocol["tokens"]), generator=generator).to(device)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
+    batch = made_batch(protocol["batch"], protocol["tokens"], device)
     calls: dict[str, Callable[[], object]] = {}
     entries = {}
     for name, tune in arms.items():

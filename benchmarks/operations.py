@@ -12,6 +12,7 @@ from torch import nn
 
 from benchmarks.harness.arms import find_arm, norm_names, own_parameters
 from benchmarks.harness.counting import count_operations
+from benchmarks.harness.made import made_inputs
 from benchmarks.harness.mixed import mixed_call
 from benchmarks.harness.models import load_body, load_classifier, tiny_llama
 from benchmarks.harness.rows import Cell, Row, Rows
@@ -62,22 +63,17 @@ def _load(cell: Cell, checkpoint: str) -> nn.Module:
     return llama if cell["measure"] == "training" else llama.model
 
 
-def _inputs(vocabulary: int = 200) -> dict[str, torch.Tensor]:
-    ids = torch.randint(1, vocabulary, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
 def _evaluation(model: nn.Module, cell: Cell) -> Callable[[], object]:
     """Return a forward pass in evaluation without gradients."""
     model.eval()
-    inputs = _inputs()
+    inputs = made_inputs(BATCH, TOKENS, torch.device("cpu"))
     return torch.no_grad()(lambda: model(**inputs))
 
 
 def _training(model: nn.Module, cell: Cell) -> Callable[[], object]:
     """Return a forward and a backward pass; the optimizer's cost depends on the entries alone and is left out."""
     model.train()
-    inputs = _inputs()
+    inputs = made_inputs(BATCH, TOKENS, torch.device("cpu"))
     labels = inputs["input_ids"] if cell["model"] == "tiny-llama" else torch.zeros(BATCH, dtype=torch.long)
 
     def step() -> None:
@@ -89,7 +85,7 @@ def _training(model: nn.Module, cell: Cell) -> Callable[[], object]:
 
 def _mixed(model: nn.Module, cell: Cell) -> Callable[[], object]:
     """Return a forward pass whose rows use `cell["adapters"]` distinct adapters in turn."""
-    return mixed_call(model, cell["adapters"], _inputs())
+    return mixed_call(model, cell["adapters"], made_inputs(BATCH, TOKENS, torch.device("cpu")))
 
 
 def report(rows: Rows) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks.harness.arms import find_arm
 from benchmarks.harness.costs import in_turns
 from benchmarks.harness.counting import count_operations
+from benchmarks.harness.made import made_inputs
 from benchmarks.harness.mixed import mixed_call
 from benchmarks.harness.models import load_body
 from benchmarks.harness.rows import Cell, Row
@@ -59,7 +60,7 @@ def run_cell(cell: Cell, checkpoint: str, device: torch.device) -> Row:
 
 def _operations(protocol: dict[str, Any], checkpoint: str, device: torch.device) -> Row:
     """Dispatched operations, of a bank of few and of many adapters, for few and many of them in a batch."""
-    model, inputs = load_body(checkpoint).to(device), make_inputs(protocol, device)
+    model, inputs = load_body(checkpoint).to(device), made_inputs(protocol["batch"], protocol["tokens"], device)
     base = count_operations(torch.no_grad()(lambda: model(**inputs)))
     found: dict[str, dict[int, int]] = {}
     for size in (protocol["sizes"][0], protocol["sizes"][-1]):
@@ -77,7 +78,7 @@ def _operations(protocol: dict[str, Any], checkpoint: str, device: torch.device)
 def _time(protocol: dict[str, Any], checkpoint: str, device: torch.device) -> Row:
     """A batch of many adapters against the base model, which runs twice."""
     plain, served = load_body(checkpoint).to(device), load_body(checkpoint).to(device)
-    inputs = make_inputs(protocol, device)
+    inputs = made_inputs(protocol["batch"], protocol["tokens"], device)
     bank = filled(served, checkpoint, protocol["sizes"][-1])
     base = torch.no_grad()(lambda: plain(**inputs))
     batches = fresh(bank, protocol, MANY)
@@ -95,7 +96,7 @@ def _mixed(protocol: dict[str, Any], checkpoint: str, device: torch.device) -> R
     peers = {arm: find_arm(arm).tune(load_body(checkpoint)).to(device) for arm in ("ln", "lora", "road")}
     found = {}
     for tokens in (protocol["short"], protocol["tokens"]):
-        inputs = make_inputs(protocol, device, tokens)
+        inputs = made_inputs(protocol["batch"], tokens, device)
         ours = routed(bank, served, inputs, batches)
         calls: dict[str, Call] = {"bank": ours, "bank again": ours}
         calls |= {arm: mixed_call(model, MIXED, inputs) for arm, model in peers.items()}
@@ -106,7 +107,7 @@ def _mixed(protocol: dict[str, Any], checkpoint: str, device: torch.device) -> R
 
 def _switching(protocol: dict[str, Any], checkpoint: str, device: torch.device) -> Row:
     """Entering a route with other adapters than before, and a whole forward pass in it, by the size of the bank."""
-    inputs = make_inputs(protocol, device)
+    inputs = made_inputs(protocol["batch"], protocol["tokens"], device)
     entering: dict[str, Call] = {}
     whole: dict[str, Call] = {}
     for size in protocol["sizes"]:
@@ -208,13 +209,6 @@ def fresh(bank: AdapterBank, protocol: dict[str, Any], distinct: int) -> list[li
         chosen = chance.sample(names, min(distinct, len(names)))
         batches.append([chosen[row % len(chosen)] for row in range(protocol["batch"])])
     return batches
-
-
-def make_inputs(protocol: dict[str, Any], device: torch.device, tokens: int | None = None) -> dict[str, Tensor]:
-    """Random tokens without padding; rows of the protocol's length, unless told."""
-    shape = (protocol["batch"], tokens or protocol["tokens"])
-    ids = torch.randint(1, 200, shape, generator=torch.Generator().manual_seed(0)).to(device)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def _seconds(call: Call) -> float:

@@ -13,6 +13,7 @@ from torch import nn
 
 from benchmarks.harness.arms import find_arm, own_parameters
 from benchmarks.harness.costs import in_turns, training_call
+from benchmarks.harness.made import made_inputs
 from benchmarks.harness.models import load_classifier, tiny_llama
 from benchmarks.harness.rows import Cell, Row
 from benchmarks.harness.runner import run_timed, stamp
@@ -65,15 +66,9 @@ def _load(cell: Cell, checkpoint: str) -> nn.Module:
     return tiny_llama(protocol["layers"], protocol["width"], protocol["dtype"])
 
 
-def _inputs(protocol: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1, 200, (protocol["batch"], protocol["tokens"]), generator=generator).to(device)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
 def _training(model: nn.Module, cell: Cell, protocol: dict[str, Any], device: torch.device) -> Callable[[], object]:
     """Return a whole training step: forward, backward, AdamW."""
-    batch = _inputs(protocol, device)
+    batch = made_inputs(protocol["batch"], protocol["tokens"], device)
     batch["labels"] = batch["input_ids"] if cell["model"] == "tiny-llama" else batch["input_ids"][:, 0] % 2
     return training_call(model, batch)
 
@@ -81,7 +76,7 @@ def _training(model: nn.Module, cell: Cell, protocol: dict[str, Any], device: to
 def _evaluation(model: nn.Module, cell: Cell, protocol: dict[str, Any], device: torch.device) -> Callable[[], object]:
     """Return a forward pass without gradients."""
     model.eval()
-    inputs = _inputs(protocol, device)
+    inputs = made_inputs(protocol["batch"], protocol["tokens"], device)
     return torch.no_grad()(lambda: model(**inputs))
 
 
@@ -89,7 +84,9 @@ def _generation(model: Any, cell: Cell, protocol: dict[str, Any], device: torch.
     """Return a greedy generation of a fixed number of tokens."""
     model.eval()
     length = {"min_new_tokens": protocol["new_tokens"], "max_new_tokens": protocol["new_tokens"]}
-    return partial(model.generate, **_inputs(protocol, device), **length, do_sample=False)
+    return partial(
+        model.generate, **made_inputs(protocol["batch"], protocol["tokens"], device), **length, do_sample=False
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
