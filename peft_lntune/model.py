@@ -111,8 +111,8 @@ class LNTuneModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         for layer in self._layers(LoraLayer):
             cast_adapter_dtype(layer, adapter_name, autocast_adapter_dtype)
-        # Ours are made in float32. Without autocast what stands beside the model takes its dtype, as LoRA does. Deltas do
-        # not: trainers say so for the whole model, and a delta in half precision is asked for by `delta_dtype`.
+        # Ours are made in float32. Without autocast what stands beside the model takes its dtype, as LoRA does. Deltas
+        # do not: trainers say so for the whole model, and `delta_dtype` asks for a delta in half precision.
         config = self.peft_config[adapter_name]
         asked = [p for p in parts_of(config) if isinstance(p, LNTuneConfig) and p.delta_dtype is not None]
         if autocast_adapter_dtype or asked:

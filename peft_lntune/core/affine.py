@@ -6,7 +6,7 @@ skip, that is taken instead: a fast path, registered by class.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -234,8 +234,8 @@ def with_rows(
     rule = rule_for(norm, x.device, x.dtype, weight.dtype, True)
     if not rule.is_norm:
         raise UnsupportedError(
-            f"the forward of this {type(norm).__name__} could not be tried on a small input on {x.device}, so it is not "
-            "known how to run it with other parameters for each row. Run the batch one adapter at a time."
+            f"the forward of this {type(norm).__name__} could not be tried on a small input on {x.device}, so it "
+            "cannot be run with other parameters for each row. Run the batch one adapter at a time, with set_adapter."
         )
     xhat = neutral(norm, rule, own, x, args, kwargs)
     y = xhat * weight if bias is None else torch.addcmul(bias, xhat, weight)
@@ -276,7 +276,7 @@ def normalize(norm: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return neutral(norm, rule, forward_of(norm), x, args, kwargs).to(rule.wide)
 
 
-def _is_layer_norm(norm: nn.Module) -> bool:
+def _is_layer_norm(norm: nn.Module) -> TypeGuard[nn.LayerNorm]:
     return type(norm) is nn.LayerNorm and nn.LayerNorm.forward is _FORWARDS[nn.LayerNorm]
 
 

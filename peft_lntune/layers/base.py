@@ -103,9 +103,10 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
     def bias(self) -> Tensor:
         """The bias with which this layer computes now.
 
-        For whoever computes with a layer's parameters in place of calling it: fused kernels, torch's fused encoder, its
-        attention. The value is that of the active adapters, rounded to the dtype of the base, and a gradient reaches the
-        deltas through it. It is the base's own while adapters are disabled or merged. `base_parameter` is the base's.
+        For code that computes with a layer's parameters in place of calling it: fused kernels, torch's fused encoder
+        and attention. The value is that of the active adapters, rounded to the dtype of the base, and gradients reach
+        the deltas through it. While adapters are disabled or merged it is the base's own. `base_parameter` gives the
+        base's parameter in every state.
 
         Raises:
             RoutingError: by whatever computes with it while each row of the batch has its own adapter; its shape, dtype
@@ -134,7 +135,8 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
             return True
         if self._disable_adapters or not self._route.active:
             return False
-        return any(tuned == parameter for tuned, _ in self._tuned(self._get_available_adapters()))
+        names = {name for container in self.adapter_layer_names for name in getattr(self, container)}
+        return any(tuned == parameter for tuned, _ in self._tuned([*names]))
 
     def update_layer(
         self,
