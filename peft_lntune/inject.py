@@ -14,6 +14,7 @@ from peft_lntune.core.norms import Norm, base_modules
 from peft_lntune.core.route import Route
 from peft_lntune.core.sublayers import Sublayer
 from peft_lntune.layers import BesideLayer, BottleneckLayer, LNTuneLayer, ModuleLayer, NormLayer, PrefixLayer
+from peft_lntune.offloaded import all_onloaded
 from peft_lntune.packing import ROOT
 from peft_lntune.plan import check_selected, plan_parts
 from peft_lntune.plan_deltas import part_of
@@ -98,7 +99,8 @@ def create_and_replace(
         return
     part = part or part_of(config, current_key, target).tuned
     if isinstance(target, LNTuneLayer):
-        _update(target, adapter_name, config, part, injection.stored)
+        with all_onloaded(target):  # an adapter lives where the module computes
+            _update(target, adapter_name, config, part, injection.stored)
         return
     layer: LNTuneLayer
     if isinstance(part.place, Norm):
@@ -107,10 +109,11 @@ def create_and_replace(
         # A mixed model injects its second adapter into itself, and so gives names from there.
         layer = ModuleLayer(target, injection.route, part.name.removeprefix(ROOT))
     layer.set_adapter(adapter_name)
-    _update(layer, adapter_name, config, part, injection.stored)
-    if adapter_name not in tuner.active_adapters:
-        layer.requires_grad_(False)
-    tuner._replace_module(parent, target_name, layer, target)
+    with all_onloaded(layer):
+        _update(layer, adapter_name, config, part, injection.stored)
+        if adapter_name not in tuner.active_adapters:
+            layer.requires_grad_(False)
+        tuner._replace_module(parent, target_name, layer, target)
 
 
 def _update(layer: LNTuneLayer, adapter_name: str, config: LNTuneConfig, part: Part, stored: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, cast_adapter_dtype, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, cast_adapter_dtype
 from torch import Tensor, nn
 
 from peft_lntune.concatenated import concatenate
@@ -32,6 +32,7 @@ from peft_lntune.inject import create_and_replace, is_target, prepare, route_of
 from peft_lntune.layers import PARAMETERS, BesideLayer, LNTuneLayer, NormLayer
 from peft_lntune.lora import LoraLayer, LoraPart, routed_lora
 from peft_lntune.merging import merge_layers, take_out_shared, unmerge_layers
+from peft_lntune.offloaded import all_onloaded, stored_tensors
 from peft_lntune.packing import pack, pack_scores
 from peft_lntune.selection.masks import check_masks
 from peft_lntune.storage import (
@@ -39,6 +40,7 @@ from peft_lntune.storage import (
     check_tensors,
     dropped_tensors,
     manifest_of,
+    of_adapter,
     without_adapter_name,
 )
 from peft_lntune.weighted import MAJORITY_SIGNS, combine, combined_config, drop_untuned
@@ -181,7 +183,7 @@ class LNTuneModel(BaseTuner):
 
     def _check_merge(self, adapter_names: list[str] | None) -> None:
         for layer in self.tuner_layers():
-            with onload_layer(layer):
+            with all_onloaded(layer):
                 layer.check_merge(adapter_names)
 
     # Storage.
@@ -192,6 +194,8 @@ class LNTuneModel(BaseTuner):
     ) -> dict[str, Tensor]:
         # In place: PEFT takes the heads in modules_to_save from the same state dict afterwards.
         kwargs["state_dict"].update(dropped_tensors(model, adapter_name, kwargs["unwanted_adapter_names"]))
+        trained = {name: value for name, value in kwargs["state_dict"].items() if of_adapter(name, adapter_name)}
+        kwargs["state_dict"].update(stored_tensors(model, trained))
         # Not PEFT's search: where FSDP has wrapped modules inside the model, it finds nothing, and says nothing.
         tensors = folded(adapter_name, held_tensors(model, adapter_name, kwargs["state_dict"]))
         stored = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in tensors.items()}

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from peft_lntune.core.delta import PARAMETERS, Block, delta_dtype
 from peft_lntune.core.reparam import Delta
 from peft_lntune.core.route import Route
+from peft_lntune.errors import UnsupportedError
 from peft_lntune.layers.kept import Kept, source_of, unchanged
+from peft_lntune.offloaded import call_onloaded, offload_hook, onloaded
 
 __all__ = ["PARAMETERS", "LNTuneLayer"]
 
@@ -134,7 +136,8 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
     def effective(self, parameter: str, adapters: Sequence[str]) -> Tensor:
         """The parameter under these adapters: base plus each delta that there is."""
         tuned = [found for found in self._tuned(adapters) if found[0] == parameter]
-        return self._sums(tuned).get(parameter, self.base_parameter(parameter))
+        with onloaded(self.get_base_layer()):
+            return self._sums(tuned).get(parameter, self.base_parameter(parameter))
 
     def _tuned(self, adapters: Sequence[str]) -> list[tuple[str, Any]]:
         """Parameter and delta, for each delta that these adapters have here; plain dict reads, it runs in forward."""
@@ -181,6 +184,16 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         kwargs.pop("adapter_names", None)  # hooks of other tuners pass it on; here the route holds it
+        base = self.get_base_layer()
+        if offload_hook(base) is None:
+            return self._forward(*args, **kwargs)
+        self._check_gradients_arrive()
+        try:
+            return call_onloaded(base, self._forward, args, kwargs)
+        finally:
+            self._kept = None  # it would hold on to what has just been offloaded
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if self._disable_adapters:
             if self.merged_adapters:
                 self.unmerge()
@@ -191,6 +204,17 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
             return self.run_routed(*args, **kwargs)
         call = self._call(self.active_adapters) or self.base_layer
         return call(*args, **kwargs)
+
+    def _check_gradients_arrive(self) -> None:
+        """Raise where what is trained here was offloaded too: a gradient would reach a copy that is thrown away."""
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        for _, delta in self._tuned(self.active_adapters):
+            if delta.weight is not None and delta.weight.requires_grad and offload_hook(delta) is not None:
+                raise UnsupportedError(
+                    f"the adapter's values at {self.label} are offloaded, so training would not change them. Dispatch "
+                    "or offload the base model first, and call get_peft_model afterwards."
+                )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the effective parameters, rounded to the base dtype, into the base module.
@@ -205,14 +229,15 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         added = [name for name in check_adapters_to_merge(self, adapter_names) if self._tuned([name])]
         if not added:
             return
-        merged = self._merged([*self.merged_adapters, *added])
-        if safe_merge:
-            self._check_finite(merged, added)
-        for parameter, value in merged.items():
-            base = self.base_parameter(parameter)
-            # A copy of the old vector, because subtracting the delta again would not give it back in bfloat16.
-            self._unmerged.setdefault(parameter, base.detach().clone())
-            base.data = value
+        with onloaded(self.get_base_layer(), keep=True):
+            merged = self._merged([*self.merged_adapters, *added])
+            if safe_merge:
+                self._check_finite(merged, added)
+            for parameter, value in merged.items():
+                base = self.base_parameter(parameter)
+                # A copy of the old vector, because subtracting the delta again would not give it back in bfloat16.
+                self._unmerged.setdefault(parameter, base.detach().clone())
+                base.data = value
         self.merged_adapters.extend(added)
         self._forget()
 
@@ -223,7 +248,8 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
             ValueError: a merged value would be NaN or infinite.
         """
         added = self.added(adapter_names)
-        self._check_finite(self._merged([*self.merged_adapters, *added]), added)
+        with onloaded(self.get_base_layer()):
+            self._check_finite(self._merged([*self.merged_adapters, *added]), added)
 
     def added(self, adapter_names: Sequence[str] | None = None) -> list[str]:
         """Those of some adapters (None: the active ones) that `merge` would merge here."""
@@ -239,8 +265,9 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
             if inner.merged:
                 inner.unmerge()
             inner = inner.base_layer
-        for parameter in self._unmerged:
-            self.base_parameter(parameter).data = self.unmerged(parameter)
+        with onloaded(self.get_base_layer(), keep=True):
+            for parameter in self._unmerged:
+                self.base_parameter(parameter).data = self.unmerged(parameter)
         self._unmerged = {}
         self.merged_adapters = []
         self._forget()
