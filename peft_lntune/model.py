@@ -113,12 +113,13 @@ class LNTuneModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         for layer in self._layers(LoraLayer):
             cast_adapter_dtype(layer, adapter_name, autocast_adapter_dtype)
-        # Ours are made in float32. Only a user who says autocast_adapter_dtype=False wants the dtype of the base.
+        # Ours are made in float32. Without autocast what stands beside the model takes its dtype, as LoRA does. Deltas do
+        # not: trainers say so for the whole model, and a delta in half precision is asked for by `delta_dtype`.
         config = self.peft_config[adapter_name]
         asked = [p for p in parts_of(config) if isinstance(p, LNTuneConfig) and p.delta_dtype is not None]
         if autocast_adapter_dtype or asked:
             return
-        for layer in self._layers((LNTuneLayer, BesideLayer)):
+        for layer in self._layers(BesideLayer):
             layer.to_base_dtype(adapter_name)
 
     # Merging: what could fail is looked at in every layer before the first is changed.
@@ -287,10 +288,8 @@ class LNTuneModel(BaseTuner):
         """
         self._check_deltas(adapter_name)
         old = {(layer, p): layer.deltas(p)[adapter_name] for layer, p in self._places(adapter_name).values()}
-        own_dtype = all(delta.weight.dtype == layer.base_parameter(p).dtype for (layer, p), delta in old.items())
         self._inject(self.model, adapter_name, DeltaConfig)
         record_mask(self.peft_config, adapter_name, None)
-        self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=not own_dtype)
         for layer, parameter in self._places(adapter_name).values():
             delta = layer.deltas(parameter)[adapter_name]
             before = old.get((layer, parameter))
