@@ -86,7 +86,7 @@ class Delta(nn.Module):
             if not len(index):
                 raise UnsupportedError(
                     "a masked delta was made for values and a mask from a file, and these were never loaded. Load the "
-                    "adapter with PeftModel.from_pretrained, or make a new one from dataclasses.replace(config)."
+                    "adapter with PeftModel.from_pretrained, or make a new one from config.unmasked()."
                 )
             self._index = key, index
         return self._index[1]
