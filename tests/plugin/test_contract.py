@@ -104,7 +104,7 @@ REQUIRED = [
         for name in ("_member_names_", "_member_map_", "_value2member_map_")
     ),
     Name(f"{TUNER}._prepare_adapter_config", "injection", ("model.py", "plugin/mixed.py")),
-    Name(f"{TUNER}._prepare_model", "planning before anything changes", ("plugin/mixed.py",)),
+    Name(f"{TUNER}.inject_adapter", "planning before anything changes", ("model.py", "plugin/mixed.py")),
     Name(f"{TUNER}._check_target_module_exists", "choosing modules", ("model.py", "plugin/mixed.py")),
     Name(f"{TUNER}._create_and_replace", "injection", ("model.py", "plugin/mixed.py")),
     Name(f"{TUNER}._replace_module", "injection", ("inject.py",)),
