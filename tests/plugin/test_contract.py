@@ -194,7 +194,7 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for attribute in (
         "_create_and_replace",
         "_prepare_adapter_config",
-        "_prepare_model",
+        "inject_adapter",
         "_check_target_module_exists",
         "_unload_and_optionally_merge",
         "merge_adapter",
