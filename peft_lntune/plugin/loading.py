@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftConfig, PeftMixedModel, PeftModel
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from peft_lntune.config import LNTuneConfig, StoredConfig, delta_part, record_ma
 from peft_lntune.config.base import PEFT_TYPE
 from peft_lntune.core.delta import delta_dtype
 from peft_lntune.core.norms import base_modules
-from peft_lntune.errors import AdapterFileError, PeftLNTuneError
+from peft_lntune.errors import AdapterFileError, PeftLNTuneError, UnsupportedError
 from peft_lntune.fit import scores_by, unpack_by
 from peft_lntune.model import LNTuneModel
 from peft_lntune.packing import KEEP, SCORES, is_packed
@@ -39,6 +40,9 @@ from peft_lntune.storage import (
 )
 
 __all__ = ["guard_loading"]
+
+HEADS_SINCE = 5, 18
+"""The first transformers whose own `load_adapter` loads heads (`modules_to_save`)."""
 
 _MARK = "_lntune_guarded"
 
@@ -134,6 +138,8 @@ def _read_ours(model: nn.Module, given: dict[str, Any], model_id: Any, hub: dict
         config.take_sizes(_check_files(model_id, hub) or config)
     if not isinstance(config, LNTuneConfig) or (not tensors and model_id is None):
         return
+    if config.modules_to_save:
+        _check_heads_load()
     where = str(model_id)
     if tensors:
         where = f"the state dict for adapter {given.get('adapter_name') or 'default'!r}"
@@ -151,6 +157,17 @@ def _read_ours(model: nn.Module, given: dict[str, Any], model_id: Any, hub: dict
             unpacked = cast_values(unpacked, delta_dtype(next(model.parameters()).dtype, config.torch_delta_dtype))
         named = {with_lora_name(key, name): value for key, value in unpacked.items()}
         given.update(peft_config=config, adapter_state_dict=named)
+
+
+def _check_heads_load() -> None:
+    """Heads are in a file under their own names; transformers finds their places in a model only since 5.18."""
+    major, minor, *_ = transformers.__version__.split(".")
+    if (int(major), int(minor)) < HEADS_SINCE:
+        raise UnsupportedError(
+            f"transformers {transformers.__version__} does not load the heads of an adapter (modules_to_save) with its "
+            f"own `load_adapter`. Install transformers>={'.'.join(map(str, HEADS_SINCE))}, or load the adapter with "
+            "`PeftModel.from_pretrained`."
+        )
 
 
 def _holds_ours(model_id: Any, hub: dict[str, Any]) -> bool:
