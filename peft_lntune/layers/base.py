@@ -117,22 +117,26 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
 
     def _read(self, parameter: str) -> Tensor:
         base = self.base_parameter(parameter)
-        if base is None or self._disable_adapters:
-            return base if base is None else self.unmerged(parameter)
+        if base is None:
+            return base
+        if self._differs(parameter):
+            return RoutedParameter.like(base, f"the {parameter} of {self.label}")
+        if self._disable_adapters:
+            return self.unmerged(parameter)
         if self.merged_adapters:
             return base
-        if self._routed(parameter):
-            return RoutedParameter.like(base, f"the {parameter} of {self.label}")
         kept = self._hold(self.active_adapters)
         sums = self._sums(self._tuned(self.active_adapters)) if kept is None else kept.sums
         return sums[parameter].to(base.dtype) if parameter in sums else base
 
-    def _routed(self, parameter: str) -> bool:
+    def _differs(self, parameter: str) -> bool:
         """Whether a parameter may differ from row to row now: by a route of this model, or of a bank around it."""
         detour = self.get_base_layer().__dict__.get("forward")
         if isinstance(detour, Detour) and detour.routed:
             return True
-        return self._route.active and any(p == parameter for p, _ in self._tuned(self._get_available_adapters()))
+        if self._disable_adapters or not self._route.active:
+            return False
+        return any(tuned == parameter for tuned, _ in self._tuned(self._get_available_adapters()))
 
     def update_layer(
         self,
