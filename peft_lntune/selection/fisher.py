@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from peft_lntune.core.persample import PerSample, per_sample
 from peft_lntune.errors import ConfigError, DataError, UnsupportedError
 from peft_lntune.selection.losses import HEADS, Batch, Head, Loss, find_head
+from peft_lntune.selection.packed import find_packed
 from peft_lntune.selection.parameters import base_model, find_parameters, generator
 
 __all__ = ["KINDS", "MAX_CLASSES", "FisherState", "fisher_scores", "own_share"]
@@ -113,9 +114,9 @@ def fisher_scores(
 ) -> dict[str, Tensor]:
     """Score parameters by Fisher information, exact a sample, in one forward and backward pass a batch.
 
-    The model runs in evaluation mode and is afterwards as it was: mode, gradients, requires_grad. Norms and linear
-    modules cost one pass; for parameters of any other module, or used outside their module's call, each sample gets a
-    backward pass of its own.
+    The model runs in evaluation mode, without caches, and is afterwards as it was: mode, gradients, requires_grad.
+    Norms and linear modules cost one pass; for parameters of any other module, or used outside their module's call,
+    each sample gets a backward pass of its own.
 
     Source: Sung et al. 2021 (FISH mask, arXiv 2111.09839); ValizadehAslani and Liang 2024 (arXiv 2403.20284).
 
@@ -138,7 +139,7 @@ def fisher_scores(
 
     Raises:
         ConfigError: an unknown kind, loss or parameter, or a loss that is not one value a sample.
-        DataError: no batches, no labels, or a loss that is not finite.
+        DataError: no batches, no labels, packed rows, or a loss that is not finite.
         UnsupportedError: the model mixes the rows of a batch before a norm, or its head fits no known loss.
 
     Example:
@@ -188,6 +189,13 @@ class _Scorer:
 
     def add(self, batch: Batch, size: int, state: FisherState) -> None:
         """Add the squares of one batch to the sums; nothing is added where it raises."""
+        packed = find_packed(batch, size)
+        if packed is not None:
+            raise DataError(
+                f"this batch has packed rows: {packed} says that a row holds several samples, and Fisher information "
+                "squares the gradient of each sample by itself. Give one sample per row, with padding (packing=False "
+                "and padding_free=False in TRL, DataCollatorWithPadding in transformers)."
+            )
         batch = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         number = state.first + state.samples
         if self.head is None and self.loss is None:
@@ -335,16 +343,25 @@ def _agree(ours: Tensor | None, theirs: Tensor | None) -> bool:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no parameter requires a gradient; afterwards all as before."""
+    """Evaluation mode, no cache, and no parameter requires a gradient; afterwards all as before.
+
+    Recurrent models write their caches in place, and autograd cannot go back through that.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    configs = {id(c): c for c in (getattr(module, "config", None) for module in model.modules())}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.eval()
+        for config in caching:
+            config.use_cache = False
         for parameter, _ in flags:
             parameter.requires_grad_(False)
         with torch.enable_grad():
             yield
     finally:
+        for config in caching:
+            config.use_cache = True
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         for module, mode in modes:
