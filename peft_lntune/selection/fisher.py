@@ -22,7 +22,7 @@ from peft_lntune.selection.losses import HEADS, Batch, Head, Loss, find_head
 from peft_lntune.selection.packed import find_packed
 from peft_lntune.selection.parameters import base_model, find_parameters, generator
 
-__all__ = ["KINDS", "MAX_CLASSES", "FisherState", "fisher_scores", "own_share"]
+__all__ = ["KINDS", "MAX_CLASSES", "FisherState", "add_samples", "fisher_scores", "own_share", "several_processes"]
 
 KINDS = ("empirical", "mc", "exact")
 
@@ -73,14 +73,28 @@ class FisherState:
         return FisherState(min(self.first, other.first), self.samples + other.samples, squares)
 
     def of_all_processes(self) -> "FisherState":
-        """The sums of all processes of `torch.distributed`, the same in each of them; where there is one, its own."""
-        if not _several_processes():
+        """The sums of all processes of `torch.distributed`, the same in each of them; where there is one, its own.
+
+        Every process calls it, also one that has seen no sample.
+
+        Raises:
+            ConfigError: the processes have scored different parameters.
+        """
+        if not several_processes():
             return self
-        squares = {name: total.clone() for name, total in self.squares.items()}
-        samples = torch.tensor(self.samples, device=next(iter(squares.values())).device)
-        for tensor in (samples, *squares.values()):
-            dist.all_reduce(tensor)
-        return FisherState(0, int(samples), squares)
+        facts = {name: (tuple(total.shape), total.dtype) for name, total in self.squares.items()}
+        told: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, (self.samples, facts))
+        known = [facts for _, facts in told if facts]
+        if any(facts != known[0] for facts in known):
+            raise ConfigError("the processes have scored different parameters, so their sums cannot be added.")
+        device = next((total.device for total in self.squares.values()), _device())
+        squares = {}
+        for name, (shape, dtype) in (known[0] if known else {}).items():
+            own = self.squares.get(name)
+            squares[name] = torch.zeros(shape, dtype=dtype, device=device) if own is None else own.clone()
+            dist.all_reduce(squares[name])
+        return FisherState(0, sum(samples for samples, _ in told), squares)
 
 
 def own_share(samples: int) -> tuple[int, int]:
@@ -90,14 +104,20 @@ def own_share(samples: int) -> tuple[int, int]:
         >>> own_share(1024)  # one process
         (0, 1024)
     """
-    if not _several_processes():
+    if not several_processes():
         return 0, samples
     rank, each, rest = dist.get_rank(), *divmod(samples, dist.get_world_size())
     return rank * each + min(rank, rest), each + (rank < rest)
 
 
-def _several_processes() -> bool:
+def several_processes() -> bool:
+    """Whether `torch.distributed` runs more than one."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _device() -> torch.device:
+    """Where the tensors of this process have to be for `torch.distributed`."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def fisher_scores(
@@ -151,6 +171,24 @@ def fisher_scores(
         >>> scores["bert.encoder.layer.0.output.LayerNorm.weight"].shape
         torch.Size([8])
     """
+    state = FisherState() if state is None else state
+    add_samples(state, model, batches, kind, parameters, loss, seed, num_samples=num_samples, progress=progress)
+    return state.scores()
+
+
+def add_samples(
+    state: FisherState,
+    model: nn.Module,
+    batches: Iterable[Batch],
+    kind: str,
+    parameters: Iterable[str] | None,
+    loss: Loss | str | None,
+    seed: int,
+    *,
+    num_samples: int | None = None,
+    progress: bool = True,
+) -> None:
+    """Add the squares of samples to `state`; see `fisher_scores`. There may be none of them."""
     if kind not in KINDS:
         raise ConfigError(f"kind={kind!r}: choose one of {', '.join(map(repr, KINDS))}.")
     if isinstance(loss, str) and loss not in HEADS:
@@ -158,12 +196,10 @@ def fisher_scores(
     if callable(loss) and kind != "empirical":
         raise ConfigError(f"kind={kind!r} needs to know what the outputs mean, so loss takes a name, not a function.")
     found = find_parameters(model, parameters)
-    state = FisherState() if state is None else state
     with _frozen(model), per_sample(base_model(model), found) as taps:
         scorer = _Scorer(model, found, taps, kind, loss, seed)
         for batch, size in _left(batches, state, num_samples, progress):
             scorer.add(batch, size, state)
-    return state.scores()
 
 
 class _Scorer:
