@@ -1,7 +1,7 @@
 """What every config of the family shares: where to tune, how deltas are kept, and what was saved with it."""
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -60,6 +60,9 @@ class LNTuneConfig(PeftConfig):
     manifest: dict[str, Any] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        for own in fields(self):
+            if own.name != "mask_source":  # which says how numbers came about, and holds no arrays of them
+                setattr(self, own.name, plain(getattr(self, own.name)))
         super().__post_init__()
         self.peft_type = PeftType(PEFT_TYPE)
         self.kind = type(self).__name__
@@ -148,6 +151,26 @@ class LNTuneConfig(PeftConfig):
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path_json_file} is damaged: {error}. Get a good copy of the adapter.") from error
         return loaded
+
+
+def plain(value: Any, arrays: bool = True) -> Any:
+    """Numbers and lists as JSON has them, where they came from numpy or torch; anything else as it is.
+
+    Args:
+        value: of a field.
+        arrays: False leaves arrays of more than one number as they are.
+
+    Example:
+        >>> plain([torch.tensor(1), 2])
+        [1, 2]
+    """
+    if type(value) in (list, tuple, set):
+        return type(value)(plain(item, arrays) for item in value)
+    if type(value) is dict:
+        return {key: plain(item, arrays) for key, item in value.items()}
+    if isinstance(value, torch.Tensor) or type(value).__module__ == "numpy":
+        return value.tolist() if (arrays or value.ndim == 0) else value
+    return value
 
 
 def check_format(version: Any) -> None:

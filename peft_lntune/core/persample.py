@@ -113,8 +113,11 @@ class PerSample:
         return tap
 
     def _check_rows(self, name: str, x: Tensor) -> None:
-        if x.shape[0] != self._size and (
-            x.shape[0] % self._size or x.shape[0] // self._size not in self._lengths or x.dim() < 2
+        whole = self._size == 1 and not (name in self._norms and self._norms[name].axis == 1)  # all rows are its own
+        if (
+            x.shape[0] != self._size
+            and not whole
+            and (x.shape[0] % self._size or x.shape[0] // self._size not in self._lengths or x.dim() < 2)
         ):
             raise UnsupportedError(
                 f"{name} gets an input of shape {tuple(x.shape)} for a batch of {self._size} samples, so its rows are "
