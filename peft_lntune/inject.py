@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
 
 from peft_lntune.attention import AttentionFacts
+from peft_lntune.claims import check_claims
 from peft_lntune.config import DeltaConfig, LNTuneConfig
 from peft_lntune.core.norms import Norm, base_modules
 from peft_lntune.core.route import Route
@@ -40,13 +41,15 @@ def prepare(config: LNTuneConfig, model: nn.Module) -> list[PeftConfig]:
         The parts of the config, ready to be injected one after the other.
 
     Raises:
-        AdapterFileError: the config was saved with masks for another model; and all that `plan` raises.
+        AdapterFileError: the config was saved with masks for another model, or asks for more than its file holds; and
+            all that `plan` raises.
     """
     planned = plan_parts(model, config, config.stored_counts)
     selected = sum(plan.selected for _, plan in planned)
     check_selected(config, selected)
+    check_claims(config, model, planned)
     config.__dict__["selected"] = selected  # for the file: a model that is wrapped by then cannot be planned for again
-    stored = config.__dict__.pop("stored", False)
+    stored = bool(config.__dict__.pop("stored", False))
     route, modules = route_of(model), base_modules(model)
     for part, plan in planned:
         if isinstance(part, LoraConfig):

@@ -20,7 +20,7 @@ from peft_lntune.cli.tables import csv_option, show
 from peft_lntune.core.norms import find_norms
 from peft_lntune.selection.fisher import KINDS
 from peft_lntune.selection.select import SCOPES
-from peft_lntune.storage import new_file
+from peft_lntune.atomic import new_file
 
 __all__ = ["FisherMasks", "command", "fisher_masks", "load_classifier"]
 

@@ -20,8 +20,9 @@ from peft_lntune.config.stored import KINDS
 from peft_lntune.core.delta import unpack_bits
 from peft_lntune.core.supermask import kept
 from peft_lntune.errors import AdapterFileError
+from peft_lntune.manifest import check_directory
 from peft_lntune.packing import DELTAS, KEEP, PREFIX, ROOT, SCORES, is_packed
-from peft_lntune.storage import CONTAINERS, LORA, WEIGHTS_FILE, check_directory, is_ours
+from peft_lntune.storage import CONTAINERS, LORA, WEIGHTS_FILE, is_ours
 
 __all__ = ["AdapterReport", "command", "inspect_adapter"]
 
