@@ -22,7 +22,7 @@ _SLACK = 1 << 20
 
 
 def model_type_of(model: Any) -> str | None:
-    """What transformers calls the architecture of a model, or of a config; None where it is no model of transformers."""
+    """What transformers calls the architecture of a model, or of a config; None of any other model."""
     found = getattr(getattr(model, "config", model), "model_type", None)
     return found if isinstance(found, str) and found else None
 
@@ -39,8 +39,8 @@ def check_architecture(config: PeftConfig, model: Any, where: str = "this adapte
     own = model_type_of(model)
     if saved and own and saved != own and not is_renamed():
         raise AdapterFileError(
-            f"{where} was saved from a model of type {saved!r}, and this model is of type {own!r}. Load it into the model "
-            "that it was trained on. If the two are one architecture under two names, say so with key_mapping={}, an "
+            f"{where} was saved from a model of type {saved!r}, and this model is of type {own!r}. Load it into the "
+            "model that it was trained on. If the two are one architecture under two names, say so with key_mapping={}, an "
             "argument of PeftModel.from_pretrained and load_adapter."
         )
 
@@ -101,6 +101,6 @@ def _check_heads(config: LNTuneConfig, model: nn.Module, shapes: Mapping[str, to
         lacking = [f"{name}.{key}" for key in lacking if f"{name}.{key}" not in shapes]
         if lacking:
             raise AdapterFileError(
-                f"the weight file lacks {lacking[0]}, a tensor of a module in modules_to_save. It was saved from another "
-                "model, or one of the two files was changed; get a good copy of both."
+                f"the weight file lacks {lacking[0]}, a tensor of a module in modules_to_save. It was saved from "
+                "another model, or one of the two files was changed; get a good copy of both."
             )

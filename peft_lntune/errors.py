@@ -38,7 +38,7 @@ class AdapterFileError(PeftLNTuneError):
 
 
 class HeadFileError(AdapterFileError, RuntimeError):
-    """A head in a file is of another size than the model's. Also a `RuntimeError`, as torch raises it. Next: as above."""
+    """A head in a file is of another size than the model's; a `RuntimeError` too, as torch's. Next: the right model."""
 
 
 class RoutingError(PeftLNTuneError):

@@ -24,8 +24,10 @@ __all__ = [
     "PROVENANCE",
     "changes",
     "check_directory",
+    "check_foreign",
     "check_tensors",
     "current_config",
+    "digest_of",
     "is_sealed",
     "manifest_of",
     "of_weights",
@@ -68,7 +70,7 @@ def manifest_of(tensors: Mapping[str, Tensor], partial: bool = False) -> dict[st
     """
     ours = _ours(tensors)
     counts = counts_of(ours)
-    manifest: dict[str, Any] = {"digest": _digest(pack(ours))}
+    manifest: dict[str, Any] = {"digest": digest_of(pack(ours))}
     return {**manifest, "tuned": counts} if partial or any(counts.values()) else manifest
 
 
@@ -84,7 +86,7 @@ def seal(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, 
         manifest itself and the tensors. Where the weights are not those of the manifest, neither is claimed.
     """
     manifest = {key: value for key, value in config["manifest"].items() if key not in (FIELDS, FULL, PREVIOUS)}
-    if manifest.get("digest") != _digest(_ours(tensors)):
+    if manifest.get("digest") != digest_of(_ours(tensors)):
         return manifest
     manifest[FIELDS] = _covered(config)
     return {**manifest, FULL: _full_digest(manifest, tensors)}
@@ -151,7 +153,7 @@ def check_tensors(manifest: Mapping[str, Any] | None, tensors: Mapping[str, Tens
             f"{where}: {len(broken)} tensors hold NaN or infinite values, the first is {broken[0]}. "
             "The training that wrote it diverged, or the file is damaged; take an earlier checkpoint."
         )
-    if manifest and "digest" in manifest and manifest["digest"] != _digest(ours):
+    if manifest and "digest" in manifest and manifest["digest"] != digest_of(ours):
         raise AdapterFileError(
             f"{where} is not the file that its adapter_config.json was saved with: the digests differ. One of the two "
             "comes from another save, or was changed since. Get both from one save."
@@ -164,6 +166,35 @@ def check_tensors(manifest: Mapping[str, Any] | None, tensors: Mapping[str, Tens
                 "heads (modules_to_save) and the manifest in the config. One of the two files was changed since, or "
                 "comes from another save. Get both from one save."
             )
+
+
+def check_foreign(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor], where: str) -> None:
+    """Raise where tensors that no manifest covers cannot be as they were saved.
+
+    Args:
+        tensors: of a file in a format of PEFT's own.
+        like: the tensors of the model that they are for, by the same names. A file has one dtype where the model has.
+        where: the file, for the message.
+
+    Raises:
+        AdapterFileError: a value is not finite, a dtype is not floating, or not that of the others.
+    """
+    dtypes: dict[torch.dtype, tuple[str, torch.dtype]] = {}
+    for name, tensor in sorted(tensors.items()):
+        if not tensor.is_floating_point():
+            raise AdapterFileError(f"{where}: {name} should be of a floating dtype, but is {tensor.dtype}.")
+        if not _finite(tensor):
+            raise AdapterFileError(
+                f"{where}: {name} holds NaN or infinite values. The training that wrote it diverged, or the file is "
+                "damaged; take an earlier checkpoint."
+            )
+        if name in like:
+            first, dtype = dtypes.setdefault(like[name].dtype, (name, tensor.dtype))
+            if dtype != tensor.dtype:
+                raise AdapterFileError(
+                    f"{where}: {name} is {tensor.dtype}, and {first} is {dtype}, while both are of one dtype in the "
+                    "model. The file was changed since it was saved; get a good copy."
+                )
 
 
 def check_directory(
@@ -271,7 +302,8 @@ def _ours(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(ROOT): tensor for name, tensor in sorted(tensors.items()) if is_ours(name)}
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of tensors, in the order of their names."""
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -282,7 +314,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 def _full_digest(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """Over the manifest, in which the digest of our tensors is, and over all other tensors."""
     others = {name.removeprefix(ROOT): tensor for name, tensor in tensors.items() if not is_ours(name)}
-    text = json.dumps([_plain(manifest), _digest(others)], sort_keys=True)
+    text = json.dumps([_plain(manifest), digest_of(others)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from peft_lntune import AdapterFileError, LNTuningConfig
-from peft_lntune.packing import pack
 from peft_lntune.atomic import new_file
 from peft_lntune.manifest import check_directory, check_tensors, manifest_of
+from peft_lntune.packing import pack
 from peft_lntune.storage import WEIGHTS_FILE, is_ours, of_adapter, without_adapter_name
 from tests import adapted
 

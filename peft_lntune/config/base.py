@@ -1,6 +1,7 @@
 """What every config of the family shares: where to tune, how deltas are kept, and what was saved with it."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,10 +124,8 @@ class LNTuneConfig(PeftConfig):
         name_import(target)
         with new_file(target / CONFIG_FILE) as written:
             super().save_pretrained(str(written.parent), **kwargs)
-            try:
+            with suppress(AdapterFileError):  # the weights are still to be written, or damaged: then loading says so
                 seal_file(written, find_weights(target, None, {}))
-            except AdapterFileError:
-                pass  # the weights are still to be written, or are damaged: then loading says so
 
     @property
     def is_sealed(self) -> bool:

@@ -35,8 +35,8 @@ class StoredConfig(LNTuneConfig):
         if changed:
             raise AdapterFileError(
                 f"this adapter_config.json was changed since it was saved: {'; '.join(changed[:3])}"
-                f"{' ...' if changed[3:] else ''}. To load it as it was, undo that. To change a field on purpose, undo it "
-                "too, then: config = PeftConfig.from_pretrained(directory), set the field, "
+                f"{' ...' if changed[3:] else ''}. To load it as it was, undo that. To change a field on purpose, "
+                "undo it too, then: config = PeftConfig.from_pretrained(directory), set the field, "
                 "config.save_pretrained(directory)."
             )
         config.take_sizes(config)
