@@ -58,7 +58,7 @@ def _load(peft_model: PeftModel, directory: str | os.PathLike, adapter_name: str
     saved = PeftConfig.from_pretrained(str(directory))
     if not isinstance(saved, LoraConfig):
         raise AdapterFileError(
-            f"{directory} holds an adapter of PEFT type {saved.peft_type}, and load_lora reads LORA."
+            f"{directory} holds an adapter of PEFT type {saved.peft_type}, and load_lora reads LORA. Load it by itself."
         )
     wrong = [name for name in _SAME if getattr(saved, name) != getattr(part, name)]
     if wrong:

@@ -63,7 +63,7 @@ def _told(source: Any, error: Exception) -> AdapterFileError:
             f"{source} lacks {said}, a tensor of a module in modules_to_save. It was saved from another model, or the "
             "file was changed."
         )
-    if isinstance(error, RuntimeError) and "size mismatch" in said:
+    if isinstance(error, RuntimeError) and ("size mismatch" in said or "mismatched_sizes" in said):
         return HeadFileError(f"{source} does not fit this model. {said}")
     kind = "" if isinstance(error, (ValueError, RuntimeError, OSError)) else f"{type(error).__name__}: "
     return AdapterFileError(

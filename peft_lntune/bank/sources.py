@@ -22,6 +22,7 @@ from peft_lntune.layers import LNTuneLayer
 from peft_lntune.manifest import check_tensors
 from peft_lntune.packing import PREFIX, ROOT
 from peft_lntune.plan import check_selected, plan
+from peft_lntune.restoring import told_by_us
 from peft_lntune.storage import CONFIG_FILE, PEFT_TYPE, WEIGHTS_FILE, read_tensors
 
 __all__ = ["Adapter", "Source", "Sources", "deltas_in", "tensors_of"]
@@ -92,7 +93,8 @@ class Sources:
             raise ConfigError(
                 f"adapter {name!r} is taken from a directory or from (peft_model, adapter_name), but got {source!r}."
             )
-        return self._from_directory(name, Path(source))
+        with told_by_us(source, lambda: True):
+            return self._from_directory(name, Path(source))
 
     def _from_directory(self, name: str, folder: Path) -> Adapter:
         config = _read_config(folder)

@@ -11,7 +11,7 @@ from peft_lntune.config.base import LNTuneConfig
 from peft_lntune.config.kinds import build
 from peft_lntune.config.parts import PART_KINDS
 from peft_lntune.config.unified import UnifiedConfig
-from peft_lntune.errors import AdapterFileError
+from peft_lntune.errors import AdapterFileError, PeftLNTuneError
 from peft_lntune.manifest import changes, check_directory
 from peft_lntune.storage import hub_options
 
@@ -30,7 +30,12 @@ class StoredConfig(LNTuneConfig):
     """
 
     def __new__(cls, **stored: Any) -> LNTuneConfig:
-        config = build(stored, KINDS)
+        try:
+            config = build(stored, KINDS)
+        except PeftLNTuneError:
+            raise
+        except Exception as error:  # of PEFT's own checks, or of values of any other type than was saved
+            raise AdapterFileError(f"this adapter_config.json is damaged: {error}. Get a good copy of it.") from error
         changed = changes(stored, [field.name for field in fields(config)])
         if changed:
             raise AdapterFileError(

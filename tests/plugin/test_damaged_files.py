@@ -105,6 +105,17 @@ def edit_config(**fields: Any) -> Callable[[Path], None]:
     return damage
 
 
+def edit_manifest(**changes: Any) -> Callable[[Path], None]:
+    """Change what a config records of the adapter, and sign that: only what it says gives it away."""
+
+    def damage(folder: Path) -> None:
+        manifest = json.loads((folder / CONFIG).read_text())["manifest"]
+        edit_config(manifest=manifest | changes)(folder)
+        seal_file(folder / CONFIG, folder / WEIGHTS)
+
+    return damage
+
+
 def take_weights(model: Callable[[], PeftModel]) -> Callable[[Path], None]:
     """Put the weights of another adapter beside this config."""
 
@@ -166,11 +177,20 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         edit_tensors(lambda t: t.update({DELTA: t[DELTA].long()})),
         "lntune_weight.weight should be of a floating dtype, but is torch.int64",
     ),
+    "head-bit": (edit_tensors(lambda t: t[HEAD][0, :1].neg_()), "digests differ that cover heads"),
+    "config-changed": (edit_config(layers_to_transform=[0]), r"was changed since it was saved: layers_to_transform is"),
+    "config-array": (write(CONFIG, b"[]"), f"{CONFIG} is damaged: it should hold a JSON object, and holds a list"),
+    "config-deep": (write(CONFIG, b"[" * 100_000), f"{CONFIG} is damaged: it is nested too deeply"),
+    "type": (edit_config(peft_type="LORA"), "is of peft_lntune, .*but its peft_type is 'LORA'"),
+    "base": (edit_manifest(model_type="roberta"), "from a model of type 'roberta', and this model is of type 'bert'"),
     "torn": (take_weights(lambda: adapt(build_base(), seed=3)), "is not the file that .* digests differ"),
     "nan": (edit_tensors(lambda t: t[DELTA].fill_(torch.nan)), "hold NaN or infinite values, the first is .*lntune"),
     "inf": (edit_tensors(lambda t: t[DELTA].fill_(torch.inf)), "hold NaN or infinite values, the first is .*lntune"),
     "nan-head": (edit_tensors(lambda t: t[HEAD].fill_(torch.nan)), "hold NaN or infinite values.*classifier"),
-    "head-missing": (edit_tensors(lambda t: t.pop(HEAD)), r"(lacks .*|missing, such as )'?[\w.]*classifier"),
+    "head-missing": (
+        edit_tensors(lambda t: t.pop(HEAD), manifest=False),
+        r"(lacks .*|missing, such as )'?[\w.]*classifier",
+    ),
     "too-new": (edit_config(format_version=99), "format_version 99, and peft_lntune .* reads 1.*pip install -U"),
     "kind": (
         edit_config(kind="FutureConfig"),
