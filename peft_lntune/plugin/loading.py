@@ -185,7 +185,9 @@ def _read_ours(model: nn.Module, given: dict[str, Any], model_id: Any, hub: dict
     else:
         tensors = load_peft_weights(str(model_id), device="cpu", **hub_options(hub))
     has_masks = any(key.endswith((KEEP, SCORES)) for key in tensors)
-    if is_packed(tensors) or has_lora(tensors) or has_masks or config.save_dtype is not None:
+    given["peft_config"] = config  # it knows what is in the file
+    adapts = given.get("adapter_kwargs")  # which transformers leaves out where it is given a config
+    if is_packed(tensors) or has_lora(tensors) or has_masks or config.save_dtype is not None or adapts:
         # Of the containers of this PEFT type alone it knows where the adapter's name belongs.
         unpacked = unpack_by(base_modules(model), config, tensors, where)
         name = given.get("adapter_name") or "default"
@@ -194,7 +196,7 @@ def _read_ours(model: nn.Module, given: dict[str, Any], model_id: Any, hub: dict
         if config.save_dtype is not None:
             unpacked = cast_values(unpacked, delta_dtype(next(model.parameters()).dtype, config.torch_delta_dtype))
         named = {with_lora_name(key, name): value for key, value in unpacked.items()}
-        given.update(peft_config=config, adapter_state_dict=named)
+        given["adapter_state_dict"] = named
 
 
 def _holds_ours(model_id: Any, hub: dict[str, Any]) -> bool:
