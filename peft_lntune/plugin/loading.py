@@ -118,8 +118,8 @@ def _guarded_auto(original: Callable[..., Any]) -> Callable[..., Any]:
         # Before the weights of a model are read for an adapter that is not whole, or not for it. What that model's own
         # files lack is not the adapter's fault.
         with told_by_us(path, lambda: is_about_ours(path, kwargs)):
-            config = _check_files(path, kwargs) if is_about_ours(path, kwargs) else None
-            if config is not None:
+            if is_about_ours(path, kwargs):
+                config = StoredConfig.from_pretrained(str(path), **hub_options(kwargs))
                 check_architecture(config, _base_config(config, kwargs), str(path))
         return original(cls, path, *args, **kwargs)
 

@@ -23,8 +23,9 @@ _MARK = "_lntune_saving"
 
 def save_whole() -> None:
     """Wrap what saves adapters. Idempotent."""
-    for owner in (PeftModel, PreTrainedModel):
-        original = owner.save_pretrained
+    owners: list[Any] = [PeftModel, PreTrainedModel]
+    originals = [owner.save_pretrained for owner in owners]  # all are looked up before the first is changed
+    for owner, original in zip(owners, originals, strict=True):
         if not hasattr(original, _MARK):
             wrapped = functools.wraps(original)(_wrapped(original))
             setattr(wrapped, _MARK, True)
@@ -41,7 +42,7 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
         target = given["save_directory"]
         # Other processes than the main one write nothing, and to the Hub goes what is in the final folder.
         elsewhere = not given["is_main_process"] or given.get("push_to_hub") or given.get("distributed_checkpoint")
-        if elsewhere or not _saves_ours(self) or Path(target).is_file():
+        if elsewhere or not _holds_ours(self) or Path(target).is_file():
             return original(self, *args, **kwargs)
         with new_adapters(target, self.peft_config) as folder:
             given["save_directory"] = str(folder)
@@ -50,8 +51,6 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
     return save_pretrained
 
 
-def _saves_ours(model: Any) -> bool:
-    """Whether an adapter of ours is what is saved: a model of transformers may have attributes of that name anyway."""
+def _holds_ours(model: Any) -> bool:
     configs = getattr(model, "peft_config", None)
-    holds = isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False)
-    return holds and isinstance(configs, dict) and any(isinstance(one, LNTuneConfig) for one in configs.values())
+    return isinstance(configs, dict) and any(isinstance(config, LNTuneConfig) for config in configs.values())

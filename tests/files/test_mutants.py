@@ -211,9 +211,7 @@ def run(good: Good, loader: str, kinds: tuple[str, ...], number: int, verdicts: 
                 verdicts.judge(loader, kind, said, fault, "refused")
                 continue
             except Exception as error:
-                verdicts.judge(
-                    loader, kind, said, f"ended unclear: {type(error).__name__}: {str(error)[:150]}", "unclear"
-                )
+                verdicts.judge(loader, kind, said, f"ended unclear: {error!r}"[:200], "unclear")
                 target = None
                 continue
         same = is_same(good, loader, kind, found)
