@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import pickle
 import zipfile
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
@@ -149,7 +148,7 @@ def read_tensors(file: str | os.PathLike) -> dict[str, Tensor]:
             return _unpickled(Path(file))
         with safe_open(file, framework="pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # not a dict
-    except (SafetensorError, OSError, RuntimeError, ValueError, pickle.UnpicklingError, EOFError) as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise AdapterFileError(f"{file} is damaged or cut off ({said}). Get a good copy of the adapter.") from error
 

@@ -64,4 +64,5 @@ class StoredConfig(LNTuneConfig):
         shapes = check_directory(config.manifest, pretrained_model_name_or_path, subfolder, **hub_options(kwargs))
         if shapes is not None:
             config.take_shapes(shapes)
+            _ = config.stored_counts  # from here on `renaming` knows which name of the file each new name was
         return config
