@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import Tensor, nn
 
 from peft_lntune.attention import AttentionFacts
+from peft_lntune.claims import check_claims
 from peft_lntune.config import DeltaConfig, LNTuneConfig, SupermaskConfig, parts_of
 from peft_lntune.core.norms import Norm, base_modules
 from peft_lntune.core.route import Route
@@ -64,7 +65,7 @@ def prepare(
         The parts of the config, to be injected one after the other, each with what its injection needs.
 
     Raises:
-        AdapterFileError: the config was saved with masks for another model.
+        AdapterFileError: the config was saved with masks for another model, or asks for more than its file holds.
         ConfigError: the config is of a masked adapter that is not in this model; and all that `plan` raises.
     """
     config: Any = configs[adapter_name]
@@ -74,6 +75,7 @@ def prepare(
     planned = plan_parts(model, config, counts)
     selected = sum(plan.selected for _, plan in planned)
     check_selected(config, selected)
+    check_claims(config, model, planned)
     config.__dict__["selected"] = selected  # for the file: a model that is wrapped by then cannot be planned for again
     config.__dict__.pop("stored", None)
     route, modules = route_of(model), base_modules(model)

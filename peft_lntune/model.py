@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, cast_adapter_dtype
 from torch import Tensor, nn
 
+from peft_lntune.claims import model_type_of
 from peft_lntune.concatenated import concatenate
 from peft_lntune.config import (
     BottleneckConfig,
@@ -42,18 +43,12 @@ from peft_lntune.heads import copy_heads, routed_heads
 from peft_lntune.inject import Injection, create_and_replace, injecting, is_target, prepare, route_of
 from peft_lntune.layers import PARAMETERS, BesideLayer, LNTuneLayer, NormLayer
 from peft_lntune.lora import LoraLayer, LoraPart, routed_lora
+from peft_lntune.manifest import check_tensors, manifest_of
 from peft_lntune.merging import merge_layers, take_out_shared, unmerge_layers
 from peft_lntune.offloaded import all_onloaded, stored_tensors
 from peft_lntune.packing import pack, pack_scores
 from peft_lntune.selection.masks import check_masks
-from peft_lntune.storage import (
-    cast_values,
-    check_tensors,
-    dropped_tensors,
-    manifest_of,
-    of_adapter,
-    without_adapter_name,
-)
+from peft_lntune.storage import cast_values, dropped_tensors, of_adapter, without_adapter_name
 from peft_lntune.weighted import MAJORITY_SIGNS, combine, combined_config
 
 __all__ = ["LNTuneModel"]
@@ -224,8 +219,11 @@ class LNTuneModel(BaseTuner):
         norms = delta_part(config)
         partial = norms is not None and norms.mask_source is not None
         config.manifest = manifest_of(stored, partial=partial) if whole else None
-        if "tuned" in (config.manifest or {}):
-            config.manifest["selected"] = config.__dict__["selected"]
+        if config.manifest is not None:
+            if "tuned" in config.manifest:
+                config.manifest["selected"] = config.__dict__["selected"]
+            if (model_type := model_type_of(model)) is not None:
+                config.manifest["model_type"] = model_type
         return pack(stored) if whole else cast_values(tensors, config.torch_save_dtype)
 
     @classmethod

@@ -11,14 +11,17 @@ PACKAGE = Path(peft_lntune.__file__).parent
 
 # Rooms from the ground up; a room imports from itself and from those above it in this list. One line is one floor.
 FLOORS = [
-    {"errors", "version", "card", "core"},
+    {"errors", "version", "card", "core", "atomic", "renaming"},
     {"selection", "packing"},
     {"analysis"},
     {"storage"},
+    {"manifest"},
+    {"saving"},
     {"config"},
     {"offloaded"},
     {"attention", "lora", "resume"},
-    {"modules", "planned", "choose"},
+    {"modules", "planned", "choose", "restoring"},
+    {"claims"},
     {"plan_beside", "plan_deltas"},
     {"plan_masks"},
     {"plan", "layers", "heads"},
@@ -32,7 +35,8 @@ FLOORS = [
     {"cli"},
 ]
 # Neither PEFT nor transformers: usable, and testable, without.
-BARE = {"core", "errors", "version", "card", "selection", "packing", "storage", "analysis"}
+BARE = {"core", "errors", "version", "card", "atomic", "renaming", "selection", "packing"}
+BARE |= {"storage", "manifest", "saving", "analysis"}
 FRAMEWORKS = {"peft", "transformers", "accelerate"}
 
 

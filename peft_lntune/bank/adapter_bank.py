@@ -26,6 +26,7 @@ from peft_lntune.core.detour import Detour
 from peft_lntune.core.route import BASE, Gather, Route, expansions_of
 from peft_lntune.errors import AdapterFileError, ConfigError, RoutingError, UnsupportedError
 from peft_lntune.layers import switched_off
+from peft_lntune.restoring import told_by_us
 
 __all__ = ["AdapterBank"]
 
@@ -260,11 +261,12 @@ class AdapterBank:
         Raises:
             AdapterFileError: the file is damaged, cut off, no bank, or of another model.
         """
-        saved = Saved(BankFile(path))
-        bank = cls(model, max(capacity, len(saved.names)), saved.dtype, device)
-        saved.check(bank._stacks, bank._sources)
-        bank._check_names(saved.names)
-        bank._name(saved.names, bank._take(len(saved.names)))
+        with told_by_us(path, lambda: True):
+            saved = Saved(BankFile(path))
+            bank = cls(model, max(capacity, len(saved.names)), saved.dtype, device)
+            saved.check(bank._stacks, bank._sources)
+            bank._check_names(saved.names)
+            bank._name(saved.names, bank._take(len(saved.names)))
         bank._saved = saved
         return bank
 

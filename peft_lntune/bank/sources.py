@@ -11,17 +11,19 @@ from peft import PeftConfig, PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from peft_lntune.claims import check_architecture
 from peft_lntune.config import LNTuneConfig, LNTuningConfig, StoredConfig, parts_of
-from peft_lntune.config.base import CONFIG_FILE, PEFT_TYPE
 from peft_lntune.core.delta import PARAMETERS, scatter, unpack_bits
 from peft_lntune.core.norms import Norm, base_modules, called_modules, find_norms
 from peft_lntune.core.reparam import Delta
 from peft_lntune.errors import AdapterFileError, ConfigError, UnsupportedError
 from peft_lntune.fit import check_shapes, unpack_by
 from peft_lntune.layers import LNTuneLayer
+from peft_lntune.manifest import check_tensors
 from peft_lntune.packing import PREFIX, ROOT
 from peft_lntune.plan import check_selected, plan
-from peft_lntune.storage import WEIGHTS_FILE, check_tensors, read_tensors
+from peft_lntune.restoring import told_by_us
+from peft_lntune.storage import CONFIG_FILE, PEFT_TYPE, WEIGHTS_FILE, read_tensors
 
 __all__ = ["Adapter", "Source", "Sources", "deltas_in", "tensors_of"]
 
@@ -91,7 +93,8 @@ class Sources:
             raise ConfigError(
                 f"adapter {name!r} is taken from a directory or from (peft_model, adapter_name), but got {source!r}."
             )
-        return self._from_directory(name, Path(source))
+        with told_by_us(source, lambda: True):
+            return self._from_directory(name, Path(source))
 
     def _from_directory(self, name: str, folder: Path) -> Adapter:
         config = _read_config(folder)
@@ -101,6 +104,7 @@ class Sources:
             raise AdapterFileError(f"{folder} holds a config, but no {WEIGHTS_FILE}. Get the whole adapter.")
         tensors = read_tensors(file)
         check_tensors(config.manifest, tensors, str(file))
+        check_architecture(config, self._model, str(folder))
         shapes, selected = self._selection(name, config)
         check_selected(config, selected)
         tensors = {key.removeprefix(ROOT): value for key, value in tensors.items()}
