@@ -1,14 +1,16 @@
 """The tuner: it puts layers into a model by a plan, and moves adapters about. What a layer does is in `layers/`."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, cast_adapter_dtype
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from peft_lntune.claims import model_type_of
@@ -25,7 +27,9 @@ from peft_lntune.config import (
     record_mask,
 )
 from peft_lntune.config.deltas import recorded
-from peft_lntune.core.route import BASE, expansions_of
+from peft_lntune.core.detour import Detour
+from peft_lntune.core.entries import CONTINUOUS, Entries, refuse_continuous
+from peft_lntune.core.route import BASE, Route
 from peft_lntune.errors import ConfigError, RoutingError, UnsupportedError
 from peft_lntune.fit import (
     as_in_model,
@@ -407,12 +411,19 @@ class LNTuneModel(BaseTuner):
                     stacklevel=3,
                 )
 
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        return partial(_without_names, found) if name in CONTINUOUS else found
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.pop("adapter_names", None)
         if names is None:
-            if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                self.warn_of_missing_masks(self.active_adapters)
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                # What is trained now may be fixed when rows are asked for again, and nothing would tell.
+                route_of(self.model).drop()
+                if self.training:
+                    self.warn_of_missing_masks(self.active_adapters)
             yield
             return
         self._check_route(names)
@@ -420,14 +431,40 @@ class LNTuneModel(BaseTuner):
         entries = [entry for layer in layers for entry in layer.entries()]
         with ExitStack() as stack:
             route = route_of(self.model)
-            stack.enter_context(route(names, list(self.peft_config), entries, expansions_of(self.model, kwargs)))
+            stack.enter_context(route(names, list(self.peft_config), entries, {1}))
             stack.enter_context(routed_heads(self.model, route, names))
             stack.enter_context(routed_lora(self.model, route))
+            if not torch.compiler.is_compiling():
+                stack.enter_context(self._entries(route))
+            yield
+
+    @contextmanager
+    def _entries(self, route: Route) -> Iterator[None]:
+        """Inside this context calls of the model, and of its parts, are checked before they run."""
+        modules = dict(self.model.named_modules())
+        kinds = (*self.tuner_layer_cls, ModulesToSaveWrapper)
+        places = {name: module for name, module in modules.items() if isinstance(module, kinds)}
+
+        def watched() -> dict[str, nn.Module]:
+            """Bottlenecks and prefixes are called by what stands beside them, of which they have the name."""
+            found = {name: modules.get(getattr(module, "label", name), module) for name, module in places.items()}
+            return {getattr(places[name], "label", name): module for name, module in found.items()}
+
+        with ExitStack() as stack:
+            for detour in Entries(self.model, route, watched, route.known).detours(modules, places):
+                detour.put()
+                stack.callback(detour.take)
             yield
 
     def _check_route(self, names: Sequence[str] | str) -> None:
         if self.training:
             raise RoutingError("Cannot pass `adapter_names` when the model is in training mode.")
+        forwards = (layer.get_base_layer().__dict__.get("forward") for layer in self.tuner_layers())
+        if any(isinstance(forward, Detour) and forward.routed for forward in forwards):
+            raise RoutingError(
+                "Cannot pass `adapter_names` inside the route of an AdapterBank or of ManyTasks, which gives each row its "
+                "adapter. Leave `adapter_names` out, or leave the route."
+            )
         if any(layer.merged for layer in self._layers(self.tuner_layer_cls)):
             raise RoutingError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
@@ -440,6 +477,13 @@ class LNTuneModel(BaseTuner):
                 f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}. "
                 f"Known adapters: {', '.join([*known, BASE])}."
             )
+
+
+def _without_names(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A method of transformers that takes any keyword and would pass over `adapter_names`."""
+    if kwargs.pop("adapter_names", None) is not None:
+        refuse_continuous(method)
+    return method(*args, **kwargs)
 
 
 def _with_targets(config: UnifiedConfig, parts: Sequence[Any]) -> list[Any]:

@@ -264,7 +264,7 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(*args, **kwargs)
         if self.merged_adapters:
             return self.base_layer(*args, **kwargs)
-        if self._route.active:
+        if self._route.on():
             return self.run_routed(*args, **kwargs)
         call = self._call(self.active_adapters) or self.base_layer
         return call(*args, **kwargs)

@@ -21,9 +21,10 @@ from peft_lntune.bank.sources import Adapter, Sources, tensors_of
 from peft_lntune.core.bank import spread
 from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.core.detour import Detour
+from peft_lntune.core.entries import Entries
 from peft_lntune.core.norms import called_modules
 from peft_lntune.core.recomputed import RecomputedDetour
-from peft_lntune.core.route import Gather, Route, Rows, expansions_of
+from peft_lntune.core.route import Gather, Route, Rows
 from peft_lntune.errors import ConfigError, RoutingError, UnsupportedError
 from peft_lntune.layers import switched_off
 from peft_lntune.selection.losses import Batch, Head
@@ -272,7 +273,8 @@ class ManyTasks:
                 "passes before it, so that it is not known whose rows these are. Call backward after each of them."
             )
         if self._recent is None or self._route.active:
-            yield
+            with self._route.lent():
+                yield
             return
         with self._on(self._recent, self._tuners()):
             yield
@@ -436,16 +438,13 @@ class ManyTasks:
             if not (name in runs and called[name] is modules[name]):
                 detours.append(RecomputedDetour(called[name], route, None, self._again))
         detours.append(RecomputedDetour(self._base, route, None, self._again, partial(self._begin, None)))
-        if callable(getattr(self._base, "generate", None)):
-            detours.append(Detour(self._base, route, self._generate, "generate"))
         for detour in detours:
             detour.put()
+        entries = Entries(self._base, route, lambda: {name: modules[name] for name in runs})
+        for detour in entries.detours(called, runs):
+            detour.put()
+            detours.append(detour)
         self._detours = detours
-
-    def _generate(self, own: Any, *args: Any, **kwargs: Any) -> Any:
-        named = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
-        with self._route.expanding(expansions_of(self._base, named)):
-            return own(*args, **kwargs)
 
 
 def _spread(
