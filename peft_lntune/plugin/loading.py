@@ -23,9 +23,10 @@ from peft_lntune.config import LNTuneConfig, StoredConfig, delta_part, record_ma
 from peft_lntune.config.base import PEFT_TYPE
 from peft_lntune.core.delta import delta_dtype
 from peft_lntune.core.norms import base_modules
-from peft_lntune.errors import AdapterFileError, PeftLNTuneError
+from peft_lntune.errors import AdapterFileError, PeftLNTuneError, UnsupportedError
 from peft_lntune.fit import scores_by, unpack_by
 from peft_lntune.model import LNTuneModel
+from peft_lntune.offloaded import is_offloaded
 from peft_lntune.packing import KEEP, SCORES, is_packed
 from peft_lntune.storage import (
     cast_values,
@@ -105,6 +106,7 @@ def _guarded_native(original: Callable[..., Any]) -> Callable[..., Any]:
         ]
         hub = {name: value for place in places for name, value in (place or {}).items()}
         with _restored_on_error(self), _explained(self, model_id):
+            _check_not_offloaded(self, given.get("peft_config"), model_id, hub)
             _read_ours(self, given, model_id, hub)
             try:
                 info = original(*bound.args, **bound.kwargs)
@@ -115,6 +117,16 @@ def _guarded_native(original: Callable[..., Any]) -> Callable[..., Any]:
             return info
 
     return load_adapter
+
+
+def _check_not_offloaded(model: nn.Module, config: Any, model_id: Any, hub: dict[str, Any]) -> None:
+    if not is_offloaded(model):
+        return
+    if isinstance(config, LNTuneConfig) or (model_id is not None and _holds_ours(model_id, hub)):
+        raise UnsupportedError(
+            "this model is offloaded, and transformers' own load_adapter would leave the adapter without values. Load "
+            "it with PeftModel.from_pretrained(model, ...)."
+        )
 
 
 def _read_ours(model: nn.Module, given: dict[str, Any], model_id: Any, hub: dict[str, Any]) -> None:
@@ -193,7 +205,7 @@ def _explained(model: nn.Module, model_id: Any) -> Iterator[None]:
 
 @contextmanager
 def _dispatched_as_it_is(model: nn.Module, model_id: Any, hub: dict[str, Any]) -> Iterator[None]:
-    """Keep PEFT from dispatching a model anew that accelerate has spread over devices, where an adapter of ours is loaded.
+    """Keep PEFT from dispatching a model anew that accelerate has spread over devices, where it loads an adapter of ours.
 
     PEFT takes accelerate's hooks off first. Weights that are on disk are then on meta, and an adapter with them, until
     files are written that hold both; a mask fits none of them. Our layers work beneath the hooks: an adapter lives on
