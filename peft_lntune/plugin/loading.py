@@ -205,7 +205,7 @@ def _explained(model: nn.Module, model_id: Any) -> Iterator[None]:
 
 @contextmanager
 def _dispatched_as_it_is(model: nn.Module, model_id: Any, hub: dict[str, Any]) -> Iterator[None]:
-    """Keep PEFT from dispatching a model anew that accelerate has spread over devices, where it loads an adapter of ours.
+    """Keep PEFT from dispatching a model anew, which accelerate has spread over devices, for an adapter of ours.
 
     PEFT takes accelerate's hooks off first. Weights that are on disk are then on meta, and an adapter with them, until
     files are written that hold both; a mask fits none of them. Our layers work beneath the hooks: an adapter lives on

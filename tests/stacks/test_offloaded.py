@@ -122,7 +122,7 @@ def test_offloading_with_the_adapter(kind, tmp_path):
     assert torch.equal(answer(found), answer(expected))
     found.save_pretrained(tmp_path)
     assert torch.equal(answer(PeftModel.from_pretrained(llama(), tmp_path)), answer(expected))
-    with pytest.raises(UnsupportedError, match="own values at .* are offloaded, so training would not change them"):
+    with pytest.raises(UnsupportedError, match=r"own values at .* are offloaded, so training would not change them"):
         gradients(found)
 
 
