@@ -16,7 +16,7 @@ from peft_lntune.config import DeltaConfig, LNTuneConfig, SupermaskConfig, parts
 from peft_lntune.core.norms import Norm, base_modules
 from peft_lntune.core.route import Route
 from peft_lntune.core.sublayers import Sublayer
-from peft_lntune.errors import ConfigError
+from peft_lntune.errors import ConfigError, UnsupportedError
 from peft_lntune.fit import deltas_of, supermasks_of
 from peft_lntune.layers import BesideLayer, BottleneckLayer, LNTuneLayer, ModuleLayer, NormLayer, PrefixLayer
 from peft_lntune.offloaded import all_onloaded
@@ -66,7 +66,9 @@ def prepare(
     Raises:
         AdapterFileError: the config was saved with masks for another model.
         ConfigError: the config is of a masked adapter that is not in this model; and all that `plan` raises.
+        UnsupportedError: `torch.compile` was applied to the model or to modules in it.
     """
+    _check_not_compiled(model)
     config: Any = configs[adapter_name]
     stored = "stored" in config.__dict__
     source = None if stored or unmasked else _source(configs, adapter_name, model)
@@ -90,6 +92,17 @@ def prepare(
         )
         found.append((part, Injection(plan, route, modules, matcher, stored, source)))
     return found
+
+
+def _check_not_compiled(model: nn.Module) -> None:
+    """Raise where `torch.compile` has put a wrapper into the model, whose name would stand in saved names."""
+    wrapped = next((name for name, module in model.named_modules() if "_orig_mod" in module._modules), None)
+    if wrapped is not None:
+        raise UnsupportedError(
+            f"torch.compile was applied to {wrapped or 'the model'} before the adapter, so a saved adapter would fit "
+            "compiled models alone. Add the adapter first: torch.compile(get_peft_model(model, config)). "
+            "`model.compile()`, which renames nothing, may come before."
+        )
 
 
 @contextmanager
