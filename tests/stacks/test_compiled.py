@@ -1,4 +1,4 @@
-"""torch.compile before an adapter: a wrapper that renames everything inside is refused, and compiling in place works."""
+"""torch.compile before an adapter: a wrapper that renames all that is inside is refused, compiling in place works."""
 
 import pytest
 import torch
