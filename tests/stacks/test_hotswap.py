@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 
@@ -143,7 +144,7 @@ def test_merged_and_unknown_adapters_and_other_types_are_refused(tmp_path):
     native = llama()
     native.load_adapter(tmp_path / "one")
     with pytest.raises(ValueError, match="only supported for LoRA"):
-        native.load_adapter(tmp_path / "one", hotswap=True)
+        native.load_adapter(tmp_path / "one", adapter_name="default", hotswap=True)
 
 
 def test_lora_is_swapped_by_peft_as_before(tmp_path):
