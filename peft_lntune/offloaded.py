@@ -31,6 +31,8 @@ __all__ = [
 def offload_hook(module: nn.Module) -> AlignDevicesHook | None:
     """The hook of accelerate that offloads the parameters of this module; None where none does."""
     hook = module.__dict__.get("_hf_hook")
+    if hook is None:  # asked in every forward pass
+        return None
     hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
     return next((own for own in hooks if isinstance(own, AlignDevicesHook) and own.offload), None)
 
