@@ -166,6 +166,13 @@ def test_what_cannot_work_says_so(offload, tmp_path):
         pass
 
 
+def test_blocks_that_load_all_their_modules_at_once_are_refused():
+    base = llama()
+    cpu_offload(base, execution_device=CPU, preload_module_classes=["LlamaDecoderLayer"])
+    with pytest.raises(UnsupportedError, match=r"model\.layers\.0 is offloaded with all modules in it at once"):
+        get_peft_model(base, lntune.LNTuningConfig())
+
+
 def test_parameters_are_there_inside_only_and_what_is_written_stays():
     norm = torch.nn.LayerNorm(4)
     cpu_offload(norm, execution_device=CPU)
