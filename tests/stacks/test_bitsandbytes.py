@@ -10,7 +10,12 @@ from peft_lntune.errors import UnsupportedError
 from tests.stacks.models import llama, tokens
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:bitsandbytes.*")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning:bitsandbytes.*"),
+    # PEFT calls transformers' gradient checkpointing by its old names
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 CONFIGS = {
     "norms": lntune.LNTuningConfig,

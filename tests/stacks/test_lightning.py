@@ -89,7 +89,7 @@ def test_averaged_weights_are_the_ones_that_answer(kind, tmp_path):
     seen = []
 
     class Last(lightning.Callback):
-        def on_validation_epoch_end(self, trainer, module):
+        def on_validation_batch_end(self, trainer, module, *_):
             seen.append(answer(module.model))
 
     module = fit(Classifier(kind), tmp_path, callbacks=[WeightAveraging(avg_fn=get_ema_avg_fn(0.5)), Last()])

@@ -16,13 +16,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:::optuna.*")
 @pytest.mark.parametrize("masked", [False, True], ids=["norms", "masked norms"])
 def test_each_trial_trains_an_adapter_of_its_own(masked, tmp_path):
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    made, starts, rates = [], [], iter((1e-3, 1e-1))
+    made, starts = [], []
 
     def model_init(trial):
         model = get_peft_model(bert(), lntune.FisherLNConfig(task_type="SEQ_CLS", density=0.2, num_samples=16))
         data = [{name: value[None] for name, value in row.items()} for row in Sentences()]
         if masked:
-            lntune.fit_fisher_masks(model, data, progress=False)
+            lntune.fit_fisher_masks(model, data)
         else:
             model = get_peft_model(bert(), lntune.LNTuningConfig(task_type="SEQ_CLS"))
         made.append(model)
@@ -41,7 +41,7 @@ def test_each_trial_trains_an_adapter_of_its_own(masked, tmp_path):
     )
     trainer = Trainer(model_init=model_init, args=args, train_dataset=Sentences(), eval_dataset=Sentences())
     best = trainer.hyperparameter_search(
-        hp_space=lambda trial: {"learning_rate": trial.suggest_categorical("learning_rate", [next(rates)])},
+        hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-1, log=True)},
         n_trials=2,
         backend="optuna",
         direction="minimize",
