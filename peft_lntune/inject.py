@@ -17,10 +17,10 @@ from peft_lntune.config import DeltaConfig, LNTuneConfig, SupermaskConfig, parts
 from peft_lntune.core.norms import Norm, base_modules
 from peft_lntune.core.route import Route
 from peft_lntune.core.sublayers import Sublayer
-from peft_lntune.errors import ConfigError
+from peft_lntune.errors import ConfigError, UnsupportedError
 from peft_lntune.fit import deltas_of, supermasks_of
 from peft_lntune.layers import BesideLayer, BottleneckLayer, LNTuneLayer, ModuleLayer, NormLayer, PrefixLayer
-from peft_lntune.offloaded import all_onloaded
+from peft_lntune.offloaded import all_onloaded, offload_hook
 from peft_lntune.packing import ROOT
 from peft_lntune.plan import check_selected, plan_parts
 from peft_lntune.plan_deltas import part_of
@@ -67,7 +67,10 @@ def prepare(
     Raises:
         AdapterFileError: the config was saved with masks for another model, or asks for more than its file holds.
         ConfigError: the config is of a masked adapter that is not in this model; and all that `plan` raises.
+        UnsupportedError: `torch.compile` was applied to the model or to modules in it, or blocks are offloaded whole.
     """
+    _check_not_compiled(model)
+    _check_offload(model)
     config: Any = configs[adapter_name]
     stored = "stored" in config.__dict__
     source = None if stored or unmasked else _source(configs, adapter_name, model)
@@ -92,6 +95,28 @@ def prepare(
         )
         found.append((part, Injection(plan, route, modules, matcher, stored, source)))
     return found
+
+
+def _check_not_compiled(model: nn.Module) -> None:
+    """Raise where `torch.compile` has put a wrapper into the model, whose name would stand in saved names."""
+    wrapped = next((name for name, module in model.named_modules() if "_orig_mod" in module._modules), None)
+    if wrapped is not None:
+        raise UnsupportedError(
+            f"torch.compile was applied to {wrapped or 'the model'} before the adapter, so a saved adapter would fit "
+            "compiled models alone. Add the adapter first: torch.compile(get_peft_model(model, config)). "
+            "`model.compile()`, which renames nothing, may come before."
+        )
+
+
+def _check_offload(model: nn.Module) -> None:
+    """Raise where a module loads the offloaded parameters of all modules in it: it would look for new ones in vain."""
+    for name, module in model.named_modules():
+        hook = offload_hook(module)
+        if hook is not None and hook.place_submodules:
+            raise UnsupportedError(
+                f"{name or 'the model'} is offloaded with all modules in it at once, so an adapter in it would be "
+                "looked for where accelerate keeps the base model. Offload without preload_module_classes."
+            )
 
 
 @contextmanager

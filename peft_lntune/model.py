@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, cast_adapter_dtype
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from peft_lntune.claims import model_type_of
 from peft_lntune.concatenated import concatenate
@@ -65,6 +66,7 @@ class LNTuneModel(BaseTuner):
     tuner_layer_cls = (LNTuneLayer, BesideLayer, LoraLayer)
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # PEFT's name; norms are found, not listed
     _warned_of: frozenset[str] = frozenset()
+    _looked_for_statistics = False
     _injection: Injection | None = None  # while one is under way, see `injecting`
 
     # What PEFT's injection asks for.
@@ -415,6 +417,29 @@ class LNTuneModel(BaseTuner):
         found = super().__getattr__(name)
         return partial(_without_names, found) if name in CONTINUOUS else found
 
+    def _warn_of_statistics(self) -> None:
+        """Say, once, that training moves running statistics that no adapter holds."""
+        if self._looked_for_statistics:
+            return
+        self._looked_for_statistics = True
+        moving = [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, _NormBase)
+            and module.training
+            and module.running_mean is not None
+            # A head in modules_to_save is trained and saved as a copy, statistics and all.
+            and not {"modules_to_save", "original_module"} & set(name.split("."))
+        ]
+        if moving:
+            warnings.warn(
+                f"{len(moving)} modules such as {moving[0]} ({type(self.model.get_submodule(moving[0])).__name__}) "
+                "keep running statistics, which move in training although their parameters are frozen. A saved adapter does "
+                "not hold them, so it would answer otherwise in a fresh model. Call .eval() on these modules after "
+                "model.train(), or name them in modules_to_save.",
+                stacklevel=3,
+            )
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.pop("adapter_names", None)
@@ -424,6 +449,7 @@ class LNTuneModel(BaseTuner):
                 route_of(self.model).drop()
                 if self.training:
                     self.warn_of_missing_masks(self.active_adapters)
+                    self._warn_of_statistics()
             yield
             return
         self._check_route(names)

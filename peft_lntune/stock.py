@@ -17,6 +17,7 @@ from peft_lntune.core.norms import base_modules
 from peft_lntune.errors import AdapterFileError, ConfigError, UnsupportedError
 from peft_lntune.layers import PARAMETERS, LNTuneLayer
 from peft_lntune.manifest import check_foreign, digest_of
+from peft_lntune.offloaded import all_onloaded, onloaded
 from peft_lntune.restoring import restored_on_error, told_by_us
 from peft_lntune.saving import new_adapters
 from peft_lntune.storage import WEIGHTS_FILE, find_weights, is_ours, read_tensors
@@ -167,10 +168,11 @@ def _has(layer: LNTuneLayer, adapter_name: str) -> bool:
 @torch.no_grad()
 def _whole(layer: LNTuneLayer, adapter_name: str) -> dict[str, Tensor]:
     """The state of the wrapped module with the adapter in it, as PEFT's own tuner would have trained and saved it."""
-    state = dict(layer.get_base_layer().state_dict())
-    for parameter in PARAMETERS:
-        if adapter_name in layer.deltas(parameter):
-            state[parameter] = layer.effective(parameter, [adapter_name]).to(state[parameter].dtype)
+    with all_onloaded(layer):
+        state = dict(layer.get_base_layer().state_dict())
+        for parameter in PARAMETERS:
+            if adapter_name in layer.deltas(parameter):
+                state[parameter] = layer.effective(parameter, [adapter_name]).to(state[parameter].dtype)
     return state
 
 
@@ -189,7 +191,9 @@ def _deltas(loaded: Mapping[str, Tensor], base: Mapping[str, nn.Module], where: 
                 f"{where} tunes {parameter} of shape {tuple(value.shape)} in {name}, and this model {has} there. "
                 "It was trained on another model."
             )
-        deltas[f"{_ROOT}{name}.lntune_{parameter}.weight"] = _difference(value, own.detach().cpu())
+        with onloaded(base[name]):
+            own = getattr(base[name], parameter).detach().cpu()
+        deltas[f"{_ROOT}{name}.lntune_{parameter}.weight"] = _difference(value, own)
     if not deltas:
         raise AdapterFileError(f"{where} holds no tensor named `...{_CONTAINER}...`; it is no LN_TUNING adapter.")
     return deltas

@@ -18,9 +18,8 @@ from peft_lntune.core.detour import Detour
 from peft_lntune.core.kept import Source, is_traced, source_of, sources_of, unchanged
 from peft_lntune.core.reparam import Delta
 from peft_lntune.core.route import Route
-from peft_lntune.errors import UnsupportedError
 from peft_lntune.layers.routed import RoutedParameter
-from peft_lntune.offloaded import call_onloaded, offload_hook, onloaded
+from peft_lntune.offloaded import call_onloaded, check_trainable, offload_hook, onloaded
 
 __all__ = ["PARAMETERS", "LNTuneLayer"]
 
@@ -116,6 +115,16 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         return self._read("bias")
 
     def _read(self, parameter: str) -> Tensor:
+        base_layer = self.get_base_layer()
+        if offload_hook(base_layer) is None:
+            return self._read_loaded(parameter)
+        try:
+            with onloaded(base_layer):
+                return self._read_loaded(parameter)
+        finally:
+            self._kept = None
+
+    def _read_loaded(self, parameter: str) -> Tensor:
         base = self.base_parameter(parameter)
         if base is None:
             return base
@@ -251,7 +260,8 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         if offload_hook(base) is None:
             return self._forward(*args, **kwargs)
-        self._check_gradients_arrive()
+        if self.training and torch.is_grad_enabled():
+            check_trainable(self.label, (delta for _, delta in self._tuned(self.active_adapters)))
         try:
             return call_onloaded(base, self._forward, args, kwargs)
         finally:
@@ -268,17 +278,6 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
             return self.run_routed(*args, **kwargs)
         call = self._call(self.active_adapters) or self.base_layer
         return call(*args, **kwargs)
-
-    def _check_gradients_arrive(self) -> None:
-        """Raise where what is trained here was offloaded too: a gradient would reach a copy that is thrown away."""
-        if not (self.training and torch.is_grad_enabled()):
-            return
-        for _, delta in self._tuned(self.active_adapters):
-            if delta.weight is not None and delta.weight.requires_grad and offload_hook(delta) is not None:
-                raise UnsupportedError(
-                    f"the adapter's values at {self.label} are offloaded, so training would not change them. Dispatch "
-                    "or offload the base model first, and call get_peft_model afterwards."
-                )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the effective parameters, rounded to the base dtype, into the base module.

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from peft import AutoPeftModel, PeftConfig, PeftMixedModel, PeftModel
 from peft.utils.save_and_load import load_peft_weights
@@ -28,6 +27,7 @@ from peft_lntune.errors import AdapterFileError, PeftLNTuneError, UnsupportedErr
 from peft_lntune.fit import scores_by, unpack_by
 from peft_lntune.manifest import check_directory, check_tensors, read_config
 from peft_lntune.model import LNTuneModel
+from peft_lntune.offloaded import is_offloaded
 from peft_lntune.packing import KEEP, SCORES, is_packed
 from peft_lntune.renaming import renaming
 from peft_lntune.restoring import configs_of, restored_on_error, told_by_us
@@ -156,6 +156,7 @@ def _guarded_native(original: Callable[..., Any]) -> Callable[..., Any]:
         ]
         hub = {name: value for place in places for name, value in (place or {}).items()}
         with restored_on_error(self, config=given.get("peft_config")), _loading(self, model_id, hub):
+            _check_not_offloaded(self, given.get("peft_config"), model_id, hub)
             _read_ours(self, given, model_id, hub)
             try:
                 info = original(*bound.args, **bound.kwargs)
@@ -166,6 +167,16 @@ def _guarded_native(original: Callable[..., Any]) -> Callable[..., Any]:
             return info
 
     return load_adapter
+
+
+def _check_not_offloaded(model: nn.Module, config: Any, model_id: Any, hub: dict[str, Any]) -> None:
+    if not is_offloaded(model):
+        return
+    if isinstance(config, LNTuneConfig) or (model_id is not None and _holds_ours(model_id, hub)):
+        raise UnsupportedError(
+            "this model is offloaded, and transformers' own load_adapter would leave the adapter without values. Load "
+            "it with PeftModel.from_pretrained(model, ...)."
+        )
 
 
 def _read_ours(model: nn.Module, given: dict[str, Any], model_id: Any, hub: dict[str, Any]) -> None:
@@ -262,7 +273,7 @@ def is_about_ours(model_id: Any, hub: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def _dispatched_as_it_is(model: nn.Module, model_id: Any, hub: dict[str, Any]) -> Iterator[None]:
-    """Keep PEFT from dispatching a model anew that accelerate has spread over devices, where an adapter of ours is loaded.
+    """Keep PEFT from dispatching a model anew, which accelerate has spread over devices, for an adapter of ours.
 
     PEFT takes accelerate's hooks off first. Weights that are on disk are then on meta, and an adapter with them, until
     files are written that hold both; a mask fits none of them. Our layers work beneath the hooks: an adapter lives on
