@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from peft_lntune.config import LNTuneConfig, SupermaskConfig
+from peft_lntune.core.names import own_name
 from peft_lntune.core.norms import base_modules
 from peft_lntune.core.prefix import Prefix
 from peft_lntune.core.reparam import Delta
@@ -58,8 +59,9 @@ def masks_of(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
     for name, part in plan(base, model.peft_config[adapter_name]).parts.items():
         for parameter in part.entries if part.method == "delta" else ():
             delta = deltas.get(f"{name}.{PREFIX}{parameter}")
-            shape = getattr(modules[name], parameter).shape
-            masks[f"{name}.{parameter}"] = torch.zeros(shape, dtype=torch.bool) if delta is None else delta.tuned()
+            own = part.own_name(parameter)
+            shape = getattr(modules[name], own).shape
+            masks[f"{name}.{own}"] = torch.zeros(shape, dtype=torch.bool) if delta is None else delta.tuned()
     return masks
 
 
@@ -94,7 +96,8 @@ def unpack_by(
     sizes = {}
     for place, count in config.stored_counts.items():
         name, _, parameter = place.rpartition(f".{PREFIX}")
-        base = getattr(modules.get(name), parameter, None)
+        module = modules.get(name)
+        base = None if module is None else getattr(module, own_name(module, parameter), None)
         # Of a module that is not in this model nothing can be unpacked, so the lengths will not fit.
         if count is not None and isinstance(base, Tensor):
             sizes[place] = count, base.shape

@@ -1,5 +1,8 @@
 """Putting a planned adapter into a model, for our tuner and for PEFT's mixed one."""
 
+import warnings
+from collections import defaultdict
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +13,7 @@ from torch import nn
 
 from peft_lntune.attention import AttentionFacts
 from peft_lntune.config import DeltaConfig, LNTuneConfig
-from peft_lntune.core.norms import Norm, base_modules
+from peft_lntune.core.norms import Missed, Norm, base_modules
 from peft_lntune.core.route import Route
 from peft_lntune.core.sublayers import Sublayer
 from peft_lntune.layers import BesideLayer, BottleneckLayer, LNTuneLayer, ModuleLayer, NormLayer, PrefixLayer
@@ -19,7 +22,9 @@ from peft_lntune.plan import check_selected, plan_parts
 from peft_lntune.plan_deltas import part_of
 from peft_lntune.planned import Part, Plan
 
-__all__ = ["Injection", "create_and_replace", "is_target", "prepare", "route_of"]
+__all__ = ["Injection", "create_and_replace", "is_target", "missed_by", "prepare", "route_of"]
+
+_NAMED = 20  # modules of one kind that a warning names
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,13 @@ class Injection:
     stored: bool
 
 
-def prepare(config: LNTuneConfig, model: nn.Module) -> list[PeftConfig]:
+def prepare(config: LNTuneConfig, model: nn.Module, told: Collection[str] = ()) -> list[PeftConfig]:
     """Plan the injection of `config` into `model`; raises before the first module is replaced.
+
+    Args:
+        config: what to inject.
+        model: where.
+        told: modules that look like norms and cannot be tuned, of which a warning has been given.
 
     Returns:
         The parts of the config, ready to be injected one after the other.
@@ -47,6 +57,9 @@ def prepare(config: LNTuneConfig, model: nn.Module) -> list[PeftConfig]:
     check_selected(config, selected)
     config.__dict__["selected"] = selected  # for the file: a model that is wrapped by then cannot be planned for again
     stored = config.__dict__.pop("stored", False)
+    missed = {name: one for _, plan in planned for name, one in plan.missed.items() if name not in told}
+    if missed and not stored:  # of a saved adapter the file says what it tunes
+        warnings.warn(_of_missed(missed.values()), stacklevel=2)
     route, modules = route_of(model), base_modules(model)
     for part, plan in planned:
         if isinstance(part, LoraConfig):
@@ -62,6 +75,26 @@ def prepare(config: LNTuneConfig, model: nn.Module) -> list[PeftConfig]:
         )
         part.__dict__["injection"] = Injection(plan, route, modules, matcher, stored)
     return [part for part, _ in planned]
+
+
+def missed_by(parts: Iterable[PeftConfig]) -> set[str]:
+    """The modules that the parts of a config, as `prepare` returns them, would tune if that were possible."""
+    return {name for part in parts if "injection" in part.__dict__ for name in part.__dict__["injection"].plan.missed}
+
+
+def _of_missed(missed: Collection[Missed]) -> str:
+    alike: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for one in missed:
+        alike[one.module_class, one.reason].append(one.name)
+    groups = []
+    for (module_class, reason), names in alike.items():
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        groups.append(f"{', '.join(names[:_NAMED])}{more} ({module_class}): {reason}")
+    return (
+        f"{len(missed)} {'module looks like a norm and is' if len(missed) == 1 else 'modules look like norms and are'} "
+        f"not tuned. {'; '.join(groups)}. print(plan(model, config)) lists each. Name it in target_modules to tune it "
+        "as any other module, or in exclude_modules to leave it out without this warning."
+    )
 
 
 def is_target(config: LNTuneConfig, key: str) -> Any:

@@ -28,7 +28,7 @@ from peft_lntune.core.route import BASE, expansions_of
 from peft_lntune.errors import ConfigError, RoutingError, UnsupportedError
 from peft_lntune.fit import as_in_model, check_fit, fold, folded, held_tensors, own_tensors, scores_for, unpack_for
 from peft_lntune.heads import copy_heads, routed_heads
-from peft_lntune.inject import create_and_replace, is_target, prepare, route_of
+from peft_lntune.inject import create_and_replace, is_target, missed_by, prepare, route_of
 from peft_lntune.layers import PARAMETERS, BesideLayer, LNTuneLayer, NormLayer
 from peft_lntune.lora import LoraLayer, LoraPart, routed_lora
 from peft_lntune.merging import merge_layers, take_out_shared, unmerge_layers
@@ -53,6 +53,7 @@ class LNTuneModel(BaseTuner):
     tuner_layer_cls = (LNTuneLayer, BesideLayer, LoraLayer)
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # PEFT's name; norms are found, not listed
     _warned_of: frozenset[str] = frozenset()
+    _told_missed: frozenset[str] = frozenset()
 
     # What PEFT's injection asks for.
 
@@ -88,7 +89,8 @@ class LNTuneModel(BaseTuner):
     def _inject(self, model: nn.Module, adapter_name: str, kind: type, *args: Any, **kwargs: Any) -> list[PeftConfig]:
         """Put those parts of an adapter into the model that are of a kind; returns all its parts."""
         config = self.peft_config[adapter_name]
-        parts = prepare(config, model)
+        parts = prepare(config, model, self._told_missed)
+        self._told_missed |= missed_by(parts)
         try:
             for part in [part for part in parts if isinstance(part, kind)]:
                 # PEFT takes the config of what it injects from here.
@@ -306,7 +308,7 @@ class LNTuneModel(BaseTuner):
     def _places(self, adapter_name: str) -> dict[str, tuple[LNTuneLayer, str]]:
         """Where an adapter has its deltas: layer and parameter by the name of the base parameter."""
         return {
-            f"{layer.label}.{parameter}": (layer, parameter)
+            f"{layer.label}.{layer.own_name(parameter)}": (layer, parameter)
             for layer in self.tuner_layers()
             for parameter in PARAMETERS
             if adapter_name in layer.deltas(parameter)

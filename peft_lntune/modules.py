@@ -69,7 +69,7 @@ def find_parameters(
         f"{name}.{parameter}": (name, parameter, tensor)
         for name, module in modules.items()
         for parameter in tune
-        if isinstance(tensor := module._parameters.get(parameter), Tensor)
+        if isinstance(tensor := module._parameters.get(_own_name(norms.get(name), parameter)), Tensor)
     }
     places = find_components(owned, {name: norm.roles for name, norm in norms.items()})
     found: dict[str, dict[str, Block | None]] = {}
@@ -83,6 +83,10 @@ def find_parameters(
             _check_tied(full, tensor, owned)
             found.setdefault(name, {})[parameter] = None
     return found
+
+
+def _own_name(norm: Norm | None, parameter: str) -> str:
+    return parameter if norm is None else norm.parameters[parameter]
 
 
 def _is_wanted(component: str, is_norm: bool, wanted: set[str]) -> bool:

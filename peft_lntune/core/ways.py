@@ -8,6 +8,11 @@ called in the first of these ways that repeats the base's bits, learnt by runnin
     wide        the norm's own forward on a widened input, tried first where the result must not be rounded yet
     rounded     the norm's own forward with neutral parameters of its own dtype, then the affine part outside
     corrected   as wide, plus what the base's output differs from that with unchanged parameters
+
+A norm that does more than that (`Facts.by_sample`) has a way of its own: its forward with the parameters rounded to its
+dtype, as other modules are run.
+
+    module      the norm's own forward on the input as it is, with rounded parameters
 """
 
 import math
@@ -21,6 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from peft_lntune.core import probe
+from peft_lntune.core.names import own_name
+from peft_lntune.core.names import own_parameter as parameter
 from peft_lntune.core.probe import align
 from peft_lntune.core.shadow import forward_with
 
@@ -77,6 +84,8 @@ def _learn(norm: nn.Module, device: torch.device, dtype: torch.dtype, wide: torc
     facts, parameters = probe.measure(norm), probe.parameters_of(norm)
     if facts is None or "weight" not in parameters:
         return Rule("own", None, wide)
+    if facts.by_sample:
+        return Rule("module", None, wide, facts.axis)
     small = {
         name: probe.sample_input(tuple(value.shape), seed).to(device, value.dtype)
         for seed, (name, value) in enumerate(parameters.items(), start=3)
@@ -122,6 +131,12 @@ def by_rule(
 ) -> Tensor:
     """The norm with the parameters `wider`, computed the rule's way by its forward `own`, in the rule's dtype."""
     weight, bias = wider
+    if rule.way == "module":
+        own_weight, own_bias = parameter(norm, "weight"), parameter(norm, "bias")
+        entries = {own_name(norm, "weight"): weight.to(own_weight.dtype)}
+        if bias is not None:
+            entries[own_name(norm, "bias")] = bias.to(own_bias.dtype)
+        return forward_with(norm, entries, own, x, *args, **kwargs)
     if rule.way == "corrected":
         # Rounded before the correction, which has the same spacing: the sum is exact where nothing has changed.
         y = by_rule(norm, replace(rule, way="wide"), own, wider, x, args, kwargs).to(rule.wide)
@@ -130,9 +145,9 @@ def by_rule(
         y = neutral(norm, rule, own, x, args, kwargs)
         y = y * align(weight + rule.offset if rule.offset else weight, x, rule.axis)
     else:
-        entries = {"weight": weight}
+        entries = {own_name(norm, "weight"): weight}
         if bias is not None and parameter(norm, "bias") is not None:
-            entries["bias"], bias = bias, None
+            entries[own_name(norm, "bias")], bias = bias, None
         y = forward_with(norm, entries, own, x.to(rule.wide) if rule.way == "wide" else x, *args, **kwargs)
     y = y if bias is None else y + align(bias, x, rule.axis)
     return y if rule.dtype is None else y.to(rule.dtype)
@@ -165,9 +180,9 @@ def neutral(
     """The norm's forward `own` with parameters that change nothing."""
     weight, bias = parameter(norm, "weight"), parameter(norm, "bias")
     dtype = weight.dtype if rule.way == "rounded" else rule.wide
-    entries = {"weight": torch.full_like(weight, 1.0 - rule.offset, dtype=dtype)}
+    entries = {own_name(norm, "weight"): torch.full_like(weight, 1.0 - rule.offset, dtype=dtype)}
     if bias is not None:
-        entries["bias"] = torch.zeros_like(bias, dtype=dtype)
+        entries[own_name(norm, "bias")] = torch.zeros_like(bias, dtype=dtype)
     return forward_with(
         norm, entries, own, x.to(rule.wide) if rule.way in ("wide", "corrected") else x, *args, **kwargs
     )
@@ -175,8 +190,3 @@ def neutral(
 
 def widened(norm: nn.Module) -> torch.dtype:
     return torch.promote_types(parameter(norm, "weight").dtype, torch.float32)
-
-
-def parameter(norm: nn.Module, name: str) -> Any:
-    """A parameter of the norm, or None; typed loosely since torch types every attribute as tensor or module."""
-    return getattr(norm, name, None)

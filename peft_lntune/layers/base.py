@@ -74,9 +74,13 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
             base = base._modules["base_layer"]
         return base
 
+    def own_name(self, parameter: str) -> str:
+        """What the wrapped module calls its weight or bias."""
+        return parameter
+
     def base_parameter(self, parameter: str) -> Tensor:
         # Read through the module, not its `_parameters`: sharding and outer layers put tensors in its `__dict__`.
-        return getattr(self.get_base_layer(), parameter)
+        return getattr(self.get_base_layer(), self.own_name(parameter))
 
     def unmerged(self, parameter: str) -> Tensor:
         """The base parameter as it is without adapters, whether or not some are merged into it now."""
@@ -148,7 +152,7 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         sums: dict[str, Tensor] = {}
         for parameter, delta in tuned:
-            sums[parameter] = delta(sums[parameter] if parameter in sums else getattr(base, parameter))
+            sums[parameter] = delta(sums[parameter] if parameter in sums else getattr(base, self.own_name(parameter)))
         return sums
 
     def _call(self, adapters: Sequence[str]) -> Callable[..., Tensor] | None:
@@ -164,7 +168,9 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         if kept is None or kept.adapters != adapters or not all(map(unchanged, kept.sources)):
             tuned = self._tuned(adapters)
             base = self.get_base_layer()
-            owners = [(base, parameter) for parameter, _ in tuned] + [(delta, delta.stored) for _, delta in tuned]
+            owners = [(base, self.own_name(parameter)) for parameter, _ in tuned] + [
+                (delta, delta.stored) for _, delta in tuned
+            ]
             sources = [source_of(*owner) for owner in owners]
             kept = self._kept = Kept(list(adapters), sources, self.bind(self._sums(tuned)) if tuned else None)
         return kept.call

@@ -32,6 +32,10 @@ class NormLayer(LNTuneLayer):
         super().__init__(base_layer, route, norm.name)
         self._offset = norm.offset
         self._axis = norm.axis
+        self._own_names = dict(norm.parameters)
+
+    def own_name(self, parameter: str) -> str:
+        return self._own_names[parameter]
 
     def run(self, parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         x, args, kwargs = split_call(args, kwargs)
@@ -54,7 +58,7 @@ class NormLayer(LNTuneLayer):
         if not (self.lntune_weight or self.lntune_bias):
             return
         for parameter in PARAMETERS:
-            base: Any = getattr(self.base_layer, parameter, None)
+            base: Any = getattr(self.get_base_layer(), self.own_name(parameter), None)
             if base is None:
                 continue
             deltas = self.deltas(parameter)

@@ -117,7 +117,7 @@ class ManyTasks:
             f"{name}.{parameter}": (number, parameter)
             for name, number in self._numbers.items()
             for parameter in PARAMETERS
-            if getattr(self._modules[name], parameter, None) is not None
+            if self._sources.parameter(f"{name}.{parameter}") is not None
         }
         zeros = {name: torch.zeros_like(self._sources.parameter(name)) for name in self._owners if name in tuned}
         masks = [tuned_in(self.model, name, each) for name, each in zip(self.names, adapters, strict=True)]
