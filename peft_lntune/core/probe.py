@@ -11,14 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from types import MethodType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from peft_lntune.core.delta import PARAMETERS
-from peft_lntune.core.detour import forward_of
 from peft_lntune.core.names import own_name
 
 __all__ = [
@@ -130,16 +128,15 @@ def parameters_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
-def blank_copy(module: nn.Module, parameters: Mapping[str, Tensor], *, own_forward: bool = False) -> nn.Module:
+def blank_copy(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
     """Copy a leaf module without its tensors and hooks, and give the copy other parameters.
 
     Args:
         module: the module to copy; nothing of it changes.
         parameters: the copy's parameters, as `parameters_of` names them; others that the module has become None.
-        own_forward: keep a forward that was put on this one module (a fused kernel), not only the class's.
 
     Returns:
-        The copy, in evaluation mode. Buffers are copied to the CPU, those on meta become ones.
+        The copy, with the forward of its class, in evaluation mode. Buffers are copied to the CPU, those on meta become ones.
     """
     parameters = {own_name(module, name) if name in PARAMETERS else name: p for name, p in parameters.items()}
     copy = type(module).__new__(type(module))
@@ -153,9 +150,6 @@ def blank_copy(module: nn.Module, parameters: Mapping[str, Tensor], *, own_forwa
     state["training"] = False
     # Activation and dropout of a norm that has them: its own may be in training.
     state["_modules"] = {key: child and deepcopy(child).eval() for key, child in module._modules.items()}
-    forward: Any = forward_of(module) if own_forward and "forward" in module.__dict__ else None
-    if isinstance(forward, MethodType) and forward.__self__ is module:
-        state["forward"] = MethodType(forward.__func__, copy)
     copy.__dict__.update(state)
     return copy
 

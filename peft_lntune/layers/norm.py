@@ -37,6 +37,12 @@ class NormLayer(LNTuneLayer):
     def own_name(self, parameter: str) -> str:
         return self._own_names[parameter]
 
+    def __getattr__(self, name: str) -> Any:
+        for parameter, own in self.__dict__.get("_own_names", {}).items():
+            if name == own:
+                return self._read(parameter)
+        return super().__getattr__(name)
+
     def run(self, parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         x, args, kwargs = split_call(args, kwargs)
         return call_with(self.base_layer, x, parameters.get("weight"), parameters.get("bias"), *args, **kwargs)
