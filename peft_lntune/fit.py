@@ -216,7 +216,8 @@ def _prefixes(model: nn.Module, adapter_name: str) -> list[tuple[str, Prefix]]:
 
 def own_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """The tensors of an adapter as a model's state dict has them, without heads in `modules_to_save`."""
-    return {name: value for name, value in model.state_dict().items() if is_part(name, adapter_name)}
+    tensors = {name: value for name, value in model.state_dict().items() if is_part(name, adapter_name)}
+    return held_tensors(model, adapter_name, tensors)
 
 
 def as_in_model(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -242,6 +243,17 @@ def check_fit(own: Mapping[str, Tensor], adapter_name: str, tensors: Mapping[str
         if is_part(name, adapter_name) or is_ours(name.replace(f".{adapter_name}.", "."))
     }
     check_shapes(expected, found, adapter_name)
+    first: dict[object, str] = {}
+    for name, value in own.items():
+        if value.is_meta or _plain(name) not in tensors:
+            continue
+        other = first.setdefault((value.data_ptr(), value.shape), _plain(name))
+        if not torch.equal(tensors[other], tensors[_plain(name)].to(tensors[other])):
+            raise AdapterFileError(
+                f"the saved adapter does not fit this model for adapter {adapter_name!r}: {other} and {_plain(name)} "
+                "differ in the file, and here they are one, since modules share the parameter. Load it into a model "
+                "in which they do not."
+            )
 
 
 def check_shapes(

@@ -42,7 +42,7 @@ from peft_lntune.heads import copy_heads, routed_heads
 from peft_lntune.inject import Injection, create_and_replace, injecting, is_target, prepare, route_of
 from peft_lntune.layers import PARAMETERS, BesideLayer, LNTuneLayer, NormLayer
 from peft_lntune.lora import LoraLayer, LoraPart, routed_lora
-from peft_lntune.merging import merge_layers, take_out_shared, unmerge_layers
+from peft_lntune.merging import everywhere, merge_layers, take_out_layers, unmerge_layers
 from peft_lntune.offloaded import all_onloaded, stored_tensors
 from peft_lntune.packing import pack, pack_scores
 from peft_lntune.selection.masks import check_masks
@@ -183,9 +183,10 @@ class LNTuneModel(BaseTuner):
             self._check_mergeable(adapter_names, "unload() takes the adapter off")
             if safe_merge:
                 self._check_merge(adapter_names)
-        take_out_shared(self.model, merge, safe_merge, adapter_names)
         besides = [(name.rpartition(".")[0], m) for name, m in self.model.named_modules() if isinstance(m, BesideLayer)]
-        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        with everywhere(self.model):
+            take_out_layers(self.model, merge, safe_merge, adapter_names)
+            model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for host, beside in besides:
             beside.detach(model.get_submodule(host))
         return model
@@ -288,9 +289,14 @@ class LNTuneModel(BaseTuner):
         places = self._places(adapter_name)
         shapes = {name: layer.base_parameter(parameter).shape for name, (layer, parameter) in places.items()}
         check_masks(masks, shapes, f"adapter {adapter_name!r}")
+        for layer, parameter in places.values():
+            first, *others = [name for name in layer.names_of(parameter) if name in masks] or [""]
+            if any(not torch.equal(masks[first], masks[other].to(masks[first].device)) for other in others):
+                raise ConfigError(f"{first} and {others[0]} are one parameter, and their masks differ. Give one mask.")
         source = recorded({"made": "by hand"} if source is None else source)
-        for name, (layer, parameter) in places.items():
-            layer.set_mask(parameter, adapter_name, masks.get(name))
+        for layer, parameter in places.values():
+            given = [masks[name] for name in layer.names_of(parameter) if name in masks]  # tied ones may go by either
+            layer.set_mask(parameter, adapter_name, given[0] if given else None)
         record_mask(self.peft_config, adapter_name, source)
 
     def clear_masks(self, adapter_name: str = "default") -> None:

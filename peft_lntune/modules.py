@@ -73,15 +73,19 @@ def find_parameters(
     }
     places = find_components(owned, {name: norm.roles for name, norm in norms.items()})
     found: dict[str, dict[str, Block | None]] = {}
-    for full, (name, parameter, tensor) in owned.items():
+    for full, (name, parameter, _) in owned.items():
         fused = next((parts for end, parts in _FUSED.items() if places[full].component.endswith(end)), None)
         if fused is not None:
             if wanted & set(fused):
                 block = _block(model, name, modules[name], parameter, fused, wanted)
                 found.setdefault(name, {})[parameter] = block
         elif _is_wanted(places[full].component, name in norms, wanted):
-            _check_tied(full, tensor, owned)
             found.setdefault(name, {})[parameter] = None
+    for full, (name, parameter, tensor) in owned.items():
+        if found.get(name, {}).get(parameter, ()) is None:
+            _check_tied(
+                full, tensor, {n: place for n, place in owned.items() if place[1] not in found.get(place[0], ())}
+            )
     return found
 
 
