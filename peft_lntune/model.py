@@ -49,7 +49,7 @@ from peft_lntune.inject import Injection, create_and_replace, injecting, is_targ
 from peft_lntune.layers import PARAMETERS, BesideLayer, LNTuneLayer, NormLayer
 from peft_lntune.lora import LoraLayer, LoraPart, routed_lora
 from peft_lntune.manifest import check_tensors, manifest_of
-from peft_lntune.merging import merge_layers, take_out_shared, unmerge_layers
+from peft_lntune.merging import everywhere, merge_layers, take_out_layers, unmerge_layers
 from peft_lntune.offloaded import all_onloaded, stored_tensors
 from peft_lntune.packing import pack, pack_scores
 from peft_lntune.selection.masks import check_masks
@@ -67,6 +67,7 @@ class LNTuneModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # PEFT's name; norms are found, not listed
     _warned_of: frozenset[str] = frozenset()
     _looked_for_statistics = False
+    _told_missed: frozenset[str] = frozenset()
     _injection: Injection | None = None  # while one is under way, see `injecting`
 
     # What PEFT's injection asks for.
@@ -107,7 +108,8 @@ class LNTuneModel(BaseTuner):
     ) -> list[PeftConfig]:
         """Put those parts of an adapter into the model that are of a kind; returns all its parts."""
         config = self.peft_config[adapter_name]
-        prepared = prepare(self.peft_config, adapter_name, model, unmasked=unmasked)
+        prepared = prepare(self.peft_config, adapter_name, model, unmasked=unmasked, told=self._told_missed)
+        self._told_missed |= {name for _, injection in prepared for name in injection.plan.missed}
         try:
             for part, injection in prepared:
                 if not isinstance(part, kind):
@@ -182,9 +184,10 @@ class LNTuneModel(BaseTuner):
             self._check_mergeable(adapter_names, "unload() takes the adapter off")
             if safe_merge:
                 self._check_merge(adapter_names)
-        take_out_shared(self.model, merge, safe_merge, adapter_names)
         besides = [(name.rpartition(".")[0], m) for name, m in self.model.named_modules() if isinstance(m, BesideLayer)]
-        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        with everywhere(self.model):
+            take_out_layers(self.model, merge, safe_merge, adapter_names)
+            model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for host, beside in besides:
             beside.detach(model.get_submodule(host))
         return model
@@ -290,9 +293,14 @@ class LNTuneModel(BaseTuner):
         places = self._places(adapter_name)
         shapes = {name: layer.base_parameter(parameter).shape for name, (layer, parameter) in places.items()}
         check_masks(masks, shapes, f"adapter {adapter_name!r}")
+        for layer, parameter in places.values():
+            first, *others = [name for name in layer.names_of(parameter) if name in masks] or [""]
+            if any(not torch.equal(masks[first], masks[other].to(masks[first].device)) for other in others):
+                raise ConfigError(f"{first} and {others[0]} are one parameter, and their masks differ. Give one mask.")
         source = recorded({"made": "by hand"} if source is None else source)
-        for name, (layer, parameter) in places.items():
-            layer.set_mask(parameter, adapter_name, masks.get(name))
+        for layer, parameter in places.values():
+            given = [masks[name] for name in layer.names_of(parameter) if name in masks]  # tied ones may go by either
+            layer.set_mask(parameter, adapter_name, given[0] if given else None)
         record_mask(self.peft_config, adapter_name, source)
 
     def clear_masks(self, adapter_name: str = "default") -> None:
@@ -330,7 +338,7 @@ class LNTuneModel(BaseTuner):
     def _places(self, adapter_name: str) -> dict[str, tuple[LNTuneLayer, str]]:
         """Where an adapter has its deltas: layer and parameter by the name of the base parameter."""
         return {
-            f"{layer.label}.{parameter}": (layer, parameter)
+            f"{layer.label}.{layer.own_name(parameter)}": (layer, parameter)
             for layer in self.tuner_layers()
             for parameter in PARAMETERS
             if adapter_name in layer.deltas(parameter)

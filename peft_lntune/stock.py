@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peft_lntune.config import LNTuneConfig, LNTuningConfig, parts_of
+from peft_lntune.core.names import role_of
 from peft_lntune.core.norms import base_modules
 from peft_lntune.errors import AdapterFileError, ConfigError, UnsupportedError
 from peft_lntune.layers import PARAMETERS, LNTuneLayer
@@ -172,7 +173,8 @@ def _whole(layer: LNTuneLayer, adapter_name: str) -> dict[str, Tensor]:
         state = dict(layer.get_base_layer().state_dict())
         for parameter in PARAMETERS:
             if adapter_name in layer.deltas(parameter):
-                state[parameter] = layer.effective(parameter, [adapter_name]).to(state[parameter].dtype)
+                own = layer.own_name(parameter)
+                state[own] = layer.effective(parameter, [adapter_name]).to(state[own].dtype)
     return state
 
 
@@ -185,6 +187,7 @@ def _deltas(loaded: Mapping[str, Tensor], base: Mapping[str, nn.Module], where: 
             continue
         name = path.removeprefix(_ROOT)
         own = getattr(base.get(name), parameter, None)
+        parameter = role_of(base[name], parameter) if name in base else parameter
         if parameter not in PARAMETERS or own is None or own.shape != value.shape:
             has = "has none" if own is None else f"has one of shape {tuple(own.shape)}"
             raise AdapterFileError(

@@ -87,7 +87,7 @@ class AdapterBank:
             f"{name}.{parameter}": (number, parameter)
             for number, (name, _) in enumerate(self._norms)
             for parameter in PARAMETERS
-            if getattr(self._sources.modules[name], parameter, None) is not None
+            if self._sources.parameter(f"{name}.{parameter}") is not None
         }
         if not self._owners:
             raise UnsupportedError("this model has no norm with a weight, so there is nothing that a bank could hold.")

@@ -32,7 +32,7 @@ def fit_rows(rows: Tensor, x: Tensor, axis: int = -1) -> Tensor:
         >>> fit_rows(torch.ones(2, 1, 4), torch.ones(2, 3, 5, 4)).shape
         torch.Size([2, 1, 1, 4])
     """
-    shape = rows.shape[2:]
+    shape = rows.shape[2 + max(0, rows.dim() - 1 - x.dim()) :]  # `(1, C, 1, 1)`: the first is that of the samples
     middle = x.dim() - 1 - len(shape)
     if axis == 1:
         return rows.reshape(rows.shape[0], *shape, *(1,) * middle)

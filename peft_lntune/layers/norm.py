@@ -31,6 +31,16 @@ class NormLayer(LNTuneLayer):
         super().__init__(base_layer, route, norm.name)
         self._offset = norm.offset
         self._axis = norm.axis
+        self._own_names = dict(norm.parameters)
+
+    def own_name(self, parameter: str) -> str:
+        return self._own_names[parameter]
+
+    def __getattr__(self, name: str) -> Any:
+        for parameter, own in self.__dict__.get("_own_names", {}).items():
+            if name == own:
+                return self._read(parameter)
+        return super().__getattr__(name)
 
     def run(self, parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         x, args, kwargs = split_call(args, kwargs)
@@ -53,7 +63,7 @@ class NormLayer(LNTuneLayer):
         if not (self.lntune_weight or self.lntune_bias):
             return
         for parameter in PARAMETERS:
-            base: Any = getattr(self.base_layer, parameter, None)
+            base: Any = getattr(self.get_base_layer(), self.own_name(parameter), None)
             if base is None:
                 continue
             deltas = dict(self.deltas(parameter).items())

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_lntune.bank.base_rows import BaseRows
 from peft_lntune.bank.heads import layers_of, within
@@ -26,7 +26,7 @@ from peft_lntune.core.norms import called_modules
 from peft_lntune.core.recomputed import RecomputedDetour
 from peft_lntune.core.route import Gather, Route, Rows
 from peft_lntune.errors import ConfigError, RoutingError, UnsupportedError
-from peft_lntune.layers import switched_off
+from peft_lntune.layers import LNTuneLayer, switched_off
 from peft_lntune.selection.losses import Batch, Head
 from peft_lntune.tasks.losses import RowLoss, default_losses, losses_of_rows, order_of
 from peft_lntune.tasks.optimizer import TaskOptimizer
@@ -95,6 +95,7 @@ class ManyTasks:
         self._modules = self._sources.modules
         self._tuners()
         check_free(self._modules[name] for name in self._sources.norms)
+        _check_untied(self._base, self.names)
         adapters = [self._sources.read(name, (peft_model, name)) for name in self.names]
         peft_model.base_model.warn_of_missing_masks(self.names)
         self._head_layers = self._layers_in(adapters)
@@ -118,7 +119,7 @@ class ManyTasks:
             f"{name}.{parameter}": (number, parameter)
             for name, number in self._numbers.items()
             for parameter in PARAMETERS
-            if getattr(self._modules[name], parameter, None) is not None
+            if self._sources.parameter(f"{name}.{parameter}") is not None
         }
         zeros = {name: torch.zeros_like(self._sources.parameter(name)) for name in self._owners if name in tuned}
         masks = [tuned_in(self.model, name, each) for name, each in zip(self.names, adapters, strict=True)]
@@ -457,6 +458,16 @@ def _spread(
     """The rows of each norm; what no task trains of it is one row for all."""
     found = spread(trained.source, rows, owners, factor)
     return {number: own._replace(**fixed.get(number, {})) for number, own in found.items()}
+
+
+def _check_untied(base: nn.Module, names: Sequence[str]) -> None:
+    for layer in base.modules():
+        for parameter in PARAMETERS if isinstance(layer, LNTuneLayer) else ():
+            if any(layer.tied_to(parameter, name) for name in names):
+                raise UnsupportedError(
+                    f"{' and '.join(layer.names_of(parameter))} are one parameter, and a row of many tasks is of one "
+                    "module each. Train these adapters one by one, or leave out the norms that share (exclude_modules)."
+                )
 
 
 def _none(factor: int) -> dict[int, Rows]:
