@@ -58,6 +58,13 @@ class Tree:
         return tuple(child for child in self.children.get(block, ()) if says.is_norm(child))
 
     @cached_property
+    def blocks(self) -> Roles:
+        """The entries of lists that have sub-layers, in the model's order; not the bridges between bodies."""
+        entries = (name for name in self.children if name.rpartition(".")[2].isdigit())
+        bridged = (name for name in entries if not any(says.is_bridge(part) for part in name.split(".")))
+        return tuple(name for name in bridged if self.sublayers(name))
+
+    @cached_property
     def stacks(self) -> frozenset[str]:
         """The modules above blocks: above entries of a list that have sub-layers."""
         found: set[str] = set()
