@@ -7,11 +7,12 @@ and puts back what it found: after LoRA a mask would switch off what LoRA has le
 from collections.abc import Sequence
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from peft_lntune.errors import UnsupportedError
 from peft_lntune.layers import BesideLayer, LNTuneLayer, ModuleLayer
+from peft_lntune.offloaded import all_onloaded
 
 __all__ = ["check_shared", "merge_layers", "take_out_shared", "unmerge_layers"]
 
@@ -49,17 +50,17 @@ def merge_layers(model: nn.Module, adapter_names: Sequence[str] | None, safe_mer
         for other in others:
             if other.merged and layer.added(names):
                 again.append((other, list(other.merged_adapters)))
-                with onload_layer(other):
+                with all_onloaded(other, keep=True):
                     other.unmerge()
     ours, rest = _sorted(model)
     for layer in ours:
-        with onload_layer(layer):
+        with all_onloaded(layer, keep=True):
             layer.merge(safe_merge=safe_merge, adapter_names=names)
     for layer, before in again:
-        with onload_layer(layer):
+        with all_onloaded(layer, keep=True):
             layer.merge(safe_merge=safe_merge, adapter_names=before)
     for layer in rest:
-        with onload_layer(layer):
+        with all_onloaded(layer, keep=True):
             layer.merge(safe_merge=safe_merge, adapter_names=names)
 
 
@@ -67,7 +68,7 @@ def unmerge_layers(model: nn.Module) -> None:
     """Unmerge all layers of a model."""
     ours, rest = _sorted(model)
     for layer in [*rest, *ours]:
-        with onload_layer(layer):
+        with all_onloaded(layer, keep=True):
             layer.unmerge()
 
 
@@ -87,7 +88,7 @@ def take_out_shared(model: nn.Module, merge: bool, safe_merge: bool, adapter_nam
             layer: Any = child
             if id(layer) in shared:
                 if merge:
-                    with onload_layer(layer):
+                    with all_onloaded(layer, keep=True):
                         layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
                 setattr(holder, name, layer.base_layer)
 

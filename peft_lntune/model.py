@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, cast_adapter_dtype, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, cast_adapter_dtype
 from torch import Tensor, nn
 
 from peft_lntune.concatenated import concatenate
@@ -26,12 +26,24 @@ from peft_lntune.config import (
 from peft_lntune.config.deltas import recorded
 from peft_lntune.core.route import BASE, expansions_of
 from peft_lntune.errors import ConfigError, RoutingError, UnsupportedError
-from peft_lntune.fit import as_in_model, check_fit, fold, folded, held_tensors, own_tensors, scores_for, unpack_for
+from peft_lntune.fit import (
+    as_in_model,
+    check_fit,
+    deltas_of,
+    fold,
+    folded,
+    held_tensors,
+    own_tensors,
+    scores_for,
+    supermasks_of,
+    unpack_for,
+)
 from peft_lntune.heads import copy_heads, routed_heads
-from peft_lntune.inject import create_and_replace, is_target, prepare, route_of
+from peft_lntune.inject import Injection, create_and_replace, injecting, is_target, prepare, route_of
 from peft_lntune.layers import PARAMETERS, BesideLayer, LNTuneLayer, NormLayer
 from peft_lntune.lora import LoraLayer, LoraPart, routed_lora
 from peft_lntune.merging import merge_layers, take_out_shared, unmerge_layers
+from peft_lntune.offloaded import all_onloaded, stored_tensors
 from peft_lntune.packing import pack, pack_scores
 from peft_lntune.selection.masks import check_masks
 from peft_lntune.storage import (
@@ -39,9 +51,10 @@ from peft_lntune.storage import (
     check_tensors,
     dropped_tensors,
     manifest_of,
+    of_adapter,
     without_adapter_name,
 )
-from peft_lntune.weighted import MAJORITY_SIGNS, combine, combined_config, drop_untuned
+from peft_lntune.weighted import MAJORITY_SIGNS, combine, combined_config
 
 __all__ = ["LNTuneModel"]
 
@@ -53,20 +66,26 @@ class LNTuneModel(BaseTuner):
     tuner_layer_cls = (LNTuneLayer, BesideLayer, LoraLayer)
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # PEFT's name; norms are found, not listed
     _warned_of: frozenset[str] = frozenset()
+    _injection: Injection | None = None  # while one is under way, see `injecting`
 
     # What PEFT's injection asks for.
 
     def _prepare_adapter_config(self, peft_config: LNTuneConfig, model_config: dict) -> LNTuneConfig:
         return peft_config
 
-    @staticmethod
-    def _check_target_module_exists(peft_config: LNTuneConfig, key: str) -> Any:
-        return is_target(peft_config, key)
+    def _check_target_module_exists(self, peft_config: LNTuneConfig, key: str) -> Any:
+        if self._injection is not None:
+            return is_target(self._injection, key)
+        # PEFT's `inspect_matched_modules` asks afterwards.
+        names = [name for name, config in self.peft_config.items() if config is peft_config]
+        deltas = [place.rpartition(".")[0] for name in names for place in deltas_of(self.model, name)]
+        return key in deltas or any(key in supermasks_of(self.model, name) for name in names)
 
     def _create_and_replace(
         self, peft_config: Any, adapter_name: str, target: nn.Module, *args: Any, **kw: Any
     ) -> None:
-        create_and_replace(self, peft_config, adapter_name, target, *args, **kw)
+        assert self._injection is not None
+        create_and_replace(self, self._injection, peft_config, adapter_name, target, *args, **kw)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
@@ -81,25 +100,25 @@ class LNTuneModel(BaseTuner):
             config.parts = _with_targets(config, parts)  # in place, as PEFT does it: PeftModel holds on to this config
             if not stored:
                 _warn_of_combination(config)
-        if not stored:
-            # All entries are tuned now, also where the config was taken from a masked adapter.
-            record_mask(self.peft_config, adapter_name, None)
 
-    def _inject(self, model: nn.Module, adapter_name: str, kind: type, *args: Any, **kwargs: Any) -> list[PeftConfig]:
+    def _inject(
+        self, model: nn.Module, adapter_name: str, kind: type, *args: Any, unmasked: bool = False, **kwargs: Any
+    ) -> list[PeftConfig]:
         """Put those parts of an adapter into the model that are of a kind; returns all its parts."""
         config = self.peft_config[adapter_name]
-        parts = prepare(config, model)
+        prepared = prepare(self.peft_config, adapter_name, model, unmasked=unmasked)
         try:
-            for part in [part for part in parts if isinstance(part, kind)]:
+            for part, injection in prepared:
+                if not isinstance(part, kind):
+                    continue
                 # PEFT takes the config of what it injects from here.
                 self.peft_config[adapter_name] = part
                 inject = self._lora().inject_adapter if isinstance(part, LoraConfig) else super().inject_adapter
-                inject(model, adapter_name, *args, **kwargs)
+                with injecting(self, injection):
+                    inject(model, adapter_name, *args, **kwargs)
         finally:
             self.peft_config[adapter_name] = config
-            for part in parts:
-                part.__dict__.pop("injection", None)
-        return parts
+        return [part for part, _ in prepared]
 
     def _lora(self) -> LoraPart:
         configs = {
@@ -111,12 +130,13 @@ class LNTuneModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         for layer in self._layers(LoraLayer):
             cast_adapter_dtype(layer, adapter_name, autocast_adapter_dtype)
-        # Ours are made in float32. Only a user who says autocast_adapter_dtype=False wants the dtype of the base.
+        # Ours are made in float32. Without autocast what stands beside the model takes its dtype, as LoRA does. Deltas do
+        # not: trainers say so for the whole model, and a delta in half precision is asked for by `delta_dtype`.
         config = self.peft_config[adapter_name]
         asked = [p for p in parts_of(config) if isinstance(p, LNTuneConfig) and p.delta_dtype is not None]
         if autocast_adapter_dtype or asked:
             return
-        for layer in self._layers((LNTuneLayer, BesideLayer)):
+        for layer in self._layers(BesideLayer):
             layer.to_base_dtype(adapter_name)
 
     # Merging: what could fail is looked at in every layer before the first is changed.
@@ -181,7 +201,7 @@ class LNTuneModel(BaseTuner):
 
     def _check_merge(self, adapter_names: list[str] | None) -> None:
         for layer in self.tuner_layers():
-            with onload_layer(layer):
+            with all_onloaded(layer):
                 layer.check_merge(adapter_names)
 
     # Storage.
@@ -192,6 +212,8 @@ class LNTuneModel(BaseTuner):
     ) -> dict[str, Tensor]:
         # In place: PEFT takes the heads in modules_to_save from the same state dict afterwards.
         kwargs["state_dict"].update(dropped_tensors(model, adapter_name, kwargs["unwanted_adapter_names"]))
+        trained = {name: value for name, value in kwargs["state_dict"].items() if of_adapter(name, adapter_name)}
+        kwargs["state_dict"].update(stored_tensors(model, trained))
         # Not PEFT's search: where FSDP has wrapped modules inside the model, it finds nothing, and says nothing.
         tensors = folded(adapter_name, held_tensors(model, adapter_name, kwargs["state_dict"]))
         stored = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in tensors.items()}
@@ -283,10 +305,8 @@ class LNTuneModel(BaseTuner):
         """
         self._check_deltas(adapter_name)
         old = {(layer, p): layer.deltas(p)[adapter_name] for layer, p in self._places(adapter_name).values()}
-        own_dtype = all(delta.weight.dtype == layer.base_parameter(p).dtype for (layer, p), delta in old.items())
-        self._inject(self.model, adapter_name, DeltaConfig)
+        self._inject(self.model, adapter_name, DeltaConfig, unmasked=True)
         record_mask(self.peft_config, adapter_name, None)
-        self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=not own_dtype)
         for layer, parameter in self._places(adapter_name).values():
             delta = layer.deltas(parameter)[adapter_name]
             before = old.get((layer, parameter))
@@ -346,19 +366,21 @@ class LNTuneModel(BaseTuner):
             raise ConfigError(f"majority_sign_method={majority_sign_method!r}: choose one of {allowed}.")
         sources = {name: self.peft_config[name] for name in adapters}
         config = combined_config(self.model, sources, combination_type, density)
-        norms = delta_part(config)
         self.peft_config[adapter_name] = config
         try:
             self.inject_adapter(self.model, adapter_name)
         except Exception:
             del self.peft_config[adapter_name]
             raise
-        for layer in self.tuner_layers():
-            combine(layer, adapters, weights, adapter_name, combination_type, density, majority_sign_method)
-            if norms is not None and norms.mask_source is not None:
-                drop_untuned(layer, adapters, adapter_name)
-        concatenate(self.model, adapters, weights, adapter_name)
-        record_mask(self.peft_config, adapter_name, norms.mask_source if norms is not None else None)
+        how = combination_type, density, majority_sign_method
+        narrowed = [combine(layer, adapters, weights, adapter_name, *how) for layer in self.tuner_layers()]
+        if any(narrowed):
+            parts = {name: delta_part(source) for name, source in sources.items()}
+            of = {name: part.mask_source for name, part in parts.items() if part is not None}
+            made = {"made": "combination", "combination_type": combination_type, "of": of}
+            record_mask(self.peft_config, adapter_name, made)
+        totals = {name: sum(w for n, w in zip(adapters, weights, strict=True) if n == name) for name in adapters}
+        concatenate(self.model, list(totals), list(totals.values()), adapter_name)
         for donor in sources:
             copy_heads(self.model, donor, adapter_name)
 

@@ -16,6 +16,7 @@ FLOORS = [
     {"analysis"},
     {"storage"},
     {"config"},
+    {"offloaded"},
     {"attention", "lora", "resume"},
     {"modules", "planned", "choose"},
     {"plan_beside", "plan_deltas"},

@@ -1,9 +1,9 @@
 """What every config of the family shares: where to tune, how deltas are kept, and what was saved with it."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from peft import PeftConfig
@@ -116,6 +116,16 @@ class LNTuneConfig(PeftConfig):
         name_import(target)
         with new_file(target / CONFIG_FILE) as written:
             super().save_pretrained(str(written.parent), **kwargs)
+
+    def unmasked(self) -> Self:
+        """A copy for a new adapter that tunes every entry, whatever adapter this config is of.
+
+        Example:
+            >>> from peft_lntune import LNTuningConfig
+            >>> LNTuningConfig(mask_source={"made": "by hand"}).unmasked().mask_source is None
+            True
+        """
+        return replace(self, manifest=None)
 
     def take_sizes(self, saved: "LNTuneConfig") -> None:
         """Say that the next injection of this config is for the adapter that was saved with `saved`.

@@ -2,8 +2,8 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from peft_lntune.config.base import LNTuneConfig, check_choice
 from peft_lntune.errors import ConfigError
@@ -32,6 +32,9 @@ class DeltaConfig(LNTuneConfig):
         super()._check()
         self.mask_source = None if self.mask_source is None else recorded(self.mask_source)
         check_choice(self, "tune", TUNE)
+
+    def unmasked(self) -> Self:
+        return replace(super().unmasked(), mask_source=None)
 
     def take_sizes(self, saved: LNTuneConfig) -> None:
         super().take_sizes(saved)

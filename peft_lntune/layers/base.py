@@ -7,18 +7,31 @@ between norms and other modules is how the wrapped module is run with given para
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from peft_lntune.core.delta import PARAMETERS, Block, delta_dtype
+from peft_lntune.core.detour import Detour
+from peft_lntune.core.kept import Source, is_traced, source_of, sources_of, unchanged
 from peft_lntune.core.reparam import Delta
 from peft_lntune.core.route import Route
-from peft_lntune.layers.kept import Kept, source_of, unchanged
+from peft_lntune.errors import UnsupportedError
+from peft_lntune.layers.routed import RoutedParameter
+from peft_lntune.offloaded import call_onloaded, offload_hook, onloaded
 
 __all__ = ["PARAMETERS", "LNTuneLayer"]
+
+
+class Kept(NamedTuple):
+    """Effective parameters, a call with them, and what they are true of. Without any, `call` is None."""
+
+    adapters: list[str]
+    sources: list[Source]
+    sums: dict[str, Tensor]
+    call: Callable[..., Tensor] | None
 
 
 class LNTuneLayer(nn.Module, BaseTunerLayer):
@@ -83,11 +96,43 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         base = self.base_parameter(parameter)
         return self._unmerged[parameter].to(base.device, base.dtype) if parameter in self._unmerged else base
 
-    def to_base_dtype(self, adapter_name: str) -> None:
-        """Bring what is trained of an adapter into the dtype of the base."""
-        for parameter, tuned in self._tuned([adapter_name]):
-            tuned.to(self.base_parameter(parameter).dtype)
-        self._forget()
+    @property
+    def weight(self) -> Tensor:
+        """The weight with which this layer computes now, as merging would write it; see `bias`."""
+        return self._read("weight")
+
+    @property
+    def bias(self) -> Tensor:
+        """The bias with which this layer computes now.
+
+        For whoever computes with a layer's parameters in place of calling it: fused kernels, torch's fused encoder, its
+        attention. The value is that of the active adapters, rounded to the dtype of the base, and a gradient reaches the
+        deltas through it. It is the base's own while adapters are disabled or merged. `base_parameter` is the base's.
+
+        Raises:
+            RoutingError: by whatever computes with it while each row of the batch has its own adapter; its shape, dtype
+                and device can be read.
+        """
+        return self._read("bias")
+
+    def _read(self, parameter: str) -> Tensor:
+        base = self.base_parameter(parameter)
+        if base is None or self._disable_adapters:
+            return base if base is None else self.unmerged(parameter)
+        if self.merged_adapters:
+            return base
+        if self._routed(parameter):
+            return RoutedParameter.like(base, f"the {parameter} of {self.label}")
+        kept = self._hold(self.active_adapters)
+        sums = self._sums(self._tuned(self.active_adapters)) if kept is None else kept.sums
+        return sums[parameter].to(base.dtype) if parameter in sums else base
+
+    def _routed(self, parameter: str) -> bool:
+        """Whether a parameter may differ from row to row now: by a route of this model, or of a bank around it."""
+        detour = self.get_base_layer().__dict__.get("forward")
+        if isinstance(detour, Detour) and detour.routed:
+            return True
+        return self._route.active and any(p == parameter for p, _ in self._tuned(self._get_available_adapters()))
 
     def update_layer(
         self,
@@ -134,7 +179,8 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
     def effective(self, parameter: str, adapters: Sequence[str]) -> Tensor:
         """The parameter under these adapters: base plus each delta that there is."""
         tuned = [found for found in self._tuned(adapters) if found[0] == parameter]
-        return self._sums(tuned).get(parameter, self.base_parameter(parameter))
+        with onloaded(self.get_base_layer()):
+            return self._sums(tuned).get(parameter, self.base_parameter(parameter))
 
     def _tuned(self, adapters: Sequence[str]) -> list[tuple[str, Any]]:
         """Parameter and delta, for each delta that these adapters have here; plain dict reads, it runs in forward."""
@@ -152,22 +198,39 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         return sums
 
     def _call(self, adapters: Sequence[str]) -> Callable[..., Tensor] | None:
-        """What to call in place of the wrapped module under these adapters; None where none has a delta here.
+        """What to call in place of the wrapped module under these adapters; None where none has a delta here."""
+        kept = self._hold(adapters)
+        if kept is not None:
+            return kept.call
+        sums = self._sums(self._tuned(adapters))
+        return partial(self.run, sums) if sums else None
 
-        Without gradients the sums are the same at every call, and making them would cost two operations a norm. So
-        they are kept until something they came from changes.
+    def _hold(self, adapters: Sequence[str]) -> Kept | None:
+        """The effective parameters under these adapters, where they may be kept: nothing they came from is trained.
+
+        An adapter that was loaded for inference so costs no operation in a forward pass.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            sums = self._sums(self._tuned(adapters))
-            return partial(self.run, sums) if sums else None
+        if is_traced():
+            if self._kept is not None and not torch.compiler.is_exporting():
+                self._kept = None  # a compiled step may train what it came from
+            return None
         kept = self._kept
-        if kept is None or kept.adapters != adapters or not all(map(unchanged, kept.sources)):
-            tuned = self._tuned(adapters)
-            base = self.get_base_layer()
-            owners = [(base, parameter) for parameter, _ in tuned] + [(delta, delta.stored) for _, delta in tuned]
-            sources = [source_of(*owner) for owner in owners]
-            kept = self._kept = Kept(list(adapters), sources, self.bind(self._sums(tuned)) if tuned else None)
-        return kept.call
+        if kept is not None and kept.adapters == adapters and all(map(unchanged, kept.sources)):
+            return kept
+        tuned, base = self._tuned(adapters), self.get_base_layer()
+        sources = [source_of(base, parameter) for parameter, _ in tuned]
+        for _, delta in tuned:
+            sources += sources_of(delta)
+        if any(source.tensor is None for source in sources):
+            self._kept = None
+            if torch.is_grad_enabled() and not self._route.active:
+                self._route.drop()  # what is stacked for mixed batches came from the same deltas
+            return None
+        with torch.inference_mode(False), torch.no_grad():  # what is kept may be needed in a graph later
+            sums = self._sums(tuned)
+            kept = Kept(list(adapters), sources, sums, self.bind(sums) if sums else None)
+        self._kept = kept
+        return kept
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes its own sums: kept ones hold on to this layer's tensors.
@@ -181,6 +244,16 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         kwargs.pop("adapter_names", None)  # hooks of other tuners pass it on; here the route holds it
+        base = self.get_base_layer()
+        if offload_hook(base) is None:
+            return self._forward(*args, **kwargs)
+        self._check_gradients_arrive()
+        try:
+            return call_onloaded(base, self._forward, args, kwargs)
+        finally:
+            self._kept = None  # it would hold on to what has just been offloaded
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if self._disable_adapters:
             if self.merged_adapters:
                 self.unmerge()
@@ -191,6 +264,17 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
             return self.run_routed(*args, **kwargs)
         call = self._call(self.active_adapters) or self.base_layer
         return call(*args, **kwargs)
+
+    def _check_gradients_arrive(self) -> None:
+        """Raise where what is trained here was offloaded too: a gradient would reach a copy that is thrown away."""
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        for _, delta in self._tuned(self.active_adapters):
+            if delta.weight is not None and delta.weight.requires_grad and offload_hook(delta) is not None:
+                raise UnsupportedError(
+                    f"the adapter's values at {self.label} are offloaded, so training would not change them. Dispatch "
+                    "or offload the base model first, and call get_peft_model afterwards."
+                )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the effective parameters, rounded to the base dtype, into the base module.
@@ -205,14 +289,15 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         added = [name for name in check_adapters_to_merge(self, adapter_names) if self._tuned([name])]
         if not added:
             return
-        merged = self._merged([*self.merged_adapters, *added])
-        if safe_merge:
-            self._check_finite(merged, added)
-        for parameter, value in merged.items():
-            base = self.base_parameter(parameter)
-            # A copy of the old vector, because subtracting the delta again would not give it back in bfloat16.
-            self._unmerged.setdefault(parameter, base.detach().clone())
-            base.data = value
+        with onloaded(self.get_base_layer(), keep=True):
+            merged = self._merged([*self.merged_adapters, *added])
+            if safe_merge:
+                self._check_finite(merged, added)
+            for parameter, value in merged.items():
+                base = self.base_parameter(parameter)
+                # A copy of the old vector, because subtracting the delta again would not give it back in bfloat16.
+                self._unmerged.setdefault(parameter, base.detach().clone())
+                base.data = value
         self.merged_adapters.extend(added)
         self._forget()
 
@@ -223,7 +308,8 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
             ValueError: a merged value would be NaN or infinite.
         """
         added = self.added(adapter_names)
-        self._check_finite(self._merged([*self.merged_adapters, *added]), added)
+        with onloaded(self.get_base_layer()):
+            self._check_finite(self._merged([*self.merged_adapters, *added]), added)
 
     def added(self, adapter_names: Sequence[str] | None = None) -> list[str]:
         """Those of some adapters (None: the active ones) that `merge` would merge here."""
@@ -239,8 +325,9 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
             if inner.merged:
                 inner.unmerge()
             inner = inner.base_layer
-        for parameter in self._unmerged:
-            self.base_parameter(parameter).data = self.unmerged(parameter)
+        with onloaded(self.get_base_layer(), keep=True):
+            for parameter in self._unmerged:
+                self.base_parameter(parameter).data = self.unmerged(parameter)
         self._unmerged = {}
         self.merged_adapters = []
         self._forget()
@@ -266,6 +353,10 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         self._forget()
 
     # What torch and PEFT do to a module, and what follows from it here.
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode)
+        self._forget()  # from here on something else may be trained
 
     def train(self, mode: bool = True) -> "LNTuneLayer":
         self._forget()

@@ -10,6 +10,7 @@ PATCHES = {
     "adapters in a PeftMixedModel": "mixed.join_mixed_models",
     "refusing damaged adapters without a trace, and masked ones in transformers' load_adapter": "loading.guard_loading",
     "prefixes": "attention.register_attention",
+    "no weight decay of deltas in Trainer": "decay.leave_out_deltas",
     "the line `import peft_lntune` in cards that PEFT or push_to_hub write": "cards.name_import_in_cards",
 }
 

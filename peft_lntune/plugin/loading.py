@@ -69,7 +69,8 @@ def _guarded_load(original: Callable[..., Any]) -> Callable[..., Any]:
         with _restored_on_error(self, adapter_name), _explained(self, model_id):
             if isinstance(self.peft_config.get(adapter_name), LNTuneConfig):
                 saved = _check_files(model_id, kwargs)  # PEFT reads the config only of adapters it does not have yet
-            loaded = original(self, model_id, adapter_name, *args, **kwargs)
+            with _dispatched_as_it_is(self, model_id, kwargs):
+                loaded = original(self, model_id, adapter_name, *args, **kwargs)
         norms = delta_part(saved) if saved is not None else None
         if norms is not None:
             record_mask(self.peft_config, adapter_name, norms.mask_source)
@@ -84,7 +85,8 @@ def _guarded_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]
         with _restored_on_error(model), _explained(model, model_id):
             if isinstance(config, LNTuneConfig):  # then it was not our own class that loaded it
                 config.take_sizes(_check_files(model_id, kwargs) or config)
-            return original(cls, model, model_id, *args, **kwargs)
+            with _dispatched_as_it_is(model, model_id, kwargs):
+                return original(cls, model, model_id, *args, **kwargs)
 
     return from_pretrained
 
@@ -187,6 +189,25 @@ def _explained(model: nn.Module, model_id: Any) -> Iterator[None]:
             f"{model_id} lacks {error}, a tensor of a module in modules_to_save. It was saved from another model, or "
             "the file was changed."
         ) from error
+
+
+@contextmanager
+def _dispatched_as_it_is(model: nn.Module, model_id: Any, hub: dict[str, Any]) -> Iterator[None]:
+    """Keep PEFT from dispatching a model anew that accelerate has spread over devices, where an adapter of ours is loaded.
+
+    PEFT takes accelerate's hooks off first. Weights that are on disk are then on meta, and an adapter with them, until
+    files are written that hold both; a mask fits none of them. Our layers work beneath the hooks: an adapter lives on
+    the device on which its module computes.
+    """
+    holder = next((part for part in model.modules() if "hf_device_map" in part.__dict__), None)
+    if holder is None or not _holds_ours(model_id, hub):
+        yield
+        return
+    device_map = holder.__dict__.pop("hf_device_map")
+    try:
+        yield
+    finally:
+        holder.__dict__["hf_device_map"] = device_map
 
 
 def _explain_misfit(model: nn.Module, adapter_name: str, model_id: Any, hub: dict[str, Any]) -> None:

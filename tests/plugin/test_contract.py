@@ -62,6 +62,7 @@ MIXED = "adapters in a PeftMixedModel"
 GUARD = "refusing damaged adapters without a trace, and masked ones in transformers' load_adapter"
 PREFIXES = "prefixes"
 CARDS = "the line `import peft_lntune` in cards that PEFT or push_to_hub write"
+DECAY = "no weight decay of deltas in Trainer"
 TUNER, LAYER = "peft.tuners.tuners_utils:BaseTuner", "peft.tuners.tuners_utils:BaseTunerLayer"
 
 # Patches that can be left out: one warning, and the rest works.
@@ -88,6 +89,7 @@ OPTIONAL = [
     ),
     Name("transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS", PREFIXES, ("attention.py",)),
     Name("transformers.modeling_utils:AttentionInterface.register", PREFIXES, ("plugin/attention.py",)),
+    Name("transformers.trainer_pt_utils:get_parameter_names", DECAY, ("plugin/decay.py",)),
     Name("peft.peft_model:PeftModel.create_or_update_model_card", CARDS, ("plugin/cards.py",)),
     Name("transformers.utils.hub:PushToHubMixin", CARDS, ("plugin/cards.py",)),
     Name("transformers.utils.hub:PushToHubMixin._upload_modified_files", CARDS, ("plugin/cards.py",)),
@@ -102,7 +104,7 @@ REQUIRED = [
         for name in ("_member_names_", "_member_map_", "_value2member_map_")
     ),
     Name(f"{TUNER}._prepare_adapter_config", "injection", ("model.py", "plugin/mixed.py")),
-    Name(f"{TUNER}._prepare_model", "planning before anything changes", ("plugin/mixed.py",)),
+    Name(f"{TUNER}.inject_adapter", "planning before anything changes", ("model.py", "plugin/mixed.py")),
     Name(f"{TUNER}._check_target_module_exists", "choosing modules", ("model.py", "plugin/mixed.py")),
     Name(f"{TUNER}._create_and_replace", "injection", ("model.py", "plugin/mixed.py")),
     Name(f"{TUNER}._replace_module", "injection", ("inject.py",)),
@@ -175,6 +177,7 @@ def test_it_is_used_where_the_table_says(name: Name) -> None:
 def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """PEFT and transformers as they are without our optional patches; afterwards with them again."""
     for owner, attribute in (
+        (importlib.import_module("transformers.trainer_pt_utils"), "get_parameter_names"),
         (PeftModel, "load_adapter"),
         (PeftModel, "create_or_update_model_card"),
         (importlib.import_module("transformers.integrations.peft").PeftAdapterMixin, "load_adapter"),
@@ -200,7 +203,7 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         kept = inspect.getattr_static(mixed.MixedModel, attribute)
         monkeypatch.setattr(mixed.MixedModel, attribute, kept)
     monkeypatch.delitem(transformers.AttentionInterface._global_mapping, IMPLEMENTATION)
-    for patch in ("mixed", "loading", "attention", "cards"):
+    for patch in ("mixed", "loading", "attention", "cards", "decay"):
         monkeypatch.delitem(sys.modules, f"peft_lntune.plugin.{patch}", raising=False)
     yield
     monkeypatch.undo()
@@ -218,6 +221,7 @@ def patched(feature: str) -> bool:
         return IMPLEMENTATION in transformers.AttentionInterface()
     places: dict[str, list[Any]] = {
         GUARD: [(PeftModel, "load_adapter"), (PeftModel, "from_pretrained"), (native, "PeftAdapterMixin.load_adapter")],
+        DECAY: [(importlib.import_module("transformers.trainer_pt_utils"), "get_parameter_names")],
         CARDS: [(PeftModel, "create_or_update_model_card"), (hub, "PushToHubMixin._upload_modified_files")],
     }
     functions = []
@@ -225,7 +229,8 @@ def patched(feature: str) -> bool:
         for part in path.split("."):
             place = getattr(place, part, None)
         functions.append(place)
-    return any(hasattr(function, "_lntune_guarded") or hasattr(function, "_lntune_card") for function in functions)
+    marks = ("_lntune_guarded", "_lntune_card", "_lntune_decay")
+    return any(hasattr(function, mark) for function in functions for mark in marks)
 
 
 def tune_once() -> None:
@@ -244,7 +249,7 @@ def tune_once() -> None:
 @pytest.mark.parametrize("name", OPTIONAL, ids=ids)
 def test_without_it_one_warning_and_the_rest_works(name: Name, monkeypatch: pytest.MonkeyPatch) -> None:
     owner = next((cls for cls in getattr(name.owner, "__mro__", ()) if name.attribute in vars(cls)), name.owner)
-    features = {MIXED, GUARD, PREFIXES, CARDS}
+    features = {MIXED, GUARD, PREFIXES, CARDS, DECAY}
     assert not any(patched(feature) for feature in features)
     monkeypatch.delattr(owner, name.attribute)
     with pytest.warns(PluginWarning, match=f"Everything works except: {name.feature}. Upgrade peft_lntune") as caught:
@@ -261,7 +266,7 @@ def test_with_all_of_them_no_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         install()
-    assert all(patched(feature) for feature in (MIXED, GUARD, PREFIXES, CARDS))
+    assert all(patched(feature) for feature in (MIXED, GUARD, PREFIXES, CARDS, DECAY))
     tune_once()
 
 
