@@ -82,9 +82,9 @@ def _plan_norms(model: nn.Module) -> tuple[dict[str, str], Iterable[str]]:
     try:
         planned = _plan(model, LNTuningConfig())
     except NoMatchError as error:
-        return {}, [line.partition(":")[0].strip() for line in str(error).splitlines()]
+        return {}, [line.replace("(", ":").partition(":")[0].strip() for line in str(error).splitlines()]
     roles = {name: "" if part.roles == "unknown" else part.roles for name, part in planned.parts.items()}
-    return roles, planned.left_out.keys()
+    return roles, {*planned.left_out, *getattr(planned, "missed", ())}
 
 
 def _plan(model: nn.Module, config: Any) -> Plan:

@@ -12,6 +12,7 @@ from peft_lntune.config import DeltaConfig, LNTuningConfig, ModuleTuningConfig, 
 from peft_lntune.core.delta import Block, delta_dtype
 from peft_lntune.core.norms import Norm, base_modules, find_norms
 from peft_lntune.errors import NoMatchError, UnsupportedError
+from peft_lntune.gaps import NO_ROLE
 from peft_lntune.modules import find_parameters
 from peft_lntune.planned import Part, Plan
 
@@ -69,7 +70,7 @@ def _reason_to_leave(config: Any, name: str, norm: Norm | None) -> str | None:
     if norm is None or norm.weight_shape is None:
         return "it has no parameters"
     if getattr(config, "roles", None) is not None and not set(config.roles) & set(norm.roles):
-        return f"role {'+'.join(norm.roles) or 'unknown'}"
+        return f"role {'+'.join(norm.roles)}" if norm.roles else NO_ROLE
     if matches(config.exclude_modules, name):
         return "excluded"
     if is_saved(config, name):

@@ -54,7 +54,9 @@ class RoutedParameter(Tensor):
         if name not in _NO_FACTS if getter else name in _FACTS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        flat = [part for arg in (*args, *(kwargs or {}).values()) for part in (arg if type(arg) in (list, tuple) else [arg])]
+        flat = [
+            part for arg in (*args, *(kwargs or {}).values()) for part in (arg if type(arg) in (list, tuple) else [arg])
+        ]
         what = next((part.what for part in flat if isinstance(part, cls)), "a parameter")
         raise RoutingError(
             f"{what} differs from row to row in this batch, but {name or func} computes with one value for all rows: "
