@@ -96,8 +96,7 @@ def role_in(tree: Tree, above: str, path: str) -> Roles | None:
         return None
     if says.is_bridge(_unnumbered(above)) and not says.is_embedding(own):
         return ("final",) if own in _BEHIND and above.rpartition(".")[0] in tree.stacks else ()
-    first = path.partition(".")[0]
-    if "output" in first and first.replace("output", "intermediate") in tree.children[above]:
+    if "output" in own and own.replace("output", "intermediate") in _siblings(tree, above):
         return (FFN,)  # BERT and its like: the FFN is two modules, `intermediate` and `output`
     kind = tree.sublayer(above) if own and not own.isdigit() else None
     if stack:
@@ -122,6 +121,10 @@ def _direct(path: str) -> str | None:
     if first.isdigit() or not says.is_norm(first):
         return None
     return first if all(part.isdigit() or says.is_norm(part) for part in rest) else None
+
+
+def _siblings(tree: Tree, name: str) -> Roles:
+    return tree.children.get(name.rpartition(".")[0], ()) if name else ()
 
 
 def _unnumbered(name: str) -> str:
