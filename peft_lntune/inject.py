@@ -20,6 +20,7 @@ from peft_lntune.core.route import Route
 from peft_lntune.core.sublayers import Sublayer
 from peft_lntune.errors import ConfigError, UnsupportedError
 from peft_lntune.fit import deltas_of, supermasks_of
+from peft_lntune.gaps import warn_of_gaps
 from peft_lntune.layers import BesideLayer, BottleneckLayer, LNTuneLayer, ModuleLayer, NormLayer, PrefixLayer
 from peft_lntune.missed import warn_of_missed
 from peft_lntune.offloaded import all_onloaded, offload_hook
@@ -105,6 +106,8 @@ def prepare(
     found = []
     for part, plan in planned:
         part.__dict__.pop("stored", None)
+        if not stored and source is None:
+            warn_of_gaps(part, plan)
         named = isinstance(part, DeltaConfig) and part.target_modules is not None
         matcher = SimpleNamespace(
             target_modules=part.target_modules if named else plan.parts.keys(),

@@ -12,6 +12,7 @@ from peft_lntune.config import DeltaConfig, LNTuningConfig, ModuleTuningConfig, 
 from peft_lntune.core.delta import PARAMETERS, Block, delta_dtype
 from peft_lntune.core.norms import Missed, Norm, base_modules, survey
 from peft_lntune.errors import NoMatchError, UnsupportedError
+from peft_lntune.gaps import NO_ROLE
 from peft_lntune.modules import find_parameters
 from peft_lntune.planned import Part, Plan
 
@@ -78,7 +79,7 @@ def _reason_to_leave(config: Any, name: str, norm: Norm | Missed | None) -> str 
     if norm is None or (isinstance(norm, Norm) and norm.weight_shape is None):
         return "it has no parameters"
     if getattr(config, "roles", None) is not None and not set(config.roles) & set(norm.roles):
-        return f"role {'+'.join(norm.roles) or 'unknown'}"
+        return f"role {'+'.join(norm.roles)}" if norm.roles else NO_ROLE
     if matches(config.exclude_modules, name):
         return "excluded"
     if is_saved(config, name):
