@@ -79,8 +79,8 @@ def unmerge_layers(model: nn.Module) -> None:
 def take_out_layers(model: nn.Module, merge: bool, safe_merge: bool, adapter_names: Sequence[str] | None) -> None:
     """Take our layers around modules out of a model, merged or not.
 
-    What is left is other tuners', which PEFT unloads by itself. It would write `weight` and `bias` into our modules too,
-    and norms may call these something else.
+    What is left is other tuners', which PEFT unloads by itself. It would write `weight` and `bias` into our modules
+    too, and norms may call these something else.
 
     Raises:
         UnsupportedError: see `check_shared` and `check_tied`. Nothing has changed.

@@ -133,8 +133,8 @@ class LNTuneModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         for layer in self._layers(LoraLayer):
             cast_adapter_dtype(layer, adapter_name, autocast_adapter_dtype)
-        # Ours are made in float32. Without autocast what stands beside the model takes its dtype, as LoRA does. Deltas do
-        # not: trainers say so for the whole model, and a delta in half precision is asked for by `delta_dtype`.
+        # Ours are made in float32. Without autocast what stands beside the model takes its dtype, as LoRA does. Deltas
+        # do not: trainers say so for the whole model, and a delta in half precision is asked for by `delta_dtype`.
         config = self.peft_config[adapter_name]
         asked = [p for p in parts_of(config) if isinstance(p, LNTuneConfig) and p.delta_dtype is not None]
         if autocast_adapter_dtype or asked:
@@ -442,7 +442,8 @@ class LNTuneModel(BaseTuner):
         if moving:
             warnings.warn(
                 f"{len(moving)} modules such as {moving[0]} ({type(self.model.get_submodule(moving[0])).__name__}) "
-                "keep running statistics, which move in training although their parameters are frozen. A saved adapter does "
+                "keep running statistics, which move in training although their parameters are frozen. A saved "
+                "adapter does "
                 "not hold them, so it would answer otherwise in a fresh model. Call .eval() on these modules after "
                 "model.train(), or name them in modules_to_save.",
                 stacklevel=3,
@@ -496,8 +497,8 @@ class LNTuneModel(BaseTuner):
         forwards = (layer.get_base_layer().__dict__.get("forward") for layer in self.tuner_layers())
         if any(isinstance(forward, Detour) and forward.routed for forward in forwards):
             raise RoutingError(
-                "Cannot pass `adapter_names` inside the route of an AdapterBank or of ManyTasks, which gives each row its "
-                "adapter. Leave `adapter_names` out, or leave the route."
+                "Cannot pass `adapter_names` inside the route of an AdapterBank or of ManyTasks, which gives each "
+                "row its adapter. Leave `adapter_names` out, or leave the route."
             )
         if any(layer.merged for layer in self._layers(self.tuner_layer_cls)):
             raise RoutingError(

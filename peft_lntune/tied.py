@@ -44,8 +44,8 @@ def ties_of(parts: Mapping[str, Part], modules: Mapping[str, nn.Module]) -> Ties
             same = part.method == other.method and part.blocks.get(parameter) == other.blocks.get(its)
             if not same or part.entries[parameter] != other.entries[its]:
                 raise UnsupportedError(
-                    f"{'.'.join(place)} and {other.name}.{other.own_name(its)} are one parameter, and this config tunes "
-                    "them differently. Let it tune both in the same way, or only one of them."
+                    f"{'.'.join(place)} and {other.name}.{other.own_name(its)} are one parameter, and this config "
+                    "tunes them differently. Let it tune both in the same way, or only one of them."
                 )
         if others:
             found[part.name, parameter] = [(other.name, its) for other, its in others]

@@ -131,7 +131,8 @@ class AdapterBank:
 
     def __reduce__(self) -> Any:
         raise UnsupportedError(
-            "a bank cannot be copied or pickled: it belongs to one model and its threads. Write it with bank.save(path), "
+            "a bank cannot be copied or pickled: it belongs to one model and its threads. Write it with "
+            "bank.save(path), "
             "and open the file for the other model: AdapterBank.open(path, model)."
         )
 
@@ -431,7 +432,8 @@ class AdapterBank:
             return [names], self._slots_of([names])
         if not isinstance(names, (Tensor, Sequence)):
             raise RoutingError(
-                f"route takes a name for each row, one string for all rows, or what bank.index gave, but got {names!r}. "
+                "route takes a name for each row, one string for all rows, or what bank.index gave, but got "
+                f"{names!r}. "
                 f"For the base model give {BASE!r}."
             )
         if not isinstance(names, Tensor):

@@ -238,8 +238,8 @@ def with_rows(
         return _sample_by_sample(norm, rule, own, x, weight, bias, args, kwargs)
     if not rule.is_norm:
         raise UnsupportedError(
-            f"the forward of this {type(norm).__name__} could not be tried on a small input on {x.device}, so it is not "
-            "known how to run it with other parameters for each row. Run the batch one adapter at a time."
+            f"the forward of this {type(norm).__name__} could not be tried on a small input on {x.device}, so it is "
+            "not known how to run it with other parameters for each row. Run the batch one adapter at a time."
         )
     xhat = neutral(norm, rule, own, x, args, kwargs)
     y = xhat * weight if bias is None else torch.addcmul(bias, xhat, weight)

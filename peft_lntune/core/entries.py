@@ -190,7 +190,8 @@ def is_packed(named: Mapping[str, Any]) -> bool:
 def refuse_continuous(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Stands in place of the methods in `CONTINUOUS` while a route is on."""
     raise RoutingError(
-        f"continuous batching ({', '.join(CONTINUOUS)}) packs requests into one row and runs in a thread of its own, so "
+        f"continuous batching ({', '.join(CONTINUOUS)}) packs requests into one row and runs in a thread of its own, "
+        "so "
         "it follows no route and no `adapter_names`. Call generate, with a name for each sample, or make one adapter "
         "active."
     )

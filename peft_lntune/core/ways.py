@@ -12,8 +12,8 @@ called in the first of these ways that repeats the base's bits, learnt by runnin
                 repeats the bits: a kernel that takes one dtype only, or a forward that cannot be run on a copy;
                  and of a norm whose output is no affine tensor (`Facts.by_sample`)
 
-What is learnt is true of the forward that ran, so a kernel that takes its place is learnt anew. While something traces or
-fakes the operations of this thread the copy runs in another thread, where they are real, and nothing is remembered.
+What is learnt is true of the forward that ran, so a kernel that takes its place is learnt anew. While something traces
+or fakes the operations of this thread the copy runs in another thread, where they are real, and nothing is remembered.
 """
 
 import math

@@ -117,8 +117,9 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         """The bias with which this layer computes now.
 
         For whoever computes with a layer's parameters in place of calling it: fused kernels, torch's fused encoder, its
-        attention. The value is that of the active adapters, rounded to the dtype of the base, and a gradient reaches the
-        deltas through it. It is the base's own while adapters are disabled or merged. `base_parameter` is the base's.
+        attention. The value is that of the active adapters, rounded to the dtype of the base, and a gradient reaches
+        the deltas through it. It is the base's own while adapters are disabled or merged. `base_parameter` is the
+        base's.
 
         Raises:
             RoutingError: by whatever computes with it while each row of the batch has its own adapter; its shape, dtype

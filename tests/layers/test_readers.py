@@ -155,10 +155,8 @@ ENCODER_CONFIGS = {
 }
 
 
-
-
 class TestTorchsEncoder:
-    """In evaluation `nn.TransformerEncoder` reads all weights and runs one fused operation. 1e-5: a few float32 sums."""
+    """In evaluation `nn.TransformerEncoder` reads all weights and runs one fused operation. 1e-5: float32 sums."""
 
     def encoder(self, norm_first=False):
         torch.manual_seed(0)
@@ -209,7 +207,8 @@ class TestTorchsEncoder:
     def test_a_mixed_batch_over_an_attentions_projection_is_refused(self, kind):
         """`nn.MultiheadAttention` never calls its `out_proj`, it reads the weight."""
         peft_model, x = get_peft_model(self.encoder(), ENCODER_CONFIGS[kind]()).eval(), torch.randn(2, 5, 16)
-        with torch.no_grad(), pytest.raises(RoutingError, match=r"the weight of layers\.0\.self_attn\.out_proj differs"):
+        refusal = r"the weight of layers\.0\.self_attn\.out_proj differs"
+        with torch.no_grad(), pytest.raises(RoutingError, match=refusal):
             peft_model(x, adapter_names=["default", "__base__"])
 
     def test_an_attention_alone(self):
