@@ -5,7 +5,9 @@
 LoRA is the case without f. The softmax over prefixes has no such form.
 """
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from peft_lntune.errors import UnsupportedError
 from peft_lntune.layers import BottleneckLayer, PrefixLayer
 from peft_lntune.layers.bottleneck import check_combine, combine
 from peft_lntune.lora import LoraLayer
+from peft_lntune.plan_beside import plan_bottlenecks
 
 __all__ = ["concatenate", "concatenated_parts"]
 
@@ -57,24 +60,26 @@ def concatenated_parts(model: nn.Module, configs: Mapping[str, LNTuneConfig], co
 
 
 def _bottlenecks(model: nn.Module, names: Sequence[str]) -> list[PeftConfig]:
-    by_role: dict[str, list[BottleneckLayer]] = {}
+    """A part for each role and width: in a layer that only one source tunes the sum is no wider than that source."""
+    alike: dict[tuple[str, int], list[BottleneckLayer]] = {}
     for layer in model.modules():
         if isinstance(layer, BottleneckLayer) and any(layer.holds(name) for name in names):
             check_combine(layer, names)
-            by_role.setdefault(layer.role, []).append(layer)
+            width = sum(layer.size_of(name) for name in names if layer.holds(name))
+            alike.setdefault((layer.role, width), []).append(layer)
     parts: list[PeftConfig] = []
-    for role, layers in by_role.items():
-        held = [name for name in names if layers[0].holds(name)]
-        recipe = layers[0].recipe(held[0])
-        parts.append(
-            BottleneckConfig(
-                position=recipe.position,
-                activation=recipe.activation,
-                roles=[role],
-                bottleneck_size=max(sum(layer.size_of(n) for n in names if layer.holds(n)) for layer in layers),
-                layers_to_transform=_layers_of(layers),
-            )
+    for (role, width), layers in alike.items():
+        recipe = layers[0].recipe(next(name for name in names if layers[0].holds(name)))
+        config = BottleneckConfig(
+            position=recipe.position,
+            activation=recipe.activation,
+            roles=[role],
+            bottleneck_size=width,
+            layers_to_transform=_layers_of(layers),
         )
+        # Layers are told by numbers alone, and an encoder's and a decoder's have the same ones.
+        others = sorted(plan_bottlenecks(model, config).parts.keys() - {layer.label for layer in layers})
+        parts.append(replace(config, exclude_modules=others or None))
     return parts
 
 
@@ -90,15 +95,14 @@ def _lora(model: nn.Module, configs: Mapping[str, LNTuneConfig]) -> list[PeftCon
     for name, part in parts.items():
         if part.use_dora:
             raise UnsupportedError(f"adapter {name!r} has a LoRA part with use_dora=True, which is not additive.")
-    targets = sorted(
-        name.removesuffix(".base_layer")
+    ranks = {
+        name.removesuffix(".base_layer"): rank
         for name, layer in model.named_modules()
-        if isinstance(layer, LoraLayer) and any(n in _ranks(layer) for n in parts)
-    )
-    rank = max(
-        sum(_ranks(layer).get(name, 0) for name in parts) for layer in model.modules() if isinstance(layer, LoraLayer)
-    )
-    return [LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)]
+        if isinstance(layer, LoraLayer) and (rank := sum(_ranks(layer).get(n, 0) for n in parts))
+    }
+    rank = max(ranks.values())
+    fewer = {re.escape(name): own for name, own in ranks.items() if own != rank}
+    return [LoraConfig(r=rank, lora_alpha=rank, rank_pattern=fewer, alpha_pattern=fewer, target_modules=sorted(ranks))]
 
 
 def concatenate(model: nn.Module, adapters: Sequence[str], weights: Sequence[float], into: str) -> None:

@@ -1,19 +1,23 @@
 """Weighted combinations of adapters: sums of deltas, and PEFT's sparse ways of summing."""
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 
 import torch
 from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
 from torch import Tensor, nn
 
+from peft_lntune.choose import matches
 from peft_lntune.concatenated import concatenated_parts
-from peft_lntune.config import LNTuneConfig, LNTuningConfig, UnifiedConfig, delta_part
+from peft_lntune.config import DeltaConfig, LNTuneConfig, LNTuningConfig, UnifiedConfig, parts_of
+from peft_lntune.core.norms import base_modules
 from peft_lntune.core.reparam import Delta
 from peft_lntune.errors import ConfigError
 from peft_lntune.layers import PARAMETERS, LNTuneLayer
 
-__all__ = ["COMBINATIONS", "MAJORITY_SIGNS", "combine", "combined_config", "drop_untuned"]
+__all__ = ["COMBINATIONS", "MAJORITY_SIGNS", "combine", "combined_config"]
 
 Combination = Callable[[list[Tensor], Tensor, float, str], Tensor]
 
@@ -35,8 +39,8 @@ def combined_config(
 ) -> LNTuneConfig:
     """The config of a combined adapter, with a part for each method that one of its sources has.
 
-    Norms (and other deltas): an `LNTuningConfig` that names every module that a source tunes; where one is masked,
-    `mask_source` says what was combined. Bottlenecks and LoRA: as wide as those of the sources together.
+    Norms (and other deltas): an `LNTuningConfig` that names every module that a source tunes; `combine` then leaves
+    what none of them tunes. Bottlenecks and LoRA: as wide as those of the sources together.
 
     Args:
         model: holds the sources.
@@ -64,28 +68,38 @@ def combined_config(
     first = next(iter(configs.values()))
     shared = {"task_type": first.task_type, "inference_mode": first.inference_mode, "modules_to_save": saved or None}
     shared["base_model_name_or_path"] = first.base_model_name_or_path
-    norms = _combined_deltas(layers, configs, combination)
+    norms = _combined_deltas(model, layers, configs)
     if norms is not None and not sums:
         return replace(norms, **shared)
     return UnifiedConfig(parts=[*([] if norms is None else [norms]), *sums], **shared)
 
 
 def _combined_deltas(
-    layers: Sequence[LNTuneLayer], configs: Mapping[str, LNTuneConfig], combination: str
+    model: nn.Module, layers: Sequence[LNTuneLayer], configs: Mapping[str, LNTuneConfig]
 ) -> LNTuningConfig | None:
-    tuned = {p for layer in layers for p in PARAMETERS if any(name in layer.deltas(p) for name in configs)}
-    if not tuned:
+    held = [
+        (layer, p, layer.deltas(p)[name]) for layer in layers for p in PARAMETERS for name in _having(layer, p, configs)
+    ]
+    if not held:
         return None
-    touched = {layer.label for layer in layers if any(name in layer.deltas(p) for name in configs for p in PARAMETERS)}
-    parts = {name: delta_part(config) for name, config in configs.items()}
-    sources = {name: part.mask_source for name, part in parts.items() if part is not None}
-    masked = any(source is not None for source in sources.values())
-    return LNTuningConfig(
-        target_modules=sorted(touched),
+    tuned = {parameter for _, parameter, _ in held}
+    touched = sorted({layer.label for layer, _, _ in held})
+    asked = {
+        part.delta_dtype for config in configs.values() for part in parts_of(config) if isinstance(part, DeltaConfig)
+    }
+    widest = reduce(torch.promote_types, (delta.weight.dtype for _, _, delta in held))
+    config = LNTuningConfig(
+        target_modules=touched,
         tune="both" if len(tuned) > 1 else tuned.pop(),
-        delta_dtype=next(part.delta_dtype for part in parts.values() if part is not None),
-        mask_source={"made": "combination", "combination_type": combination, "of": sources} if masked else None,
+        delta_dtype=asked.pop() if len(asked) == 1 else str(widest).removeprefix("torch."),
     )
+    # Names in a list are endings of names, too: then say in one expression that just these are meant.
+    alike = [name for name in base_modules(model) if matches(touched, name) and name not in touched]
+    return replace(config, target_modules="|".join(map(re.escape, touched))) if alike else config
+
+
+def _having(layer: LNTuneLayer, parameter: str, names: Iterable[str]) -> list[str]:
+    return [name for name in names if name in layer.deltas(parameter)]
 
 
 def combine(
@@ -96,26 +110,29 @@ def combine(
     combination: str,
     density: float | None,
     majority_sign_method: str,
-) -> None:
-    """Fill the deltas of adapter `into` in one layer; where all sources are masked, the union of the masks is tuned."""
+) -> bool:
+    """Fill the deltas of adapter `into` in one layer; what is tuned is the union of what its sources tune.
+
+    Returns:
+        Whether some of the entries that the config of `into` selects here are left out, so that it has a mask.
+    """
+    narrowed = False
     for parameter in PARAMETERS:
         deltas = layer.deltas(parameter)
         present = [(deltas[name], weight) for name, weight in zip(adapters, weights, strict=True) if name in deltas]
-        if into not in deltas or not present:
+        if into not in deltas:
+            continue
+        if not present:
+            layer.set_mask(parameter, into, None)
+            narrowed = True
             continue
         dense = [delta.dense().to(deltas[into].weight.dtype) for delta, _ in present]
         factors = torch.tensor([weight for _, weight in present], dtype=dense[0].dtype, device=dense[0].device)
         summed = COMBINATIONS[combination](dense, factors, density or 1.0, majority_sign_method)
-        if all(delta.mask is not None for delta, _ in present):
-            union = torch.stack([delta.tuned() for delta, _ in present]).any(0)
-            deltas[into] = Delta.masked(union, summed.dtype, summed.device)
+        union = torch.stack([delta.tuned() for delta, _ in present]).any(0)
+        if not union.all():
+            layer.put(parameter, into, Delta.masked(union, summed.dtype, summed.device))
+            narrowed = True
         deltas[into].fill(summed)
         deltas[into].requires_grad_(into in layer.active_adapters)
-
-
-def drop_untuned(layer: LNTuneLayer, adapters: Sequence[str], into: str) -> None:
-    """Take away the deltas of `into` that none of these adapters has: masks may have left out a whole parameter."""
-    for parameter in PARAMETERS:
-        deltas = layer.deltas(parameter)
-        if into in deltas and not any(name in deltas for name in adapters):
-            layer.set_mask(parameter, into, None)
+    return narrowed

@@ -1,13 +1,15 @@
 """Masks: the chosen entries are parameters, and nobody sees the rest."""
 
+import copy
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
 import transformers as hf
 from peft import PeftConfig, PeftModel, get_peft_model
 
-from peft_lntune import ConfigError, FisherLNConfig, LNTuningConfig, UnifiedConfig, UnsupportedError
+from peft_lntune import ConfigError, FisherLNConfig, LNTuningConfig, ModuleTuningConfig, UnifiedConfig, UnsupportedError
 from peft_lntune.config import delta_part
 from tests.adapted import adapt, assert_unchanged, build, deltas, fill, inputs, output, said, snapshot
 
@@ -169,7 +171,7 @@ def test_the_config_of_a_file_without_its_weights(tmp_path):
     peft_model.set_masks(random_masks(peft_model))
     peft_model.save_pretrained(tmp_path)
     config = PeftConfig.from_pretrained(tmp_path)
-    fresh = get_peft_model(build("bert"), dataclasses.replace(config))
+    fresh = get_peft_model(build("bert"), config.unmasked())
     assert all(delta.mask is None for delta in deltas(fresh).values())
     assert fresh.peft_config["default"].mask_source is None
     with pytest.raises(UnsupportedError, match=r"were never loaded. Load the adapter with PeftModel.from_pretrained"):
@@ -216,9 +218,10 @@ class TestSource:
         peft_model.set_masks(random_masks(peft_model, "a"), "a", {"made": "for a"})
         peft_model.add_adapter("c", peft_model.peft_config["a"])
         sources = {name: config.mask_source for name, config in peft_model.peft_config.items()}
-        assert sources == {"a": {"made": "for a"}, "b": None, "c": None}
+        assert sources == {"a": {"made": "for a"}, "b": None, "c": {"made": "for a"}}
         assert config.mask_source is None
-        assert all(delta.mask is None for name in "bc" for delta in deltas(peft_model, name).values())
+        assert all(delta.mask is None for delta in deltas(peft_model, "b").values())
+        assert_same_masks(peft_model, "a", "c")
 
     @pytest.mark.parametrize("kind", [LNTuningConfig, ln_and_adapters], ids=["plain", "unified"])
     @pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"])
@@ -226,13 +229,16 @@ class TestSource:
         """PEFT names the heads of some tasks in the config it was given, which here is not the one that is kept."""
         first = get_peft_model(build("bert"), kind())
         first.set_masks(random_masks(first), source={"made": "for the first"})
-        config = dataclasses.replace(first.peft_config["default"], task_type=task)
+        masked = dataclasses.replace(first.peft_config["default"], task_type=task)
+        with pytest.raises(ConfigError, match=r"no adapter of this model has that config.*config.unmasked\(\)"):
+            get_peft_model(headed(task), copy.deepcopy(masked))
+        config = masked.unmasked()
+        assert delta_part(masked).mask_source == {"made": "for the first"}
         second = get_peft_model(headed(task), config)
         made = get_peft_model(headed(task), kind(task_type=task))
         expected = made.peft_config["default"]
         assert second.peft_config["default"].modules_to_save == expected.modules_to_save
         assert delta_part(second.peft_config["default"]).mask_source is None
-        assert delta_part(config).mask_source == {"made": "for the first"}
         assert config.modules_to_save == expected.modules_to_save  # as PEFT leaves every config
         names = {name for name, p in second.named_parameters() if p.requires_grad}
         assert names == {name for name, p in made.named_parameters() if p.requires_grad}
@@ -240,6 +246,91 @@ class TestSource:
         second.save_pretrained(tmp_path)
         loaded, batch = PeftModel.from_pretrained(headed(task), tmp_path), inputs("bert")
         assert torch.equal(output(loaded, batch), output(second, batch))
+
+
+def assert_same_masks(model, first, second):
+    masks = [{name: delta.tuned() for name, delta in deltas(model, adapter).items()} for adapter in (first, second)]
+    assert masks[0].keys() == masks[1].keys()
+    assert all(torch.equal(mask, masks[1][name]) for name, mask in masks[0].items())
+
+
+def copy_values(model, source="default", target="ref"):
+    """As TRL's trainers make their reference adapter."""
+    for name, parameter in list(model.named_parameters()):
+        if f".{source}." in name:
+            model.get_parameter(name.replace(f".{source}.", f".{target}.")).data.copy_(parameter.data)
+
+
+KINDS = {
+    "norms": LNTuningConfig,
+    "fisher": FisherLNConfig,
+    "components": partial(ModuleTuningConfig, components=["query", "norm"]),
+    "unified": ln_and_adapters,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestCopies:
+    """An adapter made from the config of a masked one of the same model has its masks; that of no other is guessed."""
+
+    def masked(self, kind):
+        model = get_peft_model(build("bert"), KINDS[kind]()).eval()
+        masks = {name: torch.rand(delta.shape) < 0.4 for name, delta in deltas(model).items()}
+        masks[min(masks)][:] = False  # one that is not tuned at all
+        model.set_masks(masks, source={"made": "here"})
+        fill(model, "default")
+        return model
+
+    @pytest.mark.parametrize("copied", ["itself", "deepcopy", "meta"])
+    def test_a_reference_adapter(self, kind, copied):
+        model, batch = self.masked(kind), inputs("bert")
+        before = output(model, batch)
+        config = model.peft_config["default"]
+        model.add_adapter("ref", copy.deepcopy(config) if copied == "deepcopy" else config)
+        assert_same_masks(model, "default", "ref")
+        assert not any(delta.weight.any() for delta in deltas(model, "ref").values())
+        assert torch.equal(output(model, batch), before)
+        copy_values(model)
+        model.set_adapter("ref")
+        assert torch.equal(output(model, batch), before)
+        assert delta_part(model.peft_config["ref"]).mask_source == {"made": "here"}
+
+    def test_of_one_that_was_loaded_and_it_saves(self, kind, tmp_path):
+        model, batch = self.masked(kind), inputs("bert")
+        model.save_pretrained(tmp_path / "saved")
+        loaded = PeftModel.from_pretrained(build("bert"), tmp_path / "saved", is_trainable=True).eval()
+        loaded.add_adapter("ref", loaded.peft_config["default"])
+        copy_values(loaded)
+        loaded.save_pretrained(tmp_path, selected_adapters=["ref"])
+        again = PeftModel.from_pretrained(build("bert"), tmp_path / "ref")
+        assert torch.equal(output(again, batch), output(model, batch))
+
+    def test_with_new_tensors_on_meta(self, kind):
+        model = self.masked(kind)
+        model.add_adapter("ref", model.peft_config["default"], low_cpu_mem_usage=True)
+        assert_same_masks(model, "default", "ref")
+
+    def test_it_is_refused_where_the_masks_are_not_known(self, kind):
+        model = self.masked(kind)
+        other = build("bert")
+        names = [name for name, _ in other.named_modules()]
+        with pytest.raises(ConfigError, match="mask is not known here"):
+            get_peft_model(other, model.peft_config["default"])
+        assert [name for name, _ in other.named_modules()] == names
+        fresh = get_peft_model(other, model.peft_config["default"].unmasked())
+        assert all(delta.mask is None for delta in deltas(fresh).values())
+
+    def test_two_masks_under_one_config_are_not_guessed_between(self, kind):
+        model = self.masked(kind)
+        config = model.peft_config["default"]
+        model.add_adapter("ref", config)
+        masks = {name: ~delta.tuned() for name, delta in deltas(model, "ref").items()}
+        model.set_masks(masks, "ref", {"made": "here"})
+        before = snapshot(model)
+        with pytest.raises(ConfigError, match=r"adapters 'default' and 'ref' have it with different masks"):
+            model.add_adapter("third", config)
+        assert_unchanged(model, before)
+        assert list(model.peft_config) == ["default", "ref"]
 
 
 class TestClear:
@@ -273,7 +364,7 @@ class TestClear:
         peft_model.set_masks({names[0]: torch.arange(16) < 3}, "a")
         peft_model.save_pretrained(tmp_path)
         loaded = PeftModel.from_pretrained(build("bert"), tmp_path / "a", "a", is_trainable=True)
-        loaded.add_adapter("other", dataclasses.replace(loaded.peft_config["a"], roles=["ffn"]))
+        loaded.add_adapter("other", dataclasses.replace(loaded.peft_config["a"].unmasked(), roles=["ffn"]))
         fill(loaded, "other")
         other = {name: delta.dense().clone() for name, delta in deltas(loaded, "other").items()}
         loaded.clear_masks("a")

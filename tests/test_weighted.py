@@ -1,11 +1,22 @@
 """Weighted combinations: linear ones are exact sums of deltas, sparse ones are PEFT's own functions on deltas."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import merge_utils
+from torch import nn
 
-from peft_lntune import ConfigError, FisherLNConfig, LNTuningConfig
+from peft_lntune import (
+    BottleneckConfig,
+    ConfigError,
+    FisherLNConfig,
+    LNTuningConfig,
+    ModuleTuningConfig,
+    UnifiedConfig,
+)
 from tests.adapted import adapt, assert_unchanged, build, deltas, fill, inputs, output, snapshot
 from tests.oracles import weighted_sum, written
 
@@ -170,6 +181,122 @@ def test_adapters_with_different_targets():
         assert torch.equal(value, expected.get(name, torch.zeros(16)))
     peft_model.set_adapter("sum")
     assert torch.equal(output(peft_model, batch), output(written(plain, expected), batch))
+
+
+def trained_entries(model, *adapters):
+    """Names of what adapters train, and how many entries, adapter names left out."""
+    found = {}
+    for adapter in adapters:
+        for name, parameter in model.named_parameters():
+            if f".{adapter}." in name and "modules_to_save" not in name:
+                found.setdefault(name.replace(f".{adapter}.", "."), []).append(parameter.numel())
+    return found
+
+
+class Nested(nn.Module):
+    """Names of which one is the ending of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.inner, self.lin = nn.LayerNorm(4), nn.ModuleDict({"norm": nn.LayerNorm(4)}), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.norm(self.inner["norm"](self.lin(x)))
+
+
+PAIRS = {
+    "a gain and a bias": (
+        lambda: nn.Sequential(nn.LayerNorm(4), nn.LayerNorm(4)),
+        LNTuningConfig(tune="weight", target_modules=["0"]),
+        LNTuningConfig(tune="bias", target_modules=["1"]),
+    ),
+    "endings of names": (
+        Nested,
+        LNTuningConfig(target_modules="norm"),
+        LNTuningConfig(tune="weight", target_modules="norm"),
+    ),
+    "a norm and a matrix": (
+        Nested,
+        ModuleTuningConfig(target_modules=["lin"], tune="bias"),
+        LNTuningConfig(tune="weight"),
+    ),
+    "parts of one matrix": (
+        lambda: build("gpt2"),
+        ModuleTuningConfig(components=["query"]),
+        ModuleTuningConfig(components=["value"]),
+    ),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_sum_tunes_what_its_sources_tune_and_no_more(pair, tmp_path):
+    make, *configs = PAIRS[pair]
+    torch.manual_seed(0)
+    base = make()
+    model = get_peft_model(copy.deepcopy(base), configs[0], "a")
+    model.add_adapter("b", configs[1])
+    fill(model, "a", seed=1)
+    fill(model, "b", seed=2)
+    model.base_model.add_weighted_adapter(["a", "b"], [0.5, -2.0], "sum")
+    found = [deltas(model, name) for name in ("a", "b", "sum")]
+    assert found[2].keys() == found[0].keys() | found[1].keys()
+    for name, delta in found[2].items():
+        own = [(held[name], weight) for held, weight in zip(found[:2], [0.5, -2.0], strict=True) if name in held]
+        assert torch.equal(delta.tuned(), torch.stack([source.tuned() for source, _ in own]).any(0))
+        assert delta.weight.numel() == delta.tuned().sum()
+        assert torch.equal(delta.dense(), weighted_sum([source.dense() for source, _ in own], [w for _, w in own]))
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = PeftModel.from_pretrained(base, tmp_path / "sum")
+    assert all(torch.equal(delta.dense(), found[2][name].dense()) for name, delta in deltas(loaded).items())
+    assert deltas(loaded).keys() == found[2].keys()
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (lambda n: BottleneckConfig(roles=["attention"], bottleneck_size=n), BottleneckConfig),
+        (lambda n: LoraConfig(target_modules=["query"] if n == 2 else ["query", "value"], r=n), LoraConfig),
+    ],
+    ids=["bottlenecks", "lora"],
+)
+def test_a_sum_is_as_wide_as_its_sources_at_each_place(parts):
+    """Also where only one of them is there: in one layer, or on one of two matrices."""
+    part, kind = parts
+    model = get_peft_model(build("bert"), UnifiedConfig(parts=[part(2), LNTuningConfig(tune="weight")]), "a")
+    narrow = replace(part(3), layers_to_transform=[1]) if kind is BottleneckConfig else part(3)
+    model.add_adapter("b", UnifiedConfig(parts=[narrow, LNTuningConfig(tune="bias")]))
+    fill(model, "a", seed=1)
+    fill(model, "b", seed=2)
+    model.add_weighted_adapter(["a", "b", "a"], [0.5, 1.5, 0.25], "sum")
+    sources = trained_entries(model, "a", "b")
+    own = {name: numbers[0] for name, numbers in trained_entries(model, "sum").items()}
+    assert own.keys() == sources.keys()
+    shared = {name for name in own if name.endswith(("lntune_up.bias", "up.bias"))}  # of the model's width, added up
+    assert {name: sum(sources[name]) for name in own.keys() - shared} == {n: own[n] for n in own.keys() - shared}
+    model.set_adapter("sum")
+    batch = inputs("bert")
+    found = output(model, batch)
+    for name, parameter in model.named_parameters():  # the same, as the sum of two that are active
+        scale = 0.75 if ".a." in name else 1.5 if ".b." in name else None
+        if scale is not None and ("lntune_up" in name or "lora_B" in name or "_weight" in name or "_bias" in name):
+            parameter.data.mul_(scale)
+    model.base_model.set_adapter(["a", "b"])
+    torch.testing.assert_close(found, output(model, batch), rtol=1e-5, atol=1e-5)  # float32, in another order
+
+
+def test_a_sum_over_an_encoder_alone_leaves_the_decoder():
+    """Both number their layers from 0."""
+    model = get_peft_model(build("t5"), BottleneckConfig(roles=["ffn"], exclude_modules=".*decoder.*"), "a")
+    model.add_adapter("b", BottleneckConfig(roles=["ffn"], exclude_modules=".*decoder.*"))
+    model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum")
+    assert trained_entries(model, "sum").keys() == trained_entries(model, "a").keys()
+
+
+def test_sums_keep_the_widest_dtype():
+    model = adapt(build("bert"), "a", delta_dtype="float64")
+    model.add_adapter("b", LNTuningConfig())
+    model.add_weighted_adapter(["b", "a"], [1.0, 1.0], "sum")
+    assert {delta.weight.dtype for delta in deltas(model, "sum").values()} == {torch.float64}
 
 
 def test_heads_are_taken_over():

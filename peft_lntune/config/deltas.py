@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
-from peft_lntune.config.base import LNTuneConfig, check_choice
+from peft_lntune.config.base import LNTuneConfig, check_choice, plain
 from peft_lntune.errors import ConfigError
 
 __all__ = ["DeltaConfig", "recorded"]
@@ -33,6 +33,9 @@ class DeltaConfig(LNTuneConfig):
         self.mask_source = None if self.mask_source is None else recorded(self.mask_source)
         check_choice(self, "tune", TUNE)
 
+    def unmasked(self) -> Self:
+        return replace(super().unmasked(), mask_source=None)
+
     def take_sizes(self, saved: LNTuneConfig) -> None:
         super().take_sizes(saved)
         self.mask_source = getattr(saved, "mask_source", None)
@@ -52,7 +55,7 @@ def recorded(source: Any) -> dict[str, Any]:
     if not isinstance(source, Mapping):
         raise ConfigError(f"mask_source takes a dict, but got {source!r} of type {type(source).__name__}.")
     try:
-        copied: dict[str, Any] = json.loads(json.dumps(dict(source)))
+        copied: dict[str, Any] = json.loads(json.dumps(plain(dict(source), arrays=False)))
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"mask_source={source!r} cannot be saved: {error}. It says in words and numbers how a mask was made."

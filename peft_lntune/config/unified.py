@@ -1,7 +1,7 @@
 """Several methods in one adapter: one config, one directory, one switch."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 from peft import LoraConfig, PeftConfig
 
@@ -74,6 +74,10 @@ class UnifiedConfig(LNTuneConfig):
         stored: dict[str, Any] = super().to_dict()
         return {**stored, "parts": [_listed(part.to_dict()) for part in self.parts or ()]}
 
+    def unmasked(self) -> Self:
+        parts = [part.unmasked() if isinstance(part, LNTuneConfig) else part for part in self.parts or ()]
+        return replace(super().unmasked(), parts=parts)
+
     def effective_parts(self) -> list[PeftConfig]:
         """The parts as configs that can be injected one after the other: with what is said once for all of them."""
         shared = {name: getattr(self, name) for name in ("task_type", "inference_mode", "modules_to_save")}
@@ -84,7 +88,7 @@ class UnifiedConfig(LNTuneConfig):
             if isinstance(own, LNTuneConfig):
                 own.manifest = self.manifest
                 if "stored" in self.__dict__:
-                    own.__dict__["stored"] = True
+                    own.__dict__["stored"] = self.__dict__["stored"]
             found.append(own)
         return found
 

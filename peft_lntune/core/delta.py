@@ -185,6 +185,7 @@ def stamp(tensor: Tensor) -> object:
     """Changes whenever `tensor` is written to, or its memory exchanged; what is derived from it is kept by this.
 
     A tensor made under `torch.inference_mode` counts no versions, so it gets a stamp equal to no other; and so does one
-    on meta, whose values may be elsewhere. Writing through `tensor.data` in place is the one change that torch does not count.
+    on meta, whose values may be elsewhere. Writing through `tensor.data` in place is the one change that torch does not
+    count.
     """
     return object() if tensor.is_inference() or tensor.is_meta else (tensor.data_ptr(), tensor._version)

@@ -90,7 +90,7 @@ class Delta(nn.Module):
             if not len(index):
                 raise UnsupportedError(
                     "a masked delta was made for values and a mask from a file, and these were never loaded. Load the "
-                    "adapter with PeftModel.from_pretrained, or make a new one from dataclasses.replace(config)."
+                    "adapter with PeftModel.from_pretrained, or make a new one from config.unmasked()."
                 )
             if is_traced():
                 return index

@@ -15,17 +15,17 @@ from peft.utils import PeftType
 from peft_lntune.config import LNTuneConfig, UnifiedConfig
 from peft_lntune.config.base import PEFT_TYPE
 from peft_lntune.errors import UnsupportedError
-from peft_lntune.inject import create_and_replace, is_target, prepare
+from peft_lntune.inject import create_and_replace, injecting, is_target, prepare
 from peft_lntune.layers import LNTuneLayer
-from peft_lntune.merging import merge_layers, take_out_shared, unmerge_layers
+from peft_lntune.merging import everywhere, merge_layers, take_out_layers, unmerge_layers
 from peft_lntune.model import LNTuneModel
 
 __all__ = ["join_mixed_models"]
 
 _CASES = (
+    "inject_adapter",
     "_create_and_replace",
     "_prepare_adapter_config",
-    "_prepare_model",
     "_check_target_module_exists",
     "_unload_and_optionally_merge",
     "merge_adapter",
@@ -55,37 +55,40 @@ def join_mixed_models() -> None:
 def _cases(originals: dict[str, Callable[..., Any]]) -> dict[str, Any]:
     """The methods of PEFT's mixed tuner, each with our case before its own."""
 
+    def inject_adapter(self: Any, model: Any, adapter_name: str, *args: Any, **kw: Any) -> None:
+        config = self.peft_config[adapter_name]
+        if isinstance(config, UnifiedConfig):
+            raise UnsupportedError(
+                "a UnifiedConfig is several adapters in one, and a PeftMixedModel injects one at a time. Use it in a "
+                "PeftModel (mixed=False), with LoRA as one of its parts; then it can be saved, too."
+            )
+        if not isinstance(config, LNTuneConfig):
+            return originals["inject_adapter"](self, model, adapter_name, *args, **kw)
+        ((_, injection),) = prepare(self.peft_config, adapter_name, model)
+        with injecting(self, injection):
+            return originals["inject_adapter"](self, model, adapter_name, *args, **kw)
+
     def _create_and_replace(self: Any, config: Any, adapter_name: str, target: Any, *args: Any, **kw: Any) -> None:
         if not isinstance(config, LNTuneConfig):
             return originals["_create_and_replace"](self, config, adapter_name, target, *args, **kw)
-        return create_and_replace(self, config, adapter_name, target, *args, **kw)
+        return create_and_replace(self, self._injection, config, adapter_name, target, *args, **kw)
 
     def _prepare_adapter_config(peft_config: Any, model_config: Any) -> Any:
         if isinstance(peft_config, LNTuneConfig):
             return peft_config
         return originals["_prepare_adapter_config"](peft_config, model_config)
 
-    def _prepare_model(self: Any, peft_config: Any, model: Any) -> None:
-        if isinstance(peft_config, UnifiedConfig):
-            raise UnsupportedError(
-                "a UnifiedConfig is several adapters in one, and a PeftMixedModel injects one at a time. Use it in a "
-                "PeftModel (mixed=False), with LoRA as one of its parts; then it can be saved, too."
-            )
+    def _check_target_module_exists(self: Any, peft_config: Any, key: str) -> Any:
         if isinstance(peft_config, LNTuneConfig):
-            prepare(peft_config, model)
-        else:
-            originals["_prepare_model"](self, peft_config, model)
-
-    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
-        if isinstance(peft_config, LNTuneConfig):
-            return is_target(peft_config, key)
+            return is_target(self._injection, key)
         return originals["_check_target_module_exists"](peft_config, key)
 
     def _unload_and_optionally_merge(
         self: Any, merge: bool = True, progressbar: bool = False, safe_merge: bool = False, adapter_names: Any = None
     ) -> Any:
-        take_out_shared(self.model, merge, safe_merge, adapter_names)
-        return originals["_unload_and_optionally_merge"](self, merge, progressbar, safe_merge, adapter_names)
+        with everywhere(self.model):
+            take_out_layers(self.model, merge, safe_merge, adapter_names)
+            return originals["_unload_and_optionally_merge"](self, merge, progressbar, safe_merge, adapter_names)
 
     def merge_adapter(self: Any, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_merge_allowed()
@@ -95,11 +98,11 @@ def _cases(originals: dict[str, Callable[..., Any]]) -> dict[str, Any]:
         unmerge_layers(self.model)
 
     return {
+        "inject_adapter": inject_adapter,
         "merge_adapter": merge_adapter,
         "unmerge_adapter": unmerge_adapter,
         "_unload_and_optionally_merge": _unload_and_optionally_merge,
         "_create_and_replace": _create_and_replace,
         "_prepare_adapter_config": staticmethod(_prepare_adapter_config),
-        "_prepare_model": _prepare_model,
-        "_check_target_module_exists": staticmethod(_check_target_module_exists),
+        "_check_target_module_exists": _check_target_module_exists,
     }

@@ -1,5 +1,9 @@
 """LN adapters beside LoRA, LoHa and LoKr in one PeftMixedModel, in both orders, also on the same module."""
 
+import copy
+import gc
+import pickle
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +12,7 @@ import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, PeftMixedModel, get_peft_model
 from torch import Tensor, nn
 
-from peft_lntune import LNTuningConfig
+from peft_lntune import ConfigError, LNTuningConfig
 from peft_lntune.layers import LNTuneLayer
 from tests import adapted
 
@@ -176,3 +180,38 @@ def test_saved_adapters_are_joined(first: str, tmp_path: Path) -> None:
 def test_saving_is_peft_s_to_refuse(tmp_path: Path) -> None:
     with pytest.raises(NotImplementedError, match="Saving is not supported for PeftMixedModel"):
         mix("LoRA", "ours-first", "other-module").save_pretrained(tmp_path)
+
+
+def test_a_config_holds_nothing_of_the_model(other: str, place: str) -> None:
+    """It can be copied and pickled, and the model is not kept alive by it."""
+    targets = ["lin"] if place == "same-module" else None
+    config = LNTuningConfig(target_modules=targets)
+    fields = set(vars(config))
+    model = get_peft_model(build(), config, "ours", mixed=True)
+    model.add_adapter("other", OTHERS[other]("lin"))
+    model.add_adapter("again", config)
+    assert set(vars(config)) - fields <= {"selected"}
+    assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
+    gone = weakref.ref(model)
+    assert model.base_model._injection is None
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_copy_of_a_masked_adapter_has_its_mask(tmp_path: Path) -> None:
+    """Masks come into a mixed model from files."""
+    plain = get_peft_model(build(), LNTuningConfig())
+    plain.set_masks({"norm.weight": torch.arange(6) < 2})
+    adapted.fill(plain, "default")
+    plain.save_pretrained(tmp_path)
+    model = PeftMixedModel.from_pretrained(build(), tmp_path, is_trainable=True).eval()
+    before = says(model, "default")
+    assert torch.equal(before, says(plain))
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in list(model.named_parameters()):
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    assert torch.equal(says(model, "ref"), before)
+    with pytest.raises(ConfigError, match="mask is not known here"):
+        get_peft_model(build(), model.peft_config["default"], mixed=True)
