@@ -5,6 +5,7 @@ writes into the parameter itself, which the others would see; so it is refused, 
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -44,8 +45,8 @@ def ties_of(parts: Mapping[str, Part], modules: Mapping[str, nn.Module]) -> Ties
             same = part.method == other.method and part.blocks.get(parameter) == other.blocks.get(its)
             if not same or part.entries[parameter] != other.entries[its]:
                 raise UnsupportedError(
-                    f"{'.'.join(place)} and {other.name}.{other.own_name(its)} are one parameter, and this config tunes "
-                    "them differently. Let it tune both in the same way, or only one of them."
+                    f"{'.'.join(place)} and {other.name}.{other.own_name(its)} are one parameter, and this config "
+                    "tunes them differently. Let it tune both in the same way, or only one of them."
                 )
         if others:
             found[part.name, parameter] = [(other.name, its) for other, its in others]
@@ -64,7 +65,7 @@ def check_tied(model: nn.Module, adapter_names: Sequence[str] | None) -> None:
         return
     layers = {id(m.get_base_layer()): m for m in model.modules() if isinstance(m, LNTuneLayer)}
     for name, module in modules.items():
-        layer = layers.get(id(module))
+        layer: Any = layers.get(id(module))
         for adapter in () if layer is None else layer.added(adapter_names):
             for parameter in layer.tunes(adapter):
                 own = layer.own_name(parameter)

@@ -9,7 +9,7 @@ import functools
 import inspect
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ from peft_lntune.config.base import PEFT_TYPE
 from peft_lntune.core.delta import delta_dtype
 from peft_lntune.core.norms import base_modules
 from peft_lntune.errors import AdapterFileError, PeftLNTuneError
-from peft_lntune.fit import scores_by, unpack_by
+from peft_lntune.fit import further_names, scores_by, unpack_by
 from peft_lntune.model import LNTuneModel
 from peft_lntune.packing import KEEP, SCORES, is_packed
 from peft_lntune.storage import (
@@ -111,7 +111,7 @@ def _guarded_native(original: Callable[..., Any]) -> Callable[..., Any]:
             except RuntimeError:
                 _explain_misfit(self, name, model_id, hub)
                 raise
-            _check_report(info, name)
+            _check_report(info, name, further_names(self, name))
             return info
 
     return load_adapter
@@ -218,10 +218,16 @@ def _explain_misfit(model: nn.Module, adapter_name: str, model_id: Any, hub: dic
         LNTuneModel._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
 
 
-def _check_report(info: Any, adapter_name: str) -> None:
-    """transformers reports keys that do not fit, and goes on; for ours that is an error, as with PEFT."""
+def _check_report(info: Any, adapter_name: str, further: Collection[str]) -> None:
+    """transformers reports keys that do not fit, and goes on; for ours that is an error, as with PEFT.
+
+    Args:
+        info: the report.
+        adapter_name: which adapter was loaded.
+        further: names that are not in a file, because the model has the same layer under another one.
+    """
     problems = {
-        "missing": [key for key in info.missing_keys if of_adapter(key, adapter_name)],
+        "missing": [key for key in info.missing_keys if of_adapter(key, adapter_name) and key not in further],
         # These come with the adapter's name in them where transformers knows the container, or else as in the file.
         "unexpected": [key for key in info.unexpected_keys if of_adapter(key, adapter_name) or is_ours(key)],
         "of another shape": [key for key, *_ in info.mismatched_keys if of_adapter(key, adapter_name)],
@@ -266,8 +272,8 @@ def _remember(model: nn.Module, adapter_name: str | None) -> Callable[[], None]:
     containers: dict[int, tuple[Any, Any]] = {}
     for _, saved in attributes:
         for value in saved.values():
-            if type(value) in (dict, OrderedDict, list, set):
-                containers[id(value)] = value, value.copy()
+            for container in _containers(value, 3):
+                containers[id(container)] = container, container.copy()
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     values = [(tensor, tensor.detach().clone()) for tensor in _tensors(model, adapter_name)]
 
@@ -285,6 +291,14 @@ def _remember(model: nn.Module, adapter_name: str | None) -> Callable[[], None]:
             tensor.copy_(value)
 
     return restore
+
+
+def _containers(value: Any, depth: int) -> Iterator[Any]:
+    """A container and those in it, as deep as layers are put into them."""
+    if type(value) in (dict, OrderedDict, list, set):
+        yield value
+        for item in (value.values() if isinstance(value, dict) else value) if depth else ():
+            yield from _containers(item, depth - 1)
 
 
 def _tensors(model: nn.Module, adapter_name: str | None) -> list[Tensor]:
