@@ -105,12 +105,12 @@ def take_out_layers(model: nn.Module, merge: bool, safe_merge: bool, adapter_nam
 def everywhere(model: nn.Module) -> Iterator[None]:
     """Let what replaces a layer of ours under its name replace it at every other place that held it too."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LNTuneLayer)}
-    places = find_places(model, layers.values())
+    places = {layer: its for layer, its in find_places(model, layers.values()).items() if len(its) > 1}
     yield
-    for name, layer in layers.items():
+    for name in [name for name, layer in layers.items() if layer in places]:
         now = model.get_submodule(name)
-        for place in places.get(layer, ()):
-            if now is not layer and place.put is not None:
+        for place in places[layers[name]]:
+            if now is not layers[name] and place.put is not None:
                 place.put(now)
 
 
