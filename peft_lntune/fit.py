@@ -28,12 +28,14 @@ __all__ = [
     "deltas_of",
     "fold",
     "folded",
+    "further_names",
     "held_tensors",
     "masks_of",
     "own_tensors",
     "scores_by",
     "scores_for",
     "supermasks_of",
+    "under_all_names",
     "unpack_by",
     "unpack_for",
 ]
@@ -218,6 +220,24 @@ def own_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """The tensors of an adapter as a model's state dict has them, without heads in `modules_to_save`."""
     tensors = {name: value for name, value in model.state_dict().items() if is_part(name, adapter_name)}
     return held_tensors(model, adapter_name, tensors)
+
+
+def under_all_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors, keyed as in the model's state dict, also under the further names of layers that the model shares."""
+    first = {module: name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    found = dict(tensors)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if first.get(module, name) != name:
+            inside = f"{first[module]}."
+            found |= {f"{name}.{k.removeprefix(inside)}": t for k, t in tensors.items() if k.startswith(inside)}
+    return found
+
+
+def further_names(model: nn.Module, adapter_name: str) -> set[str]:
+    """The names of an adapter's tensors in a model's state dict that come from a layer with an earlier name."""
+    return {name for name in model.state_dict() if is_part(name, adapter_name)} - own_tensors(
+        model, adapter_name
+    ).keys()
 
 
 def as_in_model(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

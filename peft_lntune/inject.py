@@ -126,18 +126,21 @@ def _places(model: nn.Module, parts: Mapping[str, Part]) -> dict[nn.Module, list
     Raises:
         UnsupportedError: a layer cannot be put there.
     """
-    called = called_modules(model)
+    called, bases = called_modules(model), base_modules(model)
     names = [name for name, part in parts.items() if part.method in ("delta", "supermask")]
-    replaced = [called[name] for name in names if not isinstance(called[name], LNTuneLayer)]
-    found = {module: places for module, places in find_places(model, replaced).items() if len(places) > 1}
-    for places in found.values():
-        stuck = [place.name for place in places if place.put is None]
+    replaced = {called[name]: name for name in names if not isinstance(called[name], LNTuneLayer)}
+    # What another tuner has put its layer around under one name may go on being called under another.
+    inner = {bases[name]: name for name in names if called[name] is not bases[name]}
+    found = find_places(model, [*replaced, *inner])
+    for module, places in found.items():
+        stuck = [place.name for place in places if place.put is None or module in inner]
         if stuck:
             raise UnsupportedError(
-                f"{places[-1].name} is to be tuned, and {' and '.join(stuck)} would go on calling it without the "
-                "adapter. Let the model call the module under its name; or leave it out (exclude_modules)."
+                f"{inner.get(module) or replaced[module]} is to be tuned, and {' and '.join(stuck)} would go on "
+                "calling it without the adapter. Let the model call the module under its name; or leave it out "
+                "(exclude_modules)."
             )
-    return found
+    return {module: places for module, places in found.items() if len(places) > 1}
 
 
 def _check_not_compiled(model: nn.Module) -> None:

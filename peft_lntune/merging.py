@@ -79,8 +79,8 @@ def unmerge_layers(model: nn.Module) -> None:
 def take_out_layers(model: nn.Module, merge: bool, safe_merge: bool, adapter_names: Sequence[str] | None) -> None:
     """Take our layers around modules out of a model, merged or not.
 
-    What is left is other tuners', which PEFT unloads by itself. It would write `weight` and `bias` into our modules
-    too, and norms may call these something else.
+    What is left is other tuners', which PEFT unloads by itself. It would write a `weight` and a `bias` into norms too,
+    and these may call them something else.
 
     Raises:
         UnsupportedError: see `check_shared` and `check_tied`. Nothing has changed.
@@ -88,13 +88,16 @@ def take_out_layers(model: nn.Module, merge: bool, safe_merge: bool, adapter_nam
     if merge:
         check_shared(model, adapter_names)
         check_tied(model, adapter_names)
+    merged: set[nn.Module] = set()
+    names = None if adapter_names is None else list(adapter_names)
     for holder in list(model.modules()):
         for name, child in list(holder.named_children()):
             layer: Any = child
             if isinstance(layer, LNTuneLayer):
-                if merge:
+                if merge and layer not in merged:
+                    merged.add(layer)
                     with all_onloaded(layer, keep=True):
-                        layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+                        layer.merge(safe_merge=safe_merge, adapter_names=names)
                 setattr(holder, name, layer.base_layer)
 
 
@@ -102,12 +105,12 @@ def take_out_layers(model: nn.Module, merge: bool, safe_merge: bool, adapter_nam
 def everywhere(model: nn.Module) -> Iterator[None]:
     """Let what replaces a layer of ours under its name replace it at every other place that held it too."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LNTuneLayer)}
-    places = find_places(model, layers.values())
+    places = {layer: its for layer, its in find_places(model, layers.values()).items() if len(its) > 1}
     yield
-    for name, layer in layers.items():
+    for name in [name for name, layer in layers.items() if layer in places]:
         now = model.get_submodule(name)
-        for place in places.get(layer, ()):
-            if now is not layer and place.put is not None:
+        for place in places[layers[name]]:
+            if now is not layers[name] and place.put is not None:
                 place.put(now)
 
 

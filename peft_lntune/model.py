@@ -42,6 +42,7 @@ from peft_lntune.fit import (
     own_tensors,
     scores_for,
     supermasks_of,
+    under_all_names,
     unpack_for,
 )
 from peft_lntune.heads import copy_heads, routed_heads
@@ -249,7 +250,7 @@ class LNTuneModel(BaseTuner):
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
         own = own_tensors(model, adapter_name)
         check_fit(own, adapter_name, renamed)
-        return as_in_model(own, renamed)
+        return under_all_names(model, as_in_model(own, renamed))
 
     # Adapters.
 

@@ -88,8 +88,8 @@ def _remember(model: nn.Module, adapter_name: str | None, config: Any) -> Callab
     containers: dict[int, tuple[Any, Any]] = {}
     for _, saved in attributes:
         for value in saved.values():
-            if type(value) in (dict, OrderedDict, list, set):
-                containers[id(value)] = value, value.copy()
+            for container in _containers(value, 3):
+                containers[id(container)] = container, container.copy()
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     values = [(tensor, tensor.detach().clone()) for tensor in _tensors(model, adapter_name)]
 
@@ -107,6 +107,14 @@ def _remember(model: nn.Module, adapter_name: str | None, config: Any) -> Callab
             tensor.copy_(value)
 
     return restore
+
+
+def _containers(value: Any, depth: int) -> Iterator[Any]:
+    """A container and those in it, as deep as layers are put into them."""
+    if type(value) in (dict, OrderedDict, list, set):
+        yield value
+        for item in (value.values() if isinstance(value, dict) else value) if depth else ():
+            yield from _containers(item, depth - 1)
 
 
 def _tensors(model: nn.Module, adapter_name: str | None) -> list[Tensor]:

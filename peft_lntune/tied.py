@@ -5,6 +5,7 @@ writes into the parameter itself, which the others would see; so it is refused, 
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -64,7 +65,7 @@ def check_tied(model: nn.Module, adapter_names: Sequence[str] | None) -> None:
         return
     layers = {id(m.get_base_layer()): m for m in model.modules() if isinstance(m, LNTuneLayer)}
     for name, module in modules.items():
-        layer = layers.get(id(module))
+        layer: Any = layers.get(id(module))
         for adapter in () if layer is None else layer.added(adapter_names):
             for parameter in layer.tunes(adapter):
                 own = layer.own_name(parameter)

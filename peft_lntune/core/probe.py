@@ -136,8 +136,8 @@ def blank_copy(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module
         parameters: the copy's parameters, as `parameters_of` names them; others that the module has become None.
 
     Returns:
-        The copy, with the forward of its class, in evaluation mode. Buffers are copied to the CPU, those on meta
-        become ones.
+        The copy, with the forward of its class, in evaluation mode. Buffers are copied to the CPU; those on meta become
+        ones.
     """
     parameters = {own_name(module, name) if name in PARAMETERS else name: p for name, p in parameters.items()}
     copy = type(module).__new__(type(module))

@@ -7,7 +7,7 @@ first, and where loading fails all the same, the model is put back as it was.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from peft_lntune.config import LNTuneConfig, StoredConfig, delta_part, record_ma
 from peft_lntune.core.delta import delta_dtype
 from peft_lntune.core.norms import base_modules
 from peft_lntune.errors import AdapterFileError, PeftLNTuneError, UnsupportedError
-from peft_lntune.fit import scores_by, unpack_by
+from peft_lntune.fit import further_names, scores_by, unpack_by
 from peft_lntune.manifest import check_directory, check_tensors, read_config
 from peft_lntune.model import LNTuneModel
 from peft_lntune.offloaded import is_offloaded
@@ -163,7 +163,7 @@ def _guarded_native(original: Callable[..., Any]) -> Callable[..., Any]:
             except RuntimeError:
                 _explain_misfit(self, name, model_id, hub)
                 raise
-            _check_report(info, name)
+            _check_report(info, name, further_names(self, name))
             return info
 
     return load_adapter
@@ -298,10 +298,16 @@ def _explain_misfit(model: nn.Module, adapter_name: str, model_id: Any, hub: dic
         LNTuneModel._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
 
 
-def _check_report(info: Any, adapter_name: str) -> None:
-    """transformers reports keys that do not fit, and goes on; for ours that is an error, as with PEFT."""
+def _check_report(info: Any, adapter_name: str, further: Collection[str]) -> None:
+    """transformers reports keys that do not fit, and goes on; for ours that is an error, as with PEFT.
+
+    Args:
+        info: the report.
+        adapter_name: which adapter was loaded.
+        further: names that are not in a file, because the model has the same layer under another one.
+    """
     problems = {
-        "missing": [key for key in info.missing_keys if of_adapter(key, adapter_name)],
+        "missing": [key for key in info.missing_keys if of_adapter(key, adapter_name) and key not in further],
         # These come with the adapter's name in them where transformers knows the container, or else as in the file.
         "unexpected": [key for key in info.unexpected_keys if of_adapter(key, adapter_name) or is_ours(key)],
         "of another shape": [key for key, *_ in info.mismatched_keys if of_adapter(key, adapter_name)],

@@ -461,8 +461,9 @@ def _spread(
 
 
 def _check_untied(base: nn.Module, names: Sequence[str]) -> None:
-    for layer in base.modules():
-        for parameter in PARAMETERS if isinstance(layer, LNTuneLayer) else ():
+    layers = [module for module in base.modules() if isinstance(module, LNTuneLayer)]
+    for layer in layers:
+        for parameter in PARAMETERS:
             if any(layer.tied_to(parameter, name) for name in names):
                 raise UnsupportedError(
                     f"{' and '.join(layer.names_of(parameter))} are one parameter, and a row of many tasks is of one "
