@@ -104,7 +104,7 @@ def test_the_base_can_be_mixed_in_at_no_further_cost(encoder):
 
 def test_what_can_be_trained_is_summed_at_each_batch_one_operation_a_tensor(encoder):
     """A fused optimizer leaves no trace, so nothing of it is kept."""
-    peft_model, base = encoder
+    peft_model, _ = encoder
     batch, names = inputs("bert", batch=32), [str(row % 8) for row in range(32)]
     output(peft_model, batch, adapter_names=names)
     fixed = operations(lambda: output(peft_model, batch, adapter_names=names))
