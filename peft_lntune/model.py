@@ -498,8 +498,8 @@ class LNTuneModel(BaseTuner):
         forwards = (layer.get_base_layer().__dict__.get("forward") for layer in self.tuner_layers())
         if any(isinstance(forward, Detour) and forward.routed for forward in forwards):
             raise RoutingError(
-                "Cannot pass `adapter_names` inside the route of an AdapterBank or of ManyTasks, which gives each "
-                "row its adapter. Leave `adapter_names` out, or leave the route."
+                "Cannot pass `adapter_names` inside the route of an AdapterBank or of ManyTasks, which gives each row "
+                "its adapter. Leave `adapter_names` out, or leave the route."
             )
         if any(layer.merged for layer in self._layers(self.tuner_layer_cls)):
             raise RoutingError(

@@ -132,8 +132,7 @@ class AdapterBank:
     def __reduce__(self) -> Any:
         raise UnsupportedError(
             "a bank cannot be copied or pickled: it belongs to one model and its threads. Write it with "
-            "bank.save(path), "
-            "and open the file for the other model: AdapterBank.open(path, model)."
+            "bank.save(path), and open the file for the other model: AdapterBank.open(path, model)."
         )
 
     def __repr__(self) -> str:
@@ -433,8 +432,7 @@ class AdapterBank:
         if not isinstance(names, (Tensor, Sequence)):
             raise RoutingError(
                 "route takes a name for each row, one string for all rows, or what bank.index gave, but got "
-                f"{names!r}. "
-                f"For the base model give {BASE!r}."
+                f"{names!r}. For the base model give {BASE!r}."
             )
         if not isinstance(names, Tensor):
             slots = self._slots_of(names)

@@ -94,9 +94,8 @@ class Ownership:
         if current is not None:
             raise RoutingError(
                 "a route is on in another thread or asyncio task, and it belongs to that one; this forward pass runs "
-                "in "
-                "another. Enter the route in the thread that runs the model (inside the function given to Thread, for "
-                "a generation that is streamed), or use a second copy of the model."
+                "elsewhere. Enter the route in the thread that runs the model (inside the function given to Thread, "
+                "for a generation that is streamed), or use a second copy of the model."
             )
         return False
 

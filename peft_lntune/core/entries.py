@@ -6,7 +6,8 @@ and where samples are in each layer is looked up, or measured (`peft_lntune.core
 
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -51,6 +52,7 @@ class Entries:
         self._known = {} if known is None else known
         self._inside: set[int] = set()
         self._placeholders = _placeholders(getattr(root, "config", None))
+        self._fused = any(isinstance(module, nn.TransformerEncoderLayer) for module in root.modules())
 
     def detours(self, modules: Mapping[str, nn.Module], places: Iterable[str]) -> list[Detour]:
         """A detour for each entry; `put` is left to the caller.
@@ -79,8 +81,9 @@ class Entries:
         self._check(kwargs)
         self._inside.add(here)
         try:
-            self.route.facts = self._facts(module, args, kwargs)
-            return own(*args, **kwargs)
+            with _step_by_step() if self._fused else nullcontext():
+                self.route.facts = self._facts(module, args, kwargs)
+                return own(*args, **kwargs)
         finally:
             self._inside.discard(here)
 
@@ -191,10 +194,20 @@ def refuse_continuous(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
     """Stands in place of the methods in `CONTINUOUS` while a route is on."""
     raise RoutingError(
         f"continuous batching ({', '.join(CONTINUOUS)}) packs requests into one row and runs in a thread of its own, "
-        "so "
-        "it follows no route and no `adapter_names`. Call generate, with a name for each sample, or make one adapter "
-        "active."
+        "so it follows no route and no `adapter_names`. Call generate, with a name for each sample, or make one "
+        "adapter active."
     )
+
+
+@contextmanager
+def _step_by_step() -> Iterator[None]:
+    """Without torch's fused path of a transformer's layer, which takes the weights of norms and calls none of them."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _layout(tensor: Tensor, size: int) -> tuple[object, ...]:

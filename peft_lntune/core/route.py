@@ -297,10 +297,9 @@ class Route:
     def _refusal(self, shape: torch.Size, label: str, why: str) -> str:
         return (
             f"the rows of {label} cannot be matched with {self.what}: {why}. Its input has the shape {tuple(shape)} "
-            "for "
-            f"{self.count} names. A batch must have its samples along the first axis, one row or one block of rows for "
-            "each in the order of the names (batch_first=True; one image for each row). Otherwise run one batch an "
-            "adapter."
+            f"for {self.count} names. A batch must have its samples along the first axis, one row or one block of rows "
+            "for each in the order of the names (batch_first=True; one image for each row). Otherwise run one batch "
+            "per adapter."
         )
 
 
