@@ -176,7 +176,10 @@ class LNTuneConfig(PeftConfig):
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
         """As PEFT's, with an error that names the file where it is no JSON object; see `manifest.read_config`."""
-        return read_config(path_json_file)
+        try:
+            return read_config(path_json_file)
+        except AdapterFileError as error:
+            raise ConfigError(str(error)) from error
 
 
 def plain(value: Any, arrays: bool = True) -> Any:

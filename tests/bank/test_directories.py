@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from peft_lntune import AdapterBank, AdapterFileError, ConfigError, FisherLNConfig, LNTuningConfig, UnsupportedError
+from peft_lntune.manifest import seal_file
 from tests.adapted import adapt, build, deltas, fill, inputs
 from tests.bank.banked import CLOSE, routed
 from tests.oracles import each_alone
@@ -116,7 +117,8 @@ def change(folder, change_tensors):
     tensors = change_tensors(load_file(folder / WEIGHTS))
     save_file(tensors, folder / WEIGHTS)
     config = json.loads((folder / CONFIG).read_text())
-    config["manifest"].pop("digest")
+    for digest in ("digest", "full_digest", "fields"):
+        config["manifest"].pop(digest)
     (folder / CONFIG).write_text(json.dumps(config))
 
 
@@ -149,6 +151,7 @@ def test_a_mask_chosen_among_other_entries(copied):
     config = json.loads((folder / CONFIG).read_text())
     config["manifest"]["selected"] += 1
     (folder / CONFIG).write_text(json.dumps(config))
+    seal_file(folder / CONFIG, folder / WEIGHTS)
     refused(folder, "It was trained on another model")
 
 
