@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from peft import PeftConfig
@@ -120,7 +120,7 @@ class LNTuneConfig(PeftConfig):
         with new_file(target / CONFIG_FILE) as written:
             super().save_pretrained(str(written.parent), **kwargs)
 
-    def unmasked(self) -> Self:
+    def unmasked(self) -> "LNTuneConfig":
         """A copy for a new adapter that tunes every entry, whatever adapter this config is of.
 
         Example:
