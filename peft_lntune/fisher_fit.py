@@ -44,7 +44,9 @@ class FisherFit:
         groups: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         for name in self.masks:
             groups[self.roles[name]][name.rpartition(".")[2]].append(name)
-        kinds = [kind for kind in PARAMETERS if any(kind in group for group in groups.values())]
+        kinds = sorted(
+            {kind for group in groups.values() for kind in group}, key=[*PARAMETERS].__contains__, reverse=True
+        )
         rows = [("role", *kinds)]
         rows += [(role, *(self._share(group.get(kind, [])) for kind in kinds)) for role, group in groups.items()]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -169,7 +171,7 @@ def _prepared(peft_model: PeftModel, adapter_name: str, refit: bool) -> tuple[Fi
     config = _fitting(peft_model, adapter_name, refit)
     parts = plan(peft_model.get_base_model(), peft_model.peft_config[adapter_name]).parts
     norms = {name: part for name, part in parts.items() if part.method == "delta"}
-    return config, {f"{name}.{parameter}": part.roles for name, part in norms.items() for parameter in part.entries}
+    return config, {f"{name}.{part.own_name(p)}": part.roles for name, part in norms.items() for p in part.entries}
 
 
 def _fitting(peft_model: PeftModel, adapter_name: str, refit: bool) -> FisherLNConfig:

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_lntune.core.norms import base_modules
 from peft_lntune.core.route import Route
 from peft_lntune.errors import ConfigError
+from peft_lntune.offloaded import all_onloaded
 
 __all__ = ["LoraLayer", "LoraPart", "find_lora_targets", "routed_lora"]
 
@@ -51,6 +52,10 @@ class LoraPart(LoraModel):
         self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
 
+    def _create_and_replace(self, config: Any, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any) -> None:
+        with all_onloaded(target):  # PEFT puts an adapter where it finds the base's weight
+            super()._create_and_replace(config, adapter_name, target, *args, **kwargs)
+
 
 @contextmanager
 def routed_lora(model: nn.Module, route: Route) -> Iterator[None]:
@@ -68,6 +73,8 @@ def routed_lora(model: nn.Module, route: Route) -> Iterator[None]:
 
 
 def _named_rows(route: Route, label: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not route.on():  # a copy that was made meanwhile
+        return None
     shape = args[0].shape
     index = route.index(shape, label, torch.device("cpu")).tolist()
     names = [route.order[place] for place in (index if len(index) == shape[0] else index * shape[0])]

@@ -50,11 +50,11 @@ def find_parameters(
         f"{name}.{parameter}": (name, parameter, tensor)
         for name, module in modules.items()
         for parameter in tune
-        if isinstance(tensor := module._parameters.get(parameter), Tensor)
+        if isinstance(tensor := module._parameters.get(_own_name(norms.get(name), parameter)), Tensor)
     }
     kinds = find_kinds(owned, {name: norm.roles for name, norm in norms.items()})
     found: dict[str, dict[str, Block | None]] = {}
-    for full, (name, parameter, tensor) in owned.items():
+    for full, (name, parameter, _) in owned.items():
         component, parts = kinds[full]
         if name in norms:
             parts = ("norm",) if component != "head" else ()
@@ -64,10 +64,17 @@ def find_parameters(
         if len(parts) > 1:
             by_head = component == BY_HEAD or _is_by_head(modules, name)
             block = _block(model, name, modules[name], parameter, parts, wanted, by_head)
-        else:
-            _check_tied(full, tensor, owned)
         found.setdefault(name, {})[parameter] = block
+    for full, (name, parameter, tensor) in owned.items():
+        if found.get(name, {}).get(parameter, ()) is None:
+            _check_tied(
+                full, tensor, {n: place for n, place in owned.items() if place[1] not in found.get(place[0], ())}
+            )
     return found
+
+
+def _own_name(norm: Norm | None, parameter: str) -> str:
+    return parameter if norm is None else norm.parameters[parameter]
 
 
 def _is_by_head(modules: Mapping[str, nn.Module], name: str) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from itertools import takewhile
 from typing import NamedTuple
 
+from peft_lntune.core.role_names import is_called_norm
 from peft_lntune.core.roles import find_roles
 
 __all__ = ["BY_HEAD", "Place", "find_components", "find_kinds", "group_by_place"]
@@ -292,7 +293,8 @@ def _with_parents(owners: Iterable[str]) -> set[str]:
 
 
 def _components(owners: Mapping[str, str], roles: Mapping[str, tuple[str, ...]] | None) -> dict[str, str | None]:
-    known = {**find_roles(_with_parents(owners.values()), owners.values()), **(roles or {})}
+    norms = {owner for owner in owners.values() if is_called_norm(owner)}
+    known = {**find_roles(_with_parents(owners.values()), norms), **(roles or {})}
     return {owner: _component(owner, known.get(owner, ())) for owner in owners.values()}
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.core.detour import forward_of
+from peft_lntune.core.names import own_name
 from peft_lntune.core.row_norm import layer_norm_rows
 from peft_lntune.core.shadow import call_hooked, is_of_class, is_plain, twin
 from peft_lntune.core.ways import Rule, by_rule, neutral, parameter, rule_for, widened
@@ -33,6 +34,8 @@ __all__ = [
 
 FastPath = Callable[[Any, Tensor, Tensor, "Tensor | None"], Tensor]
 FAST_PATHS: dict[type[nn.Module], FastPath] = {}
+_FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {}
+"""The forward of each class that its fast path has the bits of. A kernel may take its place."""
 
 
 def fast_path(cls: type[nn.Module]) -> Callable[[FastPath], FastPath]:
@@ -47,10 +50,16 @@ def fast_path(cls: type[nn.Module]) -> Callable[[FastPath], FastPath]:
     def register(function: FastPath) -> FastPath:
         if cls in FAST_PATHS:
             raise KeyError(f"{cls.__name__} already has the fast path {FAST_PATHS[cls].__name__}")
-        FAST_PATHS[cls] = function
+        FAST_PATHS[cls], _FORWARDS[cls] = function, cls.forward
         return function
 
     return register
+
+
+def _fast_path_of(norm: nn.Module) -> FastPath | None:
+    """The fast path of a norm, where its class still has the forward that it was written for."""
+    cls = type(norm)
+    return FAST_PATHS[cls] if cls in FAST_PATHS and cls.forward is _FORWARDS[cls] else None
 
 
 @fast_path(nn.LayerNorm)
@@ -91,7 +100,7 @@ def call_with(
     x = _differentiable(norm, x)
     weight = parameter(norm, "weight").to(given.dtype) if weight is None else weight
     bias = own_bias.to(given.dtype) if bias is None and own_bias is not None else bias
-    path = FAST_PATHS.get(type(norm))
+    path = _fast_path_of(norm)
     if path is not None and not args and not kwargs and is_plain(norm):
         return path(norm, x, weight, bias)
     outer_bias = bias is not None and own_bias is None
@@ -125,7 +134,7 @@ def bind(norm: nn.Module, weight: Tensor | None, bias: Tensor | None) -> Callabl
     """`call_with` for many calls with the same parameters: what does not depend on the input is done once.
 
     Args:
-        norm: as in `call_with`; what is attached to it later is seen, a change of its other attributes is not.
+        norm: as in `call_with`; what is attached to it or changed on it later is seen.
         weight: as in `call_with`.
         bias: likewise.
 
@@ -137,23 +146,23 @@ def bind(norm: nn.Module, weight: Tensor | None, bias: Tensor | None) -> Callabl
         >>> bind(norm, None, torch.ones(2))(torch.zeros(1, 2)).tolist()
         [[1.0, 1.0]]
     """
-    fused = FAST_PATHS.get(type(norm))
     given = {name: value for name, value in (("weight", weight), ("bias", bias)) if value is not None}
+    entries = {own_name(norm, name): value for name, value in given.items()}
     has_all = weight is not None and given.keys() == {name for name in PARAMETERS if parameter(norm, name) is not None}
-    moved = twin(norm, given)
-    forward = type(norm).forward
     rules: dict[tuple[object, ...], Rule] = {}
 
     def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if has_all and weight is not None and is_plain(norm):
+            fused = _fast_path_of(norm)
             if fused is not None and not args and not kwargs:
                 return fused(norm, x, weight, bias)
-            key = (x.dtype, x.device, _autocast(x.device.type))
+            forward = type(norm).forward
+            key = (forward, x.dtype, x.device, _autocast(x.device.type))
             if key not in rules:
                 rules[key] = rule_for(norm, x.device, x.dtype, weight.dtype, False)
             rule = rules[key]
             if rule.way == "own":
-                y = forward(moved, x, *args, **kwargs)
+                y = forward(twin(norm, entries), x, *args, **kwargs)
                 return y if rule.dtype is None or y.dtype is rule.dtype else y.to(rule.dtype)
         return call_with(norm, x, weight, bias, *args, **kwargs)
 
@@ -221,13 +230,58 @@ def with_rows(
         >>> with_rows(norm, norm.forward, x, torch.tensor([[2.0, 2.0]]), None).round()
         tensor([[-2.,  2.]])
     """
-    if type(norm) is nn.LayerNorm and not args and not kwargs and is_of_class(norm, own):
+    if _is_layer_norm(norm) and not args and not kwargs and is_of_class(norm, own):
         y = layer_norm_rows(x.to(weight.dtype), norm.normalized_shape, weight, bias, norm.eps)
         return y.to(output_dtype(norm, x) if torch.is_autocast_enabled(x.device.type) else x.dtype)
     rule = rule_for(norm, x.device, x.dtype, weight.dtype, True)
+    if rule.by_sample:
+        return _sample_by_sample(norm, rule, own, x, weight, bias, args, kwargs)
+    if not rule.is_norm:
+        raise UnsupportedError(
+            f"the forward of this {type(norm).__name__} could not be tried on a small input on {x.device}, so it is "
+            "not known how to run it with other parameters for each row. Run the batch one adapter at a time."
+        )
     xhat = neutral(norm, rule, own, x, args, kwargs)
     y = xhat * weight if bias is None else torch.addcmul(bias, xhat, weight)
     return y.to(x.dtype if rule.dtype is None else rule.dtype)
+
+
+def _sample_by_sample(
+    norm: nn.Module,
+    rule: Rule,
+    own: Callable[..., Any],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Run the norm's own forward for each sample, with the parameters of its row."""
+    samples = range(len(x)) if len(weight) > 1 or (bias is not None and len(bias) > 1) else [slice(None)]
+    outputs = []
+    for sample in samples:
+        place = sample if isinstance(sample, slice) else slice(sample, sample + 1)
+
+        def of_sample(value: Any, place: slice = place) -> Any:
+            return value[place] if isinstance(value, Tensor) and value.dim() and len(value) == len(x) else value
+
+        wider = [
+            None if rows is None else (rows[place] if len(rows) > 1 else rows).reshape(parameter(norm, name).shape)
+            for name, rows in (("weight", weight), ("bias", bias))
+        ]
+        more, named = [of_sample(value) for value in args], {key: of_sample(value) for key, value in kwargs.items()}
+        outputs.append(by_rule(norm, rule, own, (wider[0], wider[1]), x[place], tuple(more), named))  # type: ignore[arg-type]
+    return _joined(outputs)
+
+
+def _joined(outputs: list[Any]) -> Any:
+    """Outputs of single samples as that of the batch: tensors, or tuples of tensors."""
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return torch.cat(outputs) if len(outputs) > 1 else first
+    if isinstance(first, (tuple, list)):
+        return type(first)(_joined(list(each)) for each in zip(*outputs, strict=True))
+    return first
 
 
 def normalize(norm: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -252,7 +306,7 @@ def normalize(norm: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         >>> normalize(nn.LayerNorm(4), torch.tensor([[0.0, 0.0, 2.0, 2.0]])).round()
         tensor([[-1., -1.,  1.,  1.]])
     """
-    if type(norm) is nn.LayerNorm and not args and not kwargs:
+    if _is_layer_norm(norm) and not args and not kwargs:
         wide = torch.promote_types(x.dtype, widened(norm))
         return F.layer_norm(x.to(wide), norm.normalized_shape, None, None, norm.eps).to(wide)
     rule = rule_for(norm, x.device, x.dtype, widened(norm), True)
@@ -262,6 +316,10 @@ def normalize(norm: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             f"{type(norm).__name__} is none. See find_norms(model) for the norms of a model."
         )
     return neutral(norm, rule, forward_of(norm), x, args, kwargs).to(rule.wide)
+
+
+def _is_layer_norm(norm: nn.Module) -> bool:
+    return type(norm) is nn.LayerNorm and nn.LayerNorm.forward is _FORWARDS[nn.LayerNorm]
 
 
 def output_dtype(norm: nn.Module, x: Tensor) -> torch.dtype:

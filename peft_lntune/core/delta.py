@@ -5,12 +5,23 @@
 Both are written once, here; the forward pass, merging, mixed batches and weighted sums all call these functions.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["PARAMETERS", "Block", "delta_dtype", "effective", "pack_bits", "scatter", "stamp", "unpack_bits"]
+__all__ = [
+    "PARAMETERS",
+    "Block",
+    "delta_dtype",
+    "effective",
+    "never_narrowed",
+    "pack_bits",
+    "scatter",
+    "stamp",
+    "unpack_bits",
+]
 
 PARAMETERS = ("weight", "bias")
 """The parameters of a module that can carry a delta."""
@@ -31,6 +42,32 @@ def delta_dtype(base_dtype: torch.dtype, override: torch.dtype | None = None) ->
         (torch.float32, torch.float64)
     """
     return override or torch.promote_types(base_dtype, torch.float32)
+
+
+def never_narrowed(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What `nn.Module._apply` does to each tensor, but for casts of a wide one to half precision.
+
+    `model.to(torch.bfloat16)`, `model.half()` and Trainer's `bf16_full_eval` mean the model. A tensor in float32 or
+    wider follows them to a device and keeps its dtype; one that was made in half precision is cast as any other.
+
+    Example:
+        >>> never_narrowed(torch.Tensor.bfloat16)(torch.ones(1)).dtype
+        torch.float32
+        >>> never_narrowed(torch.Tensor.float)(torch.ones(1, dtype=torch.float64)).dtype
+        torch.float32
+    """
+
+    def moved(tensor: Tensor) -> Tensor:
+        result = move(tensor)
+        if result.dtype == tensor.dtype or _is_half(tensor.dtype) or not _is_half(result.dtype):
+            return result
+        return tensor.to(result.device)
+
+    return moved
+
+
+def _is_half(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and torch.finfo(dtype).bits < 32
 
 
 class Block(NamedTuple):
@@ -89,7 +126,7 @@ class Block(NamedTuple):
 
 
 def effective(base: Tensor, values: Tensor, index: Tensor | None = None, block: Block | None = None) -> Tensor:
-    """Base plus delta, in the wider of the two dtypes.
+    """Base plus delta, in float32 or the wider of the two dtypes.
 
     Args:
         base: the base parameter, any shape.
@@ -104,12 +141,16 @@ def effective(base: Tensor, values: Tensor, index: Tensor | None = None, block: 
         >>> effective(torch.ones(3), torch.tensor([0.5]), torch.tensor([1]))
         tensor([1.0000, 1.5000, 1.0000])
     """
+    if _is_half(base.dtype) and _is_half(values.dtype):  # their sum would be rounded to the spacing near 1
+        base = base.to(torch.float32)
     if block is not None:
         return block.add_to(base, values)
     if index is None:
         return base + values
-    wide = base.to(torch.promote_types(base.dtype, values.dtype))
-    return wide.reshape(-1).index_add(0, index, values.to(wide.dtype)).view(base.shape)
+    wide = max(base.dtype, values.dtype, key=lambda dtype: dtype.itemsize)  # torch.promote_types is an operation
+    if base.dim() == 1:  # as of most norms: one operation
+        return base.to(wide).index_add(0, index, values.to(wide))
+    return base.to(wide).reshape(-1).index_add(0, index, values.to(wide)).view(base.shape)
 
 
 def scatter(values: Tensor, index: Tensor, shape: torch.Size) -> Tensor:
@@ -143,7 +184,8 @@ def unpack_bits(packed: Tensor, shape: torch.Size) -> Tensor:
 def stamp(tensor: Tensor) -> object:
     """Changes whenever `tensor` is written to, or its memory exchanged; what is derived from it is kept by this.
 
-    A tensor made under `torch.inference_mode` counts no versions, so it gets a stamp equal to no other. Writing
-    through `tensor.data` in place is the one change that torch does not count.
+    A tensor made under `torch.inference_mode` counts no versions, so it gets a stamp equal to no other; and so does one
+    on meta, whose values may be elsewhere. Writing through `tensor.data` in place is the one change that torch does not
+    count.
     """
-    return object() if tensor.is_inference() else (tensor.data_ptr(), tensor._version)
+    return object() if tensor.is_inference() or tensor.is_meta else (tensor.data_ptr(), tensor._version)

@@ -5,14 +5,16 @@ around the module's own forward. Who asks for a module's forward by `forward_of`
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Container
+from functools import partial
+from types import MethodType
 from typing import Any
 
 from torch import nn
 
 from peft_lntune.core.route import Route
 
-__all__ = ["Detour", "forward_of"]
+__all__ = ["Detour", "computes", "forward_of", "put_on_copy"]
 
 
 class Detour:
@@ -41,7 +43,32 @@ class Detour:
         self._route, self._run = route, run
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._run(self.own, *args, **kwargs) if self._route.active else self.own(*args, **kwargs)
+        return self._run(self.own, *args, **kwargs) if self._route.on() else self.own(*args, **kwargs)
+
+    @property
+    def routed(self) -> bool:
+        """Whether its route is on."""
+        return self._route.active
+
+    def __repr__(self) -> str:
+        return f"{self._method} of {type(self._module).__name__}"
+
+    def lost(self, modules: Container[nn.Module]) -> bool:
+        """Whether calls of the model no longer come here.
+
+        Args:
+            modules: of the model as it is now.
+        """
+        if self._module not in modules:
+            return True
+        forward = getattr(self._module, self._method)
+        # Other detours, and what accelerate puts around a forward, know what they call.
+        while forward is not self:
+            beneath = getattr(forward, "__wrapped__", None)
+            if beneath is None:
+                return True
+            forward = beneath
+        return False
 
     def put(self) -> None:
         """Put the detour into the module."""
@@ -75,3 +102,49 @@ def forward_of(module: nn.Module) -> Callable[..., Any]:
     while isinstance(forward, Detour):
         forward = forward.own
     return forward
+
+
+def computes(module: nn.Module) -> Any:
+    """What tells which forward runs on a module: a function, where it is a method of the module, or the forward itself.
+
+    Example:
+        >>> computes(nn.LayerNorm(2)) is nn.LayerNorm.forward
+        True
+    """
+    forward = _innermost(module)
+    # A method of a twin or of a former copy counts as one of the module, as calls do.
+    return forward.__func__ if isinstance(forward, MethodType) and _is_own(forward, module) else forward
+
+
+def put_on_copy(module: nn.Module, other: nn.Module) -> bool:
+    """Give a copy of a module the forward that runs on the module; False where that runs on the module only.
+
+    Args:
+        module: the module.
+        other: its copy, with the forward of its class.
+    """
+    forward = _innermost(module)
+    if isinstance(forward, MethodType) and _is_own(forward, module):
+        if forward.__func__ is not type(module).forward:
+            other.__dict__["forward"] = MethodType(forward.__func__, other)
+        return True
+    if isinstance(forward, partial) and any(part is module for part in (*forward.args, *forward.keywords.values())):
+        args = [other if part is module else part for part in forward.args]
+        keywords = {name: other if part is module else part for name, part in forward.keywords.items()}
+        other.__dict__["forward"] = partial(forward.func, *args, **keywords)
+        return True
+    return False
+
+
+def _innermost(module: nn.Module) -> Callable[..., Any]:
+    """The forward beneath detours, and beneath the one that accelerate puts around it to load what it offloads."""
+    forward = forward_of(module)
+    if isinstance(forward, partial) and "_old_forward" in module.__dict__:
+        forward = module.__dict__["_old_forward"]
+        while isinstance(forward, Detour):
+            forward = forward.own
+    return forward
+
+
+def _is_own(method: MethodType, module: nn.Module) -> bool:
+    return method.__self__ is module or method.__func__ is type(module).forward

@@ -1,9 +1,13 @@
 """How an effective parameter is made from its base: one small module for each adapter and base parameter."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from peft_lntune.core.delta import Block, effective, pack_bits, scatter, stamp, unpack_bits
+from peft_lntune.core.delta import Block, effective, never_narrowed, pack_bits, scatter, unpack_bits
+from peft_lntune.core.kept import Source, is_traced, source_of, unchanged
 from peft_lntune.errors import UnsupportedError
 
 __all__ = ["Delta"]
@@ -47,7 +51,7 @@ class Delta(nn.Module):
         self.weight = nn.Parameter(torch.zeros(size, dtype=dtype, device=device))
         bits = None if count is None else torch.zeros(-(-self.shape.numel() // 8), dtype=torch.uint8, device=device)
         self.register_buffer("mask", bits)
-        self._index: tuple[object, Tensor] | None = None
+        self._index: tuple[Source, Tensor] | None = None
 
     @classmethod
     def masked(cls, mask: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> "Delta":
@@ -79,8 +83,8 @@ class Delta(nn.Module):
             # gives the same positions, in a shape that is known.
             bits = unpack_bits(self.mask, self.shape).reshape(-1).to(torch.uint8)
             return bits.argsort(descending=True, stable=True)[: self.weight.numel()]
-        key = stamp(self.mask)
-        if self._index is None or self._index[0] != key:
+        if self._index is None or not unchanged(self._index[0]):
+            source = source_of(self, "mask")
             with torch.inference_mode(False):  # what is kept here may be needed in a graph later
                 index = unpack_bits(self.mask, self.shape).reshape(-1).nonzero().reshape(-1)
             if not len(index):
@@ -88,8 +92,20 @@ class Delta(nn.Module):
                     "a masked delta was made for values and a mask from a file, and these were never loaded. Load the "
                     "adapter with PeftModel.from_pretrained, or make a new one from config.unmasked()."
                 )
-            self._index = key, index
+            if is_traced():
+                return index
+            self._index = source, index
         return self._index[1]
+
+    def train(self, mode: bool = True) -> "Delta":
+        self._index = None  # the mask may have been written through `.data`, which nothing tells
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Delta":
+        return super()._apply(never_narrowed(fn), recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_index": None}
 
     def dense(self) -> Tensor:
         """The delta in the shape of the base, zero where nothing is tuned; detached."""

@@ -3,12 +3,13 @@
 effective = base where keep, else 0          keep = Bernoulli(sigmoid(score)) in training, score > 0 otherwise
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_lntune.core.delta import Block, pack_bits, unpack_bits
+from peft_lntune.core.delta import Block, never_narrowed, pack_bits, unpack_bits
 
 __all__ = ["Supermask", "initial_scores", "kept", "masked", "smallest"]
 
@@ -190,6 +191,9 @@ class Supermask(nn.Module):
             keep = torch.bernoulli(scores.detach().sigmoid()).bool() if draw else kept(scores.detach())
             part = masked(part, scores, keep)
         return part if self.block is None else self.block.put(base, part)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Supermask":
+        return super()._apply(never_narrowed(fn), recurse)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.part_shape)}, {'bits' if self.weight is None else 'scores'}"

@@ -13,8 +13,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from peft_lntune.core.delta import stamp
+from peft_lntune.core.kept import Source, is_traced, sources_of, unchanged
 from peft_lntune.core.route import Route
+from peft_lntune.offloaded import check_trainable
 
 __all__ = ["BesideLayer"]
 
@@ -35,7 +36,6 @@ class BesideLayer(nn.Module, BaseTunerLayer):
     other_param_names: tuple[str, ...] = ()
     merged_adapters: tuple[str, ...] = ()
     active_adapters: list[str]  # PEFT's, whose types are not known here
-    set_adapter: Any
 
     def __init__(self, route: Route, label: str, base_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class BesideLayer(nn.Module, BaseTunerLayer):
         self.label = label
         self.base_dtype = base_dtype
         self._route = route
-        self._kept: tuple[object, dict[str, Tensor]] | None = None
+        self._kept: tuple[object, list[Source], dict[str, Tensor]] | None = None
 
     # What a subclass says.
 
@@ -79,22 +79,44 @@ class BesideLayer(nn.Module, BaseTunerLayer):
     def running(self) -> list[str]:
         """The adapters that take part in a forward pass which is not routed."""
         held = self.container(self.adapter_layer_names[0])._modules
-        return [] if self._disable_adapters else [name for name in self.active_adapters if name in held]
+        names = [] if self._disable_adapters else [name for name in self.active_adapters if name in held]
+        if names and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            check_trainable(self.label, (held[name] for name in names))
+        return names
 
     def stacks(self) -> dict[str, Tensor]:
-        """`stack` for the route in force, kept until a tensor changes that it came from."""
-        if torch.compiler.is_compiling():  # a graph can ask for no address or version
+        """`stack` for the route in force, kept while nothing that it came from is trained or has changed."""
+        order = self._route.order
+        if is_traced():
             with torch.no_grad():
-                return self.stack(self._route.order)
-        tensors = [*self.parameters(), *self.buffers()]
-        key = self._route.order, tuple(stamp(tensor) for tensor in tensors)
-        if self._kept is None or self._kept[0] != key:
-            with torch.inference_mode(False), torch.no_grad():  # what is kept may be needed in a graph later
-                self._kept = key, self.stack(self._route.order)
-        return self._kept[1]
+                return self.stack(order)
+        if self._kept is not None and self._kept[0] == order and all(map(unchanged, self._kept[1])):
+            return self._kept[2]
+        sources = [source for module in self.modules() for source in sources_of(module)]
+        if any(source.tensor is None for source in sources):
+            self._kept = None
+            with torch.no_grad():
+                return self.stack(order)
+        with torch.inference_mode(False), torch.no_grad():  # what is kept may be needed in a graph later
+            self._kept = order, sources, self.stack(order)
+        return self._kept[2]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}
+
+    # What torch and PEFT do to a module, after which something else may be trained.
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode)
+        self._kept = None
+
+    def train(self, mode: bool = True) -> "BesideLayer":
+        self._kept = None
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "BesideLayer":
+        self._kept = None
+        return super()._apply(*args, **kwargs)
 
     def container(self, name: str) -> Any:
         """One of the `nn.ModuleDict`s by adapter name; torch types their items loosely."""

@@ -26,6 +26,7 @@ from peft_lntune.core.route import Route
 from peft_lntune.core.sublayers import Sublayer
 from peft_lntune.errors import ConfigError, UnsupportedError
 from peft_lntune.layers.beside import BesideLayer
+from peft_lntune.offloaded import device_of
 
 __all__ = ["BottleneckLayer", "check_combine", "combine"]
 
@@ -94,7 +95,7 @@ class BottleneckLayer(BesideLayer):
     # Adapters.
 
     def update_layer(self, adapter_name: str, config: BottleneckConfig, stored: bool = False) -> None:
-        device = _tensors(self._leaves[1])[0].device
+        device = device_of(self._leaves[1])
         place: dict[str, Any] = {"dtype": delta_dtype(self.base_dtype, config.torch_delta_dtype), "device": device}
         width = self._reads["sequential"]
         size = config.size_of(width)
@@ -161,7 +162,7 @@ class BottleneckLayer(BesideLayer):
         if self._disable_adapters:
             return None
         inputs = {"sequential": h} if x is None else {"sequential": h, "parallel": x}
-        added = self._add_routed(inputs) if self._route.active else self._add_running(inputs)
+        added = self._add_routed(inputs) if self._route.on() else self._add_running(inputs)
         return None if added is None else h + added.to(h.dtype)
 
     # One adapter, or the sum of several.

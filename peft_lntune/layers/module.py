@@ -1,7 +1,6 @@
 """The layer around any other module with a floating weight: its full delta, or a mask over its weight."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from peft_lntune.core.delta import Block, delta_dtype
 from peft_lntune.core.route import BASE, Route
 from peft_lntune.core.shadow import forward_with, is_plain, shadowed
 from peft_lntune.core.supermask import Supermask
-from peft_lntune.layers.base import LNTuneLayer
+from peft_lntune.layers.base import Kept, LNTuneLayer
 
 __all__ = ["ModuleLayer"]
 
@@ -54,7 +53,9 @@ class ModuleLayer(LNTuneLayer):
         if not config.init_weights and mask.weight is not None:
             nn.init.normal_(mask.weight)
         mask.train(base_layer.training)  # a new module is in training, and would draw in a model that is not
-        self.lntune_supermask[adapter_name] = mask
+        for layer in (self, *self.tied_to("weight", adapter_name)):
+            layer.lntune_supermask[adapter_name] = mask  # type: ignore[operator]  # the plan ties masks to masks
+            layer._forget()
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self._forget()
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -64,11 +65,11 @@ class ModuleLayer(LNTuneLayer):
         self.lntune_supermask[adapter_name].sampling = sampling  # type: ignore[assignment]  # a module's attribute
         self._forget()
 
-    def _call(self, adapters: Sequence[str]) -> Callable[..., Tensor] | None:
+    def _hold(self, adapters: Sequence[str]) -> Kept | None:
         masks: Any = self._modules["lntune_supermask"]._modules  # type: ignore[union-attr]
         if any(masks[name].drawn for name in adapters if name in masks):
-            return partial(self.run, self._sums(self._tuned(adapters)))  # another mask at every call: none is kept
-        return super()._call(adapters)
+            return None  # another mask at every call
+        return super()._hold(adapters)
 
     def _tuned(self, adapters: Any) -> list[tuple[str, Any]]:
         masks = self._modules["lntune_supermask"]._modules  # type: ignore[union-attr]

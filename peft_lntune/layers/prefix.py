@@ -18,6 +18,7 @@ from peft_lntune.core.prefix import Prefix, join, widen_bias, widen_mask
 from peft_lntune.core.route import Route
 from peft_lntune.errors import UnsupportedError
 from peft_lntune.layers.beside import BesideLayer
+from peft_lntune.offloaded import device_of
 
 __all__ = ["ConfigView", "PrefixLayer", "lntune_prefix"]
 
@@ -129,7 +130,7 @@ class PrefixLayer(BesideLayer):
             dtype=delta_dtype(base.dtype, config.torch_delta_dtype),
         )
         self.base_dtype = base.dtype
-        self.settle(adapter_name, config, base.device)
+        self.settle(adapter_name, config, device_of(self._host) or base.device)
 
     def stack(self, order: Sequence[str]) -> dict[str, Tensor]:
         """`prefix`, `(n, 2, P, H * hd)`, filled up to the longest, and `keep`, `(n, P)` bool, what of it is there."""
@@ -150,7 +151,7 @@ class PrefixLayer(BesideLayer):
         """Whether a forward pass now would see a prefix."""
         if self.disable_adapters:
             return False
-        return len(self.lntune_prefix) > 0 if self._route.active else len(self.running) > 0
+        return len(self.lntune_prefix) > 0 if self._route.on() else len(self.running) > 0
 
     def columns(self, query: Tensor) -> Columns:
         """The prefixes for a call with these queries, `(B, H, T, hd)`.
@@ -159,7 +160,7 @@ class PrefixLayer(BesideLayer):
             RoutingError: the batch has another length than the list of adapter names.
         """
         keep = None
-        if self._route.active:
+        if self._route.on():
             stacks = self.stacks()
             rows = self._route.index(query.shape, self.label, stacks["keep"].device)
             both, keep = stacks["prefix"].index_select(0, rows), stacks["keep"].index_select(0, rows)

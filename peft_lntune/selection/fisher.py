@@ -196,6 +196,12 @@ def add_samples(
     if callable(loss) and kind != "empirical":
         raise ConfigError(f"kind={kind!r} needs to know what the outputs mean, so loss takes a name, not a function.")
     found = find_parameters(model, parameters)
+    away = next((name for name, value in found.items() if value.is_meta), None)
+    if away is not None:
+        raise UnsupportedError(
+            f"{away} is on the meta device, as accelerate leaves the parameters of modules that it offloads, so no "
+            "gradient can be compared with it. Compute the scores of a model that is loaded, and set_masks from them."
+        )
     with _frozen(model), per_sample(base_model(model), found) as taps:
         scorer = _Scorer(model, found, taps, kind, loss, seed)
         for batch, size in _left(batches, state, num_samples, progress):

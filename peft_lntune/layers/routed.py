@@ -1,0 +1,66 @@
+"""What stands for a parameter while every row of the batch has its own."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_lntune.errors import RoutingError
+
+__all__ = ["RoutedParameter"]
+
+# What may be asked: facts that are the same for all rows. All else would compute with one row's value.
+_FACTS = {"size", "stride", "dim", "ndimension", "numel", "nelement", "__len__", "is_floating_point", "is_complex"}
+_FACTS |= {"element_size", "is_contiguous", "get_device", "__hash__", "is_inference", "is_pinned", "type"}
+_NO_FACTS = {"data", "T", "H", "mT", "mH", "real", "imag"}
+
+
+class RoutedParameter(Tensor):
+    """A parameter that differs from row to row: its shape, dtype and device can be read, any use of it raises.
+
+    torch's fused paths ask whether a tensor has a `__torch_function__`, and call the modules one by one where it has,
+    which is right. Whatever else computes with it would give one adapter to all rows.
+    """
+
+    what: str
+
+    @classmethod
+    def like(cls, base: Tensor, what: str) -> "RoutedParameter":
+        """A stand-in for `base`.
+
+        Args:
+            base: gives shape, dtype and device.
+            what: name of the parameter, for the error.
+
+        Example:
+            >>> RoutedParameter.like(torch.ones(2), "the weight of norm").shape
+            torch.Size([2])
+        """
+        found = base.detach().as_subclass(cls)
+        found.what = what
+        return found
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        getter = func.__name__ == "__get__"
+        name = getattr(getattr(func, "__self__", None), "__name__", "") if getter else func.__name__
+        if name not in _NO_FACTS if getter else name in _FACTS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        flat = [
+            part for arg in (*args, *(kwargs or {}).values()) for part in (arg if type(arg) in (list, tuple) else [arg])
+        ]
+        what = next((part.what for part in flat if isinstance(part, cls)), "a parameter")
+        raise RoutingError(
+            f"{what} differs from row to row in this batch, but {name or func} computes with one value for all rows: "
+            "something reads the parameter in place of calling the layer, such as a fused kernel. Run this batch one "
+            "adapter at a time with set_adapter, or put the kernel on the module inside the layer "
+            "(layer.get_base_layer())."
+        )
