@@ -11,10 +11,9 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
 
-from peft_lntune import errors
 from peft_lntune.config import FisherLNConfig, delta_part
 from peft_lntune.core.delta import PARAMETERS
-from peft_lntune.errors import ConfigError, UnsupportedError
+from peft_lntune.errors import ConfigError, PeftLNTuneError, UnsupportedError
 from peft_lntune.fit import deltas_of
 from peft_lntune.model import LNTuneModel
 from peft_lntune.plan import plan
@@ -162,7 +161,7 @@ def _in_all_processes(work: Callable[[], T]) -> list[T]:
         raise error
     for number, (_, failed) in enumerate(told):
         if failed is not None:
-            kind = getattr(errors, failed[0], errors.PeftLNTuneError)
+            kind = {own.__name__: own for own in PeftLNTuneError.__subclasses__()}.get(failed[0], PeftLNTuneError)
             raise kind(f"process {number} failed ({failed[0]}: {failed[1]}), so no process has fitted masks.")
     return [found for found, _ in told]
 

@@ -6,33 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft_lntune.analysis.components import find_components
+from peft_lntune.analysis.components import BY_HEAD, find_kinds
 from peft_lntune.attention import find_attention
 from peft_lntune.core.delta import Block
 from peft_lntune.core.norms import Norm, base_modules, find_norms
 from peft_lntune.errors import UnsupportedError
 
 __all__ = ["find_parameters"]
-
-# How `analysis.components` ends the name of each component; before it may stand the stack's name, or "cross-".
-_ENDS = {
-    "query": "query",
-    "key": "key",
-    "value": "value",
-    "attention_output": "attention output",
-    "ffn_up": "FFN up",
-    "ffn_gate": "FFN gate",
-    "ffn_down": "FFN down",
-    "norm": " norm",
-    "embedding": "embeddings",
-    "pooler": "pooler",
-}
-# Several components in one matrix: which, in the order of its outputs.
-_FUSED = {
-    "query, key, value": ("query", "key", "value"),
-    "cross-attention key, value": ("key", "value"),
-    "FFN gate, up": ("ffn_gate", "ffn_up"),
-}
 
 
 def find_parameters(
@@ -54,7 +34,8 @@ def find_parameters(
         holds other components too, else None. Heads on top of the body are never among them.
 
     Raises:
-        UnsupportedError: a chosen weight is tied to that of another module, which would not see the delta.
+        UnsupportedError: a chosen weight is tied to that of another module, which would not see the delta; or a chosen
+            component is in one matrix with others, in an order that is not known.
 
     Example:
         >>> from transformers import GPT2Config, GPT2Model
@@ -71,16 +52,19 @@ def find_parameters(
         for parameter in tune
         if isinstance(tensor := module._parameters.get(_own_name(norms.get(name), parameter)), Tensor)
     }
-    places = find_components(owned, {name: norm.roles for name, norm in norms.items()})
+    kinds = find_kinds(owned, {name: norm.roles for name, norm in norms.items()})
     found: dict[str, dict[str, Block | None]] = {}
     for full, (name, parameter, _) in owned.items():
-        fused = next((parts for end, parts in _FUSED.items() if places[full].component.endswith(end)), None)
-        if fused is not None:
-            if wanted & set(fused):
-                block = _block(model, name, modules[name], parameter, fused, wanted)
-                found.setdefault(name, {})[parameter] = block
-        elif _is_wanted(places[full].component, name in norms, wanted):
-            found.setdefault(name, {})[parameter] = None
+        component, parts = kinds[full]
+        if name in norms:
+            parts = ("norm",) if component != "head" else ()
+        if not wanted & set(parts):
+            continue
+        block = None
+        if len(parts) > 1:
+            by_head = component == BY_HEAD or _is_by_head(modules, name)
+            block = _block(model, name, modules[name], parameter, parts, wanted, by_head)
+        found.setdefault(name, {})[parameter] = block
     for full, (name, parameter, tensor) in owned.items():
         if found.get(name, {}).get(parameter, ()) is None:
             _check_tied(
@@ -93,20 +77,30 @@ def _own_name(norm: Norm | None, parameter: str) -> str:
     return parameter if norm is None else norm.parameters[parameter]
 
 
-def _is_wanted(component: str, is_norm: bool, wanted: set[str]) -> bool:
-    if component == "head":
-        return False
-    if is_norm:
-        return "norm" in wanted
-    return any(component.endswith(_ENDS[name]) for name in wanted - {"norm"})
+def _is_by_head(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """GPT-BigCode has its queries, keys and values head by head unless all heads share the keys."""
+    return getattr(modules.get(name.rpartition(".")[0]), "multi_query", None) is False
 
 
 def _block(
-    model: nn.Module, name: str, module: nn.Module, parameter: str, fused: tuple[str, ...], wanted: set[str]
+    model: nn.Module,
+    name: str,
+    module: nn.Module,
+    parameter: str,
+    fused: tuple[str, ...],
+    wanted: set[str],
+    by_head: bool,
 ) -> Block | None:
     """The part of a fused projection that is wanted; None where all of it is."""
     if wanted >= set(fused):
         return None
+    if by_head:
+        asked = ", ".join(sorted(wanted & set(fused)))
+        raise UnsupportedError(
+            f"{name} ({type(module).__name__}) holds {', '.join(fused)} in one matrix, head by head or in an order "
+            f"that is not known, so {asked} alone is no part of it that could be tuned. "
+            f"Choose all of {', '.join(map(repr, fused))} or none of them."
+        )
     tensor = getattr(module, parameter)
     # GPT-2's linear maps have their weight the other way round.
     axis = 1 if tensor.dim() == 2 and hasattr(module, "nf") else 0
@@ -119,8 +113,16 @@ def _sizes(model: nn.Module, name: str, size: int, fused: tuple[str, ...]) -> li
     """How many outputs each part of a fused projection has: keys and values may be fewer than queries."""
     if fused[0] != "query":
         return [size // len(fused)] * len(fused)
-    facts = find_attention(model).get(name.rpartition(".")[0])
+    try:
+        facts = find_attention(model).get(name.rpartition(".")[0])
+    except UnsupportedError:  # attention of the model's own, which takes no prefix
+        facts = None
     key = size // 3 if facts is None else facts.heads * facts.head_dim
+    if facts is None and size % 3:
+        raise UnsupportedError(
+            f"{name} holds {', '.join(fused)} in one matrix of {size} outputs, and how many are keys is not known. "
+            "Choose all of them or none."
+        )
     return [size - 2 * key, key, key]
 
 

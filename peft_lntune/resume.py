@@ -12,12 +12,13 @@ from safetensors import SafetensorError, safe_open
 
 from peft_lntune.config import StoredConfig
 from peft_lntune.config.base import CONFIG_FILE, PEFT_TYPE
-from peft_lntune.errors import AdapterFileError, PeftLNTuneError
+from peft_lntune.errors import AdapterFileError, ConfigError, PeftLNTuneError
 from peft_lntune.storage import WEIGHTS_FILE
 
 __all__ = ["last_whole_checkpoint"]
 
 _NAME = re.compile(r"checkpoint-(\d+)")
+_SHARDED = re.compile(r"(pytorch_model_fsdp|optimizer)_\d+")
 STATE_FILE = "trainer_state.json"
 NEEDED = (("*model*", "*/*model*"), ("optimizer*",), ("scheduler.pt",), ("rng_state*.pth",), (STATE_FILE,))
 """What going on bit for bit needs, one of each, as Trainer names it in one process or in several."""
@@ -35,11 +36,18 @@ def last_whole_checkpoint(directory: str | os.PathLike) -> str | None:
     Whole means: every adapter is the one that its config was saved with, no file is cut off, and the states of
     optimizer, schedule, random numbers and Trainer are there, so one of `save_only_model=True` is passed over too.
 
+    DeepSpeed and sharded FSDP write a file per process, in formats of their own, and no list of the files that there
+    should be. Of such a checkpoint the end of the save is looked at, and a warning says what was not.
+
     Args:
         directory: the `output_dir` of the run; it need not be there yet.
 
     Returns:
-        The folder of the checkpoint; None where there is none, and training starts from the beginning.
+        The folder of the checkpoint; None where there is none, and training starts from the beginning. Where there are
+        checkpoints, and none of them is whole, a warning says so.
+
+    Raises:
+        ConfigError: `directory` is a checkpoint itself.
 
     Example:
         >>> import tempfile
@@ -47,13 +55,23 @@ def last_whole_checkpoint(directory: str | os.PathLike) -> str | None:
         ...     print(last_whole_checkpoint(folder))
         None
     """
-    for folder in sorted(_checkpoints(Path(directory)), key=_number, reverse=True):
+    folders = sorted(_checkpoints(Path(directory)), key=_number, reverse=True)
+    if not folders and _NAME.fullmatch(Path(directory).name) and Path(directory, STATE_FILE).is_file():
+        raise ConfigError(f"{directory} is a checkpoint itself. Give the output_dir that it is in.")
+    for folder in folders:
         try:
-            _check(folder)
+            unseen = _check(folder)
         except PeftLNTuneError as error:
             warnings.warn(f"{folder} is passed over: {error}", stacklevel=2)
-        else:
-            return str(folder)
+            continue
+        if unseen:
+            warnings.warn(f"{folder} is taken, but {unseen}", stacklevel=2)
+        return str(folder)
+    if folders:
+        warnings.warn(
+            f"none of the {len(folders)} checkpoints in {directory} is whole, so training starts from the beginning.",
+            stacklevel=2,
+        )
     return None
 
 
@@ -66,9 +84,11 @@ def _number(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
 
 
-def _check(folder: Path) -> None:
-    """Raise a `PeftLNTuneError` where a checkpoint is not whole."""
-    missing = [names[0] for names in NEEDED if not _files(folder, names)]
+def _check(folder: Path) -> str | None:
+    """Raise a `PeftLNTuneError` where a checkpoint is not whole; say what could not be looked at."""
+    unseen = _check_deepspeed(folder) if _is_deepspeed(folder) else _check_sharded(folder)
+    needed = NEEDED[3:] if _is_deepspeed(folder) else NEEDED
+    missing = [names[0] for names in needed if not _files(folder, names)]
     if missing:
         raise AdapterFileError(f"it has no {missing[0]}. It was not written to its end, or is not meant to go on from.")
     _check_json(folder / STATE_FILE)
@@ -79,6 +99,47 @@ def _check(folder: Path) -> None:
     adapters = _files(folder, (WEIGHTS_FILE, CONFIG_FILE, f"*/{WEIGHTS_FILE}", f"*/{CONFIG_FILE}"))
     for own in sorted({file.parent for file in adapters}):
         _check_adapter(own)
+    return unseen
+
+
+def _is_deepspeed(folder: Path) -> bool:
+    return (folder / "latest").exists() or any(folder.glob("global_step*"))
+
+
+def _check_deepspeed(folder: Path) -> str:
+    """The name of the step's folder is written to `latest` when every process has written its part of the step."""
+    latest = folder / "latest"
+    step = latest.read_text(encoding="utf-8").strip() if latest.is_file() else ""
+    if not step or not (folder / step).is_dir():
+        raise AdapterFileError(
+            "DeepSpeed's `latest` is missing, or names no folder beside it, so it was not written to its end."
+        )
+    files = _files(folder, (f"{step}/*.pt",))
+    if not any("model_states" in file.name for file in files):
+        raise AdapterFileError(f"{step} has no model states. It was not written to its end.")
+    for file in files:
+        _check_pickled(file)
+    return (
+        f"it is DeepSpeed's: whether {step} has the part of every process cannot be told from here. It holds "
+        f"{len(files)} files; compare with the number of processes."
+    )
+
+
+def _check_sharded(folder: Path) -> str | None:
+    """torch writes `.metadata` when every process has written its shard."""
+    sharded = sorted(
+        {file.parent for file in folder.glob("*/*.distcp")} | {f.parent for f in folder.glob("*/.metadata")}
+    )
+    sharded += [entry for entry in folder.iterdir() if _SHARDED.fullmatch(entry.name) and entry not in sharded]
+    for own in sharded:
+        if not (own / ".metadata").is_file() or not (own / ".metadata").stat().st_size or not any(own.glob("*.distcp")):
+            raise AdapterFileError(f"{own.name} has no .metadata, or no shard, so it was not written to its end.")
+    if not sharded:
+        return None
+    return (
+        f"{', '.join(own.name for own in sharded)} are FSDP's: whether the shard of every process is there and whole "
+        "cannot be told from here."
+    )
 
 
 def _files(folder: Path, patterns: Iterable[str]) -> list[Path]:

@@ -4,6 +4,7 @@ Norms have the names of their roles, which `peft_lntune.core.roles` tells from t
 modules the table below holds one block a structure, whatever models are built that way.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from itertools import takewhile
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from typing import NamedTuple
 from peft_lntune.core.role_names import is_called_norm
 from peft_lntune.core.roles import find_roles
 
-__all__ = ["Place", "find_components", "group_by_place"]
+__all__ = ["BY_HEAD", "Place", "find_components", "find_kinds", "group_by_place"]
 
 
 class Place(NamedTuple):
@@ -45,6 +46,9 @@ def _attention(module: str, names: str, said: str = "") -> dict[str, str]:
     return {f"{module}.{name}": part for name, part in zip(names.split(), parts, strict=True)}
 
 
+BY_HEAD = "query, key, value by head"
+"""Queries, keys and values in one matrix, head by head, or in an order that is not known here."""
+
 # By the end of a module's path, its component; the longest end that is known wins.
 STRUCTURES: dict[str, dict[str, str]] = {
     "BERT, RoBERTa, Electra, and ViT in older versions": {
@@ -57,6 +61,26 @@ STRUCTURES: dict[str, dict[str, str]] = {
         "intermediate.dense": "FFN up",
         "output.dense": "FFN down",
         "pooler.dense": "pooler",
+    },
+    "DeBERTa": {
+        "attention.self.in_proj": BY_HEAD,
+        **_attention("attention", "self.query_proj self.key_proj self.value_proj output.dense"),
+    },
+    "ALBERT": {
+        **_attention("attention", "query key value dense"),
+        "albert_layers.0.ffn": "FFN up",
+        "ffn_output": "FFN down",
+    },
+    "BigBird, ALBERT": {"pooler": "pooler"},
+    "MPNet": _attention("attention", "attn.q attn.k attn.v attn.o"),
+    "ModernBERT, MPT": {
+        "tok_embeddings": "word embeddings",
+        "attn.Wqkv": "query, key, value",
+        "attn.Wo": "attention output",
+        "mlp.Wi": "FFN gate, up",
+        "mlp.Wo": "FFN down",
+        "ffn.up_proj": "FFN up",
+        "ffn.down_proj": "FFN down",
     },
     "DistilBERT": {
         **_attention("attention", "q_lin k_lin v_lin out_lin"),
@@ -74,6 +98,20 @@ STRUCTURES: dict[str, dict[str, str]] = {
         "mlp.c_fc": "FFN up",
         "mlp.c_proj": "FFN down",
     },
+    "GPT-J, CodeGen": {
+        **_attention("attn", "q_proj k_proj v_proj out_proj"),
+        "attn.qkv_proj": BY_HEAD,
+        "mlp.fc_in": "FFN up",
+        "mlp.fc_out": "FFN down",
+    },
+    "GPT-NeoX, BLOOM, Falcon": {
+        "embed_in": "word embeddings",
+        "attention.query_key_value": BY_HEAD,
+        "self_attention.query_key_value": BY_HEAD,
+        "self_attention.dense": "attention output",
+        "mlp.dense_h_to_4h": "FFN up",
+        "mlp.dense_4h_to_h": "FFN down",
+    },
     "Llama, Mistral, Qwen, Gemma, OLMo": {
         "embed_tokens": "word embeddings",
         **_attention("self_attn", "q_proj k_proj v_proj o_proj"),
@@ -81,6 +119,15 @@ STRUCTURES: dict[str, dict[str, str]] = {
         "mlp.up_proj": "FFN up",
         "mlp.down_proj": "FFN down",
     },
+    "Phi": {"self_attn.dense": "attention output"},
+    "RWKV": {
+        "embeddings": "word embeddings",
+        "attention.output": "attention output",
+        "feed_forward.key": "FFN up",
+        "feed_forward.receptance": "FFN gate",
+        "feed_forward.value": "FFN down",
+    },
+    "xLSTM": {"ffn.proj_up_gate": "FFN gate", "ffn.proj_up": "FFN up", "ffn.proj_down": "FFN down"},
     "Phi-3": {"self_attn.qkv_proj": "query, key, value", "mlp.gate_up_proj": "FFN gate, up"},
     "Mixtral": {
         "mlp.gate": "router",
@@ -103,6 +150,23 @@ STRUCTURES: dict[str, dict[str, str]] = {
         **_attention("encoder_attn", "q_proj k_proj v_proj out_proj", "cross-attention "),
         "fc1": "FFN up",
         "fc2": "FFN down",
+        "token_embedding": "word embeddings",
+        "position_embedding": "position embeddings",
+        "patch_embedding": "patch embeddings",
+        "self_attn.qkv": BY_HEAD,
+        "self_attn.projection": "attention output",
+    },
+    "Wav2Vec2, GPT-Neo": {
+        "attention.out_proj": "attention output",
+        "feed_forward.intermediate_dense": "FFN up",
+        "feed_forward.output_dense": "FFN down",
+    },
+    "ProphetNet": {
+        "position_embeddings": "position embeddings",
+        **_attention("self_attn", "query_proj key_proj value_proj out_proj"),
+        **_attention("cross_attn", "query_proj key_proj value_proj out_proj", "cross-attention "),
+        "feed_forward.intermediate": "FFN up",
+        "feed_forward.output": "FFN down",
     },
     "ViT": {
         "embeddings.cls_token": "class token",
@@ -113,6 +177,22 @@ STRUCTURES: dict[str, dict[str, str]] = {
     },
 }
 _ENDS = {end: component for rows in STRUCTURES.values() for end, component in rows.items()}
+# Short ends, which mean something else inside an attention module.
+_IN_ATTENTION = {"output.dense": "attention output", "fc1": None, "fc2": None}
+_ATTENTION = re.compile(r"(^|_)att(n|ention)?$")
+
+# By component, the names that the configs have for what is in it, in the order of the matrix's outputs.
+_QKV, _FFN = ("query", "key", "value"), ("up", "gate", "down")
+_KINDS: dict[str, tuple[str, ...]] = {
+    **{f"{said}{part}": (part,) for said in ("", "cross-attention ") for part in _QKV},
+    **dict.fromkeys(("attention output", "cross-attention output"), ("attention_output",)),
+    **dict.fromkeys(("query, key, value", BY_HEAD), _QKV),
+    "cross-attention key, value": ("key", "value"),
+    **{f"FFN {part}": (f"ffn_{part}",) for part in _FFN},
+    "FFN gate, up": ("ffn_gate", "ffn_up"),
+    **{f"{what} embeddings": ("embedding",) for what in ("word", "position", "type", "patch")},
+    "pooler": ("pooler",),
+}
 
 # What stands on top of a body, by the first part of the path: all of it is "head", its norms too.
 HEADS = frozenset(
@@ -154,9 +234,7 @@ def find_components(names: Iterable[str], roles: Mapping[str, tuple[str, ...]] |
         FFN up 0 weight
     """
     owners = {name: _owner(name) for name in names}
-    norms = {owner for owner in owners.values() if is_called_norm(owner)}
-    known = {**find_roles(_with_parents(owners.values()), norms), **(roles or {})}
-    components = {owner: _component(owner, known.get(owner, ())) for owner in owners.values()}
+    components = _components(owners, roles)
     stacks = _stacks(owner for owner, component in components.items() if component not in (None, "head"))
     places = {}
     for name, owner in owners.items():
@@ -170,6 +248,29 @@ def find_components(names: Iterable[str], roles: Mapping[str, tuple[str, ...]] |
             component = f"{_stack_of(owner, stacks)}{component}"
         places[name] = Place(component, layer, "bias" if name.endswith("bias") else "weight")
     return places
+
+
+def find_kinds(
+    names: Iterable[str], roles: Mapping[str, tuple[str, ...]] | None = None
+) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Tell the component of each parameter as configs name it, whatever stack of layers it is in.
+
+    Args:
+        names: as in `find_components`.
+        roles: as in `find_components`.
+
+    Returns:
+        For each parameter its component as the table has it, and the names of what is in it: several where one matrix
+        holds several, none where the module is not known, is a norm, or is part of a head.
+
+    Example:
+        >>> find_kinds(["h.0.attn.c_attn.weight", "h.0.mixer.key.weight"])
+        {'h.0.attn.c_attn.weight': ('query, key, value', ('query', 'key', 'value')), 'h.0.mixer.key.weight': ('', ())}
+    """
+    owners = {name: _owner(name) for name in names}
+    components = _components(owners, roles)
+    found = {name: components[owner] or "" for name, owner in owners.items()}
+    return {name: (component, _KINDS.get(component, ())) for name, component in found.items()}
 
 
 def group_by_place(places: Mapping[str, Place], *, layers: bool = True) -> dict[Place, list[str]]:
@@ -191,14 +292,25 @@ def _with_parents(owners: Iterable[str]) -> set[str]:
     return {".".join(path[:length]) for path in parts for length in range(len(path) + 1)}
 
 
+def _components(owners: Mapping[str, str], roles: Mapping[str, tuple[str, ...]] | None) -> dict[str, str | None]:
+    norms = {owner for owner in owners.values() if is_called_norm(owner)}
+    known = {**find_roles(_with_parents(owners.values()), norms), **(roles or {})}
+    return {owner: _component(owner, known.get(owner, ())) for owner in owners.values()}
+
+
 def _component(owner: str, roles: tuple[str, ...]) -> str | None:
     parts = owner.split(".")
     if parts[0] in HEADS:
         return "head"
     if roles:
         return " and ".join(_NORMS[role] for role in roles) + " norm"
-    ends = (".".join(parts[start:]) for start in range(len(parts)))
-    return next((_ENDS[end] for end in ends if end in _ENDS), None)
+    for start in range(len(parts)):
+        end = ".".join(parts[start:])
+        if end in _IN_ATTENTION and start and _ATTENTION.search(parts[start - 1]):
+            return _IN_ATTENTION[end]
+        if end in _ENDS:
+            return _ENDS[end]
+    return None
 
 
 def _split(owner: str) -> tuple[tuple[str, ...], int | None, tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,24 +67,48 @@ def read_rows(file: str | Path, text_columns: Sequence[str] = (), label_column: 
 
 
 def encode_labels(labels: Sequence[Any], known: Mapping[str, int]) -> tuple[list, int]:
-    """Labels as numbers, and how many classes there are; 1 for a regression."""
+    """Labels as numbers, and how many classes there are; 1 for a regression.
+
+    Whole numbers are classes, also as text and where a table has made floats of them (`1.0`); other numbers are values
+    of a regression; anything else is the name of a class.
+
+    Args:
+        labels: of all rows, in order.
+        known: the classes of the model's head by name; empty where it has none.
+
+    Raises:
+        DataError: a label is missing, NaN, a list, a negative class, or not known to the head; the row is named.
+    """
+    for row, label in enumerate(labels):
+        said = f"the label of row {row} is {label!r}"
+        if label is None or (isinstance(label, str) and not label.strip()):
+            raise DataError(f"{said}: it is missing. Fill it in, or take the row out.")
+        if not isinstance(label, (str, bool, int, float)):
+            raise DataError(f"{said}, of type {type(label).__name__}. A label is a number or the name of a class.")
+        if _number(label) is not None and not math.isfinite(_number(label) or 0.0):
+            raise DataError(f"{said}, which is no number to learn. Fill it in, or take the row out.")
     if known and all(str(label) in known for label in labels):
         return [known[str(label)] for label in labels], max(known.values()) + 1
-    for kind in (int, float):
-        try:
-            found = [kind(label) if isinstance(label, str) else label for label in labels]
-        except ValueError:
-            continue
-        if all(type(label) in (bool, int) for label in found):
-            if min(found) < 0:
-                raise DataError(f"labels of classes are counted from 0, but there is one of {min(found)}.")
-            return [int(label) for label in found], int(max(found)) + 1
-        if all(type(label) in (bool, int, float) for label in found):
-            return [float(label) for label in found], 1
+    numbers = [number for label in labels if (number := _number(label)) is not None]
+    if len(numbers) == len(labels):
+        if any(number != int(number) for number in numbers):
+            return numbers, 1
+        if min(numbers) < 0:
+            row = numbers.index(min(numbers))
+            raise DataError(f"labels of classes are counted from 0, but that of row {row} is {labels[row]!r}.")
+        return [int(number) for number in numbers], int(max(numbers)) + 1
     names = sorted({str(label) for label in labels})
     if known:
         raise DataError(f"the model's head knows {', '.join(known)}, and the data has {', '.join(names[:5])}.")
     return [names.index(str(label)) for label in labels], len(names)
+
+
+def _number(label: Any) -> float | None:
+    """The number that a label is or spells; None where it is a name."""
+    try:
+        return float(label)
+    except ValueError:
+        return None
 
 
 def _read_json_lines(path: Path) -> list[dict[str, Any]]:

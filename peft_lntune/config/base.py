@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from peft import PeftConfig
@@ -139,7 +139,7 @@ class LNTuneConfig(PeftConfig):
         """
         return is_sealed(self.manifest)
 
-    def unmasked(self) -> Self:
+    def unmasked(self) -> "LNTuneConfig":
         """A copy for a new adapter that tunes every entry, whatever adapter this config is of.
 
         Example:

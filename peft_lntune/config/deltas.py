@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 from peft_lntune.config.base import LNTuneConfig, check_choice, plain
 from peft_lntune.errors import ConfigError
@@ -33,8 +33,8 @@ class DeltaConfig(LNTuneConfig):
         self.mask_source = None if self.mask_source is None else recorded(self.mask_source)
         check_choice(self, "tune", TUNE)
 
-    def unmasked(self) -> Self:
-        return replace(super().unmasked(), mask_source=None)
+    def unmasked(self) -> "DeltaConfig":
+        return replace(self, manifest=None, mask_source=None)
 
     def take_sizes(self, saved: LNTuneConfig) -> None:
         super().take_sizes(saved)

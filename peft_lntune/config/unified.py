@@ -1,7 +1,7 @@
 """Several methods in one adapter: one config, one directory, one switch."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 from peft import LoraConfig, PeftConfig
 
@@ -74,9 +74,9 @@ class UnifiedConfig(LNTuneConfig):
         stored: dict[str, Any] = super().to_dict()
         return {**stored, "parts": [_listed(part.to_dict()) for part in self.parts or ()]}
 
-    def unmasked(self) -> Self:
+    def unmasked(self) -> "UnifiedConfig":
         parts = [part.unmasked() if isinstance(part, LNTuneConfig) else part for part in self.parts or ()]
-        return replace(super().unmasked(), parts=parts)
+        return replace(self, manifest=None, parts=parts)
 
     def effective_parts(self) -> list[PeftConfig]:
         """The parts as configs that can be injected one after the other: with what is said once for all of them."""

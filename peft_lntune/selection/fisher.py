@@ -390,7 +390,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     Recurrent models write their caches in place, and autograd cannot go back through that.
     """
     modes = [(module, module.training) for module in model.modules()]
-    configs = {id(c): c for c in (getattr(module, "config", None) for module in model.modules())}
+    configs: dict[int, Any] = {id(c): c for c in (getattr(module, "config", None) for module in model.modules())}
     caching = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:

@@ -34,7 +34,8 @@ class TaskTrainer(Trainer):
 
     Learning rate, schedule, clipping, evaluation, early stop and progress bar are a task's own; `args.max_grad_norm` is
     the limit of each. Logs have `loss/<task>` and `learning_rate/<task>`, and their `loss` is the sum. Evaluation gives
-    `eval_<task>_...` for each task, and as `eval_loss` the mean of their losses. Checkpoints hold each task as an
+    `eval_<task>_...` for each task, and as `eval_loss` the mean of their losses; of a dict of evaluation sets,
+    `eval_<set>_<task>_...` and `eval_<set>_loss`. Checkpoints hold each task as an
     ordinary adapter, and what going on bit for bit needs.
 
     Weight decay is what Trainer does: none on norms and on biases of heads.
@@ -70,7 +71,12 @@ class TaskTrainer(Trainer):
         greater_is_better: bool = False,
         **kwargs: Any,
     ) -> None:
-        _check(args, kwargs)
+        _check(args, kwargs, rows_per_task is not None)
+        if patience is not None and isinstance(kwargs.get("eval_dataset"), dict):
+            raise ConfigError(
+                f"patience={patience} looks at one evaluation set, but eval_dataset is a dict of "
+                f"{len(kwargs['eval_dataset'])}. Give one of them, and evaluate the others by trainer.evaluate."
+            )
         super().__init__(tasks.model, args, **kwargs)
         self.tasks, self.task_column, self.learning_rates = tasks, task_column, learning_rates
         self.rows_per_task, self.row_loss = rows_per_task, loss
@@ -106,13 +112,20 @@ class TaskTrainer(Trainer):
         if self.train_dataset is None:
             raise ConfigError("training needs a train_dataset. Give one to TaskTrainer.")
         dataset: Any = self.train_dataset
-        batches = TaskBatches(self.tasks_of(dataset), self.rows_per_task, self.args.data_seed or self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        batches = TaskBatches(self.tasks_of(dataset), self.rows_per_task, seed)
+        collator: Any = self.data_collator
+        if hasattr(dataset, "column_names"):
+            dataset = self._remove_unused_columns(dataset, description="training")
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description="training")
         loader: DataLoader = DataLoader(
             dataset,
             batch_sampler=batches,
-            collate_fn=self.data_collator,
+            collate_fn=collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
         )
         return self.accelerator.prepare(loader)
 
@@ -212,14 +225,39 @@ class TaskTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Evaluate each task on its rows, and stop those that no longer improve."""
+        """Evaluate each task on its rows, and stop those that no longer improve.
+
+        Args:
+            eval_dataset: a data set, several by name, or the name of one of those that TaskTrainer was given; None:
+                what it was given.
+            ignore_keys: as in Trainer.
+            metric_key_prefix: before all names; of several data sets, that of each comes behind it.
+
+        Returns:
+            `<prefix>_<task>_<value>` for each task, and the mean of the tasks' losses as `<prefix>_loss`.
+
+        Raises:
+            ConfigError: there is no data set, or none of that name.
+            DataError: the data set has no rows, or a row is of no task.
+        """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if dataset is None:
+        if isinstance(dataset, str):
+            known = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+            if dataset not in known:
+                raise ConfigError(f"eval_dataset={dataset!r} is not among the evaluation sets {', '.join(known)}.")
+            dataset = known[dataset]
+        if dataset is None or dataset == {}:
             raise ConfigError("evaluation needs an eval_dataset. Give one to TaskTrainer, or to evaluate.")
         found: dict[str, float] = {}
+        if isinstance(dataset, dict):
+            for name, own in dataset.items():
+                found |= self.evaluate(own, ignore_keys, f"{metric_key_prefix}_{name}")
+            return found
         places: dict[str, list[int]] = {}
         for place, name in enumerate(self.tasks_of(dataset)):
             places.setdefault(name, []).append(place)
+        if not places:
+            raise DataError("the evaluation set has no rows.")
         for name, own in places.items():
             rows = dataset.select(own) if hasattr(dataset, "select") else Subset(dataset, own)
             found |= super().evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}")
@@ -310,16 +348,37 @@ def _chance(rows: int, own: int, size: int) -> float:
     return 1 - math.comb(rows - own, size) / math.comb(rows, size)
 
 
-def _check(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None:
+def _check(args: TrainingArguments, kwargs: Mapping[str, Any], by_task: bool) -> None:
+    if args.lr_scheduler_type == "reduce_lr_on_plateau":
+        raise ConfigError(
+            "lr_scheduler_type='reduce_lr_on_plateau' follows one evaluated value for all tasks. Use a schedule by "
+            "steps, such as 'cosine', and patience."
+        )
     refused = {
         "fp16": "one task that overflows would scale the steps of all. Use bf16",
         "load_best_model_at_end": "there is no best of all tasks. Use patience, or save what you evaluate",
         "use_liger_kernel": "it skips the forward of norms",
         "label_smoothing_factor": "it smooths all rows alike in one loss. Pass loss",
+        "metric_for_best_model": "there is no best of all tasks. Use patience and stop_on",
+        "dataloader_persistent_workers": "each task is evaluated on rows of its own, and the workers keep those of one",
+        "deepspeed": "its optimizer steps all parameters at once, and each task has its own",
+        "fsdp": "it cuts parameters in pieces, and a task is a row of one",
     }
+    if by_task:  # what Trainer's own batches follow
+        refused |= {
+            "group_by_length": "rows_per_task says what is in a batch",
+            "dataloader_drop_last": "rows_per_task ends a task with what it has left",
+            "auto_find_batch_size": "rows_per_task says how large a batch is",
+        }
     for option, why in refused.items():
         if getattr(args, option, False):
             raise ConfigError(f"{option}={getattr(args, option)!r} has no meaning for many tasks: {why}.")
+    order = getattr(args, "train_sampling_strategy", "random")  # older versions of transformers have group_by_length
+    if by_task and order != "random":
+        raise ConfigError(
+            f"train_sampling_strategy={order!r} has no meaning with rows_per_task, which says what a batch "
+            "holds. Leave one of the two out."
+        )
     own = {"model", "optimizers", "compute_loss_func", "model_init", "optimizer_cls_and_kwargs"} & kwargs.keys()
     if own:
         raise ConfigError(f"{min(own)} is not for TaskTrainer, which takes tasks, learning_rates and loss.")

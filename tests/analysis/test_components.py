@@ -1,9 +1,13 @@
 """The full table of components of the families, and what a name that is not known becomes."""
 
 import pytest
+import torch
+import transformers
 
-from peft_lntune.analysis.components import STRUCTURES, Place, find_components, group_by_place
+from peft_lntune import UnsupportedError
+from peft_lntune.analysis.components import STRUCTURES, Place, find_components, find_kinds, group_by_place
 from peft_lntune.core.norms import find_norms
+from peft_lntune.modules import find_parameters
 from tests.cases import LAYERS, build
 
 
@@ -265,13 +269,13 @@ TABLE: dict[str, dict[str, str]] = {
         **rows(
             "model.",
             """
-            embeddings.tok_embeddings!: model.embeddings.tok_embeddings
+            embeddings.tok_embeddings!: word embeddings
             embeddings.norm!: embedding norm
-            layers.*.attn.Wqkv!: model.layers.attn.Wqkv
-            layers.*.attn.Wo!: model.layers.attn.Wo
+            layers.*.attn.Wqkv!: query, key, value
+            layers.*.attn.Wo!: attention output
             layers.*.mlp_norm!: FFN norm
-            layers.*.mlp.Wi!: model.layers.mlp.Wi
-            layers.*.mlp.Wo!: model.layers.mlp.Wo
+            layers.*.mlp.Wi!: FFN gate, up
+            layers.*.mlp.Wo!: FFN down
             final_norm!: final norm
             """,
         ),
@@ -280,7 +284,7 @@ TABLE: dict[str, dict[str, str]] = {
         **rows(
             "backbone.",
             """
-            embeddings!: backbone.embeddings
+            embeddings!: word embeddings
             layers.*.norm!: mixer norm
             layers.*.mixer.A_log=: backbone.layers.mixer.A_log
             layers.*.mixer.D=: backbone.layers.mixer.D
@@ -388,3 +392,98 @@ def test_no_two_structures_contradict_each_other():
     for table in STRUCTURES.values():
         for end, component in table.items():
             assert seen.setdefault(end, component) == component
+
+
+KNOWN = ("query", "key", "value", "attention_output", "ffn_up", "ffn_gate", "ffn_down")
+SMALL = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+# By class, the matrices of each component, as the model's own source names them; {} stands for the layers.
+BLOCKS = {
+    "RwkvModel": {
+        "key": "blocks.{}.attention.key",
+        "value": "blocks.{}.attention.value",
+        "attention_output": "blocks.{}.attention.output",
+        "ffn_up": "blocks.{}.feed_forward.key",
+        "ffn_gate": "blocks.{}.feed_forward.receptance",
+        "ffn_down": "blocks.{}.feed_forward.value",
+    },
+    "DebertaV2Model": {
+        "query": "encoder.layer.{}.attention.self.query_proj",
+        "key": "encoder.layer.{}.attention.self.key_proj",
+        "value": "encoder.layer.{}.attention.self.value_proj",
+        "attention_output": "encoder.layer.{}.attention.output.dense",
+        "ffn_up": "encoder.layer.{}.intermediate.dense",
+        "ffn_down": "encoder.layer.{}.output.dense",
+    },
+    "GPTJModel": {
+        "query": "h.{}.attn.q_proj",
+        "key": "h.{}.attn.k_proj",
+        "value": "h.{}.attn.v_proj",
+        "attention_output": "h.{}.attn.out_proj",
+        "ffn_up": "h.{}.mlp.fc_in",
+        "ffn_down": "h.{}.mlp.fc_out",
+    },
+    "MPNetModel": {
+        "query": "encoder.layer.{}.attention.attn.q",
+        "key": "encoder.layer.{}.attention.attn.k",
+        "value": "encoder.layer.{}.attention.attn.v",
+        "attention_output": "encoder.layer.{}.attention.attn.o",
+        "ffn_up": "encoder.layer.{}.intermediate.dense",
+        "ffn_down": "encoder.layer.{}.output.dense",
+    },
+    "BertModel": {
+        "query": "encoder.layer.{}.attention.self.query",
+        "attention_output": "encoder.layer.{}.attention.output.dense",
+        "ffn_down": "encoder.layer.{}.output.dense",
+    },
+}
+
+
+def on_meta(name, **more):
+    kind = getattr(transformers, name)
+    with torch.device("meta"):
+        return kind(kind.config_class(**{**SMALL, **more}))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_matrix_is_told_by_the_block_it_is_in(name):
+    """`key` of an FFN is no attention's key, and `output.dense` of an attention is no FFN's."""
+    model = on_meta(name)
+    for component in KNOWN if len(BLOCKS[name]) > 3 else BLOCKS[name]:
+        expected = BLOCKS[name].get(component)
+        found = find_parameters(model, [component], tune=("weight",))
+        assert list(found) == ([] if expected is None else [expected.format(layer) for layer in range(2)])
+
+
+def test_cross_attention_of_models_that_name_it_otherwise():
+    model = on_meta("LxmertModel", l_layers=1, x_layers=1, r_layers=1, num_attention_heads=2, intermediate_size=8)
+    down = find_parameters(model, ["ffn_down"], tune=("weight",))
+    assert down
+    assert not any("att" in name.rpartition(".output")[0].rpartition(".")[2] for name in down)
+
+
+@pytest.mark.parametrize("name", ["GPTNeoXModel", "BloomModel", "FalconModel", "GPTBigCodeModel"])
+def test_queries_that_lie_head_by_head_are_not_cut_out(name):
+    more = {"multi_query": False} if name == "GPTBigCodeModel" else {}
+    model = on_meta(name, **more)
+    with pytest.raises(UnsupportedError, match="query, key, value in one matrix, head by head"):
+        find_parameters(model, ["query"])
+    whole = find_parameters(model, ["query", "key", "value"])
+    assert len(whole) == 2
+    assert {block for found in whole.values() for block in found.values()} == {None}
+
+
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [("MptModel", (8, 16, 24)), ("ModernBertModel", (8, 16, 24)), ("GPTBigCodeModel", (8, 12, 16))],
+)
+def test_queries_that_lie_one_after_the_other_are(name, ends):
+    """Fewer outputs are keys where heads share them."""
+    model = on_meta(name, n_heads=2, d_model=8, n_layers=2, intermediate_size=8, pad_token_id=0)
+    for number, component in enumerate(("query", "key", "value")):
+        for found in find_parameters(model, [component], tune=("weight",)).values():
+            assert found["weight"].ranges == (((0, *ends)[number], ends[number]),)
+
+
+def test_a_path_that_ends_like_a_component_is_none():
+    names = ["h.0.mixer.key.weight", "h.0.memory.query.weight", "h.0.mixer.pooler_key.weight", "h.0.router.value.bias"]
+    assert set(find_kinds(names).values()) == {("", ())}

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 
 from peft_lntune import (
     AdapterFileError,
     BottleneckConfig,
+    ConfigError,
     ModuleTuningConfig,
     PrefixConfig,
     last_whole_checkpoint,
@@ -158,7 +160,10 @@ def test_without_a_whole_one_training_begins_at_the_beginning(tmp_path: Path) ->
     (tmp_path / "checkpoint-7").touch()
     assert last_whole_checkpoint(tmp_path) is None
     (tmp_path / "checkpoint-2").mkdir()
-    with pytest.warns(UserWarning, match="checkpoint-2 is passed over: it has no .* not written to its end"):
+    with (
+        pytest.warns(UserWarning, match="none of the 1 checkpoints in .* is whole, so training starts from the beginn"),
+        pytest.warns(UserWarning, match="checkpoint-2 is passed over: it has no .* not written to its end"),
+    ):
         assert last_whole_checkpoint(tmp_path) is None
 
 
@@ -189,3 +194,75 @@ def test_other_adapters_and_whole_models_count_too(trained: Path, tmp_path: Path
     cut(tmp_path / "checkpoint-2" / "model.safetensors", 0.5)
     with pytest.warns(UserWarning, match=r"checkpoint-2 is passed over: model\.safetensors is cut off"):
         assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+
+
+def deepspeed(folder: Path, whole: Path) -> Path:
+    """A checkpoint as Trainer writes it under DeepSpeed: its states in a folder of the step."""
+    own = ("optimizer*", "scheduler*", "rng_state*")
+    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns(*own))
+    for rank in (0, 1):
+        torch.save({}, folder / f"rng_state_{rank}.pth")
+    step = folder / "global_step4"
+    step.mkdir()
+    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"):
+        torch.save({"state": torch.ones(3)}, step / name)
+    (folder / "latest").write_text("global_step4")
+    return folder
+
+
+def sharded(folder: Path, whole: Path) -> Path:
+    """One under FSDP with sharded states, each in a folder of torch's distributed format."""
+    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("optimizer*", "adapter_*", "a", "b", "c"))
+    for name in ("pytorch_model_fsdp_0", "optimizer_0"):
+        (folder / name).mkdir()
+        for part in ("__0_0.distcp", "__1_0.distcp", ".metadata"):
+            (folder / name / part).write_bytes(b"values")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "damages"),
+    [
+        (
+            deepspeed,
+            [
+                lambda folder: (folder / "latest").unlink(),
+                lambda folder: (folder / "latest").write_text("global_step6"),
+                lambda folder: cut(folder / "global_step4" / "mp_rank_00_model_states.pt", 0.5),
+                lambda folder: (folder / "global_step4" / "mp_rank_00_model_states.pt").unlink(),
+                lambda folder: (folder / "trainer_state.json").unlink(),
+            ],
+        ),
+        (
+            sharded,
+            [
+                lambda folder: (folder / "optimizer_0" / ".metadata").unlink(),
+                lambda folder: shutil.rmtree(folder / "optimizer_0"),
+                lambda folder: [file.unlink() for file in (folder / "pytorch_model_fsdp_0").glob("*.distcp")],
+                lambda folder: (folder / "scheduler.pt").unlink(),
+            ],
+        ),
+    ],
+    ids=["DeepSpeed", "FSDP"],
+)
+def test_checkpoints_of_several_processes(make: Any, damages: list[Any], trained: Path, tmp_path: Path) -> None:
+    """What can be told of them is checked; what cannot be told is said, and no run begins anew without a word."""
+    for number, damage in enumerate([None, *damages]):
+        root = tmp_path / str(number)
+        root.mkdir()
+        folder = make(root / "checkpoint-4", trained / LAST)
+        if damage is None:
+            with pytest.warns(UserWarning, match="checkpoint-4 is taken, but .* cannot be told"):
+                assert last_whole_checkpoint(root) == str(folder)
+            continue
+        damage(folder)
+        with (
+            pytest.warns(UserWarning, match="none of the 1 checkpoints .* training starts from the beginning"),
+            pytest.warns(UserWarning, match="checkpoint-4 is passed over: "),
+        ):
+            assert last_whole_checkpoint(root) is None
+
+
+def test_a_checkpoint_is_no_output_directory(trained: Path) -> None:
+    with pytest.raises(ConfigError, match="is a checkpoint itself"):
+        last_whole_checkpoint(trained / LAST)

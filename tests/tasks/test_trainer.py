@@ -149,6 +149,51 @@ def test_evaluation_is_of_each_task(tmp_path):
         assert metrics["eval_b_loss"] == pytest.approx(model(**batch).loss.item(), abs=1e-5)
 
 
+def test_several_evaluation_sets(tmp_path):
+    sets = {"near": dataset(seed=7), "far": dataset({"a": 2, "b": 2}, seed=9)}
+    trainer = train(tmp_path, eval_dataset=sets, arguments_of={"eval_strategy": "epoch", "num_train_epochs": 1})
+    (logged,) = (entry for entry in trainer.state.log_history if "eval_near_a_loss" in entry)
+    metrics = trainer.evaluate()
+    assert metrics["eval_near_a_loss"] == logged["eval_near_a_loss"]
+    by_set = {name: trainer.evaluate(rows, metric_key_prefix=name) for name, rows in sets.items()}
+    assert by_set["near"]["near_c_loss"] == metrics["eval_near_c_loss"]
+    assert by_set["far"]["far_loss"] == metrics["eval_far_loss"]
+    assert "eval_far_c_loss" not in metrics
+    assert trainer.evaluate("far", metric_key_prefix="x")["x_b_loss"] == metrics["eval_far_b_loss"]
+    given = trainer.evaluate({"own": sets["near"]})
+    assert given["eval_own_loss"] == metrics["eval_near_loss"]
+    assert "eval_near_loss" not in given
+    with pytest.raises(ConfigError, match="eval_dataset='none' is not among the evaluation sets near, far"):
+        trainer.evaluate("none")
+    with pytest.raises(DataError, match="evaluation set has no rows"):
+        trainer.evaluate([])
+
+
+@pytest.mark.parametrize(("seeds", "same"), [((0, 0), True), ((0, 1), False), ((None, None), False)], ids=str)
+def test_data_seed_is_a_seed(seeds, same, tmp_path):
+    orders = []
+    for seed, data_seed in enumerate(seeds):
+        own = arguments(tmp_path, seed=seed, data_seed=data_seed)
+        tasks = ManyTasks(tasked(FAMILY))
+        trainer = TaskTrainer(tasks, own, train_dataset=dataset({"a": 40}), rows_per_task=40)
+        orders.append([batch["input_ids"].tolist() for batch in trainer.get_train_dataloader()])
+        tasks.close()
+    assert (orders[0] == orders[1]) is same
+
+
+def test_columns_that_are_not_for_the_model_are_left_out(tmp_path):
+    """As Trainer does it, of rows that come as dicts too; this collator would stop at text."""
+    seen = []
+
+    def collator(rows):
+        seen.append(set(rows[0]))
+        return transformers.default_data_collator(rows)
+
+    for rows in (dataset(), [*dataset()]):
+        train(tmp_path, train_dataset=rows, data_collator=collator, arguments_of={"max_steps": 1})
+    assert all("extra" not in names and "input_ids" in names for names in seen)
+
+
 def test_a_task_that_no_longer_improves_stops_and_the_rest_goes_on(tmp_path):
     seen = []
 
@@ -186,6 +231,19 @@ def test_prediction_is_by_the_task_of_each_row(tmp_path):
     ("options", "message"),
     [
         ({"arguments_of": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor=0.1 has no meaning"),
+        ({"arguments_of": {"train_sampling_strategy": "group_by_length"}}, "no meaning with rows_per_task"),
+        ({"arguments_of": {"dataloader_drop_last": True}}, "dataloader_drop_last=True has no meaning"),
+        ({"arguments_of": {"auto_find_batch_size": True}}, "auto_find_batch_size=True has no meaning"),
+        (
+            {"arguments_of": {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}},
+            "follows one evaluated value for all tasks",
+        ),
+        ({"arguments_of": {"metric_for_best_model": "loss"}}, "metric_for_best_model='loss' has no meaning"),
+        (
+            {"arguments_of": {"dataloader_persistent_workers": True, "dataloader_num_workers": 1}},
+            "dataloader_persistent_workers=True has no meaning",
+        ),
+        ({"patience": 1, "eval_dataset": {"x": dataset(), "y": dataset()}}, "looks at one evaluation set"),
         ({"model_init": None}, "model_init is not for TaskTrainer"),
         ({"patience": 0}, "patience=0 should be a number of evaluations"),
         ({"rows_per_task": 0}, "rows=0 should be a number of rows"),
