@@ -14,12 +14,10 @@ import peft_lntune as lntune
 from tests.stacks.models import fill, llama
 
 pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
-# PEFT reads transformers' gradient checkpointing property under its old name, and TRL sets it so.
+# PEFT and TRL call transformers' gradient checkpointing by its old names; KTO says that it is experimental.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning:trl.*"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:trl.*"),
+    pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:::trl.*"),
 ]
 
 WORDS = ["<pad>", "<unk>", "<eos>", "=>", "good", "bad", "the", "was", "soup", "film", "plot", "cold", "warm"]
