@@ -15,7 +15,7 @@ from torch import nn
 from peft_lntune.core.norms import base_modules
 from peft_lntune.errors import UnsupportedError
 
-__all__ = ["FUNCTIONS", "IMPLEMENTATION", "AttentionFacts", "Interface", "find_attention"]
+__all__ = ["FUNCTIONS", "IMPLEMENTATION", "AttentionFacts", "Interface", "find_attention", "survey_attention"]
 
 IMPLEMENTATION = "lntune_prefix"
 """The name of our function among transformers' attention functions; `plugin/attention.py` registers it."""
@@ -104,10 +104,17 @@ def find_attention(model: nn.Module) -> dict[str, AttentionFacts]:
         >>> facts.heads, facts.head_dim, facts.role
         (2, 4, 'attention')
     """
+    found, left_out = survey_attention(model)
+    if not found:
+        raise UnsupportedError(_nothing(base_modules(model), left_out))
+    return found
+
+
+def survey_attention(model: nn.Module) -> tuple[dict[str, AttentionFacts], dict[str, str]]:
+    """The attention modules of a model, and those whose keys are not known, with the reason; see `find_attention`."""
     found: dict[str, AttentionFacts] = {}
     left_out: dict[str, str] = {}
-    modules = base_modules(model)
-    for name, module in modules.items():
+    for name, module in base_modules(model).items():
         interface = Interface.of(type(module))
         if interface is None or not hasattr(module, "config"):
             continue
@@ -122,9 +129,7 @@ def find_attention(model: nn.Module) -> dict[str, AttentionFacts]:
         else:
             numbers = [int(part) for part in name.split(".") if part.isdigit()]
             found[name] = AttentionFacts(name, _role(name, module), numbers[0] if numbers else None, *sizes)
-    if not found:
-        raise UnsupportedError(_nothing(modules, left_out))
-    return found
+    return found, left_out
 
 
 def _sizes(module: Any) -> tuple[int, int] | str:
@@ -135,12 +140,13 @@ def _sizes(module: Any) -> tuple[int, int] | str:
         return f"its keys have {key_dim} entries a head and its values {value_dim}"
     leaves = (getattr(module, leaf, None) for leaf in _KEY_LEAVES)
     width = next((w for w in (getattr(leaf, "out_features", None) for leaf in leaves) if isinstance(w, int)), None)
-    heads = _first(module, _HEADS) or _first(module.config, _HEADS)
-    key_heads = _first(module, _KEY_HEADS) or _first(module.config, _KEY_HEADS) or heads
+    config = _config_of(module)
+    heads = _first(module, _HEADS) or _first(config, _HEADS)
+    key_heads = _first(module, _KEY_HEADS) or _first(config, _KEY_HEADS) or heads
     if head_dim is None and width is not None and key_heads:
         head_dim = width // key_heads
     if head_dim is None and heads:
-        hidden = _first(module, ("embed_dim", "hidden_size")) or _first(module.config, ("hidden_size",))
+        hidden = _first(module, ("embed_dim", "hidden_size")) or _first(config, ("hidden_size",))
         head_dim = None if hidden is None else hidden // heads
     if head_dim is not None and width is not None:
         key_heads = width // head_dim
@@ -151,9 +157,26 @@ def _sizes(module: Any) -> tuple[int, int] | str:
     return key_heads, head_dim
 
 
+def _config_of(module: Any) -> Any:
+    """The config of the module's own layer where layers differ, else of the model."""
+    layers, index = _read(module.config, "per_layer_config"), getattr(module, "layer_idx", None)
+    try:
+        return layers[index]
+    except (TypeError, KeyError, IndexError):
+        return module.config
+
+
 def _first(owner: Any, names: Sequence[str]) -> int | None:
-    found = (getattr(owner, name, None) for name in names)
+    found = (_read(owner, name) for name in names)
     return next((value for value in found if isinstance(value, int) and not isinstance(value, bool)), None)
+
+
+def _read(owner: Any, name: str) -> Any:
+    """An attribute; None where it is missing, or where a config refuses to answer for all of its layers."""
+    try:
+        return getattr(owner, name, None)
+    except RuntimeError:
+        return None
 
 
 def _role(name: str, module: nn.Module) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from itertools import takewhile
 from typing import NamedTuple
 
+from peft_lntune.core.role_names import is_called_norm
 from peft_lntune.core.roles import find_roles
 
 __all__ = ["Place", "find_components", "group_by_place"]
@@ -153,7 +154,8 @@ def find_components(names: Iterable[str], roles: Mapping[str, tuple[str, ...]] |
         FFN up 0 weight
     """
     owners = {name: _owner(name) for name in names}
-    known = {**find_roles(_with_parents(owners.values()), owners.values()), **(roles or {})}
+    norms = {owner for owner in owners.values() if is_called_norm(owner)}
+    known = {**find_roles(_with_parents(owners.values()), norms), **(roles or {})}
     components = {owner: _component(owner, known.get(owner, ())) for owner in owners.values()}
     stacks = _stacks(owner for owner, component in components.items() if component not in (None, "head"))
     places = {}

@@ -2,25 +2,28 @@
 
 A role is the sub-layer a norm feeds (pre-norm) or closes (post-norm). The same name means different things in
 different blocks: `post_attention_layernorm` feeds the FFN in Llama and closes the attention in Gemma 2. What decides is
-the names beside it, so the table below holds one row a structure, whatever models are built that way.
+the names beside it. `role_rules` reads them as a person would, whatever the model; the table below holds the structures
+that these rules do not read or would read wrongly.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from peft_lntune.core.role_rules import Tree, role_in
+
 __all__ = ["ROLES", "STRUCTURES", "Structure", "find_roles"]
 
 ATTENTION, CROSS, FFN, MIXER = ("attention",), ("cross_attention",), ("ffn",), ("mixer",)
-QK, EMBEDDING, FINAL = ("qk",), ("embedding",), ("final",)
-BOTH = ("attention", "ffn")  # one norm that feeds both sub-layers of a parallel block
+EMBEDDING, FINAL = ("embedding",), ("final",)
+CONVNEXT = ("ffn", "mixer")
 
 ROLES = {
     "attention": "feeds or closes self-attention",
     "cross_attention": "feeds or closes attention over an encoder's output",
     "ffn": "feeds or closes the feed-forward layer, experts included",
     "mixer": "feeds, closes or lies in a token mixer that is not attention: a state space, a convolution",
-    "qk": "normalizes the queries or keys inside attention",
-    "embedding": "closes the embeddings, before the first block",
+    "qk": "normalizes the queries or keys inside attention, or the latents that both are made of",
+    "embedding": "lies in or closes the embeddings, before the first block",
     "final": "stands after the last block: the body's last norm, or one in the head on top of it",
 }
 
@@ -49,166 +52,105 @@ def _row(name: str, has: str, roles: Mapping[str, tuple[str, ...]], lacks: str =
     return Structure(name, roles, frozenset(has.split()), frozenset(lacks.split()))
 
 
-# The first row that fits the nearest module above a norm and knows the norm's path wins.
+# Structures that the rules do not read, or would read wrongly. The first row that fits the nearest module above a norm
+# and knows the norm's path wins.
 STRUCTURES = (
-    # Inside attention
-    _row("q and k norms (Qwen3, Gemma 3, OLMo 2, Cohere)", "q_norm k_norm", {"q_norm": QK, "k_norm": QK}),
-    _row("q and k norms (Phi, StableLM)", "q_layernorm k_layernorm", {"q_layernorm": QK, "k_layernorm": QK}),
-    _row(
-        "q and k norms (diffusers)",
-        "to_q to_k norm_q norm_k",
-        {"norm_q": QK, "norm_k": QK, "norm_added_q": QK, "norm_added_k": QK},
-    ),
-    _row("attention over an image (diffusers)", "group_norm to_q to_k", {"group_norm": ATTENTION}),
+    # Inside a block
     _row("cross-attention of U-Nets (diffusers)", "norm_cross to_q to_k", {"norm_cross": CROSS}),
-    # Blocks, norm first
-    _row(
-        "norms on both sides of each sub-layer (Gemma 2 and 3), or behind each (OLMo 2)",
-        "self_attn mlp post_attention_layernorm post_feedforward_layernorm",
-        {
-            "input_layernorm": ATTENTION,
-            "post_attention_layernorm": ATTENTION,
-            "pre_feedforward_layernorm": FFN,
-            "post_feedforward_layernorm": FFN,
-        },
-    ),
-    _row(
-        "norm before each sub-layer (Llama, Mistral, Mixtral, Qwen, Phi-3, Gemma 1, GPT-NeoX, BLOOM)",
-        "input_layernorm post_attention_layernorm mlp",
-        {"input_layernorm": ATTENTION, "post_attention_layernorm": FFN},
-    ),
-    _row(
-        "one norm for two parallel sub-layers (Cohere, Phi)",
-        "input_layernorm self_attn mlp",
-        {"input_layernorm": BOTH},
-        lacks="post_attention_layernorm",
-    ),
-    _row(
-        "one norm for two parallel sub-layers (Falcon)",
-        "input_layernorm self_attention mlp",
-        {"input_layernorm": BOTH},
-        lacks="post_attention_layernorm ln_attn",
-    ),
-    _row("attention among state spaces (Jamba)", "self_attn pre_ff_layernorm", {"input_layernorm": ATTENTION}),
-    _row("state space with an FFN (Jamba)", "mamba pre_ff_layernorm", {"input_layernorm": MIXER}),
-    _row("FFN of either (Jamba)", "feed_forward pre_ff_layernorm", {"pre_ff_layernorm": FFN}),
-    _row("GPT-2", "ln_1 attn ln_2 mlp", {"ln_1": ATTENTION, "ln_cross_attn": CROSS, "ln_2": FFN}),
-    _row("one norm for two parallel sub-layers (GPT-J)", "ln_1 attn mlp", {"ln_1": BOTH}, lacks="ln_2"),
-    _row("ViT", "layernorm_before layernorm_after", {"layernorm_before": ATTENTION, "layernorm_after": FFN}),
-    _row("CLIP, SigLIP", "self_attn layer_norm1 layer_norm2", {"layer_norm1": ATTENTION, "layer_norm2": FFN}),
-    _row("timm's vision transformers", "norm1 attn norm2 mlp", {"norm1": ATTENTION, "norm2": FFN}),
+    _row("attention over an image (diffusers)", "group_norm to_q to_k", {"group_norm": ATTENTION}),
     _row(
         "transformer block of U-Nets and DiT (diffusers)",
         "norm1 attn1 norm3 ff",
         {"norm1": ATTENTION, "norm1.norm": ATTENTION, "norm2": CROSS, "norm3": FFN},
     ),
-    _row("residual block of U-Nets (diffusers)", "norm1 conv1 norm2 conv2", {"norm1": MIXER, "norm2": MIXER}),
-    _row("ModernBERT", "attn mlp mlp_norm", {"attn_norm": ATTENTION, "mlp_norm": FFN}),
-    _row("state space (Mamba, Mamba 2)", "norm mixer", {"norm": MIXER, "mixer.norm": MIXER}),
-    _row("T5's self-attention", "SelfAttention layer_norm", {"layer_norm": ATTENTION}),
-    _row("T5's cross-attention", "EncDecAttention layer_norm", {"layer_norm": CROSS}),
-    _row("T5's FFN", "DenseReluDense layer_norm", {"layer_norm": FFN}),
-    # Blocks, norm last
     _row(
-        "BERT, RoBERTa, Electra, DeBERTa",
-        "attention intermediate output",
-        {
-            "attention.output.LayerNorm": ATTENTION,
-            "attention.LayerNorm": ATTENTION,  # MPNet
-            "crossattention.output.LayerNorm": CROSS,
-            "output.LayerNorm": FFN,
-        },
+        "residual block of U-Nets (diffusers)",
+        "norm1 conv1 norm2 conv2",
+        {"norm1": MIXER, "norm2": MIXER},
+        lacks="ffn",
     ),
-    _row(
-        "ALBERT",
-        "attention ffn full_layer_layer_norm",
-        {"attention.LayerNorm": ATTENTION, "full_layer_layer_norm": FFN},
-    ),
-    _row("DistilBERT", "sa_layer_norm output_layer_norm", {"sa_layer_norm": ATTENTION, "output_layer_norm": FFN}),
-    _row("DeBERTa's convolution", "conv LayerNorm", {"LayerNorm": MIXER}, lacks="layer"),
-    # Blocks, norm first or last by configuration
-    _row(
-        "BART, mBART, OPT, Whisper",
-        "self_attn self_attn_layer_norm fc1 fc2",
-        {"self_attn_layer_norm": ATTENTION, "encoder_attn_layer_norm": CROSS, "final_layer_norm": FFN},
-    ),
+    _row("ALBERT", "attention ffn full_layer_layer_norm", {"full_layer_layer_norm": FFN}),
     _row(
         "torch's decoder layer",
         "self_attn multihead_attn linear1 linear2",
         {"norm1": ATTENTION, "norm2": CROSS, "norm3": FFN},
     ),
-    _row("torch's encoder layer", "self_attn linear1 linear2", {"norm1": ATTENTION, "norm2": FFN}),
-    _row("DINOv2", "attention norm1 norm2 mlp", {"norm1": ATTENTION, "norm2": FFN}),
-    # Before the first block
-    _row("BERT's embeddings", "word_embeddings LayerNorm", {"LayerNorm": EMBEDDING}),
-    _row("DeBERTa's relative positions", "rel_embeddings LayerNorm", {"LayerNorm": EMBEDDING}),
-    _row("ModernBERT's embeddings", "tok_embeddings norm", {"norm": EMBEDDING}),
-    _row("BART's embeddings", "embed_positions layernorm_embedding", {"layernorm_embedding": EMBEDDING}),
-    _row("BLOOM's embeddings", "word_embeddings h", {"word_embeddings_layernorm": EMBEDDING}),
-    _row("CLIP's images", "embeddings pre_layrnorm", {"pre_layrnorm": EMBEDDING}),
-    # After the last block
     _row(
-        "stack of layers",
-        "layers",
-        {
-            "norm": FINAL,
-            "layer_norm": FINAL,
-            "layernorm": FINAL,
-            "final_norm": FINAL,
-            "final_layer_norm": FINAL,
-            "final_layernorm": FINAL,
-            "norm_f": FINAL,
-        },
+        "attention in two ways (SAM)",
+        "self_attn cross_attn_token_to_image mlp cross_attn_image_to_token",
+        {"layer_norm1": ATTENTION, "layer_norm2": CROSS, "layer_norm3": FFN, "layer_norm4": CROSS},
     ),
-    _row("stack of T5 blocks", "block final_layer_norm", {"final_layer_norm": FINAL}),
-    _row("stack of GPT-2 blocks", "h ln_f", {"ln_f": FINAL}),
+    _row("attention to the other modality (LXMERT)", "visual_attention", {"visual_attention.output.LayerNorm": CROSS}),
+    _row("pooling in place of attention (PoolFormer)", "pooling output", {"before_norm": MIXER, "after_norm": FFN}),
+    # One norm between the convolution and the FFN closes the one and feeds the other.
+    _row("ConvNeXt", "dwconv pwconv1", {"layernorm": CONVNEXT, "norm": CONVNEXT}),
+    _row(
+        "DINOv3's ConvNeXt, and what fuses the memory of SAM 2",
+        "depthwise_conv pointwise_conv1",
+        {"layer_norm": CONVNEXT},
+        lacks="glu",
+    ),
+    _row("DeBERTa's convolution", "conv LayerNorm", {"LayerNorm": MIXER}, lacks="layer activation"),
+    # Before the first block
+    _row("first block of RWKV", "pre_ln attention feed_forward", {"pre_ln": EMBEDDING}),
+    _row(
+        "text and image embeddings (LayoutLMv3)",
+        "LayerNorm patch_embed norm encoder",
+        {"LayerNorm": EMBEDDING, "norm": EMBEDDING},
+    ),
+    _row(
+        "learned queries of Q-Former", "layernorm dropout encoder", {"layernorm": EMBEDDING}, lacks="embeddings pooler"
+    ),
+    _row("convolutions over sound (Moonshine)", "conv1 groupnorm layers", {"groupnorm": EMBEDDING}),
+    _row("BLOOM's embeddings", "word_embeddings h", {"word_embeddings_layernorm": EMBEDDING}),
+    _row("DeBERTa's relative positions", "rel_embeddings LayerNorm", {"LayerNorm": EMBEDDING}),
+    # After the last block
+    _row("stack of LFM2's layers", "embed_tokens layers embedding_norm", {"embedding_norm": FINAL}),
     _row("stack of timm's blocks", "patch_embed blocks", {"norm": FINAL, "fc_norm": FINAL}),
     _row("output of U-Nets (diffusers)", "conv_norm_out conv_out", {"conv_norm_out": FINAL}),
-    _row(
-        "encoder in a tower (CLIP, SigLIP, DINOv2)",
-        "embeddings encoder",
-        {"final_layer_norm": FINAL, "post_layernorm": FINAL, "layernorm": FINAL},
-    ),
     _row("BERT's head", "transform decoder", {"transform.LayerNorm": FINAL}),
     _row("RoBERTa's head", "dense layer_norm decoder", {"layer_norm": FINAL}),
     _row("DistilBERT's head", "vocab_transform vocab_layer_norm", {"vocab_layer_norm": FINAL}),
-    _row("Electra's head", "activation LayerNorm dense", {"LayerNorm": FINAL}),
-    _row("ModernBERT's head", "dense act norm", {"norm": FINAL}),
 )
 
 
-def find_roles(modules: Iterable[str], norms: Iterable[str]) -> dict[str, tuple[str, ...]]:
+def find_roles(modules: Iterable[str] | Mapping[str, object], norms: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Tell the roles of norms from the names around them.
 
     Args:
-        modules: the names of all modules of the model.
+        modules: the names of all modules of the model; or the modules by name, whose classes tell the few places where
+            names alone leave it open.
         norms: the names of its norms, among `modules`.
 
     Returns:
-        For each norm its roles, in the order of `ROLES`; empty where no row of `STRUCTURES` knows its place.
+        For each norm its roles, in the order of `ROLES`; empty where its place is not known.
 
     Example:
         >>> names = ["", "h", "h.0", "h.0.ln_1", "h.0.attn", "h.0.mlp", "ln_f"]
         >>> find_roles(names, ["h.0.ln_1", "ln_f"])
         {'h.0.ln_1': ('attention', 'ffn'), 'ln_f': ('final',)}
     """
-    children: dict[str, set[str]] = {}
-    for name in modules:
-        parent, _, child = name.rpartition(".")
-        children.setdefault(parent, set()).add(child)
-    frozen = {name: frozenset(names) for name, names in children.items()}
-    return {norm: _roles_of(norm, frozen) for norm in norms}
+    classes = {n: type(module).__name__ for n, module in modules.items()} if isinstance(modules, Mapping) else None
+    tree = Tree.of(modules, classes)
+    return {norm: _roles_of(norm, tree) for norm in norms}
 
 
-def _roles_of(norm: str, children: Mapping[str, frozenset[str]]) -> tuple[str, ...]:
-    """Go up from the norm's parent, and take what the first fitting row says of the path that lies below."""
-    above, _, path = norm.rpartition(".")
-    while path:
+def _roles_of(norm: str, tree: Tree) -> tuple[str, ...]:
+    """What the nearest row above the norm says that fits, else what the nearest rule says."""
+    above = _above(norm)
+    for place, path in above:
+        children = frozenset(tree.children.get(place, ()))
         for row in STRUCTURES:
-            if path in row.roles and row.fits(children.get(above, frozenset())):
+            if path in row.roles and row.fits(children):
                 return row.roles[path]
-        if not above:
-            return ()
-        above, _, name = above.rpartition(".")
-        path = f"{name}.{path}"
+    for place, path in above:
+        found = role_in(tree, place, path)
+        if found is not None:
+            return found
     return ()
+
+
+def _above(norm: str) -> list[tuple[str, str]]:
+    """The modules above a norm, nearest first, each with the norm's path below it."""
+    parts = norm.split(".")
+    return [(".".join(parts[:i]), ".".join(parts[i:])) for i in range(len(parts) - 1, -1, -1) if norm]

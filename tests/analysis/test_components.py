@@ -261,7 +261,7 @@ TABLE: dict[str, dict[str, str]] = {
     "modernbert": {
         "model.layers.1.attn_norm.weight": "attention norm",  # the first layer has none
         "decoder.bias": "decoder",
-        **rows("head.", "dense!: head.dense\nnorm!: head.norm"),
+        **rows("head.", "dense!: head.dense\nnorm!: final norm"),
         **rows(
             "model.",
             """

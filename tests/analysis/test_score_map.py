@@ -24,7 +24,7 @@ def test_scores():
         (PATH, 0, "weight", 2, 2.0),
         (PATH, 0, "bias", 2, 0.5),
         (PATH, 1, "weight", 2, 0.0),
-        ("embeddings.LayerNorm", None, "weight", 1, 7.0),
+        ("embedding norm", None, "weight", 1, 7.0),
     )
     assert score_map(SCORES, how="sum").column("sum_of_scores") == [4.0, 1.0, 0.0, 7.0]
 

@@ -81,7 +81,7 @@ def encoder():
     for number in range(1, 32):
         peft_model.add_adapter(str(number), LNTuningConfig())
         fill(peft_model, str(number), seed=number)
-    return peft_model.eval(), base
+    return peft_model.eval().requires_grad_(False), base
 
 
 def test_a_mixed_batch_costs_a_tenth_more_however_many_adapters(encoder):
@@ -100,3 +100,20 @@ def test_the_base_can_be_mixed_in_at_no_further_cost(encoder):
     batch, names = inputs("bert", batch=32), ["__base__", *map(str, range(31))]
     output(peft_model, batch, adapter_names=names)
     assert operations(lambda: output(peft_model, batch, adapter_names=names)) <= 1.10 * base
+
+
+def test_what_can_be_trained_is_summed_at_each_batch_one_operation_a_tensor(encoder):
+    """A fused optimizer leaves no trace, so nothing of it is kept."""
+    peft_model, _ = encoder
+    batch, names = inputs("bert", batch=32), [str(row % 8) for row in range(32)]
+    output(peft_model, batch, adapter_names=names)
+    fixed = operations(lambda: output(peft_model, batch, adapter_names=names))
+    trained = [tensor for name, tensor in peft_model.named_parameters() if ".0.weight" in name and "lntune" in name]
+    try:
+        for tensor in trained:
+            tensor.requires_grad_(True)
+        counts = [operations(lambda: output(peft_model, batch, adapter_names=names)) for _ in range(2)]
+    finally:
+        peft_model.requires_grad_(False)
+    assert len(trained) == 26
+    assert counts[0] == counts[1] <= fixed + len(trained) + 2  # a stack, and the rows of the base that it takes over
