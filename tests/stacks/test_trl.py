@@ -14,12 +14,10 @@ import peft_lntune as lntune
 from tests.stacks.models import fill, llama
 
 pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
-# PEFT reads transformers' gradient checkpointing property under its old name, and TRL sets it so.
+# PEFT and TRL call transformers' gradient checkpointing by its old names.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning:trl.*"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:trl.*"),
+    pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:::trl.*"),
 ]
 
 WORDS = ["<pad>", "<unk>", "<eos>", "=>", "good", "bad", "the", "was", "soup", "film", "plot", "cold", "warm"]
@@ -157,13 +155,14 @@ def test_dpo_with_references_computed_before_training(tmp_path):
 @pytest.mark.full
 @kinds
 def test_kto(kind, tmp_path):
-    kto = pytest.importorskip("trl.experimental.kto", reason="this TRL has no KTO trainer at this place")
+    from trl import KTOConfig, KTOTrainer
+
     rows = [
         {"prompt": p, "completion": " good" if i % 2 else " bad", "label": i % 2 == 1} for i, p in enumerate(PROMPTS)
     ]
     config = CONFIGS[kind](task_type="CAUSAL_LM")
-    args = kto.KTOConfig(**options(tmp_path, beta=0.5))
-    trainer = kto.KTOTrainer(
+    args = KTOConfig(**options(tmp_path, beta=0.5))
+    trainer = KTOTrainer(
         base(), args=args, train_dataset=dataset(*rows), processing_class=tokenizer(), peft_config=config
     )
     trained_and_saved(trainer, base, tmp_path)
