@@ -54,7 +54,7 @@ class ModuleLayer(LNTuneLayer):
             nn.init.normal_(mask.weight)
         mask.train(base_layer.training)  # a new module is in training, and would draw in a model that is not
         for layer in (self, *self.tied_to("weight", adapter_name)):
-            layer.lntune_supermask[adapter_name] = mask
+            layer.lntune_supermask[adapter_name] = mask  # the plan ties masks to masks
             layer._forget()
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self._forget()

@@ -72,7 +72,7 @@ class NormLayer(LNTuneLayer):
     @torch.no_grad()
     def _value(self, parameter: str, adapter: str) -> Tensor:
         value = self.effective(parameter, () if adapter == BASE else (adapter,))
-        value = value if value.dtype.itemsize > 2 else value.to(torch.float32)
+        value = value.float() if value.dtype.itemsize < 4 else value  # torch.promote_types is an operation
         return value + self._offset if parameter == "weight" and self._offset else value
 
 

@@ -151,7 +151,7 @@ ENCODER_CONFIGS = {
     "norms": lambda: LNTuningConfig(init_weights=False),
     "modules": lambda: ModuleTuningConfig(target_modules=["linear1", "linear2", "out_proj"], init_weights=False),
     "masks": lambda: SupermaskConfig(target_modules=["linear1", "linear2", "out_proj"], init_weights=False),
-    "bottlenecks": lambda: BottleneckConfig(init_weights=False),
+    "bottlenecks": lambda: BottleneckConfig(roles=["ffn"], init_weights=False),
 }
 
 
