@@ -483,8 +483,8 @@ class LNTuneModel(BaseTuner):
 
         def watched() -> dict[str, nn.Module]:
             """Bottlenecks and prefixes are called by what stands beside them, of which they have the name."""
-            found = {name: modules.get(getattr(module, "label", name), module) for name, module in places.items()}
-            return {getattr(places[name], "label", name): module for name, module in found.items()}
+            labels = {getattr(module, "label", name): module for name, module in places.items()}
+            return {label: modules.get(label) or module for label, module in labels.items()}
 
         with ExitStack() as stack:
             for detour in Entries(self.model, route, watched, route.known).detours(modules, places):

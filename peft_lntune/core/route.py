@@ -193,7 +193,7 @@ class Route:
         possible = {self.count * factor for factor in self._expansions}
         return next((length for length in lengths if length in possible), None)
 
-    def rows(self, owner: int, shape: torch.Size, label: str) -> Rows | None:
+    def rows(self, owner: int, shape: Sequence[int], label: str) -> Rows | None:
         """The rows of one norm for an input of `shape`, `(B, ..., d)`; None where no adapter touches it.
 
         Raises:
@@ -204,7 +204,7 @@ class Route:
             self._rows[factor] = self._gather(factor)
         return self._rows[factor].get(owner)
 
-    def index(self, shape: torch.Size, label: str, device: torch.device) -> Tensor:
+    def index(self, shape: Sequence[int], label: str, device: torch.device) -> Tensor:
         """The place in `order` of each row's adapter, for layers that keep stacks of their own in that order.
 
         Args:
@@ -247,7 +247,7 @@ class Route:
         order = torch.tensor([row for index in rows.values() for row in index], device=x.device)
         return torch.cat(outputs)[order.argsort()]
 
-    def factor(self, shape: torch.Size, label: str) -> int:
+    def factor(self, shape: Sequence[int], label: str) -> int:
         """How many rows of an input belong to one name; 1 where one name is for all rows.
 
         Args:
@@ -294,7 +294,7 @@ class Route:
             "cannot be routed by sample.)"
         )
 
-    def _refusal(self, shape: torch.Size, label: str, why: str) -> str:
+    def _refusal(self, shape: Sequence[int], label: str, why: str) -> str:
         return (
             f"the rows of {label} cannot be matched with {self.what}: {why}. Its input has the shape {tuple(shape)} "
             f"for {self.count} names. A batch must have its samples along the first axis, one row or one block of rows "

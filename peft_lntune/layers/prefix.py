@@ -162,7 +162,8 @@ class PrefixLayer(BesideLayer):
         keep = None
         if self._route.on():
             stacks = self.stacks()
-            rows = self._route.index(query.shape, self.label, stacks["keep"].device)
+            # Without the heads, which are known to be no samples.
+            rows = self._route.index((query.shape[0], *query.shape[2:]), self.label, stacks["keep"].device)
             both, keep = stacks["prefix"].index_select(0, rows), stacks["keep"].index_select(0, rows)
         else:
             own = [self.lntune_prefix[name]() for name in self.running]
