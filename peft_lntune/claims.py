@@ -40,8 +40,8 @@ def check_architecture(config: PeftConfig, model: Any, where: str = "this adapte
     if saved and own and saved != own and not is_renamed():
         raise AdapterFileError(
             f"{where} does not fit this model: it was saved from a model of type {saved!r}, and this one is of type "
-            f"{own!r}. Load it into the model that it was trained on. If the two are one architecture under two names, say "
-            "so with key_mapping={}, an argument of PeftModel.from_pretrained and load_adapter."
+            f"{own!r}. Load it into the model that it was trained on. If the two are one architecture under two names, "
+            "say so with key_mapping={}, an argument of PeftModel.from_pretrained and load_adapter."
         )
 
 

@@ -24,7 +24,9 @@ _MARK = "_lntune_saving"
 def save_whole() -> None:
     """Wrap what saves adapters. Idempotent."""
     owners: list[Any] = [PeftModel, PreTrainedModel]
-    originals = [owner.save_pretrained for owner in owners]  # all are looked up before the first is changed
+    originals = [vars(owner).get("save_pretrained") for owner in owners]
+    if None in originals:  # all are looked up before the first is changed
+        raise AttributeError("a save_pretrained of PeftModel or PreTrainedModel is gone")
     for owner, original in zip(owners, originals, strict=True):
         if not hasattr(original, _MARK):
             wrapped = functools.wraps(original)(_wrapped(original))
