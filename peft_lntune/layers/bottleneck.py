@@ -95,7 +95,7 @@ class BottleneckLayer(BesideLayer):
     # Adapters.
 
     def update_layer(self, adapter_name: str, config: BottleneckConfig, stored: bool = False) -> None:
-        device = device_of(self._leaves[1])
+        device = device_of(self._leaves[1]) or torch.device("cpu")
         place: dict[str, Any] = {"dtype": delta_dtype(self.base_dtype, config.torch_delta_dtype), "device": device}
         width = self._reads["sequential"]
         size = config.size_of(width)
