@@ -7,6 +7,7 @@ __all__ = [
     "AdapterFileError",
     "ConfigError",
     "DataError",
+    "HeadFileError",
     "MixedHeadError",
     "NoMatchError",
     "PeftLNTuneError",
@@ -34,6 +35,10 @@ class NoMatchError(PeftLNTuneError):
 
 class AdapterFileError(PeftLNTuneError):
     """A saved adapter is damaged, torn, foreign or too new. Next: get a good copy, or upgrade this package."""
+
+
+class HeadFileError(AdapterFileError, RuntimeError):
+    """A head in a file is of another size than the model's; a `RuntimeError` too, as torch's. Next: the right model."""
 
 
 class RoutingError(PeftLNTuneError):

@@ -2,21 +2,24 @@
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
 
+from peft_lntune import errors
 from peft_lntune.config import FisherLNConfig, delta_part
 from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.errors import ConfigError, UnsupportedError
 from peft_lntune.fit import deltas_of
 from peft_lntune.model import LNTuneModel
 from peft_lntune.plan import plan
-from peft_lntune.selection import FisherState, fisher_scores, mask_density, select
-from peft_lntune.selection.fisher import own_share
+from peft_lntune.selection import FisherState, mask_density, select
+from peft_lntune.selection.fisher import add_samples, own_share, several_processes
 from peft_lntune.selection.losses import Batch, Loss
 
 __all__ = ["FisherFit", "fit_fisher_masks"]
@@ -42,7 +45,9 @@ class FisherFit:
         groups: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         for name in self.masks:
             groups[self.roles[name]][name.rpartition(".")[2]].append(name)
-        kinds = [kind for kind in PARAMETERS if any(kind in group for group in groups.values())]
+        kinds = sorted(
+            {kind for group in groups.values() for kind in group}, key=[*PARAMETERS].__contains__, reverse=True
+        )
         rows = [("role", *kinds)]
         rows += [(role, *(self._share(group.get(kind, [])) for kind in kinds)) for role, group in groups.items()]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -71,7 +76,8 @@ def fit_fisher_masks(
     is scored as it is, with all active adapters in effect, and is otherwise left as it was.
 
     Where `torch.distributed` has several processes, all of them call it, each with batches of its own as a prepared
-    `DataLoader` gives them, and before the model is wrapped. They share the samples, and all choose the same entries.
+    `DataLoader` gives them, and before the model is wrapped. They share the samples, and all choose the same entries;
+    an error in one process is an error in all. A process may have no sample.
 
     Args:
         peft_model: a model of `get_peft_model`; the adapter is active and its deltas are zero.
@@ -85,7 +91,8 @@ def fit_fisher_masks(
         Scores, masks and their summary: `print` it.
 
     Raises:
-        ConfigError: the adapter is unknown, not active, of another kind, or trained already; or scores are refused.
+        ConfigError: the adapter is unknown, not active, of another kind, or trained already; or scores are refused; or
+            the processes have different configs.
         DataError: no batches, no labels, or a loss that is not finite.
         UnsupportedError: the adapter is merged, or there is no gradient a sample. After an error nothing has changed.
 
@@ -100,13 +107,17 @@ def fit_fisher_masks(
         >>> print(str(fit_fisher_masks(peft_model, [batch])).splitlines()[0].partition(",")[0])
         12 of 48 (25.0 %) of the entries
     """
-    config = _fitting(peft_model, adapter_name, refit)
-    parts = plan(peft_model.get_base_model(), peft_model.peft_config[adapter_name]).parts
-    norms = {name: part for name, part in parts.items() if part.method == "delta"}
-    roles = {f"{name}.{parameter}": part.roles for name, part in norms.items() for parameter in part.entries}
+    (config, roles), *others = _in_all_processes(lambda: _prepared(peft_model, adapter_name, refit))
+    for number, other in enumerate(others, start=1):
+        if other != (config, roles):
+            raise ConfigError(
+                f"process {number} fits another adapter than process 0: config, model and adapter_name should be the "
+                f"same in all. {config!r} in process 0, {other[0]!r} in process {number}."
+            )
     first, samples = own_share(config.num_samples)
     state = FisherState(first)
-    fisher_scores(peft_model, batches, config.fisher, roles, loss, config.seed, num_samples=samples, state=state)
+    how = config.fisher, roles, loss, config.seed
+    _in_all_processes(lambda: add_samples(state, peft_model, batches, *how, num_samples=samples))
     state = state.of_all_processes()
     scores = state.scores()
     masks = select(scores, density=config.density, scope=config.scope)
@@ -131,6 +142,37 @@ def fit_fisher_masks(
             stacklevel=2,
         )
     return FisherFit(scores, masks, state.samples, roles)
+
+
+T = TypeVar("T")
+
+
+def _in_all_processes(work: Callable[[], T]) -> list[T]:
+    """What `work` gives in each process, or an error in all of them where it fails in one."""
+    if not several_processes():
+        return [work()]
+    found, error = None, None
+    try:
+        found = work()
+    except Exception as raised:
+        error = raised
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, (found, None if error is None else (type(error).__name__, str(error))))
+    if error is not None:
+        raise error
+    for number, (_, failed) in enumerate(told):
+        if failed is not None:
+            kind = getattr(errors, failed[0], errors.PeftLNTuneError)
+            raise kind(f"process {number} failed ({failed[0]}: {failed[1]}), so no process has fitted masks.")
+    return [found for found, _ in told]
+
+
+def _prepared(peft_model: PeftModel, adapter_name: str, refit: bool) -> tuple[FisherLNConfig, dict[str, str]]:
+    """The config of the adapter, and the role of each parameter that it selects."""
+    config = _fitting(peft_model, adapter_name, refit)
+    parts = plan(peft_model.get_base_model(), peft_model.peft_config[adapter_name]).parts
+    norms = {name: part for name, part in parts.items() if part.method == "delta"}
+    return config, {f"{name}.{part.own_name(p)}": part.roles for name, part in norms.items() for p in part.entries}
 
 
 def _fitting(peft_model: PeftModel, adapter_name: str, refit: bool) -> FisherLNConfig:

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from peft_lntune.config import LNTuneConfig, SupermaskConfig
+from peft_lntune.core.names import own_name
 from peft_lntune.core.norms import base_modules
 from peft_lntune.core.prefix import Prefix
 from peft_lntune.core.reparam import Delta
@@ -27,12 +28,14 @@ __all__ = [
     "deltas_of",
     "fold",
     "folded",
+    "further_names",
     "held_tensors",
     "masks_of",
     "own_tensors",
     "scores_by",
     "scores_for",
     "supermasks_of",
+    "under_all_names",
     "unpack_by",
     "unpack_for",
 ]
@@ -58,8 +61,9 @@ def masks_of(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
     for name, part in plan(base, model.peft_config[adapter_name]).parts.items():
         for parameter in part.entries if part.method == "delta" else ():
             delta = deltas.get(f"{name}.{PREFIX}{parameter}")
-            shape = getattr(modules[name], parameter).shape
-            masks[f"{name}.{parameter}"] = torch.zeros(shape, dtype=torch.bool) if delta is None else delta.tuned()
+            own = part.own_name(parameter)
+            shape = getattr(modules[name], own).shape
+            masks[f"{name}.{own}"] = torch.zeros(shape, dtype=torch.bool) if delta is None else delta.tuned()
     return masks
 
 
@@ -94,7 +98,8 @@ def unpack_by(
     sizes = {}
     for place, count in config.stored_counts.items():
         name, _, parameter = place.rpartition(f".{PREFIX}")
-        base = getattr(modules.get(name), parameter, None)
+        module = modules.get(name)
+        base = None if module is None else getattr(module, own_name(module, parameter), None)
         # Of a module that is not in this model nothing can be unpacked, so the lengths will not fit.
         if count is not None and isinstance(base, Tensor):
             sizes[place] = count, base.shape
@@ -213,7 +218,26 @@ def _prefixes(model: nn.Module, adapter_name: str) -> list[tuple[str, Prefix]]:
 
 def own_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """The tensors of an adapter as a model's state dict has them, without heads in `modules_to_save`."""
-    return {name: value for name, value in model.state_dict().items() if is_part(name, adapter_name)}
+    tensors = {name: value for name, value in model.state_dict().items() if is_part(name, adapter_name)}
+    return held_tensors(model, adapter_name, tensors)
+
+
+def under_all_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors, keyed as in the model's state dict, also under the further names of layers that the model shares."""
+    first = {module: name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    found = dict(tensors)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if first.get(module, name) != name:
+            inside = f"{first[module]}."
+            found |= {f"{name}.{k.removeprefix(inside)}": t for k, t in tensors.items() if k.startswith(inside)}
+    return found
+
+
+def further_names(model: nn.Module, adapter_name: str) -> set[str]:
+    """The names of an adapter's tensors in a model's state dict that come from a layer with an earlier name."""
+    return {name for name in model.state_dict() if is_part(name, adapter_name)} - own_tensors(
+        model, adapter_name
+    ).keys()
 
 
 def as_in_model(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -239,6 +263,17 @@ def check_fit(own: Mapping[str, Tensor], adapter_name: str, tensors: Mapping[str
         if is_part(name, adapter_name) or is_ours(name.replace(f".{adapter_name}.", "."))
     }
     check_shapes(expected, found, adapter_name)
+    first: dict[object, str] = {}
+    for name, value in own.items():
+        if value.is_meta or _plain(name) not in tensors:
+            continue
+        other = first.setdefault((value.data_ptr(), value.shape), _plain(name))
+        if not torch.equal(tensors[other], tensors[_plain(name)].to(tensors[other])):
+            raise AdapterFileError(
+                f"the saved adapter does not fit this model for adapter {adapter_name!r}: {other} and {_plain(name)} "
+                "differ in the file, and here they are one, since modules share the parameter. Load it into a model "
+                "in which they do not."
+            )
 
 
 def check_shapes(

@@ -52,6 +52,8 @@ def routed_heads(model: nn.Module, route: Route, names: Sequence[str] | str) -> 
 
 
 def _by_row(head: ModulesToSaveWrapper, route: Route, label: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if not route.on():  # a copy that was made meanwhile
+        return type(head).forward(head, x, *args, **kwargs)
     own = dict(head.modules_to_save.items())
     return route.by_adapter(x, label, lambda name, rows: own.get(name, head.original_module)(rows, *args, **kwargs))
 

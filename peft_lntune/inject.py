@@ -1,8 +1,8 @@
 """Putting a planned adapter into a model, for our tuner and for PEFT's mixed one."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,19 +12,23 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import Tensor, nn
 
 from peft_lntune.attention import AttentionFacts
+from peft_lntune.claims import check_claims
 from peft_lntune.config import DeltaConfig, LNTuneConfig, SupermaskConfig, parts_of
-from peft_lntune.core.norms import Norm, base_modules
+from peft_lntune.core.norms import Norm, base_modules, called_modules
+from peft_lntune.core.places import Place, find_places
 from peft_lntune.core.route import Route
 from peft_lntune.core.sublayers import Sublayer
-from peft_lntune.errors import ConfigError
+from peft_lntune.errors import ConfigError, UnsupportedError
 from peft_lntune.fit import deltas_of, supermasks_of
 from peft_lntune.gaps import warn_of_gaps
 from peft_lntune.layers import BesideLayer, BottleneckLayer, LNTuneLayer, ModuleLayer, NormLayer, PrefixLayer
-from peft_lntune.offloaded import all_onloaded
+from peft_lntune.missed import warn_of_missed
+from peft_lntune.offloaded import all_onloaded, offload_hook
 from peft_lntune.packing import ROOT
 from peft_lntune.plan import check_selected, plan_parts
 from peft_lntune.plan_deltas import part_of
 from peft_lntune.planned import Part, Plan
+from peft_lntune.tied import Ties, ties_of
 
 __all__ = ["Injection", "create_and_replace", "injecting", "is_target", "prepare", "route_of"]
 
@@ -40,6 +44,9 @@ class Injection:
         matcher: what PEFT's own matching asks, for its messages.
         stored: whether the values come from a file.
         source: the adapter of this model whose masks the new one has, if it is made from the config of one.
+        ties: which tuned parameters are one.
+        places: of each module that will be replaced, where else than under its name the model holds it.
+        layers: those that the adapter has so far, by name; all parts share them.
     """
 
     plan: Plan
@@ -48,10 +55,18 @@ class Injection:
     matcher: Any
     stored: bool
     source: str | None = None
+    ties: Ties = field(default_factory=dict)
+    places: Mapping[nn.Module, Sequence[Place]] = field(default_factory=dict)
+    layers: dict[str, LNTuneLayer] = field(default_factory=dict)
 
 
 def prepare(
-    configs: Mapping[str, PeftConfig], adapter_name: str, model: nn.Module, *, unmasked: bool = False
+    configs: Mapping[str, PeftConfig],
+    adapter_name: str,
+    model: nn.Module,
+    *,
+    unmasked: bool = False,
+    told: Collection[str] = (),
 ) -> list[tuple[PeftConfig, Injection]]:
     """Plan the injection of an adapter into `model`; raises before the first module is replaced.
 
@@ -60,14 +75,19 @@ def prepare(
         adapter_name: the new one.
         model: the model.
         unmasked: tune every entry that the config selects, whatever `mask_source` says of it so far.
+        told: modules that look like norms and are not tuned, of which a warning has been given.
 
     Returns:
         The parts of the config, to be injected one after the other, each with what its injection needs.
 
     Raises:
-        AdapterFileError: the config was saved with masks for another model.
+        AdapterFileError: the config was saved with masks for another model, or asks for more than its file holds.
+        UnsupportedError: a module is also held where no layer can be put.
         ConfigError: the config is of a masked adapter that is not in this model; and all that `plan` raises.
+        UnsupportedError: `torch.compile` was applied to the model or to modules in it, or blocks are offloaded whole.
     """
+    _check_not_compiled(model)
+    _check_offload(model)
     config: Any = configs[adapter_name]
     stored = "stored" in config.__dict__
     source = None if stored or unmasked else _source(configs, adapter_name, model)
@@ -75,9 +95,14 @@ def prepare(
     planned = plan_parts(model, config, counts)
     selected = sum(plan.selected for _, plan in planned)
     check_selected(config, selected)
+    check_claims(config, model, planned)
     config.__dict__["selected"] = selected  # for the file: a model that is wrapped by then cannot be planned for again
     config.__dict__.pop("stored", None)
     route, modules = route_of(model), base_modules(model)
+    parts = {name: part for _, plan in planned for name, part in plan.parts.items()}
+    ties, places, layers = ties_of(parts, modules), _places(model, parts), dict[str, LNTuneLayer]()
+    if not stored:  # of a saved adapter the file says what it tunes
+        warn_of_missed({name: one for _, plan in planned for name, one in plan.missed.items() if name not in told})
     found = []
     for part, plan in planned:
         part.__dict__.pop("stored", None)
@@ -91,8 +116,53 @@ def prepare(
             layers_to_transform=part.layers_to_transform if named else None,
             layers_pattern=part.layers_pattern,
         )
-        found.append((part, Injection(plan, route, modules, matcher, stored, source)))
+        found.append((part, Injection(plan, route, modules, matcher, stored, source, ties, places, layers)))
     return found
+
+
+def _places(model: nn.Module, parts: Mapping[str, Part]) -> dict[nn.Module, list[Place]]:
+    """Where else the model holds the modules that layers will be put around: shared blocks, plain lists.
+
+    Raises:
+        UnsupportedError: a layer cannot be put there.
+    """
+    called, bases = called_modules(model), base_modules(model)
+    names = [name for name, part in parts.items() if part.method in ("delta", "supermask")]
+    replaced = {called[name]: name for name in names if not isinstance(called[name], LNTuneLayer)}
+    # What another tuner has put its layer around under one name may go on being called under another.
+    inner = {bases[name]: name for name in names if called[name] is not bases[name]}
+    found = find_places(model, [*replaced, *inner])
+    for module, places in found.items():
+        stuck = [place.name for place in places if place.put is None or module in inner]
+        if stuck:
+            raise UnsupportedError(
+                f"{inner.get(module) or replaced[module]} is to be tuned, and {' and '.join(stuck)} would go on "
+                "calling it without the adapter. Let the model call the module under its name; or leave it out "
+                "(exclude_modules)."
+            )
+    return {module: places for module, places in found.items() if len(places) > 1}
+
+
+def _check_not_compiled(model: nn.Module) -> None:
+    """Raise where `torch.compile` has put a wrapper into the model, whose name would stand in saved names."""
+    wrapped = next((name for name, module in model.named_modules() if "_orig_mod" in module._modules), None)
+    if wrapped is not None:
+        raise UnsupportedError(
+            f"torch.compile was applied to {wrapped or 'the model'} before the adapter, so a saved adapter would fit "
+            "compiled models alone. Add the adapter first: torch.compile(get_peft_model(model, config)). "
+            "`model.compile()`, which renames nothing, may come before."
+        )
+
+
+def _check_offload(model: nn.Module) -> None:
+    """Raise where a module loads the offloaded parameters of all modules in it: it would look for new ones in vain."""
+    for name, module in model.named_modules():
+        hook = offload_hook(module)
+        if hook is not None and hook.place_submodules:
+            raise UnsupportedError(
+                f"{name or 'the model'} is offloaded with all modules in it at once, so an adapter in it would be "
+                "looked for where accelerate keeps the base model. Offload without preload_module_classes."
+            )
 
 
 @contextmanager
@@ -197,6 +267,7 @@ def create_and_replace(
         return
     part = part or part_of(config, current_key, target).tuned
     if isinstance(target, LNTuneLayer):
+        _tie(injection, target, part)
         with all_onloaded(target):  # an adapter lives where the module computes
             _update(target, adapter_name, config, part, injection)
         return
@@ -207,11 +278,23 @@ def create_and_replace(
         # A mixed model injects its second adapter into itself, and so gives names from there.
         layer = ModuleLayer(target, injection.route, part.name.removeprefix(ROOT))
     layer.set_adapter(adapter_name)
+    _tie(injection, layer, part)
     with all_onloaded(layer):
         _update(layer, adapter_name, config, part, injection)
         if adapter_name not in tuner.active_adapters:
             layer.requires_grad_(False)
         tuner._replace_module(parent, target_name, layer, target)
+    for place in injection.places.get(target, ()):
+        assert place.put is not None
+        place.put(layer)
+
+
+def _tie(injection: Injection, layer: LNTuneLayer, part: Part) -> None:
+    injection.layers[part.name] = layer
+    for parameter in part.entries:
+        for other, its in injection.ties.get((part.name, parameter), ()):
+            if other in injection.layers:
+                layer.tie(parameter, injection.layers[other], its)
 
 
 def _update(layer: LNTuneLayer, adapter_name: str, config: LNTuneConfig, part: Part, injection: Injection) -> None:

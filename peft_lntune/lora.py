@@ -73,6 +73,8 @@ def routed_lora(model: nn.Module, route: Route) -> Iterator[None]:
 
 
 def _named_rows(route: Route, label: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not route.on():  # a copy that was made meanwhile
+        return None
     shape = args[0].shape
     index = route.index(shape, label, torch.device("cpu")).tolist()
     names = [route.order[place] for place in (index if len(index) == shape[0] else index * shape[0])]

@@ -3,12 +3,13 @@
 import os
 
 import torch
-from peft import LoraConfig, PeftModel
-from peft.utils.save_and_load import load_peft_weights
+from peft import LoraConfig, PeftConfig, PeftModel
 
 from peft_lntune.config import LNTuneConfig, parts_of
 from peft_lntune.errors import AdapterFileError, ConfigError
-from peft_lntune.storage import has_lora, is_part, without_adapter_name
+from peft_lntune.manifest import check_foreign
+from peft_lntune.restoring import told_by_us
+from peft_lntune.storage import find_weights, has_lora, is_part, read_tensors, without_adapter_name
 
 __all__ = ["load_lora"]
 
@@ -49,7 +50,16 @@ def load_lora(peft_model: PeftModel, directory: str | os.PathLike, adapter_name:
             f"adapter {adapter_name!r} has no LoRA part to load into. Make it with "
             "UnifiedConfig(parts=[..., LoraConfig.from_pretrained(directory)])."
         )
-    saved = LoraConfig.from_pretrained(str(directory))
+    with told_by_us(directory, lambda: True):
+        _load(peft_model, directory, adapter_name, part)
+
+
+def _load(peft_model: PeftModel, directory: str | os.PathLike, adapter_name: str, part: LoraConfig) -> None:
+    saved = PeftConfig.from_pretrained(str(directory))
+    if not isinstance(saved, LoraConfig):
+        raise AdapterFileError(
+            f"{directory} holds an adapter of PEFT type {saved.peft_type}, and load_lora reads LORA. Load it by itself."
+        )
     wrong = [name for name in _SAME if getattr(saved, name) != getattr(part, name)]
     if wrong:
         raise ConfigError(
@@ -59,11 +69,11 @@ def load_lora(peft_model: PeftModel, directory: str | os.PathLike, adapter_name:
     named = {name: tensor for name, tensor in peft_model.state_dict().items() if is_part(name, adapter_name)}
     targets = {without_adapter_name(name, adapter_name): tensor for name, tensor in named.items()}
     targets = {name: tensor for name, tensor in targets.items() if has_lora([name])}
+    file = find_weights(directory, None, {})
+    if file is None:
+        raise AdapterFileError(f"{directory} holds no weights of an adapter. Get the whole adapter.")
     # PEFT leaves `.weight` off the name of DoRA's magnitudes in a file.
-    found = {
-        name if name in targets else f"{name}.weight": tensor
-        for name, tensor in load_peft_weights(str(directory), device="cpu").items()
-    }
+    found = {name if name in targets else f"{name}.weight": tensor for name, tensor in read_tensors(file).items()}
     differing = targets.keys() ^ found.keys()
     shapes = [name for name in targets.keys() & found.keys() if targets[name].shape != found[name].shape]
     if differing or shapes:
@@ -72,6 +82,7 @@ def load_lora(peft_model: PeftModel, directory: str | os.PathLike, adapter_name:
             f"{directory} does not fit the LoRA part of adapter {adapter_name!r}: {len(differing)} names and "
             f"{len(shapes)} shapes differ, the first is {first}. It was trained on another model or other modules."
         )
+    check_foreign(found, targets, str(file))
     with torch.no_grad():
         for name, tensor in found.items():
             targets[name].copy_(tensor)

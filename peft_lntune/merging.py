@@ -4,17 +4,20 @@ LoRA adds to the weights that it finds, and subtracts again. A layer of ours wri
 and puts back what it found: after LoRA a mask would switch off what LoRA has learnt, and unmerging would leave that in.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from peft_lntune.core.places import find_places
 from peft_lntune.errors import UnsupportedError
 from peft_lntune.layers import BesideLayer, LNTuneLayer, ModuleLayer
 from peft_lntune.offloaded import all_onloaded
+from peft_lntune.tied import check_tied
 
-__all__ = ["check_shared", "merge_layers", "take_out_shared", "unmerge_layers"]
+__all__ = ["check_shared", "everywhere", "merge_layers", "take_out_layers", "unmerge_layers"]
 
 
 def check_shared(model: nn.Module, adapter_names: Sequence[str] | None) -> None:
@@ -41,9 +44,10 @@ def merge_layers(model: nn.Module, adapter_names: Sequence[str] | None, safe_mer
     """Merge adapters (None: the active ones) in all layers of a model; what is merged where ours will be comes again.
 
     Raises:
-        UnsupportedError: see `check_shared`. Nothing has changed.
+        UnsupportedError: see `check_shared` and `check_tied`. Nothing has changed.
     """
     check_shared(model, adapter_names)
+    check_tied(model, adapter_names)
     names = None if adapter_names is None else list(adapter_names)
     again: list[tuple[Any, list[str]]] = []
     for layer, others in _shared(model):
@@ -72,25 +76,42 @@ def unmerge_layers(model: nn.Module) -> None:
             layer.unmerge()
 
 
-def take_out_shared(model: nn.Module, merge: bool, safe_merge: bool, adapter_names: Sequence[str] | None) -> None:
-    """Take our layers out of a model, merged or not, where another tuner's layer is around the same module.
+def take_out_layers(model: nn.Module, merge: bool, safe_merge: bool, adapter_names: Sequence[str] | None) -> None:
+    """Take our layers around modules out of a model, merged or not.
 
-    What is left is that tuner's, which PEFT unloads by itself.
+    What is left is other tuners', which PEFT unloads by itself. It would write a `weight` and a `bias` into norms too,
+    and these may call them something else.
 
     Raises:
-        UnsupportedError: see `check_shared`. Nothing has changed.
+        UnsupportedError: see `check_shared` and `check_tied`. Nothing has changed.
     """
     if merge:
         check_shared(model, adapter_names)
-    shared = {id(layer) for layer, _ in _shared(model)}
+        check_tied(model, adapter_names)
+    merged: set[nn.Module] = set()
+    names = None if adapter_names is None else list(adapter_names)
     for holder in list(model.modules()):
         for name, child in list(holder.named_children()):
             layer: Any = child
-            if id(layer) in shared:
-                if merge:
+            if isinstance(layer, LNTuneLayer):
+                if merge and layer not in merged:
+                    merged.add(layer)
                     with all_onloaded(layer, keep=True):
-                        layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+                        layer.merge(safe_merge=safe_merge, adapter_names=names)
                 setattr(holder, name, layer.base_layer)
+
+
+@contextmanager
+def everywhere(model: nn.Module) -> Iterator[None]:
+    """Let what replaces a layer of ours under its name replace it at every other place that held it too."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LNTuneLayer)}
+    places = {layer: its for layer, its in find_places(model, layers.values()).items() if len(its) > 1}
+    yield
+    for name in [name for name, layer in layers.items() if layer in places]:
+        now = model.get_submodule(name)
+        for place in places[layers[name]]:
+            if now is not layers[name] and place.put is not None:
+                place.put(now)
 
 
 def _sorted(model: nn.Module) -> tuple[list[Any], list[Any]]:

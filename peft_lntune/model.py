@@ -1,16 +1,20 @@
 """The tuner: it puts layers into a model by a plan, and moves adapters about. What a layer does is in `layers/`."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, cast_adapter_dtype
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
+from peft_lntune.claims import model_type_of
 from peft_lntune.concatenated import concatenate
 from peft_lntune.config import (
     BottleneckConfig,
@@ -24,7 +28,9 @@ from peft_lntune.config import (
     record_mask,
 )
 from peft_lntune.config.deltas import recorded
-from peft_lntune.core.route import BASE, expansions_of
+from peft_lntune.core.detour import Detour
+from peft_lntune.core.entries import CONTINUOUS, Entries, refuse_continuous
+from peft_lntune.core.route import BASE, Route
 from peft_lntune.errors import ConfigError, RoutingError, UnsupportedError
 from peft_lntune.fit import (
     as_in_model,
@@ -36,24 +42,19 @@ from peft_lntune.fit import (
     own_tensors,
     scores_for,
     supermasks_of,
+    under_all_names,
     unpack_for,
 )
 from peft_lntune.heads import copy_heads, routed_heads
 from peft_lntune.inject import Injection, create_and_replace, injecting, is_target, prepare, route_of
 from peft_lntune.layers import PARAMETERS, BesideLayer, LNTuneLayer, NormLayer
 from peft_lntune.lora import LoraLayer, LoraPart, routed_lora
-from peft_lntune.merging import merge_layers, take_out_shared, unmerge_layers
+from peft_lntune.manifest import check_tensors, manifest_of
+from peft_lntune.merging import everywhere, merge_layers, take_out_layers, unmerge_layers
 from peft_lntune.offloaded import all_onloaded, stored_tensors
 from peft_lntune.packing import pack, pack_scores
 from peft_lntune.selection.masks import check_masks
-from peft_lntune.storage import (
-    cast_values,
-    check_tensors,
-    dropped_tensors,
-    manifest_of,
-    of_adapter,
-    without_adapter_name,
-)
+from peft_lntune.storage import cast_values, dropped_tensors, of_adapter, without_adapter_name
 from peft_lntune.weighted import MAJORITY_SIGNS, combine, combined_config
 
 __all__ = ["LNTuneModel"]
@@ -66,6 +67,8 @@ class LNTuneModel(BaseTuner):
     tuner_layer_cls = (LNTuneLayer, BesideLayer, LoraLayer)
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # PEFT's name; norms are found, not listed
     _warned_of: frozenset[str] = frozenset()
+    _looked_for_statistics = False
+    _told_missed: frozenset[str] = frozenset()
     _injection: Injection | None = None  # while one is under way, see `injecting`
 
     # What PEFT's injection asks for.
@@ -106,7 +109,8 @@ class LNTuneModel(BaseTuner):
     ) -> list[PeftConfig]:
         """Put those parts of an adapter into the model that are of a kind; returns all its parts."""
         config = self.peft_config[adapter_name]
-        prepared = prepare(self.peft_config, adapter_name, model, unmasked=unmasked)
+        prepared = prepare(self.peft_config, adapter_name, model, unmasked=unmasked, told=self._told_missed)
+        self._told_missed |= {name for _, injection in prepared for name in injection.plan.missed}
         try:
             for part, injection in prepared:
                 if not isinstance(part, kind):
@@ -130,8 +134,8 @@ class LNTuneModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         for layer in self._layers(LoraLayer):
             cast_adapter_dtype(layer, adapter_name, autocast_adapter_dtype)
-        # Ours are made in float32. Without autocast what stands beside the model takes its dtype, as LoRA does. Deltas do
-        # not: trainers say so for the whole model, and a delta in half precision is asked for by `delta_dtype`.
+        # Ours are made in float32. Without autocast what stands beside the model takes its dtype, as LoRA does. Deltas
+        # do not: trainers say so for the whole model, and `delta_dtype` asks for a delta in half precision.
         config = self.peft_config[adapter_name]
         asked = [p for p in parts_of(config) if isinstance(p, LNTuneConfig) and p.delta_dtype is not None]
         if autocast_adapter_dtype or asked:
@@ -181,9 +185,10 @@ class LNTuneModel(BaseTuner):
             self._check_mergeable(adapter_names, "unload() takes the adapter off")
             if safe_merge:
                 self._check_merge(adapter_names)
-        take_out_shared(self.model, merge, safe_merge, adapter_names)
         besides = [(name.rpartition(".")[0], m) for name, m in self.model.named_modules() if isinstance(m, BesideLayer)]
-        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        with everywhere(self.model):
+            take_out_layers(self.model, merge, safe_merge, adapter_names)
+            model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for host, beside in besides:
             beside.detach(model.get_submodule(host))
         return model
@@ -224,8 +229,11 @@ class LNTuneModel(BaseTuner):
         norms = delta_part(config)
         partial = norms is not None and norms.mask_source is not None
         config.manifest = manifest_of(stored, partial=partial) if whole else None
-        if "tuned" in (config.manifest or {}):
-            config.manifest["selected"] = config.__dict__["selected"]
+        if config.manifest is not None:
+            if "tuned" in config.manifest:
+                config.manifest["selected"] = config.__dict__["selected"]
+            if (model_type := model_type_of(model)) is not None:
+                config.manifest["model_type"] = model_type
         return pack(stored) if whole else cast_values(tensors, config.torch_save_dtype)
 
     @classmethod
@@ -242,7 +250,7 @@ class LNTuneModel(BaseTuner):
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
         own = own_tensors(model, adapter_name)
         check_fit(own, adapter_name, renamed)
-        return as_in_model(own, renamed)
+        return under_all_names(model, as_in_model(own, renamed))
 
     # Adapters.
 
@@ -286,9 +294,14 @@ class LNTuneModel(BaseTuner):
         places = self._places(adapter_name)
         shapes = {name: layer.base_parameter(parameter).shape for name, (layer, parameter) in places.items()}
         check_masks(masks, shapes, f"adapter {adapter_name!r}")
+        for layer, parameter in places.values():
+            first, *others = [name for name in layer.names_of(parameter) if name in masks] or [""]
+            if any(not torch.equal(masks[first], masks[other].to(masks[first].device)) for other in others):
+                raise ConfigError(f"{first} and {others[0]} are one parameter, and their masks differ. Give one mask.")
         source = recorded({"made": "by hand"} if source is None else source)
-        for name, (layer, parameter) in places.items():
-            layer.set_mask(parameter, adapter_name, masks.get(name))
+        for layer, parameter in places.values():
+            given = [masks[name] for name in layer.names_of(parameter) if name in masks]  # tied ones may go by either
+            layer.set_mask(parameter, adapter_name, given[0] if given else None)
         record_mask(self.peft_config, adapter_name, source)
 
     def clear_masks(self, adapter_name: str = "default") -> None:
@@ -326,7 +339,7 @@ class LNTuneModel(BaseTuner):
     def _places(self, adapter_name: str) -> dict[str, tuple[LNTuneLayer, str]]:
         """Where an adapter has its deltas: layer and parameter by the name of the base parameter."""
         return {
-            f"{layer.label}.{parameter}": (layer, parameter)
+            f"{layer.label}.{layer.own_name(parameter)}": (layer, parameter)
             for layer in self.tuner_layers()
             for parameter in PARAMETERS
             if adapter_name in layer.deltas(parameter)
@@ -409,12 +422,44 @@ class LNTuneModel(BaseTuner):
                     stacklevel=3,
                 )
 
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        return partial(_without_names, found) if name in CONTINUOUS else found
+
+    def _warn_of_statistics(self) -> None:
+        """Say, once, that training moves running statistics that no adapter holds."""
+        if self._looked_for_statistics:
+            return
+        self._looked_for_statistics = True
+        moving = [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, _NormBase)
+            and module.training
+            and module.running_mean is not None
+            # A head in modules_to_save is trained and saved as a copy, statistics and all.
+            and not {"modules_to_save", "original_module"} & set(name.split("."))
+        ]
+        if moving:
+            warnings.warn(
+                f"{len(moving)} modules such as {moving[0]} ({type(self.model.get_submodule(moving[0])).__name__}) "
+                "keep running statistics, which move in training although their parameters are frozen. A saved "
+                "adapter does "
+                "not hold them, so it would answer otherwise in a fresh model. Call .eval() on these modules after "
+                "model.train(), or name them in modules_to_save.",
+                stacklevel=3,
+            )
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.pop("adapter_names", None)
         if names is None:
-            if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                self.warn_of_missing_masks(self.active_adapters)
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                # What is trained now may be fixed when rows are asked for again, and nothing would tell.
+                route_of(self.model).drop()
+                if self.training:
+                    self.warn_of_missing_masks(self.active_adapters)
+                    self._warn_of_statistics()
             yield
             return
         self._check_route(names)
@@ -422,14 +467,40 @@ class LNTuneModel(BaseTuner):
         entries = [entry for layer in layers for entry in layer.entries()]
         with ExitStack() as stack:
             route = route_of(self.model)
-            stack.enter_context(route(names, list(self.peft_config), entries, expansions_of(self.model, kwargs)))
+            stack.enter_context(route(names, list(self.peft_config), entries, {1}))
             stack.enter_context(routed_heads(self.model, route, names))
             stack.enter_context(routed_lora(self.model, route))
+            if not torch.compiler.is_compiling():
+                stack.enter_context(self._entries(route))
+            yield
+
+    @contextmanager
+    def _entries(self, route: Route) -> Iterator[None]:
+        """Inside this context calls of the model, and of its parts, are checked before they run."""
+        modules = dict(self.model.named_modules())
+        kinds = (*self.tuner_layer_cls, ModulesToSaveWrapper)
+        places = {name: module for name, module in modules.items() if isinstance(module, kinds)}
+
+        def watched() -> dict[str, nn.Module]:
+            """Bottlenecks and prefixes are called by what stands beside them, of which they have the name."""
+            found = {name: modules.get(getattr(module, "label", name), module) for name, module in places.items()}
+            return {getattr(places[name], "label", name): module for name, module in found.items()}
+
+        with ExitStack() as stack:
+            for detour in Entries(self.model, route, watched, route.known).detours(modules, places):
+                detour.put()
+                stack.callback(detour.take)
             yield
 
     def _check_route(self, names: Sequence[str] | str) -> None:
         if self.training:
             raise RoutingError("Cannot pass `adapter_names` when the model is in training mode.")
+        forwards = (layer.get_base_layer().__dict__.get("forward") for layer in self.tuner_layers())
+        if any(isinstance(forward, Detour) and forward.routed for forward in forwards):
+            raise RoutingError(
+                "Cannot pass `adapter_names` inside the route of an AdapterBank or of ManyTasks, which gives each "
+                "row its adapter. Leave `adapter_names` out, or leave the route."
+            )
         if any(layer.merged for layer in self._layers(self.tuner_layer_cls)):
             raise RoutingError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
@@ -442,6 +513,13 @@ class LNTuneModel(BaseTuner):
                 f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}. "
                 f"Known adapters: {', '.join([*known, BASE])}."
             )
+
+
+def _without_names(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A method of transformers that takes any keyword and would pass over `adapter_names`."""
+    if kwargs.pop("adapter_names", None) is not None:
+        refuse_continuous(method)
+    return method(*args, **kwargs)
 
 
 def _with_targets(config: UnifiedConfig, parts: Sequence[Any]) -> list[Any]:

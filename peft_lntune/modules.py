@@ -69,20 +69,28 @@ def find_parameters(
         f"{name}.{parameter}": (name, parameter, tensor)
         for name, module in modules.items()
         for parameter in tune
-        if isinstance(tensor := module._parameters.get(parameter), Tensor)
+        if isinstance(tensor := module._parameters.get(_own_name(norms.get(name), parameter)), Tensor)
     }
     places = find_components(owned, {name: norm.roles for name, norm in norms.items()})
     found: dict[str, dict[str, Block | None]] = {}
-    for full, (name, parameter, tensor) in owned.items():
+    for full, (name, parameter, _) in owned.items():
         fused = next((parts for end, parts in _FUSED.items() if places[full].component.endswith(end)), None)
         if fused is not None:
             if wanted & set(fused):
                 block = _block(model, name, modules[name], parameter, fused, wanted)
                 found.setdefault(name, {})[parameter] = block
         elif _is_wanted(places[full].component, name in norms, wanted):
-            _check_tied(full, tensor, owned)
             found.setdefault(name, {})[parameter] = None
+    for full, (name, parameter, tensor) in owned.items():
+        if found.get(name, {}).get(parameter, ()) is None:
+            _check_tied(
+                full, tensor, {n: place for n, place in owned.items() if place[1] not in found.get(place[0], ())}
+            )
     return found
+
+
+def _own_name(norm: Norm | None, parameter: str) -> str:
+    return parameter if norm is None else norm.parameters[parameter]
 
 
 def _is_wanted(component: str, is_norm: bool, wanted: set[str]) -> bool:

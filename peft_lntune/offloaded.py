@@ -1,11 +1,11 @@
 """Modules that accelerate offloads: their parameters are on meta, except while their own forward runs.
 
-accelerate puts a forward of its own into each such module, which loads the parameters, runs the module's forward and takes
-them away again (`cpu_offload`, `disk_offload`, a `device_map` with "cpu" or "disk"). Whoever reads the parameters of such
-a module from outside must load them first.
+accelerate puts a forward of its own into each such module, which loads the parameters, runs the module's forward and
+takes them away again (`cpu_offload`, `disk_offload`, a `device_map` with "cpu" or "disk"). Code that reads the
+parameters of such a module from outside must load them first.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,14 +14,32 @@ from accelerate.hooks import AlignDevicesHook, SequentialHook
 from accelerate.utils import named_module_tensors
 from torch import Tensor, nn
 
-__all__ = ["all_onloaded", "call_onloaded", "device_of", "offload_hook", "onloaded", "stored_tensors"]
+from peft_lntune.errors import UnsupportedError
+
+__all__ = [
+    "all_onloaded",
+    "call_onloaded",
+    "check_trainable",
+    "device_of",
+    "is_offloaded",
+    "offload_hook",
+    "onloaded",
+    "stored_tensors",
+]
 
 
 def offload_hook(module: nn.Module) -> AlignDevicesHook | None:
     """The hook of accelerate that offloads the parameters of this module; None where none does."""
     hook = module.__dict__.get("_hf_hook")
+    if hook is None:  # asked in every forward pass
+        return None
     hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
     return next((own for own in hooks if isinstance(own, AlignDevicesHook) and own.offload), None)
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether accelerate offloads any module of a model."""
+    return any(offload_hook(part) is not None for part in model.modules())
 
 
 def device_of(module: nn.Module) -> torch.device | None:
@@ -79,7 +97,7 @@ def onloaded(module: nn.Module, keep: bool = False) -> Iterator[None]:
 
 
 def call_onloaded(module: nn.Module, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Call a function while the parameters of a module are loaded, with arguments on the module's device, as it is called.
+    """Call a function while the parameters of a module are loaded, with arguments on the module's device.
 
     Args:
         module: as in `onloaded`.
@@ -101,6 +119,24 @@ def call_onloaded(module: nn.Module, function: Callable[..., Any], args: tuple, 
     finally:
         result = hook.post_forward(module, result)
     return result
+
+
+def check_trainable(label: str, trained: Iterable[nn.Module]) -> None:
+    """Raise where modules that are trained are offloaded: a gradient would reach a copy that is thrown away.
+
+    Args:
+        label: where they are, for the message.
+        trained: what an adapter trains there.
+
+    Raises:
+        UnsupportedError: one of them requires gradients and is offloaded.
+    """
+    for part in (part for module in trained for part in module.modules()):
+        if offload_hook(part) is not None and any(p.requires_grad for p in part.parameters(recurse=False)):
+            raise UnsupportedError(
+                f"the adapter's own values at {label} are offloaded, so training would not change them. Dispatch or "
+                "offload the base model first, and call get_peft_model afterwards."
+            )
 
 
 def stored_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

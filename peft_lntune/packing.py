@@ -13,6 +13,7 @@ from torch import Tensor
 from peft_lntune.core.delta import PARAMETERS, pack_bits, unpack_bits
 from peft_lntune.core.supermask import kept
 from peft_lntune.errors import AdapterFileError
+from peft_lntune.renaming import old_name
 
 __all__ = [
     "KEEP",
@@ -105,7 +106,8 @@ def unpack(tensors: Mapping[str, Tensor], sizes: Mapping[str, tuple[int, torch.S
         return dict(tensors)
     root = ROOT if any(key.startswith(ROOT + PACKED) for key in tensors) else ""
     values, bits = (tensors.get(root + PACKED + ending) for ending in (_VALUES, _BITS))
-    names = sorted(name for name in sizes if root + name + _VALUES not in tensors)
+    # In the order of the names that they had when they were packed.
+    names = sorted((name for name in sizes if root + name + _VALUES not in tensors), key=_name_in_file)
     _check_lengths(values, bits, {name: sizes[name] for name in names}, where)
     assert values is not None
     assert bits is not None
@@ -207,6 +209,10 @@ def _named(tensors: Mapping[str, Tensor], ending: str) -> list[str]:
     """Names `<module>.lntune_<parameter>` of the deltas that have a tensor of their own with this ending."""
     names = [key.removesuffix(ending) for key in tensors if key.endswith(ending) and not is_packed([key])]
     return [name for name in names if name.rpartition(".")[2] in DELTAS]
+
+
+def _name_in_file(name: str) -> str:
+    return old_name(name + _VALUES).removesuffix(_VALUES)
 
 
 def _bytes(shape: torch.Size) -> int:

@@ -49,8 +49,9 @@ def plan(model: nn.Module, config: PeftConfig, counts: Mapping[str, int | None] 
     """
     plans = [planned for _, planned in plan_parts(model, config, counts)]
     left_out = {name: reason for planned in plans for name, reason in planned.left_out.items()}
+    missed = {name: one for planned in plans for name, one in planned.missed.items()}
     parts = {name: part for planned in plans for name, part in planned.parts.items()}
-    return Plan(parts, left_out, sum(planned.selected for planned in plans))
+    return Plan(parts, left_out, sum(planned.selected for planned in plans), missed)
 
 
 def plan_parts(

@@ -9,8 +9,8 @@ from torch import nn
 
 from peft_lntune.choose import in_layers, is_chosen, is_saved, matches
 from peft_lntune.config import DeltaConfig, LNTuningConfig, ModuleTuningConfig, SupermaskConfig
-from peft_lntune.core.delta import Block, delta_dtype
-from peft_lntune.core.norms import Norm, base_modules, find_norms
+from peft_lntune.core.delta import PARAMETERS, Block, delta_dtype
+from peft_lntune.core.norms import Missed, Norm, base_modules, survey
 from peft_lntune.errors import NoMatchError, UnsupportedError
 from peft_lntune.gaps import NO_ROLE
 from peft_lntune.modules import find_parameters
@@ -21,7 +21,7 @@ __all__ = ["part_of", "plan_components", "plan_deltas"]
 
 def plan_components(model: nn.Module, config: ModuleTuningConfig, counts: Mapping[str, int | None] | None) -> Plan:
     modules = base_modules(model)
-    norms = find_norms(model)
+    norms, looking = survey(model)
     places = find_parameters(model, config.components or (), norms, config.parameters)
     places = {name: found for name, found in places.items() if is_chosen(config, name) and not is_saved(config, name)}
 
@@ -33,12 +33,13 @@ def plan_components(model: nn.Module, config: ModuleTuningConfig, counts: Mappin
             f"that tune={config.tune!r} asks for. `parameter_change` names the components it has; or name modules in "
             "target_modules."
         )
-    return Plan(parts, {}, selected)
+    missed, _ = _sorted_out(config, looking) if "norm" in (config.components or ()) else ({}, {})
+    return Plan(parts, {}, selected, missed)
 
 
 def plan_deltas(model: nn.Module, config: DeltaConfig, counts: Mapping[str, int | None] | None) -> Plan:
     modules = base_modules(model)
-    norms = find_norms(model, parameterless=True)
+    norms, looking = survey(model, parameterless=True)
     reasons: dict[str, str] = {}
     every: dict[str, Part] = {}
     for name in norms if config.target_modules is None else modules:
@@ -48,10 +49,18 @@ def plan_deltas(model: nn.Module, config: DeltaConfig, counts: Mapping[str, int 
         reasons[name] = reason or ""
     parts, selected = _tuned(every)
     left_out = {name: reasons.get(name) or "its parameters are not among those tuned" for name in norms.keys() - parts}
-    left_out = {name: left_out[name] for name in norms if name in left_out}
+    missed, others = _sorted_out(config, {name: one for name, one in looking.items() if name not in parts})
+    left_out = {name: reason for name in modules if (reason := {**left_out, **others}.get(name)) is not None}
     if not parts:
-        raise NoMatchError(_nothing(config, norms, left_out, modules))
-    return Plan(parts, left_out, selected)
+        raise NoMatchError(_nothing(config, norms, left_out, missed, modules))
+    return Plan(parts, left_out, selected, missed)
+
+
+def _sorted_out(config: Any, looking: Mapping[str, Missed]) -> tuple[dict[str, Missed], dict[str, str]]:
+    """What looks like a norm: what the config would have tuned if it could be; and what it leaves out, with reasons."""
+    reasons = {name: _reason_to_leave(config, name, one) for name, one in looking.items()}
+    missed = {name: one for name, one in looking.items() if reasons[name] is None}
+    return missed, {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def _tuned(every: Mapping[str, Part]) -> tuple[dict[str, Part], int]:
@@ -60,14 +69,14 @@ def _tuned(every: Mapping[str, Part]) -> tuple[dict[str, Part], int]:
     return parts, sum(total for part in every.values() for _, total in part.entries.values())
 
 
-def _reason_to_leave(config: Any, name: str, norm: Norm | None) -> str | None:
-    """Why this module is not tuned; None where it is."""
+def _reason_to_leave(config: Any, name: str, norm: Norm | Missed | None) -> str | None:
+    """Why this module is not tuned; None where it is to be."""
     if not name:
         return "it is the model itself"
     if config.target_modules is not None:
         matched = check_target_module_exists(config, name) and in_layers(config, name)
         return None if matched else "not among the target modules, or excluded"
-    if norm is None or norm.weight_shape is None:
+    if norm is None or (isinstance(norm, Norm) and norm.weight_shape is None):
         return "it has no parameters"
     if getattr(config, "roles", None) is not None and not set(config.roles) & set(norm.roles):
         return f"role {'+'.join(norm.roles)}" if norm.roles else NO_ROLE
@@ -101,7 +110,8 @@ def part_of(
     Raises:
         UnsupportedError: the module has no floating weight.
     """
-    weight = getattr(module, "weight", None)
+    names = dict.fromkeys(PARAMETERS) if norm is None else norm.parameters
+    weight = getattr(module, names["weight"] or "weight", None)
     if not isinstance(weight, torch.Tensor) or not _takes_delta(weight):
         kind: Any = getattr(weight, "data", weight)
         plain = type(kind) is torch.Tensor
@@ -110,7 +120,7 @@ def part_of(
             f"{name} ({type(module).__name__}) is chosen to be tuned, but that needs a floating "
             f"`weight`, and it has {has}. Name its submodules instead, or leave it out."
         )
-    found = {p: getattr(module, p, None) for p in config.parameters if only is None or p in only}
+    found = {p: getattr(module, names[p] or p, None) for p in config.parameters if only is None or p in only}
     tuned = {p: t for p, t in found.items() if isinstance(t, torch.Tensor)}
     blocks = {p: block for p, block in (only or {}).items() if block is not None and p in tuned}
     sizes = {p: (blocks[p].shape_in(t.shape) if p in blocks else t.shape).numel() for p, t in tuned.items()}
@@ -136,7 +146,13 @@ def _count(counts: Mapping[str, int | None] | None, name: str, parameter: str, s
     return size if count is None else count
 
 
-def _nothing(config: LNTuningConfig, norms: Mapping[str, Norm], left_out: Mapping[str, str], modules: Mapping) -> str:
+def _nothing(
+    config: LNTuningConfig,
+    norms: Mapping[str, Norm],
+    left_out: Mapping[str, str],
+    missed: Mapping[str, Missed],
+    modules: Mapping[str, nn.Module],
+) -> str:
     if config.target_modules is not None:
         known = ", ".join(norms) or "none"
         return (
@@ -144,10 +160,14 @@ def _nothing(config: LNTuningConfig, norms: Mapping[str, Norm], left_out: Mappin
             f"parameters that tune={config.tune!r} asks for. Please check the target modules and try again. "
             f"Norms of this model: {known}."
         )
+    looking = "\n".join(f"  {one}" for one in missed.values())
     if not norms:
         return (
-            f"no norm was found among the {len(modules)} modules of this model. If it has one that is written into "
-            "another module's forward, give that a module of its own; or name other modules in target_modules."
+            f"no norm was found among the {len(modules)} modules of this model. "
+            + (f"These look like norms, and cannot be tuned as such:\n{looking}\n" if looking else "")
+            + "If it has one that is written into another module's forward, give that a module of its own; or name "
+            "other modules in target_modules."
         )
     listed = "\n".join(f"  {name}: {reason}" for name, reason in left_out.items())
+    listed += f"\nThese look like norms, and cannot be tuned as such:\n{looking}" if looking else ""
     return f"this config selects none of the {len(norms)} norms of this model:\n{listed}\nWiden the config."

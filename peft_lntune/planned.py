@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from peft_lntune.attention import AttentionFacts
 from peft_lntune.core.delta import Block
-from peft_lntune.core.norms import Norm
+from peft_lntune.core.norms import Missed, Norm
 from peft_lntune.core.sublayers import Sublayer
 
 __all__ = ["Part", "Plan"]
@@ -39,6 +39,10 @@ class Part:
             return "+".join(self.place.roles) or "unknown"
         return "-" if self.place is None else self.place.role
 
+    def own_name(self, parameter: str) -> str:
+        """What the module itself calls its weight or bias."""
+        return self.place.parameters[parameter] if isinstance(self.place, Norm) else parameter
+
     @property
     def tuned(self) -> "Part":
         """The same without the parameters of which no entry is tuned."""
@@ -59,11 +63,13 @@ class Plan:
         left_out: norms that the config does not tune, by name, with the reason.
         selected: entries of the deltas that the config selects, whether or not a mask leaves them out; it tells a saved
             mask of another model, where all that it tunes happens to be in this one too.
+        missed: modules that look like norms and cannot be tuned as such, by name, but for what the config leaves out.
     """
 
     parts: Mapping[str, Part]
     left_out: Mapping[str, str] = field(default_factory=dict)
     selected: int = 0
+    missed: Mapping[str, Missed] = field(default_factory=dict)
 
     @property
     def entries(self) -> int:
@@ -91,6 +97,8 @@ class Plan:
         lines = [line.rstrip() for line in lines]
         if self.left_out:
             lines += ["", "not tuned:", *(f"  {name}: {reason}" for name, reason in self.left_out.items())]
+        if self.missed:
+            lines += ["", "not tuned, though they look like norms:", *(f"  {one}" for one in self.missed.values())]
         return "\n".join(lines)
 
 

@@ -7,20 +7,27 @@ from pathlib import Path
 import peft
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils import PeftType, load_peft_weights
+from peft.utils import PeftType
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peft_lntune.config import LNTuneConfig, LNTuningConfig, parts_of
+from peft_lntune.core.names import role_of
 from peft_lntune.core.norms import base_modules
 from peft_lntune.errors import AdapterFileError, ConfigError, UnsupportedError
 from peft_lntune.layers import PARAMETERS, LNTuneLayer
-from peft_lntune.storage import WEIGHTS_FILE, is_ours
+from peft_lntune.manifest import check_foreign, digest_of
+from peft_lntune.offloaded import all_onloaded, onloaded
+from peft_lntune.restoring import restored_on_error, told_by_us
+from peft_lntune.saving import new_adapters
+from peft_lntune.storage import WEIGHTS_FILE, find_weights, is_ours, read_tensors
 
 __all__ = ["from_stock", "to_stock"]
 
 _ROOT = "base_model.model."
 _CONTAINER = "ln_tuning_layers"
+_DIGEST = "peft_lntune_digest"  # in the metadata of the weight file, which PEFT does not read
 
 
 def to_stock(peft_model: PeftModel, directory: str | os.PathLike, adapter_name: str = "default") -> None:
@@ -65,9 +72,7 @@ def to_stock(peft_model: PeftModel, directory: str | os.PathLike, adapter_name: 
     for layer in layers:
         for name, value in _whole(layer, adapter_name).items():
             tensors[f"{_ROOT}{layer.label}.{_CONTAINER}.{name}"] = value
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / WEIGHTS_FILE, {"format": "pt"})
+    tensors = {key: value.contiguous() for key, value in tensors.items()}
     stock = peft.LNTuningConfig(
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
@@ -75,7 +80,10 @@ def to_stock(peft_model: PeftModel, directory: str | os.PathLike, adapter_name: 
         target_modules=[layer.label for layer in layers],
         modules_to_save=config.modules_to_save,
     )
-    stock.save_pretrained(str(folder))
+    with new_adapters(directory) as folder:
+        said = {"format": "pt", _DIGEST: _digest(tensors, stock)}
+        save_file(tensors, folder / WEIGHTS_FILE, said)
+        stock.save_pretrained(str(folder))
 
 
 def from_stock(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> PeftModel:
@@ -93,15 +101,24 @@ def from_stock(model: nn.Module, directory: str | os.PathLike, adapter_name: str
         The model with the adapter.
 
     Raises:
-        AdapterFileError: not an LN_TUNING adapter, or one of another model. Nothing has changed.
+        AdapterFileError: not an LN_TUNING adapter, damaged, or one of another model. Nothing has changed.
     """
+    with restored_on_error(model, adapter_name), told_by_us(directory, lambda: True):
+        return _from_stock(model, directory, adapter_name)
+
+
+def _from_stock(model: nn.Module, directory: str | os.PathLike, adapter_name: str) -> PeftModel:
     stock = PeftConfig.from_pretrained(str(directory))
     if stock.peft_type != PeftType.LN_TUNING:
         raise AdapterFileError(
             f"{directory} holds an adapter of type {stock.peft_type}, and from_stock reads LN_TUNING. "
             "Load it with PeftModel.from_pretrained."
         )
-    loaded = load_peft_weights(str(directory), device="cpu")
+    file = find_weights(directory, None, {})
+    if file is None:
+        raise AdapterFileError(f"{directory} holds no weights of an adapter. Get the whole adapter.")
+    loaded = read_tensors(file)
+    _check_digest(file, loaded, stock)
     base = base_modules(model.get_base_model() if isinstance(model, PeftModel) else model)
     heads = {key: value for key, value in loaded.items() if f".{_CONTAINER}." not in key}
     deltas = _deltas(loaded, base, str(directory))
@@ -115,8 +132,34 @@ def from_stock(model: nn.Module, directory: str | os.PathLike, adapter_name: str
         model.add_adapter(adapter_name, config)
     else:
         model = get_peft_model(model, config, adapter_name)
-    set_peft_model_state_dict(model, {**heads, **deltas}, adapter_name)
+    result = set_peft_model_state_dict(model, {**heads, **deltas}, adapter_name)
+    if result.unexpected_keys:
+        raise AdapterFileError(
+            f"{directory} holds {min(result.unexpected_keys)}, for which neither this model nor modules_to_save in its "
+            "config has a place. It was trained on another model, or its config was changed."
+        )
     return model
+
+
+def _digest(tensors: Mapping[str, Tensor], config: PeftConfig) -> str:
+    """Of all that decides what an adapter in this format computes: its tensors, and which of them are heads."""
+    return f"{digest_of(tensors)} {','.join(sorted(config.modules_to_save or ()))} {config.task_type}"
+
+
+def _check_digest(file: Path, tensors: Mapping[str, Tensor], config: PeftConfig) -> None:
+    """Raise where a file that `to_stock` has written is not as it was; PEFT's own files say nothing of that."""
+    if file.name != WEIGHTS_FILE:
+        return
+    try:
+        with safe_open(file, framework="pt") as opened:
+            saved = (opened.metadata() or {}).get(_DIGEST)
+    except SafetensorError as error:
+        raise AdapterFileError(f"{file} is damaged or cut off ({error}). Get a good copy of the adapter.") from error
+    if saved is not None and saved != _digest(tensors, config):
+        raise AdapterFileError(
+            f"{file} or its adapter_config.json was changed since to_stock has written them: the digests differ. Get "
+            "both files from one export."
+        )
 
 
 def _has(layer: LNTuneLayer, adapter_name: str) -> bool:
@@ -126,31 +169,48 @@ def _has(layer: LNTuneLayer, adapter_name: str) -> bool:
 @torch.no_grad()
 def _whole(layer: LNTuneLayer, adapter_name: str) -> dict[str, Tensor]:
     """The state of the wrapped module with the adapter in it, as PEFT's own tuner would have trained and saved it."""
-    state = dict(layer.get_base_layer().state_dict())
-    for parameter in PARAMETERS:
-        if adapter_name in layer.deltas(parameter):
-            state[parameter] = layer.effective(parameter, [adapter_name]).to(state[parameter].dtype)
+    with all_onloaded(layer):
+        state = dict(layer.get_base_layer().state_dict())
+        for parameter in PARAMETERS:
+            if adapter_name in layer.deltas(parameter):
+                own = layer.own_name(parameter)
+                state[own] = layer.effective(parameter, [adapter_name]).to(state[own].dtype)
     return state
 
 
 def _deltas(loaded: Mapping[str, Tensor], base: Mapping[str, nn.Module], where: str) -> dict[str, Tensor]:
     deltas: dict[str, Tensor] = {}
+    check_foreign(loaded, _like(loaded, base), where)
     for key, value in loaded.items():
         path, found, parameter = key.partition(f".{_CONTAINER}.")
         if not found:
             continue
         name = path.removeprefix(_ROOT)
         own = getattr(base.get(name), parameter, None)
+        parameter = role_of(base[name], parameter) if name in base else parameter
         if parameter not in PARAMETERS or own is None or own.shape != value.shape:
             has = "has none" if own is None else f"has one of shape {tuple(own.shape)}"
             raise AdapterFileError(
                 f"{where} tunes {parameter} of shape {tuple(value.shape)} in {name}, and this model {has} there. "
                 "It was trained on another model."
             )
-        deltas[f"{_ROOT}{name}.lntune_{parameter}.weight"] = _difference(value, own.detach().cpu())
+        with onloaded(base[name]):
+            own = getattr(base[name], parameter).detach().cpu()
+        deltas[f"{_ROOT}{name}.lntune_{parameter}.weight"] = _difference(value, own)
     if not deltas:
         raise AdapterFileError(f"{where} holds no tensor named `...{_CONTAINER}...`; it is no LN_TUNING adapter.")
     return deltas
+
+
+def _like(loaded: Mapping[str, Tensor], base: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The model's own tensors, by the names that they have in the file."""
+    found = {}
+    for key in loaded:
+        path, _, parameter = key.replace(f".{_CONTAINER}.", ".").removeprefix(_ROOT).rpartition(".")
+        own = getattr(base.get(path), parameter, None)
+        if isinstance(own, Tensor):
+            found[key] = own
+    return found
 
 
 def _difference(tuned: Tensor, base: Tensor) -> Tensor:

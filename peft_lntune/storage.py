@@ -1,17 +1,11 @@
-"""What is in a weight file, and whether it is whole: the first line of defence against damaged adapters.
+"""What is in a weight file: names of tensors, and the tensors themselves, read without trust in the file."""
 
-An adapter is two files, `adapter_config.json` and `adapter_model.safetensors`. The config carries a manifest of the
-weights it was saved with, so that a config of one save beside the weights of another is noticed.
-"""
-
-import hashlib
 import inspect
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import zipfile
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -26,30 +20,35 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from peft_lntune.errors import AdapterFileError
-from peft_lntune.packing import KEEP, PREFIX, ROOT, counts_of, pack
+from peft_lntune.packing import PREFIX
 
 __all__ = [
+    "CONFIG_FILE",
     "CONTAINERS",
     "LORA",
+    "PEFT_TYPE",
+    "PICKLED_FILE",
     "WEIGHTS_FILE",
     "cast_values",
-    "check_directory",
-    "check_tensors",
     "dropped_tensors",
+    "find_weights",
     "has_lora",
     "hub_options",
     "is_ours",
     "is_part",
-    "manifest_of",
-    "new_file",
     "of_adapter",
     "read_tensors",
     "with_lora_name",
     "without_adapter_name",
 ]
 
+PEFT_TYPE = "LNTUNE"
+"""The one PEFT type of this package: every kind of adapter can live in one model and in one batch."""
+
+CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLED_FILE = "adapter_model.bin"  # PEFT writes and reads it where a user says safe_serialization=False
+PICKLED_FILE = "adapter_model.bin"
+# PEFT writes and reads it where a user says safe_serialization=False
 
 
 LORA = "lora_"
@@ -138,99 +137,35 @@ def dropped_tensors(model: nn.Module, adapter_name: str, others: Iterable[str]) 
     return {key: tensor.detach() for key, tensor in own.items() if others & set(key.split("."))}
 
 
-def manifest_of(tensors: Mapping[str, Tensor], partial: bool = False) -> dict[str, Any]:
-    """What a config records of the weights saved with it.
-
-    Args:
-        tensors: the adapter's state dict without adapter names, not packed yet.
-        partial: whether the adapter may tune fewer parameters than its config alone says.
-
-    Returns:
-        `digest`: SHA-256 over name, dtype, shape and bytes of each of our tensors, packed as they are saved. `tuned`,
-        where one is masked or `partial` is said: for each tuned parameter the number of its tuned entries, null for
-        all of them, so that each delta can be made in its final shape before the file is read.
-    """
-    ours = _ours(tensors)
-    counts = counts_of(ours)
-    manifest: dict[str, Any] = {"digest": _digest(pack(ours))}
-    return {**manifest, "tuned": counts} if partial or any(counts.values()) else manifest
-
-
-def check_tensors(manifest: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise where a state dict cannot be the adapter that `manifest` describes.
-
-    Args:
-        manifest: as `manifest_of` made it; None skips the comparison.
-        tensors: a state dict as loaded, without adapter names.
-        where: the file or adapter, for the message.
-
-    Raises:
-        AdapterFileError: nothing of ours in it, a wrong dtype, a value that is not finite, or another digest.
-    """
-    ours = _ours(tensors)
-    if not ours:
-        raise AdapterFileError(
-            f"{where} holds no tensor named `...{PREFIX}...`, but {len(tensors)} others, such as "
-            f"{next(iter(tensors), 'none')!r}. It was not saved by peft_lntune, or its keys were renamed."
-        )
-    for name, tensor in ours.items():
-        wanted = "uint8" if name.endswith((".mask", KEEP)) else "a floating dtype"
-        if (tensor.dtype == torch.uint8) if wanted == "uint8" else tensor.is_floating_point():
-            continue
-        raise AdapterFileError(f"{where}: {name} should be of {wanted}, but is {tensor.dtype}. Get a good copy.")
-    broken = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
-    if broken:
-        raise AdapterFileError(
-            f"{where}: {len(broken)} tensors hold NaN or infinite values, the first is {broken[0]}. "
-            "The training that wrote it diverged, or the file is damaged; take an earlier checkpoint."
-        )
-    if manifest and "digest" in manifest and manifest["digest"] != _digest(ours):
-        raise AdapterFileError(
-            f"{where} is not the file that its adapter_config.json was saved with: the digests differ. One of the two "
-            "comes from another save, or was changed since. Get both from one save."
-        )
-
-
-def check_directory(
-    manifest: Mapping[str, Any] | None, path: str | os.PathLike, subfolder: str | None = None, **hub: Any
-) -> None:
-    """Check the safetensors file beside a config, local or on the Hub. Pickled weights are left to PEFT.
-
-    Raises:
-        AdapterFileError: a local directory holds no weights, the file cannot be read, or `check_tensors` refuses it.
-    """
-    file = _find(path, subfolder, hub)
-    if file is not None:
-        check_tensors(manifest, read_tensors(file), str(file))
-
-
 def read_tensors(file: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """The tensors of a weight file: safetensors, or what PEFT has pickled where its name ends in `.bin`.
 
     Raises:
-        AdapterFileError: it cannot be read.
+        AdapterFileError: it cannot be read, or holds something else than named tensors.
     """
     try:
+        if Path(file).suffix == ".bin":
+            return _unpickled(Path(file))
         with safe_open(file, framework="pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # not a dict
-    except (SafetensorError, OSError) as error:
-        raise AdapterFileError(f"{file} is damaged or cut off ({error}). Get a good copy of the adapter.") from error
+    except (SafetensorError, OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise AdapterFileError(f"{file} is damaged or cut off ({said}). Get a good copy of the adapter.") from error
 
 
-@contextmanager
-def new_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A file to write, of the same name elsewhere, which takes its place at `path` when all of it is written.
-
-    Who has the old file open keeps it. Where the block raises or the process is killed, the old file stays.
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
-        made = Path(folder, target.name)
-        yield made
-        with made.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(made, target)
+def _unpickled(file: Path) -> dict[str, Tensor]:
+    with zipfile.ZipFile(file) as packed:
+        if sum(entry.file_size for entry in packed.infolist()) > file.stat().st_size:
+            raise ValueError("it says that it holds more than its size")
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling damaged bytes may raise anything, and torch advises against its own check
+        raise ValueError(f"it is no pickled state dict of tensors: {type(error).__name__}") from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+    ):
+        raise ValueError("it is no state dict of tensors")
+    return tensors
 
 
 def hub_options(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,27 +174,27 @@ def hub_options(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in known}
 
 
-def _find(path: str | os.PathLike, subfolder: str | None, hub: Mapping[str, Any]) -> Path | None:
+def find_weights(path: str | os.PathLike, subfolder: str | None, hub: Mapping[str, Any]) -> Path | None:
+    """The weight file of an adapter, as PEFT chooses it: safetensors before pickled; None where there is none.
+
+    Args:
+        path: a local directory, or a repository on the Hub.
+        subfolder: in it.
+        hub: see `hub_options`.
+
+    Raises:
+        AdapterFileError: a local directory holds neither.
+    """
     folder = Path(path, subfolder or "")
     if folder.is_dir():
-        file = folder / WEIGHTS_FILE
-        if file.exists() or (folder / PICKLED_FILE).exists():
-            return file if file.exists() else None
-        # PEFT would take the path for the name of a repository on the Hub, and complain about its spelling.
-        raise AdapterFileError(f"{folder} holds a config, but no {WEIGHTS_FILE}. Get the whole adapter.")
-    try:
-        return Path(hf_hub_download(str(path), WEIGHTS_FILE, subfolder=subfolder, **hub))
-    except (EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError):
-        return None
-
-
-def _ours(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(ROOT): tensor for name, tensor in sorted(tensors.items()) if is_ours(name)}
-
-
-def _digest(ours: Mapping[str, Tensor]) -> str:
-    total = hashlib.sha256()
-    for name, tensor in sorted(ours.items()):
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
+        found = next((folder / name for name in (WEIGHTS_FILE, PICKLED_FILE) if (folder / name).exists()), None)
+        if found is None:
+            # PEFT would take the path for the name of a repository on the Hub, and complain about its spelling.
+            raise AdapterFileError(f"{folder} holds a config, but no {WEIGHTS_FILE}. Get the whole adapter.")
+        return found
+    for name in (WEIGHTS_FILE, PICKLED_FILE):
+        try:
+            return Path(hf_hub_download(str(path), name, subfolder=subfolder, **hub))
+        except (EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError):
+            continue
+    return None

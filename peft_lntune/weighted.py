@@ -131,7 +131,7 @@ def combine(
         summed = COMBINATIONS[combination](dense, factors, density or 1.0, majority_sign_method)
         union = torch.stack([delta.tuned() for delta, _ in present]).any(0)
         if not union.all():
-            deltas[into] = Delta.masked(union, summed.dtype, summed.device)
+            layer.put(parameter, into, Delta.masked(union, summed.dtype, summed.device))
             narrowed = True
         deltas[into].fill(summed)
         deltas[into].requires_grad_(into in layer.active_adapters)

@@ -11,18 +11,22 @@ PACKAGE = Path(peft_lntune.__file__).parent
 
 # Rooms from the ground up; a room imports from itself and from those above it in this list. One line is one floor.
 FLOORS = [
-    {"errors", "version", "card", "core"},
+    {"errors", "version", "card", "core", "atomic", "renaming"},
     {"selection", "packing"},
     {"analysis"},
     {"storage"},
+    {"manifest"},
+    {"saving"},
     {"config"},
     {"offloaded"},
     {"attention", "lora", "resume"},
-    {"modules", "planned", "choose"},
+    {"modules", "planned", "choose", "missed", "restoring"},
+    {"claims"},
     {"plan_beside", "plan_deltas"},
     {"plan_masks"},
     {"plan", "layers", "heads"},
-    {"concatenated", "fit", "inject", "merging"},
+    {"tied", "fit"},
+    {"concatenated", "inject", "merging"},
     {"weighted"},
     {"model"},
     {"bank", "fisher_fit", "lora_files", "stock", "supermasks"},
@@ -32,7 +36,8 @@ FLOORS = [
     {"cli"},
 ]
 # Neither PEFT nor transformers: usable, and testable, without.
-BARE = {"core", "errors", "version", "card", "selection", "packing", "storage", "analysis"}
+BARE = {"core", "errors", "version", "card", "atomic", "renaming", "selection", "packing"}
+BARE |= {"storage", "manifest", "saving", "analysis"}
 FRAMEWORKS = {"peft", "transformers", "accelerate"}
 
 

@@ -272,8 +272,9 @@ class TestDisableAndUnload:
         peft_model = adapt(model)
         norm = peft_model.base_model.model.bert.embeddings.LayerNorm
         assert (norm.eps, norm.normalized_shape) == (norm.base_layer.eps, norm.base_layer.normalized_shape)
-        assert norm.weight is norm.base_layer.weight
-        assert norm.bias is norm.base_layer.bias
+        for parameter in ("weight", "bias"):  # what the layer computes with, and what it is made from
+            assert torch.equal(getattr(norm, parameter), norm.effective(parameter, ["default"]))
+            assert norm.base_parameter(parameter) is getattr(norm.base_layer, parameter)
         with pytest.raises(AttributeError, match="no attribute 'not_there'"):
             _ = norm.not_there
 
@@ -321,10 +322,10 @@ class TestCopies:
         assert torch.equal(output(light.eval(), batch), output(peft_model, batch))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    def test_without_autocast_adapter_dtype_deltas_take_the_dtype_of_the_base(self, dtype):
+    def test_deltas_take_the_dtype_of_the_base_where_the_config_says_so(self, dtype):
         model, batch = build("llama", dtype), inputs("llama")
         base = output(model, batch)
-        peft_model = get_peft_model(model, LNTuningConfig(), autocast_adapter_dtype=False).eval()
+        peft_model = get_peft_model(model, LNTuningConfig(delta_dtype=str(dtype).removeprefix("torch."))).eval()
         assert {delta.weight.dtype for delta in deltas(peft_model).values()} == {dtype}
         assert torch.equal(output(peft_model, batch), base)
         fill(peft_model, "default")

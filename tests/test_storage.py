@@ -12,17 +12,10 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from peft_lntune import AdapterFileError, LNTuningConfig
+from peft_lntune.atomic import new_file
+from peft_lntune.manifest import check_directory, check_tensors, manifest_of
 from peft_lntune.packing import pack
-from peft_lntune.storage import (
-    WEIGHTS_FILE,
-    check_directory,
-    check_tensors,
-    is_ours,
-    manifest_of,
-    new_file,
-    of_adapter,
-    without_adapter_name,
-)
+from peft_lntune.storage import WEIGHTS_FILE, is_ours, of_adapter, without_adapter_name
 from tests import adapted
 
 
@@ -139,9 +132,12 @@ class TestDirectory:
         with pytest.raises(AdapterFileError, match=f"holds a config, but no {WEIGHTS_FILE}. Get the whole adapter"):
             check_directory(None, tmp_path)
 
-    def test_pickled_weights_are_left_to_peft(self, tmp_path: Path) -> None:
-        (tmp_path / "adapter_model.bin").touch()
-        check_directory(None, tmp_path)
+    def test_pickled_weights(self, tmp_path: Path) -> None:
+        torch.save(tensors(), tmp_path / "adapter_model.bin")
+        check_directory(manifest_of(tensors()), tmp_path)
+        (tmp_path / "adapter_model.bin").write_bytes(b"")
+        with pytest.raises(AdapterFileError, match=r"adapter_model.bin is damaged or cut off .*Get a good copy"):
+            check_directory(None, tmp_path)
 
     def test_what_is_not_here_is_left_to_peft(self) -> None:
         check_directory(None, "somebody/something")

@@ -23,9 +23,12 @@ from peft_lntune.bank.sources import Adapter, Source, Sources
 from peft_lntune.core.bank import Stacks, as_rows, spread
 from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.core.detour import Detour
-from peft_lntune.core.route import BASE, Gather, Route, expansions_of
+from peft_lntune.core.entries import Entries
+from peft_lntune.core.norms import called_modules
+from peft_lntune.core.route import BASE, Gather, Route
 from peft_lntune.errors import AdapterFileError, ConfigError, RoutingError, UnsupportedError
 from peft_lntune.layers import switched_off
+from peft_lntune.restoring import told_by_us
 
 __all__ = ["AdapterBank"]
 
@@ -37,7 +40,7 @@ class AdapterBank:
     the bank or in the batch, and each norm costs one operation more than the base model's.
 
     Rows are copied when a route is entered, so adapters may be added and removed at any time, by other threads too. One
-    routed forward runs at a time.
+    routed forward runs at a time, and a route belongs to the thread that entered it.
 
     Args:
         model: the base model, or a PeftModel, whose own adapters are then off inside a route.
@@ -84,7 +87,7 @@ class AdapterBank:
             f"{name}.{parameter}": (number, parameter)
             for number, (name, _) in enumerate(self._norms)
             for parameter in PARAMETERS
-            if getattr(self._sources.modules[name], parameter, None) is not None
+            if self._sources.parameter(f"{name}.{parameter}") is not None
         }
         if not self._owners:
             raise UnsupportedError("this model has no norm with a weight, so there is nothing that a bank could hold.")
@@ -125,6 +128,13 @@ class AdapterBank:
 
     def __contains__(self, name: object) -> bool:
         return name in self._slots
+
+    def __reduce__(self) -> Any:
+        raise UnsupportedError(
+            "a bank cannot be copied or pickled: it belongs to one model and its threads. Write it with "
+            "bank.save(path), "
+            "and open the file for the other model: AdapterBank.open(path, model)."
+        )
 
     def __repr__(self) -> str:
         return f"AdapterBank({len(self)} adapters of {type(self._base).__name__}, {self.row_bytes:,} bytes each)"
@@ -260,11 +270,12 @@ class AdapterBank:
         Raises:
             AdapterFileError: the file is damaged, cut off, no bank, or of another model.
         """
-        saved = Saved(BankFile(path))
-        bank = cls(model, max(capacity, len(saved.names)), saved.dtype, device)
-        saved.check(bank._stacks, bank._sources)
-        bank._check_names(saved.names)
-        bank._name(saved.names, bank._take(len(saved.names)))
+        with told_by_us(path, lambda: True):
+            saved = Saved(BankFile(path))
+            bank = cls(model, max(capacity, len(saved.names)), saved.dtype, device)
+            saved.check(bank._stacks, bank._sources)
+            bank._check_names(saved.names)
+            bank._name(saved.names, bank._take(len(saved.names)))
         bank._saved = saved
         return bank
 
@@ -298,15 +309,21 @@ class AdapterBank:
                 return
             modules = self._sources.modules
             check_free(modules[name] for name, _ in self._norms)
-            runs = [
-                NormRun(modules[name], norm, number, self._route) for number, (name, norm) in enumerate(self._norms)
-            ]
-            self._detours = [Detour(run.module, self._route, run) for run in runs]
-            if callable(getattr(self._base, "generate", None)):
-                self._detours.append(Detour(self._base, self._route, self._generate, "generate"))
-            for detour in self._detours:
-                detour.put()
+            for number, (name, norm) in enumerate(self._norms):
+                self._put(Detour(modules[name], self._route, NormRun(modules[name], norm, number, self._route)))
+            for detour in Entries(self._base, self._route, self._watched).detours(
+                called_modules(self._base), self._sources.norms
+            ):
+                self._put(detour)
             self._heads.attach()
+
+    def _put(self, detour: Detour) -> None:
+        detour.put()
+        self._detours.append(detour)
+
+    def _watched(self) -> dict[str, nn.Module]:
+        """The modules that follow a route, by name."""
+        return {name: self._sources.modules[name] for name in (*self._sources.norms, *self._heads.layers)}
 
     def detach(self) -> None:
         """Leave the model as it was before `attach`.
@@ -317,7 +334,7 @@ class AdapterBank:
         with self._lock:
             self._route.check_idle()
             self._heads.detach()
-            for detour in self._detours:
+            for detour in reversed(self._detours):
                 detour.take()
             self._detours = []
 
@@ -325,14 +342,20 @@ class AdapterBank:
     def route(self, names: Sequence[str] | str | Tensor) -> Iterator[None]:
         """Forward passes and `generate` of the model inside this context use an adapter for each row.
 
+        The context belongs to the thread, or the asyncio task, that enters it: meanwhile a forward pass of another one
+        raises. The first batch of several adapters is run three times on the side, to see where the model has the rows
+        of a sample; a model that has them elsewhere than along the first axis is refused. A cache of keys and values
+        (`past_key_values`) is that of the adapter that made it: going on with it under another one cannot be noticed.
+
         Args:
             names: the adapter of each row, `"__base__"` or 0 for none; or what `index` has made of them, `(B,)` int64;
                 or one name for all rows. In `generate` rows are repeated with their samples, for beams and return
                 sequences.
 
         Raises:
-            RoutingError: the model is not attached, in training mode or merged, a route is on already, or an adapter
-                is not in the bank. Inside the context, at the first norm: the batch has another number of rows.
+            RoutingError: the model is not attached, was changed since, is in training mode or merged, a route is on
+                already, or an adapter is not in the bank. Inside the context, when the model is called: the batch has
+                another number of rows, packed rows, or its samples elsewhere than along the first axis.
             AdapterFileError: the rows of an adapter, in the file the bank was opened from, are damaged.
         """
         with ExitStack() as stack:
@@ -355,16 +378,19 @@ class AdapterBank:
             raise RoutingError("the bank is not attached to its model. Call bank.attach() first.")
         if self._base.training:
             raise RoutingError("cannot route when the model is in training mode. Call model.eval() first.")
+        modules = set(self._base.modules())
+        for detour in self._detours:
+            if detour.lost(modules):
+                raise RoutingError(
+                    f"{detour} was replaced after bank.attach(), or its forward was, so it would not follow a route. "
+                    "Call bank.detach() before the model is changed and bank.attach() afterwards; where a module was "
+                    "exchanged, make a new bank."
+                )
         kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-        tuners = [module for module in self._base.modules() if isinstance(module, kinds)]
+        tuners = [module for module in modules if isinstance(module, kinds)]
         if any(getattr(module, "merged", False) for module in tuners):
             raise RoutingError("cannot route when there are merged adapters, please call `unmerge_adapter` first.")
         return tuners
-
-    def _generate(self, own: Any, *args: Any, **kwargs: Any) -> Any:
-        named = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
-        with self._route.expanding(expansions_of(self._base, named)):
-            return own(*args, **kwargs)
 
     def _gather(self, slots: Sequence[int]) -> Gather:
         """Rows of the effective parameters; copies, whatever happens to the stacks afterwards."""
@@ -404,6 +430,12 @@ class AdapterBank:
         """Names and slots of what a user has routed."""
         if isinstance(names, str):
             return [names], self._slots_of([names])
+        if not isinstance(names, (Tensor, Sequence)):
+            raise RoutingError(
+                "route takes a name for each row, one string for all rows, or what bank.index gave, but got "
+                f"{names!r}. "
+                f"For the base model give {BASE!r}."
+            )
         if not isinstance(names, Tensor):
             slots = self._slots_of(names)
             return [self._names[slot] for slot in slots], slots

@@ -1,13 +1,12 @@
 """The parameters of the base model's norms, as rows of adapters are added to them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from peft_lntune.bank.sources import Sources
 from peft_lntune.core.bank import Stacks
-from peft_lntune.core.delta import stamp
 from peft_lntune.core.route import one_dtype
 from peft_lntune.errors import UnsupportedError
 
@@ -15,7 +14,10 @@ __all__ = ["BaseRows"]
 
 
 class BaseRows:
-    """The base model's parameters, widened, with the offset of zero-centred norms; kept until one of them changes.
+    """The base model's parameters, widened, with the offset of zero-centred norms.
+
+    They are read anew each time, one operation a stack: fused optimizers and averages of weights write to parameters
+    without a trace, and a copy that is kept would not follow.
 
     Args:
         sources: of the model.
@@ -31,44 +33,55 @@ class BaseRows:
     """
 
     def __init__(self, sources: Sources, owners: Mapping[str, tuple[int, str]], stacks: Stacks) -> None:
-        self._sources, self._owners = sources, owners
+        self._sources = sources
         self._groups = [names for names, _ in stacks]
         self._rest = owners.keys() - {name for names in self._groups for name in names}
-        self._kept: tuple[object, list[Tensor], dict[str, Tensor]] | None = None
+        self._offsets = {
+            name: sources.norms[name.rpartition(".")[0]].offset if which == "weight" else 0.0
+            for name, (_, which) in owners.items()
+        }
 
+    @torch.no_grad()
     def stacked(self) -> list[Tensor]:
         """For each stack its parameters, `(k, *shape)`.
 
         Raises:
             UnsupportedError: a norm is on the meta device.
         """
-        return self._current()[1]
+        with torch.inference_mode(False):
+            return [self._wide(names, torch.stack(one_dtype(self._parameters(names)))) for names in self._groups]
 
+    @torch.no_grad()
     def others(self) -> dict[str, Tensor]:
         """The parameters that are in no stack, by name.
 
         Raises:
             UnsupportedError: a norm is on the meta device.
         """
-        return self._current()[2]
+        with torch.inference_mode(False):
+            rest = sorted(self._rest)
+            return {
+                name: self._wide([name], tensor.detach()[None])[0]
+                for name, tensor in zip(rest, self._parameters(rest), strict=True)
+            }
 
-    def _current(self) -> tuple[object, list[Tensor], dict[str, Tensor]]:
-        parameters = {name: self._sources.parameter(name) for name in self._owners}
-        key = [stamp(parameter) for parameter in parameters.values()]
-        if self._kept is None or self._kept[0] != key:
-            if any(parameter.is_meta for parameter in parameters.values()):
-                raise UnsupportedError(
-                    "norms of this model are on the meta device, as accelerate leaves them between the calls of a "
-                    "model that it offloads. Keep the norms on a device, they are small."
-                )
-            with torch.inference_mode(False), torch.no_grad():
-                wide = {name: self._wide(name, parameter) for name, parameter in parameters.items()}
-                groups = [torch.stack(one_dtype([wide[name] for name in names])) for names in self._groups]
-            self._kept = key, groups, {name: wide[name] for name in wide if name in self._rest}
-        return self._kept
+    def _parameters(self, names: Sequence[str]) -> list[Tensor]:
+        found = [self._sources.parameter(name) for name in names]
+        if any(parameter.is_meta for parameter in found):
+            raise UnsupportedError(
+                "norms of this model are on the meta device, as accelerate leaves them between the calls of a "
+                "model that it offloads. Keep the norms on a device, they are small."
+            )
+        return found
 
-    def _wide(self, name: str, parameter: Tensor) -> Tensor:
-        place, which = name.rpartition(".")[0], self._owners[name][1]
-        wide = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
-        offset = self._sources.norms[place].offset
-        return wide + offset if which == "weight" and offset else wide
+    def _wide(self, names: Sequence[str], stacked: Tensor) -> Tensor:
+        wide = stacked.dtype if stacked.dtype.itemsize > 2 else torch.float32
+        stacked = stacked if stacked.dtype == wide else stacked.to(wide)
+        offsets = [self._offsets[name] for name in names]
+        if not any(offsets):
+            return stacked
+        if len(set(offsets)) == 1:
+            return stacked + offsets[0]
+        return stacked + torch.tensor(offsets, dtype=wide, device=stacked.device).reshape(
+            -1, *(1,) * (stacked.dim() - 1)
+        )

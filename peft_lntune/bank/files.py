@@ -14,19 +14,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from peft_lntune.atomic import new_file
 from peft_lntune.errors import AdapterFileError
-from peft_lntune.storage import new_file
 from peft_lntune.version import __version__
 
 __all__ = ["BLOCK", "FORMAT_VERSION", "BankFile", "Entry", "digest_of", "write_tensors"]
 
-FORMAT_VERSION = 1
-"""Version of bank files. A file of another version is refused, never guessed at."""
+FORMAT_VERSION = 2
+"""Version of bank files. In version 1 digests covered values alone; since 2 also the index: names, shapes, dtypes."""
+
+_READ = (1, FORMAT_VERSION)  # a file of another version is refused, never guessed at
 
 BLOCK = 64
 """How many adapters are read or written at once."""
 
-_KEY = "lntune_bank"
+_KEY, _INDEX_DIGEST = "lntune_bank", "lntune_bank_digest"
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -58,7 +60,8 @@ def write_tensors(path: str | os.PathLike, index: Mapping[str, Any], entries: Ma
     """
     entries = dict(sorted(entries.items(), key=lambda named: -named[1].dtype.itemsize))
     index = {"format_version": FORMAT_VERSION, "peft_lntune_version": __version__, **index}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", _KEY: json.dumps(index)}}
+    listed = json.dumps(index)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", _KEY: listed, _INDEX_DIGEST: _sha256(listed)}}
     end = 0
     for name, entry in entries.items():
         begin, end = end, end + entry.dtype.itemsize * torch.Size(entry.shape).numel()
@@ -72,14 +75,14 @@ def write_tensors(path: str | os.PathLike, index: Mapping[str, Any], entries: Ma
                 file.write(_bytes(block))
 
 
-def digest_of(tensors: Iterable[Tensor]) -> bytes:
-    """SHA-256 of the bytes of some tensors, one after the other.
+def digest_of(tensors: Iterable[Tensor], about: str = "") -> bytes:
+    """SHA-256 of a text and of the bytes of some tensors, one after the other.
 
     Example:
         >>> len(digest_of([torch.ones(2)]))
         32
     """
-    total = hashlib.sha256()
+    total = hashlib.sha256(about.encode())
     for tensor in tensors:
         total.update(_bytes(tensor))
     return total.digest()
@@ -90,6 +93,7 @@ class BankFile:
 
     Attributes:
         index: what `write_tensors` was given.
+        covers_index: whether its digests cover the index too; those of version 1 cover values alone.
 
     Args:
         path: of the file.
@@ -111,14 +115,20 @@ class BankFile:
                 "bank.add(name, directory)."
             )
         try:
-            self.index: dict[str, Any] = json.loads(metadata[_KEY])
-        except json.JSONDecodeError as error:
+            self.index: dict[str, Any] = dict(json.loads(metadata[_KEY]))
+        except (ValueError, TypeError, RecursionError) as error:
             raise AdapterFileError(f"the index of {path} is damaged: {error}. Get a good copy of the bank.") from error
         version = self.index.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in _READ:
             raise AdapterFileError(
-                f"{path} has format_version {version!r}, and peft_lntune {__version__} reads {FORMAT_VERSION}. Upgrade "
-                "with `pip install -U peft-lntune`, or save the bank again."
+                f"{path} has format_version {version!r}, and peft_lntune {__version__} reads "
+                f"{' and '.join(map(str, _READ))}. Upgrade with `pip install -U peft-lntune`, or save the bank again."
+            )
+        self.covers_index = version != 1
+        if self.covers_index and metadata.get(_INDEX_DIGEST) != _sha256(metadata[_KEY]):
+            raise AdapterFileError(
+                f"the index of {path} is damaged: it was changed since it was written, so its names may not be "
+                "those of its rows. Get a good copy of the bank."
             )
 
     def tensor(self, name: str) -> Tensor:
@@ -132,6 +142,10 @@ class BankFile:
         except SafetensorError as error:
             raise AdapterFileError(f"{self.path} lacks {name}: {error}. Get a good copy of the bank.") from error
         return found
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _bytes(tensor: Tensor) -> Any:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from peft_lntune.bank.running import HeadRun
 from peft_lntune.bank.sources import Adapter, Sources, tensors_of
 from peft_lntune.core.bank import Stacks, as_rows
-from peft_lntune.core.delta import stamp
 from peft_lntune.core.detour import Detour
 from peft_lntune.core.norms import Norm
 from peft_lntune.core.route import Route
@@ -39,7 +38,6 @@ class Heads:
         """For each slot its heads, with their tensors where they are of another shape and so in no stack."""
         self._runs: dict[str, HeadRun] = {}
         self._detours: dict[str, Detour] = {}
-        self._stamps: dict[str, object] = {}
         self._attached = False
 
     def check(self, adapter: Adapter) -> None:
@@ -76,11 +74,22 @@ class Heads:
         return found
 
     def forget(self, slots: Sequence[int]) -> None:
-        """Slots that are free again have no heads."""
+        """Slots that are free again have no heads, and a layer that nobody has is as it was."""
         for slot in slots:
-            if self.held.pop(slot, None) is not None:
-                for owners in self.owners.values():
-                    owners.discard(slot)
+            self.held.pop(slot, None)
+            for owners in self.owners.values():
+                owners.discard(slot)
+        self._clear()
+
+    def _clear(self) -> None:
+        """Take the detours away from layers of which no slot has a head; while a route is on they are in use."""
+        if self._route.active:
+            return
+        used = {layer for heads in self.held.values() for head in heads for layer in self._layers_of(head)}
+        for layer in self.layers.keys() - used:
+            if layer in self._detours:
+                self._detours.pop(layer).take()
+            del self.layers[layer], self.owners[layer], self._runs[layer]
 
     def attach(self) -> None:
         """Let the layers follow the route, those there are and those to come."""
@@ -129,14 +138,13 @@ class Heads:
         stacks, owners = self.layers[layer], self.owners[layer]
         rows = [slot if slot in owners else 0 for slot in slots]
         own = tensors_of(self._sources.modules, layer)
-        key = [stamp(tensor) for tensor in own.values()]
         with torch.inference_mode(False), torch.no_grad():
-            if self._stamps.get(layer) != key:
-                stacks.write([0], as_rows(stacks, [own]))
-                self._stamps[layer] = key
+            if 0 in rows:  # read anew each time, as the base's norms are: what was trained tells nothing
+                stacks.write([0], [torch.stack([own[name] for name in names])[None] for names, _ in stacks])
             gathered = stacks.gather(torch.tensor(rows, dtype=torch.long))
         return {
-            name: values.to(own[name].device)
+            # The model may have been moved or cast since the head was added.
+            name: values.to(own[name].device, own[name].dtype)
             for (names, _), block in zip(stacks, gathered, strict=True)
             for name, values in zip(names, block.unbind(1), strict=True)
         }

@@ -1,5 +1,6 @@
 """From a bank to its file, and rows from the file to the bank when they are asked for."""
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,9 +55,10 @@ def save_bank(path: str | os.PathLike, slots: Mapping[str, int], stacks: Stacks,
         for head, tensors in found.items():
             for name, tensor in tensors.items():
                 entries[f"head.{row}.{head}.{name}"] = Entry(tensor.dtype, tuple(tensor.shape), partial(_whole, tensor))
+    layout = _layout(index["dtype"], index["stacks"])
     digests = [
-        digest_of([*(values[slot] for _, values in stacks), *_all_of(found)])
-        for slot, found in zip(order, own, strict=True)
+        digest_of([*(values[slot] for _, values in stacks), *_all_of(found)], _about(name, layout, found))
+        for name, slot, found in zip(slots, order, own, strict=True)
     ]
     table = torch.tensor([list(digest) for digest in digests], dtype=torch.uint8)
     entries["digests"] = Entry(torch.uint8, (len(order), 32), partial(_whole, table))
@@ -85,7 +87,9 @@ class Saved:
             self.dtype: torch.dtype = getattr(torch, file.index["dtype"])
             self._parameters: list[list[str]] = [list(stack) for stack in file.index["stacks"]]
             self._shapes = {name: tuple(shape) for stack in file.index["stacks"] for name, shape in stack.items()}
-            self._heads: dict[int, Any] = {int(row): heads for row, heads in file.index["heads"].items()}
+            self._heads: dict[int, Any] = {int(row): dict(heads) for row, heads in file.index["heads"].items()}
+            self._about = _layout(file.index["dtype"], file.index["stacks"])
+            _check_index(self)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise AdapterFileError(f"the index of {file.path} is damaged: {error!r}. Get a good copy.") from error
         self.pending = {name: row for row, name in enumerate(self.names)}
@@ -110,8 +114,12 @@ class Saved:
         for number, names in enumerate(self._parameters):
             expected[f"stack.{number}"] = (len(self.names), len(names), *self._shapes[names[0]])
         for name, shape in expected.items():
-            if tuple(self._file.tensor(name).shape) != shape or len(self.pending) != len(self.names):
-                raise AdapterFileError(f"{self._file.path} is damaged: {name} should be {shape}. Get a good copy.")
+            found = self._file.tensor(name)
+            dtype = torch.uint8 if name == "digests" else self.dtype
+            if tuple(found.shape) != shape or found.dtype != dtype or len(self.pending) != len(self.names):
+                raise AdapterFileError(
+                    f"{self._file.path} is damaged: {name} should be {shape} of {dtype}. Get a good copy."
+                )
         self._layout = [names for names, _ in stacks]
 
     def take(self, names: Sequence[str]) -> Iterator[Block]:
@@ -128,7 +136,9 @@ class Saved:
             heads = [self._heads_of(row) for row in rows]
             digests = _rows(self._file.tensor("digests"), rows)
             for place, name in enumerate(block):
-                found = digest_of([*(tensor[place] for tensor in stored), *_all_of(heads[place].heads)])
+                own = heads[place].heads
+                about = _about(name, self._about, own) if self._file.covers_index else ""
+                found = digest_of([*(tensor[place] for tensor in stored), *_all_of(own)], about)
                 if found != bytes(digests[place].tolist()):
                     raise AdapterFileError(
                         f"adapter {name!r} in {self._file.path} is damaged: its digest is another. Get a good copy of "
@@ -168,6 +178,25 @@ def _whole(tensor: Tensor) -> list[Tensor]:
 
 def _blocks(values: Tensor, slots: list[int]) -> Iterator[Tensor]:
     return (_rows(values, slots[start : start + BLOCK]) for start in range(0, len(slots), BLOCK))
+
+
+def _layout(dtype: Any, stacks: Any) -> str:
+    """What the index says that all rows are of."""
+    return digest_of([], json.dumps([dtype, stacks])).hex()
+
+
+def _about(name: str, layout: str, heads: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """What is true of a row beside its values: whose it is, and of what shapes."""
+    shapes = {head: {key: [str(t.dtype), list(t.shape)] for key, t in own.items()} for head, own in heads.items()}
+    return json.dumps([name, layout, shapes], sort_keys=True)
+
+
+def _check_index(saved: Saved) -> None:
+    """Raise a `TypeError` or `ValueError` where an index holds something else than it was written with."""
+    if not isinstance(saved.dtype, torch.dtype) or not saved.dtype.is_floating_point:
+        raise ValueError(f"{saved.dtype!r} is no floating dtype")
+    if not all(isinstance(name, str) for name in saved.names):
+        raise TypeError("a name is no string")
 
 
 def _all_of(heads: Mapping[str, Mapping[str, Tensor]]) -> list[Tensor]:

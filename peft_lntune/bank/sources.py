@@ -11,17 +11,20 @@ from peft import PeftConfig, PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from peft_lntune.claims import check_architecture
 from peft_lntune.config import LNTuneConfig, LNTuningConfig, StoredConfig, parts_of
-from peft_lntune.config.base import CONFIG_FILE, PEFT_TYPE
 from peft_lntune.core.delta import PARAMETERS, scatter, unpack_bits
+from peft_lntune.core.names import own_parameter, role_of
 from peft_lntune.core.norms import Norm, base_modules, called_modules, find_norms
 from peft_lntune.core.reparam import Delta
 from peft_lntune.errors import AdapterFileError, ConfigError, UnsupportedError
 from peft_lntune.fit import check_shapes, unpack_by
 from peft_lntune.layers import LNTuneLayer
+from peft_lntune.manifest import check_tensors
 from peft_lntune.packing import PREFIX, ROOT
 from peft_lntune.plan import check_selected, plan
-from peft_lntune.storage import WEIGHTS_FILE, check_tensors, read_tensors
+from peft_lntune.restoring import told_by_us
+from peft_lntune.storage import CONFIG_FILE, PEFT_TYPE, WEIGHTS_FILE, read_tensors
 
 __all__ = ["Adapter", "Source", "Sources", "deltas_in", "tensors_of"]
 
@@ -69,9 +72,14 @@ class Sources:
         self._selections: dict[str, tuple[dict[str, torch.Size], int]] = {}
 
     def parameter(self, name: str) -> Any:
-        """A parameter of the base model, by name."""
+        """The weight or bias of a norm, `"<module>.weight"` whatever the norm calls it; None where it has none."""
         module, _, parameter = name.rpartition(".")
-        return getattr(self.modules[module], parameter)
+        return own_parameter(self.modules[module], parameter)
+
+    def place(self, name: str) -> str:
+        """A parameter's name with weight or bias for what a norm calls these: `"norm.weight"` for `"norm.gamma"`."""
+        module, _, own = name.rpartition(".")
+        return f"{module}.{role_of(self.modules[module], own)}" if module in self.norms else name
 
     def read(self, name: str, source: Source) -> Adapter:
         """Read and check an adapter.
@@ -91,7 +99,8 @@ class Sources:
             raise ConfigError(
                 f"adapter {name!r} is taken from a directory or from (peft_model, adapter_name), but got {source!r}."
             )
-        return self._from_directory(name, Path(source))
+        with told_by_us(source, lambda: True):
+            return self._from_directory(name, Path(source))
 
     def _from_directory(self, name: str, folder: Path) -> Adapter:
         config = _read_config(folder)
@@ -101,6 +110,7 @@ class Sources:
             raise AdapterFileError(f"{folder} holds a config, but no {WEIGHTS_FILE}. Get the whole adapter.")
         tensors = read_tensors(file)
         check_tensors(config.manifest, tensors, str(file))
+        check_architecture(config, self._model, str(folder))
         shapes, selected = self._selection(name, config)
         check_selected(config, selected)
         tensors = {key.removeprefix(ROOT): value for key, value in tensors.items()}
@@ -178,14 +188,14 @@ class Sources:
                 rest[head] = tensors
                 continue
             inside = {
-                f"{place}.{parameter}".removeprefix(f"{head}.")
-                for place in self.norms
+                f"{place}.{name}".removeprefix(f"{head}."): f"{place}.{parameter}"
+                for place, norm in self.norms.items()
                 if f"{place}.".startswith(f"{head}.")
-                for parameter in PARAMETERS
+                for parameter, name in norm.parameters.items()
             }
-            for key in inside & tensors.keys():
+            for key in inside.keys() & tensors.keys():
                 wide = torch.promote_types(own[key].dtype, torch.float32)
-                every[f"{head}.{key}"] = tensors[key].to(wide) - own[key].detach().to(tensors[key].device, wide)
+                every[inside[key]] = tensors[key].to(wide) - own[key].detach().to(tensors[key].device, wide)
             rest[head] = {key: value for key, value in tensors.items() if key not in inside}
         return Adapter(every, rest)
 

@@ -16,12 +16,13 @@ from peft_lntune.analysis.components import find_components
 from peft_lntune.config import LNTuneConfig, SupermaskConfig, parts_of
 from peft_lntune.config.base import CONFIG_FILE, PEFT_TYPE
 from peft_lntune.config.kinds import build
-from peft_lntune.config.stored import KINDS
+from peft_lntune.config.stored import KINDS, StoredConfig
 from peft_lntune.core.delta import unpack_bits
 from peft_lntune.core.supermask import kept
 from peft_lntune.errors import AdapterFileError
+from peft_lntune.manifest import check_directory
 from peft_lntune.packing import DELTAS, KEEP, PREFIX, ROOT, SCORES, is_packed
-from peft_lntune.storage import CONTAINERS, LORA, WEIGHTS_FILE, check_directory, is_ours
+from peft_lntune.storage import CONTAINERS, LORA, WEIGHTS_FILE, is_ours
 
 __all__ = ["AdapterReport", "command", "inspect_adapter"]
 
@@ -110,6 +111,7 @@ def inspect_adapter(directory: str | Path) -> AdapterReport:
         raise AdapterFileError(f"{folder} holds pickled weights, which are not read: they may run code.")
     tensors = Checkpoint(weights)
     try:
+        StoredConfig(**LNTuneConfig.from_json_file(str(folder / CONFIG_FILE)))  # says which fields were changed
         check_directory(config.manifest, folder)
     except AdapterFileError as error:
         problem = str(error)

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from peft_lntune import ConfigError
 from peft_lntune.analysis import Checkpoint
+from peft_lntune.claims import check_architecture
 from peft_lntune.config import LNTuneConfig
 from peft_lntune.storage import WEIGHTS_FILE, is_ours
 
@@ -89,11 +90,13 @@ def load_adapted(adapter: str, model: str | None = None) -> PeftModel:
 
     Raises:
         ConfigError: no model is named, or the adapter is of another package.
+        AdapterFileError: the adapter is damaged, or of another architecture than that model.
     """
     config = adapter_config(adapter)
     base = model or config.base_model_name_or_path
     if not base:
         raise ConfigError(f"the config of {adapter} does not say which model it is for. Name it: --model FOLDER.")
+    check_architecture(config, AutoConfig.from_pretrained(base), adapter)  # before its weights are read
     options = {}
     labels = _labels(adapter) if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else None
     if labels is not None:

@@ -1,7 +1,8 @@
 """What every config of the family shares: where to tune, how deltas are kept, and what was saved with it."""
 
-import json
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -9,20 +10,18 @@ import torch
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from peft_lntune.atomic import new_file
 from peft_lntune.card import name_import
-from peft_lntune.errors import ConfigError
-from peft_lntune.storage import new_file
+from peft_lntune.errors import AdapterFileError, ConfigError
+from peft_lntune.manifest import is_sealed, read_config, seal_file
+from peft_lntune.renaming import new_name
+from peft_lntune.storage import CONFIG_FILE, PEFT_TYPE, find_weights
 from peft_lntune.version import __version__
 
 __all__ = ["CONFIG_FILE", "FORMAT_VERSION", "PEFT_TYPE", "LNTuneConfig"]
 
 FORMAT_VERSION = 1
 """Version of the saved files. A file of another version is refused, never guessed at."""
-
-PEFT_TYPE = "LNTUNE"
-"""The one PEFT type of this package: every kind of adapter can live in one model and in one batch."""
-
-CONFIG_FILE = "adapter_config.json"
 
 
 @dataclass(kw_only=True)
@@ -60,6 +59,9 @@ class LNTuneConfig(PeftConfig):
     manifest: dict[str, Any] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        for own in fields(self):
+            if own.name != "mask_source":  # which says how numbers came about, and holds no arrays of them
+                setattr(self, own.name, plain(getattr(self, own.name)))
         super().__post_init__()
         self.peft_type = PeftType(PEFT_TYPE)
         self.kind = type(self).__name__
@@ -95,6 +97,11 @@ class LNTuneConfig(PeftConfig):
         if self.manifest is not None:
             check_type(self, "manifest", dict)
             check_counts(self.manifest.get("tuned", {}))
+            if type(self.manifest.get("selected", 0)) is not int:
+                raise ConfigError(
+                    f"manifest['selected'] holds a number of entries, but got {self.manifest['selected']!r}. It is "
+                    "filled in when an adapter is saved; get a good copy of adapter_config.json."
+                )
         _ = self.torch_delta_dtype, self.torch_save_dtype
 
     @property
@@ -108,7 +115,11 @@ class LNTuneConfig(PeftConfig):
         return floating_dtype(self, "save_dtype")
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's, but the file appears whole or not at all; it is written after the weights, so it is last."""
+        """As PEFT's, but the file appears whole or not at all, and its manifest covers all that it says.
+
+        Beside the weights that it was loaded with, a config that was changed in Python is saved as it is now: this is
+        how a field of a saved adapter is changed.
+        """
         target = Path(save_directory)
         if target.is_file():
             raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
@@ -116,6 +127,17 @@ class LNTuneConfig(PeftConfig):
         name_import(target)
         with new_file(target / CONFIG_FILE) as written:
             super().save_pretrained(str(written.parent), **kwargs)
+            with suppress(AdapterFileError):  # the weights are still to be written, or damaged: then loading says so
+                seal_file(written, find_weights(target, None, {}))
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether the adapter was saved with a digest that covers its heads and its config too.
+
+        False for one that was not saved yet, and for files of early versions, whose digest covers the tensors of its
+        parts alone; load and save such an adapter once to have it covered.
+        """
+        return is_sealed(self.manifest)
 
     def unmasked(self) -> Self:
         """A copy for a new adapter that tunes every entry, whatever adapter this config is of.
@@ -133,21 +155,48 @@ class LNTuneConfig(PeftConfig):
         Masked deltas then get the sizes they have in the file; until their adapter is made, see `model.prepare`.
         """
         self.manifest = saved.manifest
-        self.__dict__["stored"] = True
+        self.__dict__["stored"] = saved.__dict__.get("stored", True)
+
+    def take_shapes(self, shapes: Mapping[str, torch.Size]) -> None:
+        """Say what tensors, by name, the file of the next injection holds: what it may claim is compared with that."""
+        self.__dict__["stored"] = shapes
 
     @property
     def stored_counts(self) -> dict[str, int | None]:
         """Tuned entries of each tuned parameter in the file that the next injection is for; empty: all of all."""
-        return (self.manifest or {}).get("tuned", {}) if "stored" in self.__dict__ else {}
+        counts = (self.manifest or {}).get("tuned", {}) if "stored" in self.__dict__ else {}
+        return {new_name(f"{place}.weight").removesuffix(".weight"): count for place, count in counts.items()}
+
+    @property
+    def stored_shapes(self) -> Mapping[str, torch.Size] | None:
+        """Shapes of the tensors in the file of the next injection, as the model names them; None: not known."""
+        stored = self.__dict__.get("stored")
+        return {new_name(name): shape for name, shape in stored.items()} if isinstance(stored, Mapping) else None
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """As PEFT's, with an error that names the file where it is no JSON object."""
-        try:
-            loaded = super().from_json_file(path_json_file, **kwargs)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path_json_file} is damaged: {error}. Get a good copy of the adapter.") from error
-        return loaded
+        """As PEFT's, with an error that names the file where it is no JSON object; see `manifest.read_config`."""
+        return read_config(path_json_file)
+
+
+def plain(value: Any, arrays: bool = True) -> Any:
+    """Numbers and lists as JSON has them, where they came from numpy or torch; anything else as it is.
+
+    Args:
+        value: of a field.
+        arrays: False leaves arrays of more than one number as they are.
+
+    Example:
+        >>> plain([torch.tensor(1), 2])
+        [1, 2]
+    """
+    if type(value) in (list, tuple, set):
+        return type(value)(plain(item, arrays) for item in value)
+    if type(value) is dict:
+        return {key: plain(item, arrays) for key, item in value.items()}
+    if isinstance(value, torch.Tensor) or type(value).__module__ == "numpy":
+        return value.tolist() if (arrays or value.ndim == 0) else value
+    return value
 
 
 def check_format(version: Any) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from peft_lntune.config.base import LNTuneConfig, check_choice
+from peft_lntune.config.base import LNTuneConfig, check_choice, plain
 from peft_lntune.errors import ConfigError
 
 __all__ = ["DeltaConfig", "recorded"]
@@ -55,7 +55,7 @@ def recorded(source: Any) -> dict[str, Any]:
     if not isinstance(source, Mapping):
         raise ConfigError(f"mask_source takes a dict, but got {source!r} of type {type(source).__name__}.")
     try:
-        copied: dict[str, Any] = json.loads(json.dumps(dict(source)))
+        copied: dict[str, Any] = json.loads(json.dumps(plain(dict(source), arrays=False)))
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"mask_source={source!r} cannot be saved: {error}. It says in words and numbers how a mask was made."

@@ -4,14 +4,16 @@ PEFT calls the class registered for a PEFT type with the fields of the JSON. One
 here, so what is registered is a door: calling it builds the kind that the JSON names.
 """
 
+from dataclasses import fields
 from typing import Any
 
 from peft_lntune.config.base import LNTuneConfig
 from peft_lntune.config.kinds import build
 from peft_lntune.config.parts import PART_KINDS
 from peft_lntune.config.unified import UnifiedConfig
-from peft_lntune.errors import AdapterFileError
-from peft_lntune.storage import check_directory, hub_options
+from peft_lntune.errors import AdapterFileError, PeftLNTuneError
+from peft_lntune.manifest import changes, check_directory
+from peft_lntune.storage import hub_options
 
 __all__ = ["KINDS", "StoredConfig"]
 
@@ -24,10 +26,24 @@ class StoredConfig(LNTuneConfig):
 
     Raises:
         ConfigError: the kind is unknown, or the format is of another version.
+        AdapterFileError: a field is not as it was saved.
     """
 
     def __new__(cls, **stored: Any) -> LNTuneConfig:
-        config = build(stored, KINDS)
+        try:
+            config = build(stored, KINDS)
+        except PeftLNTuneError:
+            raise
+        except Exception as error:  # of PEFT's own checks, or of values of any other type than was saved
+            raise AdapterFileError(f"this adapter_config.json is damaged: {error}. Get a good copy of it.") from error
+        changed = changes(stored, [field.name for field in fields(config)])
+        if changed:
+            raise AdapterFileError(
+                f"this adapter_config.json was changed since it was saved: {'; '.join(changed[:3])}"
+                f"{' ...' if changed[3:] else ''}. To load it as it was, undo that. To change a field on purpose, "
+                "undo it too, then: config = PeftConfig.from_pretrained(directory), set the field, "
+                "config.save_pretrained(directory)."
+            )
         config.take_sizes(config)
         return config
 
@@ -45,5 +61,8 @@ class StoredConfig(LNTuneConfig):
                 f"{pretrained_model_name_or_path} holds an adapter of PEFT type {config.peft_type}, not one of "
                 "peft_lntune. Load it under a name of its own, into a model with adapters of that type."
             )
-        check_directory(config.manifest, pretrained_model_name_or_path, subfolder, **hub_options(kwargs))
+        shapes = check_directory(config.manifest, pretrained_model_name_or_path, subfolder, **hub_options(kwargs))
+        if shapes is not None:
+            config.take_shapes(shapes)
+            _ = config.stored_counts  # from here on `renaming` knows which name of the file each new name was
         return config

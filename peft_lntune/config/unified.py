@@ -88,7 +88,7 @@ class UnifiedConfig(LNTuneConfig):
             if isinstance(own, LNTuneConfig):
                 own.manifest = self.manifest
                 if "stored" in self.__dict__:
-                    own.__dict__["stored"] = True
+                    own.__dict__["stored"] = self.__dict__["stored"]
             found.append(own)
         return found
 

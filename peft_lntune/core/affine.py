@@ -6,7 +6,7 @@ skip, that is taken instead: a fast path, registered by class.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.core.detour import forward_of
+from peft_lntune.core.names import own_name
 from peft_lntune.core.row_norm import layer_norm_rows
 from peft_lntune.core.shadow import call_hooked, is_of_class, is_plain, twin
 from peft_lntune.core.ways import Rule, by_rule, neutral, parameter, rule_for, widened
@@ -146,6 +147,7 @@ def bind(norm: nn.Module, weight: Tensor | None, bias: Tensor | None) -> Callabl
         [[1.0, 1.0]]
     """
     given = {name: value for name, value in (("weight", weight), ("bias", bias)) if value is not None}
+    entries = {own_name(norm, name): value for name, value in given.items()}
     has_all = weight is not None and given.keys() == {name for name in PARAMETERS if parameter(norm, name) is not None}
     rules: dict[tuple[object, ...], Rule] = {}
 
@@ -160,7 +162,7 @@ def bind(norm: nn.Module, weight: Tensor | None, bias: Tensor | None) -> Callabl
                 rules[key] = rule_for(norm, x.device, x.dtype, weight.dtype, False)
             rule = rules[key]
             if rule.way == "own":
-                y = forward(twin(norm, given), x, *args, **kwargs)
+                y = forward(twin(norm, entries), x, *args, **kwargs)
                 return y if rule.dtype is None or y.dtype is rule.dtype else y.to(rule.dtype)
         return call_with(norm, x, weight, bias, *args, **kwargs)
 
@@ -232,14 +234,54 @@ def with_rows(
         y = layer_norm_rows(x.to(weight.dtype), norm.normalized_shape, weight, bias, norm.eps)
         return y.to(output_dtype(norm, x) if torch.is_autocast_enabled(x.device.type) else x.dtype)
     rule = rule_for(norm, x.device, x.dtype, weight.dtype, True)
+    if rule.by_sample:
+        return _sample_by_sample(norm, rule, own, x, weight, bias, args, kwargs)
     if not rule.is_norm:
         raise UnsupportedError(
-            f"the forward of this {type(norm).__name__} could not be tried on a small input on {x.device}, so it is not "
-            "known how to run it with other parameters for each row. Run the batch one adapter at a time."
+            f"the forward of this {type(norm).__name__} could not be tried on a small input on {x.device}, so it "
+            "cannot be run with other parameters for each row. Run the batch one adapter at a time, with set_adapter."
         )
     xhat = neutral(norm, rule, own, x, args, kwargs)
     y = xhat * weight if bias is None else torch.addcmul(bias, xhat, weight)
     return y.to(x.dtype if rule.dtype is None else rule.dtype)
+
+
+def _sample_by_sample(
+    norm: nn.Module,
+    rule: Rule,
+    own: Callable[..., Any],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Run the norm's own forward for each sample, with the parameters of its row."""
+    samples = range(len(x)) if len(weight) > 1 or (bias is not None and len(bias) > 1) else [slice(None)]
+    outputs = []
+    for sample in samples:
+        place = sample if isinstance(sample, slice) else slice(sample, sample + 1)
+
+        def of_sample(value: Any, place: slice = place) -> Any:
+            return value[place] if isinstance(value, Tensor) and value.dim() and len(value) == len(x) else value
+
+        wider = [
+            None if rows is None else (rows[place] if len(rows) > 1 else rows).reshape(parameter(norm, name).shape)
+            for name, rows in (("weight", weight), ("bias", bias))
+        ]
+        more, named = [of_sample(value) for value in args], {key: of_sample(value) for key, value in kwargs.items()}
+        outputs.append(by_rule(norm, rule, own, (wider[0], wider[1]), x[place], tuple(more), named))  # type: ignore[arg-type]
+    return _joined(outputs)
+
+
+def _joined(outputs: list[Any]) -> Any:
+    """Outputs of single samples as that of the batch: tensors, or tuples of tensors."""
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return torch.cat(outputs) if len(outputs) > 1 else first
+    if isinstance(first, (tuple, list)):
+        return type(first)(_joined(list(each)) for each in zip(*outputs, strict=True))
+    return first
 
 
 def normalize(norm: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -276,7 +318,7 @@ def normalize(norm: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return neutral(norm, rule, forward_of(norm), x, args, kwargs).to(rule.wide)
 
 
-def _is_layer_norm(norm: nn.Module) -> bool:
+def _is_layer_norm(norm: nn.Module) -> TypeGuard[nn.LayerNorm]:
     return type(norm) is nn.LayerNorm and nn.LayerNorm.forward is _FORWARDS[nn.LayerNorm]
 
 

@@ -47,8 +47,8 @@ def delta_dtype(base_dtype: torch.dtype, override: torch.dtype | None = None) ->
 def never_narrowed(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """What `nn.Module._apply` does to each tensor, but for casts of a wide one to half precision.
 
-    `model.to(torch.bfloat16)`, `model.half()` and Trainer's `bf16_full_eval` mean the model. A tensor in float32 or wider
-    follows them to a device and keeps its dtype; one that was made in half precision is cast as any other.
+    `model.to(torch.bfloat16)`, `model.half()` and Trainer's `bf16_full_eval` mean the model. A tensor in float32 or
+    wider follows them to a device and keeps its dtype; one that was made in half precision is cast as any other.
 
     Example:
         >>> never_narrowed(torch.Tensor.bfloat16)(torch.ones(1)).dtype
@@ -185,6 +185,7 @@ def stamp(tensor: Tensor) -> object:
     """Changes whenever `tensor` is written to, or its memory exchanged; what is derived from it is kept by this.
 
     A tensor made under `torch.inference_mode` counts no versions, so it gets a stamp equal to no other; and so does one
-    on meta, whose values may be elsewhere. Writing through `tensor.data` in place is the one change that torch does not count.
+    on meta, whose values may be elsewhere. Writing through `tensor.data` in place is the one change that torch does not
+    count.
     """
     return object() if tensor.is_inference() or tensor.is_meta else (tensor.data_ptr(), tensor._version)

@@ -5,7 +5,7 @@ around the module's own forward. Who asks for a module's forward by `forward_of`
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -43,12 +43,32 @@ class Detour:
         self._route, self._run = route, run
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._run(self.own, *args, **kwargs) if self._route.active else self.own(*args, **kwargs)
+        return self._run(self.own, *args, **kwargs) if self._route.on() else self.own(*args, **kwargs)
 
     @property
     def routed(self) -> bool:
         """Whether its route is on."""
         return self._route.active
+
+    def __repr__(self) -> str:
+        return f"{self._method} of {type(self._module).__name__}"
+
+    def lost(self, modules: Container[nn.Module]) -> bool:
+        """Whether calls of the model no longer come here.
+
+        Args:
+            modules: of the model as it is now.
+        """
+        if self._module not in modules:
+            return True
+        forward = getattr(self._module, self._method)
+        # Other detours, and what accelerate puts around a forward, know what they call.
+        while forward is not self:
+            beneath = getattr(forward, "__wrapped__", None)
+            if beneath is None:
+                return True
+            forward = beneath
+        return False
 
     def put(self) -> None:
         """Put the detour into the module."""

@@ -1,8 +1,8 @@
 """What may be kept of a computation, and until when.
 
 A value is kept only while nothing that it came from can be trained. Neither a fused optimizer nor a write through
-`tensor.data` changes the version of a tensor, so of a tensor that is being trained nothing tells that it has changed. What
-cannot be trained is also compared: the same tensor, at the same address, in the same version.
+`tensor.data` changes the version of a tensor, so nothing tells whether a tensor in training has changed. What cannot be
+trained is compared too: it must be the same tensor, at the same address, in the same version.
 """
 
 from typing import Any, NamedTuple

@@ -1,22 +1,38 @@
-"""Find the norms of a model by what they compute.
+"""Find the norms of a model by what they compute, and name what looks like one and is none.
 
 Names and class lists rot (transformers alone has over two hundred RMSNorm classes), so a module is a norm when a run
 shows that its output is affine in its weight and bias and free of its input's scale; see `peft_lntune.core.probe`.
+Names only tell which of the other modules a reader would take for a norm: these are listed with the reason.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from peft_lntune.core import probe
+from peft_lntune.core.delta import PARAMETERS
+from peft_lntune.core.names import is_usual, own_name, own_parameter, role_of
 from peft_lntune.core.roles import find_roles
 
-__all__ = ["Norm", "base_modules", "called_modules", "find_norms"]
+__all__ = [
+    "Missed",
+    "Norm",
+    "base_modules",
+    "called_modules",
+    "find_missed",
+    "find_norms",
+    "is_tuner_layer",
+    "looks_like_norm",
+    "survey",
+]
 
 _MAX_ENTRIES = 2**20  # no norm has a wider weight, and a probe of it stays a matter of milliseconds
-_NEVER = (nn.Linear, nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+_NEVER = (nn.Linear, nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
 _BASE_NAMES = ("base_layer", "original_module")  # where tuner layers and modules_to_save keep what they wrap
 
 
@@ -28,10 +44,14 @@ class Norm:
         name: the module's name in the model.
         module_class: the name of its class.
         roles: the sub-layers it serves, see `peft_lntune.core.roles`; empty where the structure is unknown.
-        weight_shape: `(d,)`, or `(heads, d)` with one row a head; None for a norm without parameters.
+        weight_shape: `(d,)`, or `(heads, d)` with one row a head, or whatever is broadcast over the input; None for a
+            norm without parameters.
         bias_shape: as `weight_shape`; None where there is no bias.
         offset: 1.0 where the norm is zero-centred (Gemma multiplies by 1 + weight), else 0.0.
         axis: -1 where the parameters match the input's last dimensions, 1 where they match its channels (GroupNorm).
+        parameters: what the module itself calls its weight and bias, such as `gamma` and `beta`.
+        by_sample: whether the module does more than that: an activation behind the norm, a gate over the bias, outputs
+            in a tuple. Then its own forward is run for each sample of a mixed batch.
     """
 
     name: str
@@ -41,6 +61,28 @@ class Norm:
     bias_shape: tuple[int, ...] | None
     offset: float
     axis: int = -1
+    parameters: Mapping[str, str] = field(default_factory=lambda: {name: name for name in PARAMETERS}, hash=False)
+    by_sample: bool = False
+
+
+@dataclass(frozen=True)
+class Missed:
+    """A module that looks like a norm, and that cannot be tuned as one.
+
+    Attributes:
+        name: the module's name in the model.
+        module_class: the name of its class.
+        roles: as in `Norm`.
+        reason: why not.
+    """
+
+    name: str
+    module_class: str
+    roles: tuple[str, ...]
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.module_class}): {self.reason}"
 
 
 def find_norms(model: nn.Module, *, parameterless: bool = False) -> dict[str, Norm]:
@@ -61,20 +103,41 @@ def find_norms(model: nn.Module, *, parameterless: bool = False) -> dict[str, No
         >>> {name: norm.weight_shape for name, norm in find_norms(model).items()}
         {'1': (4,)}
     """
+    return survey(model, parameterless=parameterless)[0]
+
+
+def find_missed(model: nn.Module) -> dict[str, Missed]:
+    """The modules that look like norms and are none that can be tuned, each with the reason; see `looks_like_norm`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.BatchNorm1d(4))
+        >>> print(find_missed(model)["2"].reason)
+        BatchNorm normalizes by a statistic of the batch
+    """
+    return survey(model)[1]
+
+
+def survey(model: nn.Module, *, parameterless: bool = False) -> tuple[dict[str, Norm], dict[str, Missed]]:
+    """The norms of a model and what it has beside them that looks like one; see `find_norms` and `find_missed`."""
     modules = base_modules(model)
-    seen: dict[tuple[object, ...], probe.Facts | None] = {}
+    seen: dict[tuple[object, ...], probe.Facts | str] = {}
     found: dict[str, tuple[nn.Module, probe.Facts]] = {}
+    reasons: dict[str, str] = {}
     for name, module in modules.items():
-        if not _may_be_norm(module, parameterless):
-            continue
-        key = probe.signature(module)
-        if key not in seen:
-            seen[key] = probe.measure(module)
-        facts = seen[key]
-        if facts is not None:
-            found[name] = module, facts
-    roles = find_roles(modules, found)
-    return {
+        reason = _reason_not_to_run(module)
+        if reason is None and (parameterless or _own(module)):
+            key = (probe.signature(module), _device(module))
+            if key not in seen:
+                seen[key] = probe.examine(module)
+            facts = seen[key]
+            if isinstance(facts, probe.Facts):
+                found[name] = module, facts
+                continue
+            reason = facts
+        if reason and looks_like_norm(module, reason):
+            reasons[name] = reason
+    roles = find_roles(modules, [*found, *reasons])
+    norms = {
         name: Norm(
             name=name,
             module_class=type(module).__name__,
@@ -83,9 +146,51 @@ def find_norms(model: nn.Module, *, parameterless: bool = False) -> dict[str, No
             bias_shape=_shape(module, "bias"),
             offset=facts.offset,
             axis=facts.axis,
+            parameters={parameter: own_name(module, parameter) for parameter in PARAMETERS},
+            by_sample=facts.by_sample,
         )
         for name, (module, facts) in found.items()
     }
+    missed = {name: Missed(name, _class_name(modules[name]), roles[name], reason) for name, reason in reasons.items()}
+    return norms, missed
+
+
+_CALLED_NORM = re.compile(r"norm(?!al(?!i[sz]))", re.IGNORECASE)
+_IS_NORM = re.compile(r"(norm|normali[sz]ation)\d*d?(gated|act)?$", re.IGNORECASE)
+
+
+def looks_like_norm(module: nn.Module, reason: str = "raised") -> bool:
+    """Whether a reader would take a module with parameters of its own for a norm.
+
+    By the name of its class; or where it could not be run, by its parameters: nothing but one or two small vectors,
+    named as those of norms are. What ran and has shown to be something else, such as a scale, is not taken for one.
+
+    Args:
+        module: any module.
+        reason: what `peft_lntune.core.probe.examine` has said of it.
+
+    Example:
+        >>> looks_like_norm(nn.BatchNorm1d(4)), looks_like_norm(nn.PReLU(4), "its output is computed entry by entry")
+        (True, False)
+    """
+    own = _own(module)
+    if not own or isinstance(module, _NEVER):
+        return False
+    name = _class_name(module)
+    lazy = any(isinstance(value, UninitializedParameter) for value in own.values())
+    if _has_parts(module):  # a block may be called after its norms, and have a scale of its own
+        return _IS_NORM.search(name) is not None
+    if _CALLED_NORM.search(name):
+        # A linear layer with normalized weights is called one too.
+        return lazy or not (
+            reason == probe.SHAPE and any(max(p.dim(), 1) > 1 and min(p.shape) > 1 for p in own.values())
+        )
+    if lazy or not reason.startswith("raised") or "weight" not in {role_of(module, key) for key in own}:
+        return False
+    return len(own) <= 2 and all(
+        is_usual(key) and value.is_floating_point() and 2 <= value.numel() == max(value.shape, default=0)
+        for key, value in own.items()
+    )
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -109,7 +214,7 @@ def called_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module, nn.Module]]:
     called = module
-    while _is_tuner_layer(module):
+    while is_tuner_layer(module):
         base = next((module._modules[key] for key in _BASE_NAMES if module._modules.get(key) is not None), None)
         if base is None:  # it wraps nothing, so a tuner put it beside the model's own modules
             return
@@ -122,30 +227,64 @@ def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[
         yield from _walk(child, f"{name}.{child_name}" if name else child_name, seen)
 
 
-def _is_tuner_layer(module: nn.Module) -> bool:
+def is_tuner_layer(module: nn.Module) -> bool:
+    """Whether a module is what a tuner of PEFT has put into a model."""
     # PEFT's own mark. The name `base_layer` alone would not do: backbones such as DLA have a child of that name.
     return hasattr(type(module), "adapter_layer_names")
 
 
-def _may_be_norm(module: nn.Module, parameterless: bool) -> bool:
-    """The cheap filter before a probe: a leaf, with nothing but a small floating weight and perhaps a bias like it."""
-    if isinstance(module, _NEVER) or any(True for child in module.children() for _ in child.parameters()):
-        return False
-    own = {key: value for key, value in module._parameters.items() if value is not None}
+def _reason_not_to_run(module: nn.Module) -> str | None:
+    """What rules out that a module can be tuned as a norm, before it is run; empty where it cannot even look like one.
+
+    A norm is a leaf, with nothing but a small floating weight and perhaps a bias like it.
+    """
+    if isinstance(module, _NEVER):
+        return ""
+    own = _own(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        return "a scripted module (torch.jit) runs with its own parameters alone" if own else ""
     if not own:
         # Containers have a forward too, but a norm without parameters has no children.
-        return parameterless and not module._modules and type(module).forward is not nn.Module.forward
-    weight, bias = own.get("weight"), own.get("bias")
-    if weight is None or not own.keys() <= {"weight", "bias"}:
-        return False
-    return (
-        weight.is_floating_point()
-        and weight.dim() in (1, 2)
-        and weight.numel() <= _MAX_ENTRIES
-        and (bias is None or bias.shape == weight.shape)
-    )
+        return "" if module._modules or type(module).forward is nn.Module.forward else None
+    if any(isinstance(value, UninitializedParameter) for value in own.values()):
+        return "its parameters are not initialized yet; run the model once first"
+    if isinstance(module, _BATCH_NORM):
+        return "BatchNorm normalizes by a statistic of the batch"
+    if getattr(module, "track_running_stats", False):
+        return "it normalizes by a running statistic (track_running_stats)"
+    if _has_parts(module):
+        return "it has parameters of its own beside submodules with parameters"
+    names = {own_name(module, parameter): parameter for parameter in PARAMETERS}
+    weight, bias = own_parameter(module, "weight"), own_parameter(module, "bias")
+    if not own.keys() <= names.keys():
+        return f"its parameters are named {', '.join(own)}, and a norm has a weight and perhaps a bias"
+    if weight is None:
+        return f"its parameters are named {', '.join(own)}, and none is a weight"
+    if not weight.is_floating_point():
+        return f"its weight is of dtype {weight.dtype}"
+    if weight.numel() > _MAX_ENTRIES:
+        return f"its weight has {weight.numel():,} entries, more than the {_MAX_ENTRIES:,} of any norm"
+    if bias is not None and bias.shape != weight.shape:
+        return f"its bias is of shape {tuple(bias.shape)}, and its weight of {tuple(weight.shape)}"
+    return None
+
+
+def _own(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in module._parameters.items() if value is not None}
+
+
+def _has_parts(module: nn.Module) -> bool:
+    return any(True for child in module.children() for _ in child.parameters())
+
+
+def _class_name(module: nn.Module) -> str:
+    return str(getattr(module, "original_name", type(module).__name__))  # of a scripted module that of what it was
+
+
+def _device(module: nn.Module) -> torch.device | None:
+    return next((value.device for value in _own(module).values()), None)
 
 
 def _shape(module: nn.Module, name: str) -> tuple[int, ...] | None:
-    parameter: torch.Tensor | None = module._parameters.get(name)
+    parameter = module._parameters.get(own_name(module, name))
     return None if parameter is None else tuple(parameter.shape)

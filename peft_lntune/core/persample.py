@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from peft_lntune.core.affine import normalize, split_call
 from peft_lntune.core.delta import PARAMETERS
+from peft_lntune.core.names import role_of
 from peft_lntune.core.norms import Norm, base_modules, called_modules, find_norms
+from peft_lntune.core.probe import summed
 from peft_lntune.errors import UnsupportedError
 
 __all__ = ["PerSample", "per_sample"]
@@ -45,8 +47,11 @@ class PerSample:
         self._keys: dict[str, dict[str, str]] = {}  # module -> its parameter -> the wanted name
         unruled: set[str] = set()
         for module_name, holder in bases.items():
-            keys = {p: wanted[id(v)] for p, v in holder._parameters.items() if id(v) in wanted}
-            if keys and (module_name in norms or type(holder) is nn.Linear) and keys.keys() <= set(PARAMETERS):
+            norm = norms.get(module_name)
+            named = (lambda p, holder=holder: p) if norm is None else partial(role_of, holder)
+            keys = {named(p): wanted[id(v)] for p, v in holder._parameters.items() if id(v) in wanted}
+            ruled = type(holder) is nn.Linear if norm is None else not norm.by_sample
+            if keys and ruled and keys.keys() <= set(PARAMETERS):
                 self._keys[module_name] = keys
             else:
                 unruled |= set(keys.values())
@@ -113,8 +118,11 @@ class PerSample:
         return tap
 
     def _check_rows(self, name: str, x: Tensor) -> None:
-        if x.shape[0] != self._size and (
-            x.shape[0] % self._size or x.shape[0] // self._size not in self._lengths or x.dim() < 2
+        whole = self._size == 1 and not (name in self._norms and self._norms[name].axis == 1)  # all rows are its own
+        if (
+            x.shape[0] != self._size
+            and not whole
+            and (x.shape[0] % self._size or x.shape[0] // self._size not in self._lengths or x.dim() < 2)
         ):
             raise UnsupportedError(
                 f"{name} gets an input of shape {tuple(x.shape)} for a batch of {self._size} samples, so its rows are "
@@ -145,9 +153,11 @@ class PerSample:
         if "weight" in keys:
             xhat = normalize(base, x, *more, **named)
             wide = torch.promote_types(wide, xhat.dtype)
-            self._add(keys["weight"], _over_tokens(self._rows(g.to(wide) * xhat.to(wide)), norm))
+            self._add(
+                keys["weight"], summed(self._rows(g.to(wide) * xhat.to(wide)), norm.weight_shape or (), norm.axis)
+            )
         if "bias" in keys:
-            self._add(keys["bias"], _over_tokens(self._rows(g), norm, wide))
+            self._add(keys["bias"], summed(self._rows(g), norm.bias_shape or (), norm.axis, wide))
 
     def _note_linear(self, keys: Mapping[str, str], g: Tensor, x: Tensor) -> None:
         wide = torch.promote_types(torch.promote_types(g.dtype, x.dtype), torch.float32)
@@ -240,10 +250,3 @@ def _set_aside(value: Any, tensors: list[Tensor]) -> Any:
 
 def _put_back(value: Any, tensors: Sequence[Tensor]) -> Any:
     return tensors[value.place] if isinstance(value, _Aside) else value
-
-
-def _over_tokens(x: Tensor, norm: Norm, dtype: torch.dtype | None = None) -> Tensor:
-    """Sum `(B, ..., *shape)` over all but samples and the axes of the norm's parameters."""
-    dims = len(norm.weight_shape or ())
-    middle = range(1 + dims, x.dim()) if norm.axis == 1 else range(1, x.dim() - dims)
-    return x.sum(tuple(middle), dtype=dtype) if len(middle) else x.to(dtype or x.dtype)

@@ -1,43 +1,23 @@
 """Which row of a batch uses which adapter, and the rows of parameters that follow from it.
 
-All norms of one shape are stacked as `(adapters + 1, norms, 1, *shape)`, row 0 being the base model, so that a
-batch costs one gather for each shape and not one for each norm or adapter. One `Route` is shared by all layers of
-a model; a layer asks it for its own rows. See docs/design.md, "Route".
+One `Route` is shared by all layers of a model; a layer asks it for its own rows. What the rows are made of is in
+`core/stacked.py` and `core/bank.py`, where the samples are in a layer's input in `core/samples.py`, and who may use a
+route that is on in `core/entered.py`. See docs/design.md, "Route".
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from peft_lntune.core.entered import Ownership
+from peft_lntune.core.samples import Fact
+from peft_lntune.core.stacked import BASE, Entry, Gather, Kept, Rows, gather_of, one_dtype
 from peft_lntune.errors import RoutingError
 
-__all__ = ["BASE", "Entry", "Route", "Rows", "expansions_of", "fit_rows", "one_dtype"]
-
-BASE = "__base__"
-"""The name that stands for the base model in a list of adapter names, as in PEFT."""
-
-
-class Entry(NamedTuple):
-    """One routed parameter: whose it is, its value under each adapter, and what tells that one of them changed."""
-
-    owner: int
-    parameter: str
-    value: Callable[[str], Tensor]
-    key: tuple[object, ...]
-
-
-class Rows(NamedTuple):
-    """Parameters of one norm, a row for each sample of the batch: `(B, 1, *shape)`, or None where it has none."""
-
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-
-
-Gather = Callable[[int], dict[int, Rows]]
-"""From how many rows of an input belong to one sample to the rows of each norm, by its owner."""
+__all__ = ["BASE", "Entry", "Gather", "Route", "Rows", "expansions_of", "fit_rows", "one_dtype"]
 
 
 def fit_rows(rows: Tensor, x: Tensor, axis: int = -1) -> Tensor:
@@ -52,7 +32,7 @@ def fit_rows(rows: Tensor, x: Tensor, axis: int = -1) -> Tensor:
         >>> fit_rows(torch.ones(2, 1, 4), torch.ones(2, 3, 5, 4)).shape
         torch.Size([2, 1, 1, 4])
     """
-    shape = rows.shape[2:]
+    shape = rows.shape[2 + max(0, rows.dim() - 1 - x.dim()) :]  # `(1, C, 1, 1)`: the first is that of the samples
     middle = x.dim() - 1 - len(shape)
     if axis == 1:
         return rows.reshape(rows.shape[0], *shape, *(1,) * middle)
@@ -60,49 +40,63 @@ def fit_rows(rows: Tensor, x: Tensor, axis: int = -1) -> Tensor:
 
 
 def expansions_of(model: object, options: Mapping[str, Any]) -> set[int]:
-    """By which factors `model.generate(**options)` may repeat the samples of a batch: beams, return sequences.
+    """By which factors `model.generate(**options)` may repeat the samples of a batch: beams, or return sequences.
 
     Example:
         >>> sorted(expansions_of(None, {"num_beams": 4, "num_return_sequences": 2}))
-        [1, 2, 4, 8]
+        [1, 2, 4]
     """
     configs = [options.get("generation_config"), getattr(model, "generation_config", None)]
     factors = {1}
     for name in ("num_beams", "num_return_sequences"):
         values = [options.get(name), *(getattr(config, name, None) for config in configs)]
         factors.add(next((value for value in values if value), 1))
-    return factors | {max(factors) * min(factors - {1}, default=1)}
+    return factors
 
 
 class Route:
-    """The rows in force, or nothing. Plain Python state: it is set and cleared outside any compiled call."""
+    """The rows in force, or nothing. Plain Python state: it is set and cleared outside any compiled call.
+
+    Attributes:
+        active: whether a route is on, in whatever thread.
+        names: the adapter of each sample.
+        order: of the adapters, for layers that keep stacks of their own.
+        what: how the user calls `names`, for errors.
+        one: whether one name is for all rows.
+        mixed: whether rows have different adapters.
+        count: how many names there are.
+        facts: where the samples are in each layer's input, in the way in which the model was called last.
+    """
 
     def __init__(self) -> None:
         self.active = False
         self.names: list[str] = []
         self.order: tuple[str, ...] = ()
+        self.what = ""
+        self.one = False
+        self.mixed = False
+        self.count = 0
+        self.facts: Mapping[str, Fact] = {}
+        self.known: dict[object, Mapping[str, Fact]] = {}
+        self._kept: dict[str, Kept] = {}
+        self._ownership = Ownership()
         self._indices: dict[tuple[int, torch.device], Tensor] = {}
         self._index = torch.empty(0, dtype=torch.long)
-        self._broadcast = False
-        self._what = ""
-        self._count = 0
         self._expansions: set[int] = {1}
         self._tokens = 0
         self._rows: dict[int, dict[int, Rows]] = {}
-        self._gather: Gather = self._gather_stacks
-        self._stacks: list[tuple[list[Entry], Tensor]] = []
-        self._key: object = None
+        self._gather: Gather = _nothing
 
     def __deepcopy__(self, memo: dict) -> "Route":
-        # A copy of a model routes on its own, and stacks are made again on demand.
+        # A copy of a model routes on its own, and rows are made again on demand.
         return memo.setdefault(id(self), Route())
 
     def __reduce__(self):
         return Route, ()
 
     def drop(self) -> None:
-        """Forget the stacks, because a delta or a base parameter changed."""
-        self._stacks, self._key = [], None
+        """Forget the rows that are kept, because a delta or a base parameter changed or may have changed."""
+        self._kept = {}
 
     @contextmanager
     def __call__(
@@ -112,51 +106,69 @@ class Route:
 
         Args:
             names: the adapter of each sample, or one string for all samples.
-            adapters: every adapter of the model, in the order of the stacks' rows from 1 on.
+            adapters: every adapter of the model.
             entries: every routed parameter of the model.
-            expansions: by which factors generation may repeat the samples (beams, return sequences).
+            expansions: by which factors generation may repeat the samples.
 
         Raises:
             RoutingError: another routed forward of this model is under way.
         """
         self.check_idle()
-        self._build(adapters, entries)
-        self.order = (BASE, *adapters)
-        order = {name: row for row, name in enumerate(self.order)}
-        each = [names] if isinstance(names, str) else names
-        self._index = torch.tensor([order[name] for name in each], dtype=torch.long)
-        with self.serving(names, self._gather_stacks, expansions):
+        gather = gather_of([names] if isinstance(names, str) else names, entries, self._kept)
+        with self.serving(names, gather, expansions, order=(BASE, *adapters)):
             yield
+
+    def on(self) -> bool:
+        """Whether the caller's forward pass is routed.
+
+        Raises:
+            RoutingError: the route is on in another thread or task, or the caller was started in one that has ended.
+        """
+        # A graph must know neither threads nor contexts.
+        return self.active if torch.compiler.is_compiling() else self._ownership.held()
+
+    def lent(self) -> AbstractContextManager[None]:
+        """A context in which the caller's thread may use the route of another; for threads of autograd."""
+        return self._ownership.lent()
 
     @contextmanager
     def serving(
-        self, names: Sequence[str] | str, gather: Gather, expansions: set[int], what: str = "`adapter_names`"
+        self,
+        names: Sequence[str] | str,
+        gather: Gather,
+        expansions: set[int],
+        what: str = "`adapter_names`",
+        order: Sequence[str] = (),
     ) -> Iterator[None]:
-        """Route the forward passes inside this context by rows that the caller has stacked.
+        """Route the forward passes inside this context by rows that the caller has made.
 
         Args:
             names: the adapter of each sample, or one string for all samples.
             gather: gives the rows of every norm.
             expansions: by which factors generation may repeat the samples.
             what: how the user calls `names`, for errors.
+            order: of the adapters, for layers that keep stacks of their own.
 
         Raises:
             RoutingError: another routed forward of this model is under way.
         """
         self.check_idle()
-        self.names = [names] if isinstance(names, str) else list(names)
-        self._count = len(self.names)
-        self._expansions = {1} if isinstance(names, str) else expansions
-        self._broadcast = isinstance(names, str)
-        self._gather, self._what = gather, what
-        # Here and not at the first norm, so that a compiled model finds the rows as inputs of its graph.
-        self._rows = {1: gather(1)}
-        self.active = True
-        try:
-            yield
-        finally:
-            self.active, self.names, self._rows, self._tokens = False, [], {}, 0
-            self._indices, self._gather = {}, self._gather_stacks
+        with self._ownership.entered():
+            self.names = [names] if isinstance(names, str) else list(names)
+            self.count, self.one, self.mixed = len(self.names), isinstance(names, str), len(set(self.names)) > 1
+            self._expansions = {1} if self.one else expansions
+            self._gather, self.what, self.order = gather, what, tuple(order)
+            try:
+                if order:  # here and not at the first layer, so that a compiled model finds it as an input of its graph
+                    place = {name: number for number, name in enumerate(order)}
+                    self._index = torch.tensor([place[name] for name in self.names], dtype=torch.long)
+                # Here and not at the first norm, so that a compiled model finds the rows as inputs of its graph.
+                self._rows = {1: gather(1)}
+                self.active = True
+                yield
+            finally:
+                self.active, self.names, self._rows, self._tokens = False, [], {}, 0
+                self._indices, self._gather = {}, _nothing
 
     def check_idle(self) -> None:
         """Raise a `RoutingError` where a routed forward of this model is under way."""
@@ -170,11 +182,16 @@ class Route:
     def expanding(self, expansions: set[int]) -> Iterator[None]:
         """Within a generation that repeats the samples by these factors."""
         before = self._expansions
-        self._expansions = before if self._broadcast else expansions
+        self._expansions = before if self.one else expansions
         try:
             yield
         finally:
             self._expansions = before
+
+    def size(self, lengths: Sequence[int]) -> int | None:
+        """How many samples a batch has whose tensors have these lengths; None where none of them fits the names."""
+        possible = {self.count * factor for factor in self._expansions}
+        return next((length for length in lengths if length in possible), None)
 
     def rows(self, owner: int, shape: torch.Size, label: str) -> Rows | None:
         """The rows of one norm for an input of `shape`, `(B, ..., d)`; None where no adapter touches it.
@@ -201,7 +218,11 @@ class Route:
         Raises:
             RoutingError: the batch has another length than the list of names.
         """
-        return self._places(self.factor(shape, label), device)
+        factor = self.factor(shape, label)
+        if (factor, device) not in self._indices:
+            index = self._index if factor == 1 else self._index.repeat_interleave(factor)
+            self._indices[factor, device] = index.to(device)
+        return self._indices[factor, device]
 
     def by_adapter(self, x: Tensor, label: str, run: Callable[[str, Tensor], Tensor]) -> Tensor:
         """Run the rows of each adapter in one pass, for modules whose parameters do not fit a row.
@@ -214,7 +235,7 @@ class Route:
         Returns:
             The outputs, in the order of `x`.
         """
-        if self._broadcast:
+        if self.one:
             return run(self.names[0], x)
         factor = self.factor(x.shape, label)
         rows: dict[str, list[int]] = {}
@@ -234,59 +255,60 @@ class Route:
             label: name of the layer, for errors.
 
         Raises:
-            RoutingError: the batch has another length than the list of names.
+            RoutingError: the batch has another length than the list of names, or its rows are not those of samples, or
+                that cannot be told.
         """
-        if self._broadcast:
+        if self.one:
             return 1
         batch = shape[0]
         # A number and not the list: a graph must not depend on the names in it.
         # Not by divmod, which Dynamo does not know where the batch's length is a symbol.
-        factor, rest = (batch // self._count, batch % self._count) if self._count else (0, batch)
-        if not rest and factor in self._expansions:
-            self._tokens = shape[1] if len(shape) == 3 else self._tokens
-            return factor
+        factor, rest = (batch // self.count, batch % self.count) if self.count else (0, batch)
+        several = factor not in self._expansions
         # OPT puts samples and tokens into one axis before some norms: (B, T, d) becomes (B * T, d), sample by sample.
-        flattened = {expansion * self._tokens for expansion in self._expansions} if len(shape) == 2 else set()
-        if rest or factor not in flattened:
-            raise RoutingError(
-                f"Length of {self._what} should be the same as the number of inputs, but got "
-                f"{self._count} and {batch} respectively. (Seen in {label}, along its first axis; where a model "
-                "reorders or drops tokens before a layer, as experts do, it cannot be routed by sample.)"
-            )
+        tokens = {expansion * self._tokens for expansion in self._expansions} if len(shape) == 2 else set()
+        # Several axes of the samples' length: which of them is theirs cannot be seen.
+        alike = batch > 1 and any(length == batch for length in shape[1:-1])
+        if torch.compiler.is_compiling() and not several and not rest and not alike:
+            fact = None  # a graph must not depend on what has been learnt where nothing hangs on it
+        else:
+            fact = self.facts.get(label)
+        if fact is not None and self.mixed:
+            if fact.refused:
+                raise RoutingError(self._refusal(shape, label, fact.refused))
+            if rest or (several and not fact.blocks):
+                raise RoutingError(self.another_length(batch, f"in {label}, along its first axis"))
+            return factor
+        if rest or (several and factor not in tokens):
+            raise RoutingError(self.another_length(batch, f"in {label}, along its first axis"))
+        if (several or alike) and self.mixed:  # in this order: a graph need not know whether names differ
+            raise RoutingError(self._refusal(shape, label, _UNCLEAR))
+        self._tokens = shape[1] if len(shape) == 3 and not several else self._tokens
         return factor
 
-    def _build(self, adapters: Sequence[str], entries: Sequence[Entry]) -> None:
-        key = (tuple(adapters), tuple((entry.owner, entry.key) for entry in entries))
-        if key == self._key:
-            return
-        self.drop()
-        groups: dict[object, list[Entry]] = {}
-        for entry in entries:
-            base = entry.value(BASE)
-            groups.setdefault((base.shape, base.device), []).append(entry)
-        for group in groups.values():
-            rows = [torch.stack([entry.value(name) for entry in group]) for name in (BASE, *adapters)]
-            self._stacks.append((group, torch.stack(one_dtype(rows)).unsqueeze(2)))
-        self._key = key
+    def another_length(self, length: int, where: str) -> str:
+        """The message about a batch of another length than the list of names."""
+        return (
+            f"Length of {self.what} should be the same as the number of inputs, but got {self.count} and {length} "
+            f"respectively. (Seen {where}; where a model reorders or drops tokens before a layer, as experts do, it "
+            "cannot be routed by sample.)"
+        )
 
-    def _places(self, factor: int, device: torch.device) -> Tensor:
-        if (factor, device) not in self._indices:
-            index = self._index if factor == 1 else self._index.repeat_interleave(factor)
-            self._indices[factor, device] = index.to(device)
-        return self._indices[factor, device]
-
-    def _gather_stacks(self, factor: int) -> dict[int, Rows]:
-        parameters: dict[int, dict[str, Tensor]] = {}
-        for group, stack in self._stacks:
-            gathered = stack.index_select(0, self._places(factor, stack.device)).unbind(1)
-            for entry, rows in zip(group, gathered, strict=True):
-                parameters.setdefault(entry.owner, {})[entry.parameter] = rows
-        return {owner: Rows(**found) for owner, found in parameters.items()}
+    def _refusal(self, shape: torch.Size, label: str, why: str) -> str:
+        return (
+            f"the rows of {label} cannot be matched with {self.what}: {why}. Its input has the shape {tuple(shape)} "
+            "for "
+            f"{self.count} names. A batch must have its samples along the first axis, one row or one block of rows for "
+            "each in the order of the names (batch_first=True; one image for each row). Otherwise run one batch an "
+            "adapter."
+        )
 
 
-def one_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors in the narrowest dtype that holds them all."""
-    dtype = tensors[0].dtype
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return [tensor.to(dtype) for tensor in tensors]
+_UNCLEAR = (
+    "more than one axis of its input could be that of the samples, or samples and tokens share one, and it was not "
+    "measured which (a compiled model is not measured: run one routed batch before compiling, or another length)"
+)
+
+
+def _nothing(factor: int) -> dict[int, Rows]:
+    return {}

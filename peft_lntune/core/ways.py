@@ -9,10 +9,11 @@ called in the first of these ways that repeats the base's bits, learnt by runnin
     rounded     the norm's own forward with neutral parameters of its own dtype, then the affine part outside
     corrected   as wide, plus what the base's output differs from that with unchanged parameters
     native      the norm's own forward with parameters rounded to its own dtype, where no other way could be tried or
-                repeats the bits: a kernel that takes one dtype only, or a forward that cannot be run on a copy
+                repeats the bits: a kernel that takes one dtype only, or a forward that cannot be run on a copy;
+                 and of a norm whose output is no affine tensor (`Facts.by_sample`)
 
-What is learnt is true of the forward that ran, so a kernel that takes its place is learnt anew. While something traces or
-fakes the operations of this thread the copy runs in another thread, where they are real, and nothing is remembered.
+What is learnt is true of the forward that ran, so a kernel that takes its place is learnt anew. While something traces
+or fakes the operations of this thread, the copy runs in another thread, where they are real, and nothing is remembered.
 """
 
 import math
@@ -30,6 +31,8 @@ from torch import Tensor, nn
 from peft_lntune.core import probe
 from peft_lntune.core.detour import computes, put_on_copy
 from peft_lntune.core.kept import is_traced
+from peft_lntune.core.names import own_name
+from peft_lntune.core.names import own_parameter as parameter
 from peft_lntune.core.probe import align
 from peft_lntune.core.shadow import forward_with
 
@@ -48,6 +51,7 @@ class Rule:
     axis: int = -1
     offset: float = 0.0
     is_norm: bool = False
+    by_sample: bool = False
 
 
 class _Learnt(NamedTuple):
@@ -130,6 +134,8 @@ def _learn(norm: nn.Module, device: torch.device, dtype: torch.dtype, wide: torc
     facts, parameters = probe.measure(norm), probe.parameters_of(norm)
     if facts is None or "weight" not in parameters:  # it cannot be run here
         return Rule("native", None, wide)
+    if facts.by_sample:
+        return Rule("native", None, wide, facts.axis, by_sample=True)
     small = {
         name: probe.sample_input(tuple(value.shape), seed).to(device, value.dtype)
         for seed, (name, value) in enumerate(parameters.items(), start=3)
@@ -189,9 +195,9 @@ def by_rule(
         if rule.way == "native":
             weight = weight.to(parameter(norm, "weight").dtype)
             bias = bias if parameter(norm, "bias") is None or bias is None else bias.to(parameter(norm, "bias").dtype)
-        entries = {"weight": weight}
+        entries = {own_name(norm, "weight"): weight}
         if bias is not None and parameter(norm, "bias") is not None:
-            entries["bias"], bias = bias, None
+            entries[own_name(norm, "bias")], bias = bias, None
         y = forward_with(norm, entries, own, x.to(rule.wide) if rule.way == "wide" else x, *args, **kwargs)
     y = y if bias is None else y + align(bias, x, rule.axis)
     return y if rule.dtype is None else y.to(rule.dtype)
@@ -224,9 +230,9 @@ def neutral(
     """The norm's forward `own` with parameters that change nothing."""
     weight, bias = parameter(norm, "weight"), parameter(norm, "bias")
     dtype = weight.dtype if rule.way in ("rounded", "native") else rule.wide
-    entries = {"weight": torch.full_like(weight, 1.0 - rule.offset, dtype=dtype)}
+    entries = {own_name(norm, "weight"): torch.full_like(weight, 1.0 - rule.offset, dtype=dtype)}
     if bias is not None:
-        entries["bias"] = torch.zeros_like(bias, dtype=dtype)
+        entries[own_name(norm, "bias")] = torch.zeros_like(bias, dtype=dtype)
     return forward_with(
         norm, entries, own, x.to(rule.wide) if rule.way in ("wide", "corrected") else x, *args, **kwargs
     )
@@ -234,8 +240,3 @@ def neutral(
 
 def widened(norm: nn.Module) -> torch.dtype:
     return torch.promote_types(parameter(norm, "weight").dtype, torch.float32)
-
-
-def parameter(norm: nn.Module, name: str) -> Any:
-    """A parameter of the norm, or None; typed loosely since torch types every attribute as tensor or module."""
-    return getattr(norm, name, None)

@@ -18,9 +18,8 @@ from peft_lntune.core.detour import Detour
 from peft_lntune.core.kept import Source, is_traced, source_of, sources_of, unchanged
 from peft_lntune.core.reparam import Delta
 from peft_lntune.core.route import Route
-from peft_lntune.errors import UnsupportedError
 from peft_lntune.layers.routed import RoutedParameter
-from peft_lntune.offloaded import call_onloaded, offload_hook, onloaded
+from peft_lntune.offloaded import call_onloaded, check_trainable, offload_hook, onloaded
 
 __all__ = ["PARAMETERS", "LNTuneLayer"]
 
@@ -58,6 +57,8 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         self.out_features = getattr(base_layer, "out_features", None)
         self._route = route
         self._unmerged: dict[str, Tensor] = {}
+        # Layers around modules that share a parameter with this one's, with what it is there.
+        self._tied: dict[str, list[tuple[LNTuneLayer, str]]] = {}
         self._kept: Kept | None = None
 
     # What a subclass says.
@@ -87,14 +88,24 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
             base = base._modules["base_layer"]
         return base
 
+    def own_name(self, parameter: str) -> str:
+        """What the wrapped module calls its weight or bias."""
+        return parameter
+
     def base_parameter(self, parameter: str) -> Tensor:
         # Read through the module, not its `_parameters`: sharding and outer layers put tensors in its `__dict__`.
-        return getattr(self.get_base_layer(), parameter)
+        return getattr(self.get_base_layer(), self.own_name(parameter))
 
     def unmerged(self, parameter: str) -> Tensor:
         """The base parameter as it is without adapters, whether or not some are merged into it now."""
         base = self.base_parameter(parameter)
-        return self._unmerged[parameter].to(base.device, base.dtype) if parameter in self._unmerged else base
+        before = self._before_merging(parameter)
+        return base if before is None else before.to(base.device, base.dtype)
+
+    def _before_merging(self, parameter: str) -> Tensor | None:
+        """What was in the base parameter before merging here, or in a layer that shares it; None where nothing is."""
+        places = [(self, parameter), *self._tied.get(parameter, ())]
+        return next((layer._unmerged[name] for layer, name in places if name in layer._unmerged), None)
 
     @property
     def weight(self) -> Tensor:
@@ -105,9 +116,10 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
     def bias(self) -> Tensor:
         """The bias with which this layer computes now.
 
-        For whoever computes with a layer's parameters in place of calling it: fused kernels, torch's fused encoder, its
-        attention. The value is that of the active adapters, rounded to the dtype of the base, and a gradient reaches the
-        deltas through it. It is the base's own while adapters are disabled or merged. `base_parameter` is the base's.
+        For code that computes with a layer's parameters in place of calling it: fused kernels, torch's fused encoder
+        and attention. The value is that of the active adapters, rounded to the dtype of the base, and gradients reach
+        the deltas through it. While adapters are disabled or merged it is the base's own. `base_parameter` gives the
+        base's parameter in every state.
 
         Raises:
             RoutingError: by whatever computes with it while each row of the batch has its own adapter; its shape, dtype
@@ -116,23 +128,70 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         return self._read("bias")
 
     def _read(self, parameter: str) -> Tensor:
+        base_layer = self.get_base_layer()
+        if offload_hook(base_layer) is None:
+            return self._read_loaded(parameter)
+        try:
+            with onloaded(base_layer):
+                return self._read_loaded(parameter)
+        finally:
+            self._kept = None
+
+    def _read_loaded(self, parameter: str) -> Tensor:
         base = self.base_parameter(parameter)
-        if base is None or self._disable_adapters:
-            return base if base is None else self.unmerged(parameter)
+        if base is None:
+            return base
+        if self._differs(parameter):
+            return RoutedParameter.like(base, f"the {parameter} of {self.label}")
+        if self._disable_adapters:
+            return self.unmerged(parameter)
         if self.merged_adapters:
             return base
-        if self._routed(parameter):
-            return RoutedParameter.like(base, f"the {parameter} of {self.label}")
         kept = self._hold(self.active_adapters)
         sums = self._sums(self._tuned(self.active_adapters)) if kept is None else kept.sums
         return sums[parameter].to(base.dtype) if parameter in sums else base
 
-    def _routed(self, parameter: str) -> bool:
+    def _differs(self, parameter: str) -> bool:
         """Whether a parameter may differ from row to row now: by a route of this model, or of a bank around it."""
         detour = self.get_base_layer().__dict__.get("forward")
         if isinstance(detour, Detour) and detour.routed:
             return True
-        return self._route.active and any(p == parameter for p, _ in self._tuned(self._get_available_adapters()))
+        if self._disable_adapters or not self._route.active:
+            return False
+        names = {name for container in self.adapter_layer_names for name in getattr(self, container)}
+        return any(tuned == parameter for tuned, _ in self._tuned([*names]))
+
+    # Parameters that other modules share.
+
+    def tie(self, parameter: str, other: "LNTuneLayer", its: str) -> None:
+        """Say that a parameter is also that of another layer's module: what tunes both is one delta."""
+        for layer, name, to in ((self, parameter, (other, its)), (other, its, (self, parameter))):
+            known = layer._tied.setdefault(name, [])
+            if to not in known:
+                known.append(to)
+
+    def tied_to(self, parameter: str, adapter_name: str) -> list["LNTuneLayer"]:
+        """The other layers in which an adapter tunes this very parameter."""
+        return [other for other, its in self._tied.get(parameter, ()) if its in other.tunes(adapter_name)]
+
+    def tunes(self, adapter_name: str) -> set[str]:
+        """Which parameters an adapter tunes here."""
+        return {parameter for parameter, _ in self._tuned([adapter_name])}
+
+    def names_of(self, parameter: str) -> list[str]:
+        """The names of a parameter in the model: more than one where modules share it."""
+        places = [(self, parameter), *self._tied.get(parameter, ())]
+        return [f"{layer.label}.{layer.own_name(name)}" for layer, name in places]
+
+    def put(self, parameter: str, adapter_name: str, delta: Delta | None) -> None:
+        """Set an adapter's delta, or take it away; in all layers that share the parameter and have one."""
+        others = [(o, its) for o, its in self._tied.get(parameter, ()) if adapter_name in o.deltas(its)]
+        for layer, name in [(self, parameter), *others]:
+            if delta is None:
+                del layer.deltas(name)[adapter_name]
+            else:
+                layer.deltas(name)[adapter_name] = delta
+            layer._forget()
 
     def update_layer(
         self,
@@ -155,26 +214,26 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
             delta = Delta(base.shape, dtype, base.device, count, (blocks or {}).get(parameter))
             if not config.init_weights:
                 nn.init.normal_(delta.weight, std=0.1)
-            self.deltas(parameter)[adapter_name] = delta
+            self.put(parameter, adapter_name, delta)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self._forget()
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def set_mask(self, parameter: str, adapter_name: str, mask: Tensor | None) -> None:
         """Tune only the entries where `mask` is True, keeping their values; without one, drop the delta."""
-        deltas = self.deltas(parameter)
-        old = deltas[adapter_name]
+        if adapter_name not in self.deltas(parameter):  # taken away with that of a layer that shares it
+            return
+        old = self.deltas(parameter)[adapter_name]
         if mask is not None and old.block is not None:
             mask = mask.to(old.weight.device) & old.tuned()
             if torch.equal(mask, old.tuned()):
                 return
-        if mask is None or not mask.any():
-            del deltas[adapter_name]
-        else:
-            deltas[adapter_name] = Delta.masked(mask, old.weight.dtype, old.weight.device)
-            deltas[adapter_name].fill(old.dense())
-            deltas[adapter_name].requires_grad_(old.weight.requires_grad)
-        self._forget()
+        delta = None
+        if mask is not None and mask.any():
+            delta = Delta.masked(mask, old.weight.dtype, old.weight.device)
+            delta.fill(old.dense())
+            delta.requires_grad_(old.weight.requires_grad)
+        self.put(parameter, adapter_name, delta)
 
     def effective(self, parameter: str, adapters: Sequence[str]) -> Tensor:
         """The parameter under these adapters: base plus each delta that there is."""
@@ -194,7 +253,7 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         sums: dict[str, Tensor] = {}
         for parameter, delta in tuned:
-            sums[parameter] = delta(sums[parameter] if parameter in sums else getattr(base, parameter))
+            sums[parameter] = delta(sums[parameter] if parameter in sums else getattr(base, self.own_name(parameter)))
         return sums
 
     def _call(self, adapters: Sequence[str]) -> Callable[..., Tensor] | None:
@@ -218,7 +277,7 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         if kept is not None and kept.adapters == adapters and all(map(unchanged, kept.sources)):
             return kept
         tuned, base = self._tuned(adapters), self.get_base_layer()
-        sources = [source_of(base, parameter) for parameter, _ in tuned]
+        sources = [source_of(base, self.own_name(parameter)) for parameter, _ in tuned]
         for _, delta in tuned:
             sources += sources_of(delta)
         if any(source.tensor is None for source in sources):
@@ -247,7 +306,8 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         if offload_hook(base) is None:
             return self._forward(*args, **kwargs)
-        self._check_gradients_arrive()
+        if self.training and torch.is_grad_enabled():
+            check_trainable(self.label, (delta for _, delta in self._tuned(self.active_adapters)))
         try:
             return call_onloaded(base, self._forward, args, kwargs)
         finally:
@@ -260,21 +320,10 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(*args, **kwargs)
         if self.merged_adapters:
             return self.base_layer(*args, **kwargs)
-        if self._route.active:
+        if self._route.on():
             return self.run_routed(*args, **kwargs)
         call = self._call(self.active_adapters) or self.base_layer
         return call(*args, **kwargs)
-
-    def _check_gradients_arrive(self) -> None:
-        """Raise where what is trained here was offloaded too: a gradient would reach a copy that is thrown away."""
-        if not (self.training and torch.is_grad_enabled()):
-            return
-        for _, delta in self._tuned(self.active_adapters):
-            if delta.weight is not None and delta.weight.requires_grad and offload_hook(delta) is not None:
-                raise UnsupportedError(
-                    f"the adapter's values at {self.label} are offloaded, so training would not change them. Dispatch "
-                    "or offload the base model first, and call get_peft_model afterwards."
-                )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the effective parameters, rounded to the base dtype, into the base module.
@@ -296,7 +345,8 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
             for parameter, value in merged.items():
                 base = self.base_parameter(parameter)
                 # A copy of the old vector, because subtracting the delta again would not give it back in bfloat16.
-                self._unmerged.setdefault(parameter, base.detach().clone())
+                before = self._before_merging(parameter)
+                self._unmerged[parameter] = base.detach().clone() if before is None else before
                 base.data = value
         self.merged_adapters.extend(added)
         self._forget()

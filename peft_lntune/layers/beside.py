@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from peft_lntune.core.kept import Source, is_traced, sources_of, unchanged
 from peft_lntune.core.route import Route
+from peft_lntune.offloaded import check_trainable
 
 __all__ = ["BesideLayer"]
 
@@ -78,7 +79,10 @@ class BesideLayer(nn.Module, BaseTunerLayer):
     def running(self) -> list[str]:
         """The adapters that take part in a forward pass which is not routed."""
         held = self.container(self.adapter_layer_names[0])._modules
-        return [] if self._disable_adapters else [name for name in self.active_adapters if name in held]
+        names = [] if self._disable_adapters else [name for name in self.active_adapters if name in held]
+        if names and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            check_trainable(self.label, (held[name] for name in names))
+        return names
 
     def stacks(self) -> dict[str, Tensor]:
         """`stack` for the route in force, kept while nothing that it came from is trained or has changed."""

@@ -162,7 +162,7 @@ class BottleneckLayer(BesideLayer):
         if self._disable_adapters:
             return None
         inputs = {"sequential": h} if x is None else {"sequential": h, "parallel": x}
-        added = self._add_routed(inputs) if self._route.active else self._add_running(inputs)
+        added = self._add_routed(inputs) if self._route.on() else self._add_running(inputs)
         return None if added is None else h + added.to(h.dtype)
 
     # One adapter, or the sum of several.

@@ -53,7 +53,9 @@ class ModuleLayer(LNTuneLayer):
         if not config.init_weights and mask.weight is not None:
             nn.init.normal_(mask.weight)
         mask.train(base_layer.training)  # a new module is in training, and would draw in a model that is not
-        self.lntune_supermask[adapter_name] = mask
+        for layer in (self, *self.tied_to("weight", adapter_name)):
+            layer.lntune_supermask[adapter_name] = mask
+            layer._forget()
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self._forget()
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

@@ -1,6 +1,6 @@
 """The layer around a norm: one call for one adapter, one gather for many."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from peft_lntune.core.affine import bind, call_with, call_with_rows, split_call
-from peft_lntune.core.delta import stamp
 from peft_lntune.core.norms import Norm
 from peft_lntune.core.route import BASE, Entry, Route, fit_rows
 from peft_lntune.layers.base import PARAMETERS, LNTuneLayer
@@ -32,6 +31,16 @@ class NormLayer(LNTuneLayer):
         super().__init__(base_layer, route, norm.name)
         self._offset = norm.offset
         self._axis = norm.axis
+        self._own_names = dict(norm.parameters)
+
+    def own_name(self, parameter: str) -> str:
+        return self._own_names[parameter]
+
+    def __getattr__(self, name: str) -> Any:
+        for parameter, own in self.__dict__.get("_own_names", {}).items():
+            if name == own:
+                return self._read(parameter)
+        return super().__getattr__(name)
 
     def run(self, parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         x, args, kwargs = split_call(args, kwargs)
@@ -54,15 +63,19 @@ class NormLayer(LNTuneLayer):
         if not (self.lntune_weight or self.lntune_bias):
             return
         for parameter in PARAMETERS:
-            base: Any = getattr(self.base_layer, parameter, None)
+            base: Any = getattr(self.get_base_layer(), self.own_name(parameter), None)
             if base is None:
                 continue
-            deltas = self.deltas(parameter)
-            key = (stamp(base), *((name, stamp(delta.weight)) for name, delta in deltas.items()))
-            yield Entry(id(self), parameter, partial(self._value, parameter), key)
+            deltas = dict(self.deltas(parameter).items())
+            yield Entry(id(self), parameter, partial(self._value, parameter), partial(_sources, base, deltas))
 
     @torch.no_grad()
     def _value(self, parameter: str, adapter: str) -> Tensor:
         value = self.effective(parameter, () if adapter == BASE else (adapter,))
         value = value.to(torch.promote_types(value.dtype, torch.float32))
         return value + self._offset if parameter == "weight" and self._offset else value
+
+
+def _sources(base: Tensor, deltas: Mapping[str, Any], adapter: str) -> list[Tensor]:
+    delta = deltas.get(adapter)
+    return [base] if delta is None else [base, *delta.parameters(), *delta.buffers()]

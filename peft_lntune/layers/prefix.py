@@ -151,7 +151,7 @@ class PrefixLayer(BesideLayer):
         """Whether a forward pass now would see a prefix."""
         if self.disable_adapters:
             return False
-        return len(self.lntune_prefix) > 0 if self._route.active else len(self.running) > 0
+        return len(self.lntune_prefix) > 0 if self._route.on() else len(self.running) > 0
 
     def columns(self, query: Tensor) -> Columns:
         """The prefixes for a call with these queries, `(B, H, T, hd)`.
@@ -160,7 +160,7 @@ class PrefixLayer(BesideLayer):
             RoutingError: the batch has another length than the list of adapter names.
         """
         keep = None
-        if self._route.active:
+        if self._route.on():
             stacks = self.stacks()
             rows = self._route.index(query.shape, self.label, stacks["keep"].device)
             both, keep = stacks["prefix"].index_select(0, rows), stacks["keep"].index_select(0, rows)

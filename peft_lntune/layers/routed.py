@@ -19,8 +19,8 @@ _NO_FACTS = {"data", "T", "H", "mT", "mH", "real", "imag"}
 class RoutedParameter(Tensor):
     """A parameter that differs from row to row: its shape, dtype and device can be read, any use of it raises.
 
-    torch's fused paths ask whether a tensor has a `__torch_function__`, and call the modules one by one where it has, which
-    is right. Whatever else computes with it would give one adapter to all rows.
+    torch's fused paths ask whether a tensor has a `__torch_function__`, and call the modules one by one where it has,
+    which is right. Whatever else computes with it would give one adapter to all rows.
     """
 
     what: str
@@ -54,12 +54,11 @@ class RoutedParameter(Tensor):
         if name not in _NO_FACTS if getter else name in _FACTS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        flat = [
-            part for arg in (*args, *(kwargs or {}).values()) for part in (arg if type(arg) in (list, tuple) else [arg])
-        ]
-        what = next((part.what for part in flat if isinstance(part, cls)), "a parameter")
+        given = [*args, *(kwargs or {}).values()]
+        given += [part for found in given if type(found) in (list, tuple) for part in found]
+        what = next((part.what for part in given if isinstance(part, cls)), "a parameter")
         raise RoutingError(
             f"{what} differs from row to row in this batch, but {name or func} computes with one value for all rows: "
             "something reads the parameter in place of calling the layer, such as a fused kernel. Run this batch one "
-            "adapter at a time with set_adapter, or put the kernel on the module inside the layer (layer.get_base_layer())."
+            "adapter at a time with set_adapter, or put the kernel on the module inside, layer.get_base_layer()."
         )

@@ -9,6 +9,8 @@ __all__ = ["install"]
 PATCHES = {
     "adapters in a PeftMixedModel": "mixed.join_mixed_models",
     "refusing damaged adapters without a trace, and masked ones in transformers' load_adapter": "loading.guard_loading",
+    "saving over an older adapter in one step": "saving.save_whole",
+    "hot swapping": "hotswap.offer_hotswap",
     "prefixes": "attention.register_attention",
     "no weight decay of deltas in Trainer": "decay.leave_out_deltas",
     "the line `import peft_lntune` in cards that PEFT or push_to_hub write": "cards.name_import_in_cards",

@@ -7,38 +7,47 @@ first, and where loading fails all the same, the model is put back as it was.
 
 import functools
 import inspect
-import json
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftConfig, PeftMixedModel, PeftModel
+import transformers
+from peft import AutoPeftModel, PeftConfig, PeftMixedModel, PeftModel
 from peft.utils.save_and_load import load_peft_weights
-from torch import Tensor, nn
+from torch import nn
+from transformers import AutoConfig
 from transformers.integrations.peft import PeftAdapterMixin
 
+from peft_lntune.claims import check_architecture
 from peft_lntune.config import LNTuneConfig, StoredConfig, delta_part, record_mask
-from peft_lntune.config.base import PEFT_TYPE
 from peft_lntune.core.delta import delta_dtype
 from peft_lntune.core.norms import base_modules
-from peft_lntune.errors import AdapterFileError, PeftLNTuneError
-from peft_lntune.fit import scores_by, unpack_by
+from peft_lntune.errors import AdapterFileError, PeftLNTuneError, UnsupportedError
+from peft_lntune.fit import further_names, scores_by, unpack_by
+from peft_lntune.manifest import check_directory, check_tensors, read_config
 from peft_lntune.model import LNTuneModel
+from peft_lntune.offloaded import is_offloaded
 from peft_lntune.packing import KEEP, SCORES, is_packed
+from peft_lntune.renaming import renaming
+from peft_lntune.restoring import configs_of, restored_on_error, told_by_us
 from peft_lntune.storage import (
+    CONFIG_FILE,
+    PEFT_TYPE,
+    WEIGHTS_FILE,
     cast_values,
-    check_directory,
-    check_tensors,
     has_lora,
     hub_options,
     is_ours,
     of_adapter,
+    read_tensors,
     with_lora_name,
 )
 
 __all__ = ["guard_loading"]
+
+HEADS_SINCE = 5, 18
+"""The first transformers whose own `load_adapter` loads heads (`modules_to_save`)."""
 
 _MARK = "_lntune_guarded"
 
@@ -46,9 +55,11 @@ _MARK = "_lntune_guarded"
 def guard_loading() -> None:
     """Wrap PEFT's and transformers' loaders. Idempotent."""
     wraps: list[tuple[type, str, Callable[..., Any]]] = [
+        (PeftConfig.__mro__[1], "from_json_file", _guarded_json),
         (PeftModel, "load_adapter", _guarded_load),
         (PeftModel, "from_pretrained", _guarded_from_pretrained),
         (PeftMixedModel, "from_pretrained", _guarded_from_pretrained),
+        (AutoPeftModel.__mro__[1], "from_pretrained", _guarded_auto),
         (PeftAdapterMixin, "load_adapter", _guarded_native),
     ]
     # Everything is looked up before anything is changed.
@@ -63,10 +74,23 @@ def guard_loading() -> None:
         setattr(owner, name, classmethod(wrapped) if inspect.ismethod(original) else wrapped)
 
 
+def _guarded_json(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Every loader reads configs by this, before it knows whose they are."""
+
+    def from_json_file(cls: type, path_json_file: str, **kwargs: Any) -> Any:
+        config = read_config(path_json_file)
+        return config if config.get("peft_type") == PEFT_TYPE else original(cls, path_json_file, **kwargs)
+
+    return from_json_file
+
+
 def _guarded_load(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
     def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         saved = None
-        with _restored_on_error(self, adapter_name), _explained(self, model_id):
+        mapping = signature.bind(self, model_id, adapter_name, *args, **kwargs).arguments.get("key_mapping")
+        with restored_on_error(self, adapter_name), _loading(self, model_id, kwargs, mapping):
             if isinstance(self.peft_config.get(adapter_name), LNTuneConfig):
                 saved = _check_files(model_id, kwargs)  # PEFT reads the config only of adapters it does not have yet
             with _dispatched_as_it_is(self, model_id, kwargs):
@@ -80,15 +104,42 @@ def _guarded_load(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _guarded_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
     def from_pretrained(cls: type, model: nn.Module, model_id: Any, *args: Any, **kwargs: Any) -> Any:
-        config = inspect.signature(original).bind(cls, model, model_id, *args, **kwargs).arguments.get("config")
-        with _restored_on_error(model), _explained(model, model_id):
+        given = signature.bind(cls, model, model_id, *args, **kwargs).arguments
+        config, mapping = given.get("config"), given.get("key_mapping")
+        if mapping is None:  # as PEFT does it
+            mapping = getattr(model, "_checkpoint_conversion_mapping", None) or None
+        with restored_on_error(model, config=config), _loading(model, model_id, kwargs, mapping):
             if isinstance(config, LNTuneConfig):  # then it was not our own class that loaded it
                 config.take_sizes(_check_files(model_id, kwargs) or config)
             with _dispatched_as_it_is(model, model_id, kwargs):
                 return original(cls, model, model_id, *args, **kwargs)
 
     return from_pretrained
+
+
+def _guarded_auto(original: Callable[..., Any]) -> Callable[..., Any]:
+    def from_pretrained(cls: type, path: Any, *args: Any, **kwargs: Any) -> Any:
+        # Before the weights of a model are read for an adapter that is not whole, or not for it. What that model's own
+        # files lack is not the adapter's fault.
+        with told_by_us(path, lambda: is_about_ours(path, kwargs)):
+            if is_about_ours(path, kwargs):
+                config = StoredConfig.from_pretrained(str(path), **hub_options(kwargs))
+                check_architecture(config, _base_config(config, kwargs), str(path))
+        return original(cls, path, *args, **kwargs)
+
+    return from_pretrained
+
+
+def _base_config(config: LNTuneConfig, kwargs: Mapping[str, Any]) -> Any:
+    """The config of the model that an adapter says it is for; None where it cannot be had."""
+    try:
+        hub = {name: value for name, value in hub_options(kwargs).items() if name not in ("subfolder", "revision")}
+        return AutoConfig.from_pretrained(config.base_model_name_or_path, revision=config.revision or "main", **hub)
+    except Exception:
+        return None  # then loading the model says so
 
 
 def _guarded_native(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,17 +155,28 @@ def _guarded_native(original: Callable[..., Any]) -> Callable[..., Any]:
             given.get("adapter_kwargs"),
         ]
         hub = {name: value for place in places for name, value in (place or {}).items()}
-        with _restored_on_error(self), _explained(self, model_id):
+        with restored_on_error(self, config=given.get("peft_config")), _loading(self, model_id, hub):
+            _check_not_offloaded(self, given.get("peft_config"), model_id, hub)
             _read_ours(self, given, model_id, hub)
             try:
                 info = original(*bound.args, **bound.kwargs)
             except RuntimeError:
                 _explain_misfit(self, name, model_id, hub)
                 raise
-            _check_report(info, name)
+            _check_report(info, name, further_names(self, name))
             return info
 
     return load_adapter
+
+
+def _check_not_offloaded(model: nn.Module, config: Any, model_id: Any, hub: dict[str, Any]) -> None:
+    if not is_offloaded(model):
+        return
+    if isinstance(config, LNTuneConfig) or (model_id is not None and _holds_ours(model_id, hub)):
+        raise UnsupportedError(
+            "this model is offloaded, and transformers' own load_adapter would leave the adapter without values. Load "
+            "it with PeftModel.from_pretrained(model, ...)."
+        )
 
 
 def _read_ours(model: nn.Module, given: dict[str, Any], model_id: Any, hub: dict[str, Any]) -> None:
@@ -134,6 +196,8 @@ def _read_ours(model: nn.Module, given: dict[str, Any], model_id: Any, hub: dict
         config.take_sizes(_check_files(model_id, hub) or config)
     if not isinstance(config, LNTuneConfig) or (not tensors and model_id is None):
         return
+    if config.modules_to_save:
+        _check_heads_load()
     where = str(model_id)
     if tensors:
         where = f"the state dict for adapter {given.get('adapter_name') or 'default'!r}"
@@ -141,7 +205,9 @@ def _read_ours(model: nn.Module, given: dict[str, Any], model_id: Any, hub: dict
     else:
         tensors = load_peft_weights(str(model_id), device="cpu", **hub_options(hub))
     has_masks = any(key.endswith((KEEP, SCORES)) for key in tensors)
-    if is_packed(tensors) or has_lora(tensors) or has_masks or config.save_dtype is not None:
+    given["peft_config"] = config  # it knows what is in the file
+    adapts = given.get("adapter_kwargs")  # which transformers leaves out where it is given a config
+    if is_packed(tensors) or has_lora(tensors) or has_masks or config.save_dtype is not None or adapts:
         # Of the containers of this PEFT type alone it knows where the adapter's name belongs.
         unpacked = unpack_by(base_modules(model), config, tensors, where)
         name = given.get("adapter_name") or "default"
@@ -150,12 +216,25 @@ def _read_ours(model: nn.Module, given: dict[str, Any], model_id: Any, hub: dict
         if config.save_dtype is not None:
             unpacked = cast_values(unpacked, delta_dtype(next(model.parameters()).dtype, config.torch_delta_dtype))
         named = {with_lora_name(key, name): value for key, value in unpacked.items()}
-        given.update(peft_config=config, adapter_state_dict=named)
+        given["adapter_state_dict"] = named
+
+
+def _check_heads_load() -> None:
+    """Heads are in a file under their own names; transformers finds their places in a model only since 5.18."""
+    major, minor, *_ = transformers.__version__.split(".")
+    if (int(major), int(minor)) < HEADS_SINCE:
+        raise UnsupportedError(
+            f"transformers {transformers.__version__} does not load the heads of an adapter (modules_to_save) with its "
+            f"own `load_adapter`. Install transformers>={'.'.join(map(str, HEADS_SINCE))}, or load the adapter with "
+            "`PeftModel.from_pretrained`."
+        )
 
 
 def _holds_ours(model_id: Any, hub: dict[str, Any]) -> bool:
     try:
         return PeftConfig._get_peft_type(str(model_id), **hub_options(hub)) == PEFT_TYPE
+    except PeftLNTuneError:
+        raise
     except (ValueError, KeyError):
         return False  # the loader itself will say what is missing
 
@@ -164,7 +243,7 @@ def _check_files(model_id: Any, kwargs: dict[str, Any]) -> LNTuneConfig | None:
     hub = hub_options(kwargs)
     try:
         PeftConfig._get_peft_type(str(model_id), **hub)
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except PeftLNTuneError:
         raise
     except ValueError:  # there is no config, and where PEFT has one already it needs no other
         check_directory(None, str(model_id), **hub)
@@ -173,27 +252,28 @@ def _check_files(model_id: Any, kwargs: dict[str, Any]) -> LNTuneConfig | None:
 
 
 @contextmanager
-def _explained(model: nn.Module, model_id: Any) -> Iterator[None]:
-    """Say which file is meant where JSON is broken, or what is missing where PEFT has a bare key."""
-    try:
+def _loading(model: nn.Module, model_id: Any, hub: Mapping[str, Any], key_mapping: Any = None) -> Iterator[None]:
+    """What is common to the loaders: how names are mapped, and who tells what went wrong."""
+    with told_by_us(model_id, lambda: bool(configs_of(model)) or is_about_ours(model_id, hub)), renaming(key_mapping):
         yield
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AdapterFileError(
-            f"adapter_config.json of {model_id} is damaged: {error}. Get a good copy of the adapter."
-        ) from error
-    except KeyError as error:
-        # PEFT looks up each tensor of a head in modules_to_save by its name in the file.
-        if not _configs(model) or "." not in str(error):
-            raise
-        raise AdapterFileError(
-            f"{model_id} lacks {error}, a tensor of a module in modules_to_save. It was saved from another model, or "
-            "the file was changed."
-        ) from error
+
+
+def is_about_ours(model_id: Any, hub: Mapping[str, Any]) -> bool:
+    """Whether what cannot be loaded is of this package, as far as what is left of it says."""
+    folder = Path(str(model_id), hub.get("subfolder") or "")
+    try:
+        if (folder / CONFIG_FILE).is_file() or not folder.is_dir():
+            return PeftConfig._get_peft_type(str(model_id), **hub_options(hub)) == PEFT_TYPE
+        return any(is_ours(name) for name in read_tensors(folder / WEIGHTS_FILE))
+    except PeftLNTuneError:
+        return True  # it is damaged, and what it was cannot be told
+    except Exception:
+        return False  # there is no config, or one without a type; the loader itself has said so
 
 
 @contextmanager
 def _dispatched_as_it_is(model: nn.Module, model_id: Any, hub: dict[str, Any]) -> Iterator[None]:
-    """Keep PEFT from dispatching a model anew that accelerate has spread over devices, where an adapter of ours is loaded.
+    """Keep PEFT from dispatching a model anew, which accelerate has spread over devices, for an adapter of ours.
 
     PEFT takes accelerate's hooks off first. Weights that are on disk are then on meta, and an adapter with them, until
     files are written that hold both; a mask fits none of them. Our layers work beneath the hooks: an adapter lives on
@@ -218,10 +298,16 @@ def _explain_misfit(model: nn.Module, adapter_name: str, model_id: Any, hub: dic
         LNTuneModel._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
 
 
-def _check_report(info: Any, adapter_name: str) -> None:
-    """transformers reports keys that do not fit, and goes on; for ours that is an error, as with PEFT."""
+def _check_report(info: Any, adapter_name: str, further: Collection[str]) -> None:
+    """transformers reports keys that do not fit, and goes on; for ours that is an error, as with PEFT.
+
+    Args:
+        info: the report.
+        adapter_name: which adapter was loaded.
+        further: names that are not in a file, because the model has the same layer under another one.
+    """
     problems = {
-        "missing": [key for key in info.missing_keys if of_adapter(key, adapter_name)],
+        "missing": [key for key in info.missing_keys if of_adapter(key, adapter_name) and key not in further],
         # These come with the adapter's name in them where transformers knows the container, or else as in the file.
         "unexpected": [key for key in info.unexpected_keys if of_adapter(key, adapter_name) or is_ours(key)],
         "of another shape": [key for key, *_ in info.mismatched_keys if of_adapter(key, adapter_name)],
@@ -232,63 +318,3 @@ def _check_report(info: Any, adapter_name: str) -> None:
             f"the saved adapter does not fit this model: {'; '.join(found)}. It was trained on another model, or the "
             "file or its config was changed."
         )
-
-
-@contextmanager
-def _restored_on_error(model: nn.Module, adapter_name: str | None = None) -> Iterator[None]:
-    """Put the model back as it was where an adapter of ours could not be loaded.
-
-    Args:
-        model: the model to load into.
-        adapter_name: the adapter whose tensors may be written over, where it exists.
-    """
-    before = set(_configs(model))
-    restore = _remember(model, adapter_name)
-    try:
-        yield
-    except BaseException as error:  # an interrupted load leaves no half adapter either
-        if isinstance(error, PeftLNTuneError) or before or set(_configs(model)):
-            restore()
-        raise
-
-
-def _configs(model: nn.Module) -> dict[str, LNTuneConfig]:
-    configs = getattr(model, "peft_config", None) or {}
-    return {name: config for name, config in configs.items() if isinstance(config, LNTuneConfig)}
-
-
-def _remember(model: nn.Module, adapter_name: str | None) -> Callable[[], None]:
-    """What puts the attributes of all modules back, and so the modules, adapters and modes; flags and values too.
-
-    Containers are put back in place, because PEFT shares them (`peft_config`) between its model, tuner and base model.
-    """
-    attributes = [(module, dict(vars(module))) for module in model.modules()]
-    containers: dict[int, tuple[Any, Any]] = {}
-    for _, saved in attributes:
-        for value in saved.values():
-            if type(value) in (dict, OrderedDict, list, set):
-                containers[id(value)] = value, value.copy()
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    values = [(tensor, tensor.detach().clone()) for tensor in _tensors(model, adapter_name)]
-
-    @torch.no_grad()
-    def restore() -> None:
-        for module, saved in attributes:
-            vars(module).clear()
-            vars(module).update(saved)
-        for container, content in containers.values():
-            container.clear()
-            container.extend(content) if isinstance(container, list) else container.update(content)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for tensor, value in values:
-            tensor.copy_(value)
-
-    return restore
-
-
-def _tensors(model: nn.Module, adapter_name: str | None) -> list[Tensor]:
-    if adapter_name is None:
-        return []
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return [tensor for name, tensor in named if of_adapter(name, adapter_name)]

@@ -17,7 +17,7 @@ from peft_lntune.config.base import PEFT_TYPE
 from peft_lntune.errors import UnsupportedError
 from peft_lntune.inject import create_and_replace, injecting, is_target, prepare
 from peft_lntune.layers import LNTuneLayer
-from peft_lntune.merging import merge_layers, take_out_shared, unmerge_layers
+from peft_lntune.merging import everywhere, merge_layers, take_out_layers, unmerge_layers
 from peft_lntune.model import LNTuneModel
 
 __all__ = ["join_mixed_models"]
@@ -86,8 +86,9 @@ def _cases(originals: dict[str, Callable[..., Any]]) -> dict[str, Any]:
     def _unload_and_optionally_merge(
         self: Any, merge: bool = True, progressbar: bool = False, safe_merge: bool = False, adapter_names: Any = None
     ) -> Any:
-        take_out_shared(self.model, merge, safe_merge, adapter_names)
-        return originals["_unload_and_optionally_merge"](self, merge, progressbar, safe_merge, adapter_names)
+        with everywhere(self.model):
+            take_out_layers(self.model, merge, safe_merge, adapter_names)
+            return originals["_unload_and_optionally_merge"](self, merge, progressbar, safe_merge, adapter_names)
 
     def merge_adapter(self: Any, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_merge_allowed()

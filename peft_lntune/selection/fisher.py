@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from peft_lntune.core.persample import PerSample, per_sample
 from peft_lntune.errors import ConfigError, DataError, UnsupportedError
 from peft_lntune.selection.losses import HEADS, Batch, Head, Loss, find_head
+from peft_lntune.selection.packed import find_packed
 from peft_lntune.selection.parameters import base_model, find_parameters, generator
 
-__all__ = ["KINDS", "MAX_CLASSES", "FisherState", "fisher_scores", "own_share"]
+__all__ = ["KINDS", "MAX_CLASSES", "FisherState", "add_samples", "fisher_scores", "own_share", "several_processes"]
 
 KINDS = ("empirical", "mc", "exact")
 
@@ -72,14 +73,28 @@ class FisherState:
         return FisherState(min(self.first, other.first), self.samples + other.samples, squares)
 
     def of_all_processes(self) -> "FisherState":
-        """The sums of all processes of `torch.distributed`, the same in each of them; where there is one, its own."""
-        if not _several_processes():
+        """The sums of all processes of `torch.distributed`, the same in each of them; where there is one, its own.
+
+        Every process calls it, also one that has seen no sample.
+
+        Raises:
+            ConfigError: the processes have scored different parameters.
+        """
+        if not several_processes():
             return self
-        squares = {name: total.clone() for name, total in self.squares.items()}
-        samples = torch.tensor(self.samples, device=next(iter(squares.values())).device)
-        for tensor in (samples, *squares.values()):
-            dist.all_reduce(tensor)
-        return FisherState(0, int(samples), squares)
+        facts = {name: (tuple(total.shape), total.dtype) for name, total in self.squares.items()}
+        told: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, (self.samples, facts))
+        known = [facts for _, facts in told if facts]
+        if any(facts != known[0] for facts in known):
+            raise ConfigError("the processes have scored different parameters, so their sums cannot be added.")
+        device = next((total.device for total in self.squares.values()), _device())
+        squares = {}
+        for name, (shape, dtype) in (known[0] if known else {}).items():
+            own = self.squares.get(name)
+            squares[name] = torch.zeros(shape, dtype=dtype, device=device) if own is None else own.clone()
+            dist.all_reduce(squares[name])
+        return FisherState(0, sum(samples for samples, _ in told), squares)
 
 
 def own_share(samples: int) -> tuple[int, int]:
@@ -89,14 +104,20 @@ def own_share(samples: int) -> tuple[int, int]:
         >>> own_share(1024)  # one process
         (0, 1024)
     """
-    if not _several_processes():
+    if not several_processes():
         return 0, samples
     rank, each, rest = dist.get_rank(), *divmod(samples, dist.get_world_size())
     return rank * each + min(rank, rest), each + (rank < rest)
 
 
-def _several_processes() -> bool:
+def several_processes() -> bool:
+    """Whether `torch.distributed` runs more than one."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _device() -> torch.device:
+    """Where the tensors of this process have to be for `torch.distributed`."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def fisher_scores(
@@ -113,9 +134,9 @@ def fisher_scores(
 ) -> dict[str, Tensor]:
     """Score parameters by Fisher information, exact a sample, in one forward and backward pass a batch.
 
-    The model runs in evaluation mode and is afterwards as it was: mode, gradients, requires_grad. Norms and linear
-    modules cost one pass; for parameters of any other module, or used outside their module's call, each sample gets a
-    backward pass of its own.
+    The model runs in evaluation mode, without caches, and is afterwards as it was: mode, gradients, requires_grad.
+    Norms and linear modules cost one pass; for parameters of any other module, or used outside their module's call,
+    each sample gets a backward pass of its own.
 
     Source: Sung et al. 2021 (FISH mask, arXiv 2111.09839); ValizadehAslani and Liang 2024 (arXiv 2403.20284).
 
@@ -138,7 +159,7 @@ def fisher_scores(
 
     Raises:
         ConfigError: an unknown kind, loss or parameter, or a loss that is not one value a sample.
-        DataError: no batches, no labels, or a loss that is not finite.
+        DataError: no batches, no labels, packed rows, or a loss that is not finite.
         UnsupportedError: the model mixes the rows of a batch before a norm, or its head fits no known loss.
 
     Example:
@@ -150,6 +171,24 @@ def fisher_scores(
         >>> scores["bert.encoder.layer.0.output.LayerNorm.weight"].shape
         torch.Size([8])
     """
+    state = FisherState() if state is None else state
+    add_samples(state, model, batches, kind, parameters, loss, seed, num_samples=num_samples, progress=progress)
+    return state.scores()
+
+
+def add_samples(
+    state: FisherState,
+    model: nn.Module,
+    batches: Iterable[Batch],
+    kind: str,
+    parameters: Iterable[str] | None,
+    loss: Loss | str | None,
+    seed: int,
+    *,
+    num_samples: int | None = None,
+    progress: bool = True,
+) -> None:
+    """Add the squares of samples to `state`; see `fisher_scores`. There may be none of them."""
     if kind not in KINDS:
         raise ConfigError(f"kind={kind!r}: choose one of {', '.join(map(repr, KINDS))}.")
     if isinstance(loss, str) and loss not in HEADS:
@@ -157,12 +196,16 @@ def fisher_scores(
     if callable(loss) and kind != "empirical":
         raise ConfigError(f"kind={kind!r} needs to know what the outputs mean, so loss takes a name, not a function.")
     found = find_parameters(model, parameters)
-    state = FisherState() if state is None else state
+    away = next((name for name, value in found.items() if value.is_meta), None)
+    if away is not None:
+        raise UnsupportedError(
+            f"{away} is on the meta device, as accelerate leaves the parameters of modules that it offloads, so no "
+            "gradient can be compared with it. Compute the scores of a model that is loaded, and set_masks from them."
+        )
     with _frozen(model), per_sample(base_model(model), found) as taps:
         scorer = _Scorer(model, found, taps, kind, loss, seed)
         for batch, size in _left(batches, state, num_samples, progress):
             scorer.add(batch, size, state)
-    return state.scores()
 
 
 class _Scorer:
@@ -188,6 +231,13 @@ class _Scorer:
 
     def add(self, batch: Batch, size: int, state: FisherState) -> None:
         """Add the squares of one batch to the sums; nothing is added where it raises."""
+        packed = find_packed(batch, size)
+        if packed is not None:
+            raise DataError(
+                f"this batch has packed rows: {packed} says that a row holds several samples, and Fisher information "
+                "squares the gradient of each sample by itself. Give one sample per row, with padding (packing=False "
+                "and padding_free=False in TRL, DataCollatorWithPadding in transformers)."
+            )
         batch = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         number = state.first + state.samples
         if self.head is None and self.loss is None:
@@ -335,16 +385,25 @@ def _agree(ours: Tensor | None, theirs: Tensor | None) -> bool:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no parameter requires a gradient; afterwards all as before."""
+    """Evaluation mode, no cache, and no parameter requires a gradient; afterwards all as before.
+
+    Recurrent models write their caches in place, and autograd cannot go back through that.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    configs = {id(c): c for c in (getattr(module, "config", None) for module in model.modules())}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.eval()
+        for config in caching:
+            config.use_cache = False
         for parameter, _ in flags:
             parameter.requires_grad_(False)
         with torch.enable_grad():
             yield
     finally:
+        for config in caching:
+            config.use_cache = True
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         for module, mode in modes:

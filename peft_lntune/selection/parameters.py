@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.core.norms import base_modules, find_norms
 from peft_lntune.errors import ConfigError
 
@@ -38,7 +37,8 @@ def find_parameters(model: nn.Module, names: Iterable[str] | None = None) -> dic
     modules = base_modules(model)
     if names is None:
         norms = find_norms(model)
-        names = [_join(norm, p) for norm in norms for p in PARAMETERS if modules[norm]._parameters.get(p) is not None]
+        own = [(norm, name) for norm, facts in norms.items() for name in facts.parameters.values()]
+        names = [_join(norm, name) for norm, name in own if modules[norm]._parameters.get(name) is not None]
         if not names:
             raise ConfigError("this model has no norm to score. Name other parameters in parameters=.")
     found: dict[str, Tensor] = {}

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_lntune.errors import ConfigError
+from peft_lntune.selection.effective import effective_parameters
 from peft_lntune.selection.parameters import find_parameters, generator
 
 __all__ = ["change_scores", "magnitude_scores", "median_distance_scores", "random_scores"]
@@ -17,7 +18,7 @@ def magnitude_scores(model: nn.Module, parameters: Iterable[str] | None = None) 
     """The absolute value of each entry.
 
     Args:
-        model: any model; with adapters, its base parameters.
+        model: any model; with adapters, its base parameters as they are now: an adapter that is merged is in them.
         parameters: names in the base model; None: weight and bias of every norm.
 
     Example:
@@ -36,7 +37,7 @@ def median_distance_scores(model: nn.Module, parameters: Iterable[str] | None = 
     Source: ours. Outliers by distance from the mean of their own vector: Kovaleva et al. 2021 (arXiv 2105.06990).
 
     Args:
-        model: any model; with adapters, its base parameters.
+        model: any model; with adapters, its base parameters as they are now: an adapter that is merged is in them.
         parameters: names in the base model; None: weight and bias of every norm. A parameter of more dimensions counts
             as one vector.
 
@@ -66,8 +67,9 @@ def change_scores(
     2110.07560).
 
     Args:
-        before: the model, or its parameters by name.
-        after: likewise.
+        before: the model, or its parameters by name. Of a model with adapters the parameters it computes with are
+            taken, active adapters merged in; what a bottleneck or a prefix adds is in no parameter.
+        after: the same model after training, or its parameters by name.
         parameters: names in the base model; None: weight and bias of every norm of a model, or all tensors given.
 
     Raises:
@@ -109,7 +111,9 @@ def random_scores(model: nn.Module, parameters: Iterable[str] | None = None, see
 
 def _named(given: nn.Module | Tensors, names: list[str] | None) -> Tensors:
     if isinstance(given, nn.Module):
-        return find_parameters(given, names)
+        effective = effective_parameters(given)
+        first = {id(base): name for name, base in find_parameters(given, effective).items()}
+        return {name: effective[first[id(base)]] for name, base in find_parameters(given, names).items()}
     if names is None:
         return given
     missing = [name for name in names if name not in given]

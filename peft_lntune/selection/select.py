@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -104,7 +105,7 @@ def _check(
         raise ConfigError("there are no scores to choose from.")
     if density is not None and not 0 < density <= 1:
         raise ConfigError(f"density={density} should be above 0 and at most 1: it is the fraction of entries to tune.")
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+    if count is not None and (isinstance(count, bool) or not isinstance(count, Integral) or count < 1):
         raise ConfigError(f"count={count!r} should be a whole number of entries, at least 1.")
     if threshold is not None and scope != "global":
         raise ConfigError(

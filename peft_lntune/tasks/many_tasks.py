@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_lntune.bank.base_rows import BaseRows
 from peft_lntune.bank.heads import layers_of, within
@@ -21,11 +21,12 @@ from peft_lntune.bank.sources import Adapter, Sources, tensors_of
 from peft_lntune.core.bank import spread
 from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.core.detour import Detour
+from peft_lntune.core.entries import Entries
 from peft_lntune.core.norms import called_modules
 from peft_lntune.core.recomputed import RecomputedDetour
-from peft_lntune.core.route import Gather, Route, Rows, expansions_of
+from peft_lntune.core.route import Gather, Route, Rows
 from peft_lntune.errors import ConfigError, RoutingError, UnsupportedError
-from peft_lntune.layers import switched_off
+from peft_lntune.layers import LNTuneLayer, switched_off
 from peft_lntune.selection.losses import Batch, Head
 from peft_lntune.tasks.losses import RowLoss, default_losses, losses_of_rows, order_of
 from peft_lntune.tasks.optimizer import TaskOptimizer
@@ -94,6 +95,7 @@ class ManyTasks:
         self._modules = self._sources.modules
         self._tuners()
         check_free(self._modules[name] for name in self._sources.norms)
+        _check_untied(self._base, self.names)
         adapters = [self._sources.read(name, (peft_model, name)) for name in self.names]
         peft_model.base_model.warn_of_missing_masks(self.names)
         self._head_layers = self._layers_in(adapters)
@@ -117,7 +119,7 @@ class ManyTasks:
             f"{name}.{parameter}": (number, parameter)
             for name, number in self._numbers.items()
             for parameter in PARAMETERS
-            if getattr(self._modules[name], parameter, None) is not None
+            if self._sources.parameter(f"{name}.{parameter}") is not None
         }
         zeros = {name: torch.zeros_like(self._sources.parameter(name)) for name in self._owners if name in tuned}
         masks = [tuned_in(self.model, name, each) for name, each in zip(self.names, adapters, strict=True)]
@@ -272,7 +274,8 @@ class ManyTasks:
                 "passes before it, so that it is not known whose rows these are. Call backward after each of them."
             )
         if self._recent is None or self._route.active:
-            yield
+            with self._route.lent():
+                yield
             return
         with self._on(self._recent, self._tuners()):
             yield
@@ -436,16 +439,13 @@ class ManyTasks:
             if not (name in runs and called[name] is modules[name]):
                 detours.append(RecomputedDetour(called[name], route, None, self._again))
         detours.append(RecomputedDetour(self._base, route, None, self._again, partial(self._begin, None)))
-        if callable(getattr(self._base, "generate", None)):
-            detours.append(Detour(self._base, route, self._generate, "generate"))
         for detour in detours:
             detour.put()
+        entries = Entries(self._base, route, lambda: {name: modules[name] for name in runs})
+        for detour in entries.detours(called, runs):
+            detour.put()
+            detours.append(detour)
         self._detours = detours
-
-    def _generate(self, own: Any, *args: Any, **kwargs: Any) -> Any:
-        named = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
-        with self._route.expanding(expansions_of(self._base, named)):
-            return own(*args, **kwargs)
 
 
 def _spread(
@@ -458,6 +458,17 @@ def _spread(
     """The rows of each norm; what no task trains of it is one row for all."""
     found = spread(trained.source, rows, owners, factor)
     return {number: own._replace(**fixed.get(number, {})) for number, own in found.items()}
+
+
+def _check_untied(base: nn.Module, names: Sequence[str]) -> None:
+    layers = [module for module in base.modules() if isinstance(module, LNTuneLayer)]
+    for layer in layers:
+        for parameter in PARAMETERS:
+            if any(layer.tied_to(parameter, name) for name in names):
+                raise UnsupportedError(
+                    f"{' and '.join(layer.names_of(parameter))} are one parameter, and a row of many tasks is of one "
+                    "module each. Train these adapters one by one, or leave out the norms that share (exclude_modules)."
+                )
 
 
 def _none(factor: int) -> dict[int, Rows]:

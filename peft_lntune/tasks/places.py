@@ -33,8 +33,9 @@ def write_adapter(sources: Sources, peft_model: PeftModel, name: str, adapter: A
         wrapper = called[head]
         assert isinstance(wrapper, ModulesToSaveWrapper)
         for key, place in tensors_of(base_modules(wrapper.modules_to_save[name])).items():
-            norm = adapter.deltas.get(f"{head}.{key}")
-            value = tensors[key] if norm is None else norm + sources.parameter(f"{head}.{key}").to(norm)
+            its_place = sources.place(f"{head}.{key}")
+            norm = adapter.deltas.get(its_place)
+            value = tensors[key] if norm is None else norm + sources.parameter(its_place).to(norm)
             place.copy_(value)
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
+from peft_lntune.atomic import new_file
 from peft_lntune.errors import ConfigError, DataError, UnsupportedError
-from peft_lntune.storage import new_file, read_tensors
+from peft_lntune.storage import read_tensors
 from peft_lntune.tasks.bars import TaskBars
 from peft_lntune.tasks.batches import TaskBatches
 from peft_lntune.tasks.losses import RowLoss

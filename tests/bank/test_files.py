@@ -1,5 +1,6 @@
 """A bank's file gives back what was in the bank, and a damaged one is refused or says which adapter it is."""
 
+import hashlib
 import json
 import os
 
@@ -137,7 +138,9 @@ def rewritten(path, change_index=None, **changes):
     if change_index is not None:
         change_index(index)
     tensors = {name: value for name, value in {**load_file(path), **changes}.items() if value is not None}
-    save_file(tensors, path, {**metadata, "lntune_bank": json.dumps(index)})
+    text = json.dumps(index)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    save_file(tensors, path, {**metadata, "lntune_bank": text, "lntune_bank_digest": digest})
 
 
 @pytest.mark.parametrize("cut", [3, 200, -1])
@@ -158,9 +161,44 @@ def test_what_is_no_bank_is_refused(saved, tmp_path):
 
 def test_another_format_is_refused(saved):
     model, _, path = saved
-    rewritten(path, lambda index: index.update(format_version=2))
-    with pytest.raises(AdapterFileError, match=r"has format_version 2, and peft_lntune .* reads 1\. Upgrade"):
+    rewritten(path, lambda index: index.update(format_version=3))
+    with pytest.raises(AdapterFileError, match=r"has format_version 3, and peft_lntune .* reads 1 and 2\. Upgrade"):
         AdapterBank.open(path, model)
+
+
+def exchange_names(index):
+    index["names"][0], index["names"][1] = index["names"][1], index["names"][0]
+
+
+def test_exchanged_names_are_refused(saved):
+    model, _, path = saved
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(b'[\\"a\\", \\"b\\"', b'[\\"b\\", \\"a\\"', 1))
+    assert path.read_bytes() != raw
+    with pytest.raises(AdapterFileError, match=r"the index of .* is damaged: it was changed since it was written"):
+        AdapterBank.open(path, model)
+    path.write_bytes(raw)
+    rewritten(path, exchange_names)  # also where the index is signed anew: a row's digest says whose it is
+    with pytest.raises(AdapterFileError, match=r"adapter 'b' in .* is damaged: its digest is another"):
+        AdapterBank.open(path, model).load()
+
+
+def test_a_file_of_version_1_is_read(saved):
+    """Its digests are of values alone."""
+    model, bank, path = saved
+    rows = load_file(path)
+    heads = {row: sorted(k for k in rows if k.startswith(f"head.{row}.")) for row in range(3)}
+    made = [
+        hashlib.sha256(b"".join(t.numpy().tobytes() for t in (rows["stack.0"][row], *map(rows.get, heads[row]))))
+        for row in range(3)
+    ]
+    assert [name for name in rows if name.startswith("stack")] == ["stack.0"]
+    digests = torch.tensor([list(one.digest()) for one in made], dtype=torch.uint8)
+    rewritten(path, lambda index: index.update(format_version=1), digests=digests)
+    same(bank, AdapterBank.open(path, model))
+    rewritten(path, lambda index: index.update(format_version=2), digests=digests)
+    with pytest.raises(AdapterFileError, match=r"adapter 'a' in .* is damaged: its digest is another"):
+        AdapterBank.open(path, model).load()
 
 
 @pytest.mark.parametrize("key", ["names", "dtype", "stacks", "heads"])

@@ -109,7 +109,6 @@ NOT_NORMS = {
     "tanh": Formula(lambda x, w, b: (4 * x).tanh() * w, bias=False),
     "softmax": Formula(lambda x, w, b: x.softmax(-1) * w, bias=False),
     "sum": Formula(lambda x, w, b: (rms(x) * w).sum(-1), bias=False),
-    "tuple": Formula(lambda x, w, b: (rms(x) * w, x), bias=False),
     "constant": Formula(lambda x, w, b: torch.ones_like(x) * w, bias=False),
     "constant of few entries": Formula(lambda x, w, b: torch.ones_like(x) * w, bias=False, width=2),
     "raises": Formula(lambda x, w, b: 1 / 0),
@@ -131,6 +130,7 @@ def test_a_formula_that_is_a_norm():
 def test_no_filter_is_needed_for_what_is_no_norm(monkeypatch):
     """BatchNorm, Linear and their like are left out early to save time; a run tells them just as well."""
     monkeypatch.setattr(norms_module, "_NEVER", ())
+    monkeypatch.setattr(norms_module, "_BATCH_NORM", ())
     assert [name for name in NOT_NORMS if find_norms(NOT_NORMS[name])] == []
 
 
@@ -154,8 +154,8 @@ def test_parameterless():
 
 
 def count_probes(monkeypatch) -> list[nn.Module]:
-    probed, measure = [], probe.measure
-    monkeypatch.setattr(probe, "measure", lambda module: probed.append(module) or measure(module))
+    probed, examine = [], probe.examine
+    monkeypatch.setattr(probe, "examine", lambda module: probed.append(module) or examine(module))
     return probed
 
 
@@ -287,12 +287,11 @@ def with_more(norm: nn.Module, **more: nn.Module | nn.Parameter) -> nn.Module:
     "norm",
     [
         UnheardOfNorm(2**20 + 1),
-        nn.LayerNorm((2, 2, 2)),
         with_more(UnheardOfNorm(4), projection=nn.Linear(4, 4)),
         with_more(UnheardOfNorm(4), alpha=nn.Parameter(torch.ones(1))),
         with_more(UnheardOfNorm(4), bias=nn.Parameter(torch.ones(1))),
     ],
-    ids=["too wide", "too many dimensions", "a child with parameters", "another parameter", "a bias of another shape"],
+    ids=["too wide", "a child with parameters", "another parameter", "a bias of another shape"],
 )
 def test_what_cannot_be_a_norm_is_not_run(norm, monkeypatch):
     probed = count_probes(monkeypatch)

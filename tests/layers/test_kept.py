@@ -1,11 +1,13 @@
-"""Effective parameters are kept while gradients are off. Whatever changes what they came from, no output is stale."""
+"""Effective parameters are kept where nothing they came from can be trained. Whatever changes, no output is stale."""
 
 from copy import deepcopy
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 
+from peft_lntune import BottleneckConfig, LNTuningConfig, ModuleTuningConfig, PrefixConfig, SupermaskConfig
 from tests.adapted import adapt, build, deltas, fill, inputs, layers, output, said
 
 
@@ -49,6 +51,24 @@ def base_replaced(model, batch):
         layer.base_layer.weight = nn.Parameter(torch.randn(16))
 
 
+def fused(optimizer):
+    """A step of one of torch's fused optimizers, which change no version of a tensor."""
+
+    def step(model, batch):
+        steps = optimizer([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
+        said(model, batch).square().sum().backward()
+        steps.step()
+
+    return step
+
+
+def data_in_place(model, batch):
+    """As averages of weights are put in: `torch_ema`, an evaluation with the average, and back."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(parameter.data + 0.5)
+
+
 def weighted(model, batch):
     model.add_weighted_adapter(["default", "other"], [0.5, -1.0], "sum")
     model.set_adapter("sum")
@@ -56,6 +76,11 @@ def weighted(model, batch):
 
 CHANGES = {
     "optimizer step": step,
+    "fused AdamW": fused(torch.optim.AdamW),
+    "fused Adam": fused(torch.optim.Adam),
+    "fused SGD": fused(torch.optim.SGD),
+    "fused Adagrad": fused(torch.optim.Adagrad),
+    "in place through data": data_in_place,
     "load_state_dict": lambda m, b: m.load_state_dict({k: v + 0.5 for k, v in m.state_dict().items()}),
     "load_state_dict by assignment": lambda m, b: m.load_state_dict(
         {k: v + 0.5 for k, v in m.state_dict().items()}, assign=True
@@ -98,7 +123,93 @@ def test_no_output_is_stale_after(change, mode):
         assert not torch.equal(after, before)
 
 
-@pytest.mark.parametrize("change", [name for name in CHANGES if "merge" not in name])
+KINDS = {
+    "norms": lambda: LNTuningConfig(),
+    "modules": lambda: ModuleTuningConfig(components=["query", "ffn_up"]),
+    "masks": lambda: SupermaskConfig(components=["query"]),
+    "bottlenecks": lambda: BottleneckConfig(init_weights=False),
+    "prefixes": lambda: PrefixConfig(num_virtual_tokens=3, init_weights=False),
+}
+
+
+def frozen(model):
+    return model.requires_grad_(False)
+
+
+def thawed(model):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".default." in name)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_trained_by_a_fused_step_and_frozen_again(kind):
+    """Neither the version nor the address of a parameter changes on the way."""
+    torch.manual_seed(0)
+    model, batch = get_peft_model(build("bert"), KINDS[kind]()).eval(), inputs("bert")
+    frozen(model)
+    before = output(model, batch)
+    assert torch.equal(output(model, batch), before)
+    addresses = [p.data_ptr() for p in model.parameters()]
+    optimizer = torch.optim.AdamW(thawed(model).parameters(), lr=8.0 if kind == "masks" else 0.5, fused=True)
+    said(model, batch).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    frozen(model)
+    after = output(model, batch)
+    assert [p.data_ptr() for p in model.parameters()] == addresses
+    assert not torch.equal(after, before)
+    assert torch.equal(after, output(deepcopy(model), batch))
+    assert torch.equal(output(model, batch), after)
+
+
+@pytest.mark.parametrize("kind", ["bottlenecks", "prefixes"])
+def test_rows_beside_a_module_follow_a_fused_step(kind):
+    torch.manual_seed(0)
+    model, batch = get_peft_model(build("bert"), KINDS[kind]()).eval(), inputs("bert")
+    names = ["default", "__base__", "default"]
+    before = output(model, batch, adapter_names=names)
+    fused(torch.optim.AdamW)(model, batch)
+    after = output(model, batch, adapter_names=names)
+    assert not torch.equal(after, before)
+    alone = output(model, batch)
+    torch.testing.assert_close(after[[0, 2]], alone[[0, 2]], rtol=1e-5, atol=1e-5)
+
+
+def test_only_what_cannot_be_trained_is_kept():
+    model, batch = adapt(build("bert")), inputs("bert")
+    output(model, batch)
+    assert all(layer._kept is None for layer in layers(model))
+    output(frozen(model), batch)
+    assert all(layer._kept is not None for layer in layers(model))
+    said(model, batch)  # with gradients on too
+    assert all(layer._kept is not None for layer in layers(model))
+    for call in (lambda: model.set_adapter("default"), model.train, model.eval, model.cpu):
+        output(frozen(model), batch)
+        call()
+        assert all(layer._kept is None for layer in layers(model))
+
+
+def test_an_attribute_of_a_norm_that_changes_is_seen():
+    for family in ("bert", "llama"):
+        model, batch = frozen(adapt(build(family))), inputs(family)
+        before = output(model, batch)
+        for layer in layers(model):
+            setattr(layer.base_layer, "eps" if family == "bert" else "variance_epsilon", 3.0)
+        assert not torch.equal(output(model, batch), before)
+
+
+def test_a_mask_written_through_data_is_seen_after_eval():
+    model, batch = adapt(build("bert")), inputs("bert")
+    mask(model, batch)
+    before = output(model, batch)
+    for delta in deltas(model).values():
+        delta.mask.data.copy_(~delta.mask)
+    model.eval()
+    assert not torch.equal(output(model, batch), before)
+
+
+@pytest.mark.parametrize("change", [c for c in CHANGES if "merge" not in c and c != "in place through data"])
 def test_no_mixed_batch_is_stale_after(change):
     peft_model, batch = adapt(build("bert"), "default", "other"), inputs("bert")
     names = ["default", "__base__", "other"]

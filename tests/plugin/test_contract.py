@@ -60,6 +60,7 @@ class Name:
 
 MIXED = "adapters in a PeftMixedModel"
 GUARD = "refusing damaged adapters without a trace, and masked ones in transformers' load_adapter"
+SAVING = "saving over an older adapter in one step"
 PREFIXES = "prefixes"
 CARDS = "the line `import peft_lntune` in cards that PEFT or push_to_hub write"
 DECAY = "no weight decay of deltas in Trainer"
@@ -80,6 +81,10 @@ OPTIONAL = [
     Name("peft.mixed_model:PeftMixedModel.from_pretrained", GUARD, ("plugin/loading.py",)),
     Name("peft.config:PeftConfigMixin._get_peft_type", GUARD, ("plugin/loading.py",)),
     Name("peft.utils.save_and_load:load_peft_weights", GUARD, ("plugin/loading.py",)),
+    Name("peft.config:PeftConfigMixin.from_json_file", GUARD, ("plugin/loading.py",)),
+    Name("peft.auto:AutoPeftModel.from_pretrained", GUARD, ("plugin/loading.py",)),
+    Name("peft.peft_model:PeftModel.save_pretrained", SAVING, ("plugin/saving.py",)),
+    Name("transformers.modeling_utils:PreTrainedModel.save_pretrained", SAVING, ("plugin/saving.py",)),
     Name("transformers.integrations.peft:PeftAdapterMixin", GUARD, ("plugin/loading.py",)),
     Name("transformers.integrations.peft:PeftAdapterMixin.load_adapter", GUARD, ("plugin/loading.py",)),
     Name(
@@ -180,12 +185,19 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (importlib.import_module("transformers.trainer_pt_utils"), "get_parameter_names"),
         (PeftModel, "load_adapter"),
         (PeftModel, "create_or_update_model_card"),
+        (PeftModel, "save_pretrained"),
+        (transformers.PreTrainedModel, "save_pretrained"),
         (importlib.import_module("transformers.integrations.peft").PeftAdapterMixin, "load_adapter"),
         (importlib.import_module("transformers.utils.hub").PushToHubMixin, "_upload_modified_files"),
     ):
         monkeypatch.setattr(owner, attribute, getattr(owner, attribute).__wrapped__)
-    for owner in (PeftModel, peft.PeftMixedModel):
-        monkeypatch.setattr(owner, "from_pretrained", classmethod(owner.from_pretrained.__func__.__wrapped__))
+    for owner, attribute in (
+        (PeftModel, "from_pretrained"),
+        (peft.PeftMixedModel, "from_pretrained"),
+        (peft.AutoPeftModel.__mro__[1], "from_pretrained"),
+        (peft.PeftConfig.__mro__[1], "from_json_file"),
+    ):
+        monkeypatch.setattr(owner, attribute, classmethod(getattr(owner, attribute).__func__.__wrapped__))
     mixed = importlib.import_module("peft.tuners.mixed.model")
     for owner in (mixed, importlib.import_module("peft.tuners.mixed")):
         monkeypatch.setattr(owner, "COMPATIBLE_TUNER_TYPES", mixed.COMPATIBLE_TUNER_TYPES[:6])
@@ -194,7 +206,7 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for attribute in (
         "_create_and_replace",
         "_prepare_adapter_config",
-        "_prepare_model",
+        "inject_adapter",
         "_check_target_module_exists",
         "_unload_and_optionally_merge",
         "merge_adapter",
@@ -203,7 +215,7 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         kept = inspect.getattr_static(mixed.MixedModel, attribute)
         monkeypatch.setattr(mixed.MixedModel, attribute, kept)
     monkeypatch.delitem(transformers.AttentionInterface._global_mapping, IMPLEMENTATION)
-    for patch in ("mixed", "loading", "attention", "cards", "decay"):
+    for patch in ("mixed", "loading", "attention", "cards", "decay", "saving"):
         monkeypatch.delitem(sys.modules, f"peft_lntune.plugin.{patch}", raising=False)
     yield
     monkeypatch.undo()
@@ -222,6 +234,7 @@ def patched(feature: str) -> bool:
     places: dict[str, list[Any]] = {
         GUARD: [(PeftModel, "load_adapter"), (PeftModel, "from_pretrained"), (native, "PeftAdapterMixin.load_adapter")],
         DECAY: [(importlib.import_module("transformers.trainer_pt_utils"), "get_parameter_names")],
+        SAVING: [(PeftModel, "save_pretrained"), (transformers.PreTrainedModel, "save_pretrained")],
         CARDS: [(PeftModel, "create_or_update_model_card"), (hub, "PushToHubMixin._upload_modified_files")],
     }
     functions = []
@@ -229,7 +242,7 @@ def patched(feature: str) -> bool:
         for part in path.split("."):
             place = getattr(place, part, None)
         functions.append(place)
-    marks = ("_lntune_guarded", "_lntune_card", "_lntune_decay")
+    marks = ("_lntune_guarded", "_lntune_card", "_lntune_decay", "_lntune_saving")
     return any(hasattr(function, mark) for function in functions for mark in marks)
 
 
@@ -249,7 +262,7 @@ def tune_once() -> None:
 @pytest.mark.parametrize("name", OPTIONAL, ids=ids)
 def test_without_it_one_warning_and_the_rest_works(name: Name, monkeypatch: pytest.MonkeyPatch) -> None:
     owner = next((cls for cls in getattr(name.owner, "__mro__", ()) if name.attribute in vars(cls)), name.owner)
-    features = {MIXED, GUARD, PREFIXES, CARDS, DECAY}
+    features = {MIXED, GUARD, SAVING, PREFIXES, CARDS, DECAY}
     assert not any(patched(feature) for feature in features)
     monkeypatch.delattr(owner, name.attribute)
     with pytest.warns(PluginWarning, match=f"Everything works except: {name.feature}. Upgrade peft_lntune") as caught:
@@ -266,7 +279,7 @@ def test_with_all_of_them_no_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         install()
-    assert all(patched(feature) for feature in (MIXED, GUARD, PREFIXES, CARDS, DECAY))
+    assert all(patched(feature) for feature in (MIXED, GUARD, SAVING, PREFIXES, CARDS, DECAY))
     tune_once()
 
 

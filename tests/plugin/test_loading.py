@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-from peft_lntune import AdapterFileError, ConfigError, FisherLNConfig, LNTuningConfig
+from peft_lntune import AdapterFileError, ConfigError, FisherLNConfig, LNTuningConfig, UnsupportedError
 from tests import adapted, cases
 
 from .saved import HEADS, State, adapt, build_base, logits, mask_half
@@ -246,6 +247,17 @@ class TestAutoModels:
         loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
         batch = cases.inputs("llama")
         assert torch.equal(adapted.output(loaded, batch), adapted.output(model, batch))
+
+
+@pytest.mark.parametrize("version", ["5.17.3", "5.9.0.dev0"])
+def test_heads_need_a_newer_transformers(version: str, good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_base()
+    before = State.of(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers, "__version__", version)
+        with pytest.raises(UnsupportedError, match=rf"transformers {version} does not .* Install transformers>=5\.18"):
+            model.load_adapter(str(good))
+    before.assert_same(model)
 
 
 class TestNative:

@@ -477,3 +477,103 @@ def test_scores_are_named_as_in_the_base_model_under_adapters():
     peft_model = get_peft_model(model, LNTuningConfig(task_type="SEQ_CLS"))
     assert_close(fisher_scores(peft_model, [batch]), expected, 1e-12)
     assert find_parameters(peft_model).keys() == expected.keys()
+
+
+SMALL = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2}
+RECURRENT = {
+    "mamba": lambda: hf.MambaForCausalLM(hf.MambaConfig(**SMALL, state_size=4)),
+    "rwkv": lambda: hf.RwkvForCausalLM(hf.RwkvConfig(**SMALL, attention_hidden_size=16, context_length=16)),
+    "xlstm": lambda: hf.xLSTMForCausalLM(
+        hf.xLSTMConfig(
+            vocab_size=32, hidden_size=16, embedding_dim=16, num_blocks=2, num_heads=2, mlstm_round_up_to_multiple_of=8
+        )
+    ),
+    "recurrent gemma": lambda: hf.RecurrentGemmaForCausalLM(
+        hf.RecurrentGemmaConfig(
+            **{**SMALL, "num_hidden_layers": 3}, num_attention_heads=2, lru_width=16, intermediate_size=32
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_recurrent_models_are_scored_without_their_caches(family):
+    """Which they write in place; what the config says of caches is as before afterwards."""
+    torch.manual_seed(0)
+    model = RECURRENT[family]().double()
+    ids = torch.randint(3, 32, (3, 7))
+    batch = {"input_ids": ids, "labels": ids}
+    found = fisher_scores(model, [batch])
+    assert model.config.use_cache is True
+    model.config.use_cache = False
+    assert_close(found, loop_scores(model, [batch], parameters=found), 1e-6)  # some norms there compute in float32
+
+
+def llama():
+    torch.manual_seed(0)
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, num_attention_heads=2, intermediate_size=32, pad_token_id=0))
+
+
+ROWS = [torch.arange(3, 3 + length) for length in (5, 4, 6)]
+
+
+def flattening(**options):
+    return hf.DataCollatorWithFlattening(**options)([{"input_ids": row.tolist()} for row in ROWS])
+
+
+def joined(**more):
+    ids = torch.cat(ROWS).unsqueeze(0)
+    return {"input_ids": ids, "labels": ids, **more}
+
+
+PACKED = {
+    "position_ids": flattening,
+    "cu_seq_lens_q": lambda: {**flattening(return_flash_attn_kwargs=True), "position_ids": None},
+    "seq_idx": lambda: {**flattening(return_seq_idx=True), "position_ids": None},
+    "cu_seqlens": lambda: joined(cu_seqlens=torch.tensor([0, 5, 9, 15], dtype=torch.int32)),
+    "attention_mask": lambda: joined(attention_mask=torch.cat([torch.full((1, n), n) for n in (1, 2, 3)], 1)),
+}
+
+
+@pytest.mark.parametrize("entry", PACKED)
+def test_packed_rows_are_refused(entry):
+    """A row of several samples has one gradient, whose square is none of theirs."""
+    batch = {key: value for key, value in PACKED[entry]().items() if value is not None}
+    state = FisherState()
+    with pytest.raises(DataError, match=f"packed rows: {entry} says"):
+        fisher_scores(llama(), [batch], state=state)
+    assert state.samples == 0
+
+
+def test_rows_with_positions_of_their_own_are_not_packed():
+    """Padding on either side, whose positions mean nothing; and one sample flattened."""
+    model = llama()
+    ids, mask = torch.randint(3, 32, (2, 5)), torch.ones(2, 5, dtype=torch.long)
+    mask[0, :2] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    left = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels}
+    right = {key: value.flip(1) for key, value in left.items()}
+    right["position_ids"] = torch.tensor([[0, 1, 2, 0, 0], [0, 1, 2, 3, 4]])
+    alone = hf.DataCollatorWithFlattening()([{"input_ids": ROWS[0].tolist()}])
+    for batch in (left, right, alone):
+        assert_close(fisher_scores(model, [batch]), loop_scores(model, [batch]), 1e-4)
+
+
+class PerHead(nn.Module):
+    """A norm over `(samples * tokens * heads, width)`, as gated norms of linear attention are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.out = nn.LayerNorm(4), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.out(self.norm(x.reshape(-1, 4)).view(x.shape)).sum((1, 2))
+
+
+def test_all_rows_of_a_batch_of_one_belong_to_its_sample():
+    torch.manual_seed(0)
+    model, x = PerHead(), torch.randn(3, 5, 8)
+    batches = [{"x": row.unsqueeze(0)} for row in x]
+    found = fisher_scores(model, batches, loss=lambda outputs, batch: outputs)
+    assert_close(found, loop_scores(model, batches, loss=lambda outputs, batch: outputs), 1e-4)

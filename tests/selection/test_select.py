@@ -1,12 +1,17 @@
 """Budgets, ties, rounding; what masks can do; scores without data."""
 
+import copy
+from contextlib import nullcontext
+
 import pytest
 import torch
+import transformers as hf
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from peft_lntune import ConfigError
+from peft_lntune import ConfigError, LNTuningConfig
 from peft_lntune.selection import (
     change_scores,
     check_masks,
@@ -18,6 +23,8 @@ from peft_lntune.selection import (
     random_scores,
     select,
 )
+from tests.adapted import deltas as deltas_of
+from tests.adapted import fill
 from tests.cases import build
 
 SCORES = {
@@ -200,3 +207,43 @@ def test_random_scores_belong_to_seed_and_name():
     name = next(iter(one))
     assert not torch.equal(random_scores(build("bert"), seed=1)[name], one[name])
     assert torch.equal(random_scores(build("bert"), [name])[name], one[name])
+
+
+@pytest.mark.parametrize("state", ["active", "merged", "disabled", "another active"])
+def test_change_is_that_of_the_parameters_a_model_computes_with(state):
+    """Of both sides, and of adapters of another tuner too."""
+    before = build("llama").eval()
+    model = get_peft_model(copy.deepcopy(before), LNTuningConfig())
+    model.add_adapter("other", LNTuningConfig())
+    fill(model, "default", seed=1)
+    deltas = {name: delta.dense().clone() for name, delta in deltas_of(model).items()}
+    after = model
+    if state == "merged":
+        model.merge_adapter()
+    elif state == "another active":
+        model.set_adapter("other")
+    with model.disable_adapter() if state == "disabled" else nullcontext():
+        scores, back = change_scores(before, after), change_scores(after, before)
+        one = change_scores(before, after, [min(deltas)])
+    moved = state in ("active", "merged")
+    assert scores.keys() == deltas.keys()
+    for name, delta in deltas.items():
+        # base + delta - base in float32
+        torch.testing.assert_close(scores[name], delta.abs() if moved else 0 * delta, rtol=1e-6, atol=1e-6)
+        assert torch.equal(scores[name], back[name])
+    assert list(one) == [min(deltas)]
+
+
+def test_change_sees_lora_and_heads():
+    before = hf.BertForSequenceClassification(
+        hf.BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    )
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["query"], init_lora_weights=False)
+    model = get_peft_model(copy.deepcopy(before), config)
+    nn.init.ones_(model.base_model.model.classifier.modules_to_save["default"].bias)
+    query = "bert.encoder.layer.0.attention.self.query.weight"
+    scores = change_scores(before, model, [query, "classifier.bias", "bert.pooler.dense.weight"])
+    layer = model.base_model.model.bert.encoder.layer[0].attention.self.query
+    torch.testing.assert_close(scores[query], layer.get_delta_weight("default").abs(), rtol=1e-5, atol=1e-6)
+    assert scores["classifier.bias"].tolist() == [1.0, 1.0]
+    assert not scores["bert.pooler.dense.weight"].any()
