@@ -162,7 +162,7 @@ def _config_of(module: Any) -> Any:
     layers, index = _read(module.config, "per_layer_config"), getattr(module, "layer_idx", None)
     try:
         return layers[index]
-    except (TypeError, KeyError, IndexError):
+    except Exception:  # it is none of these configs, or lacks what makes one for a layer
         return module.config
 
 
