@@ -4,11 +4,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
 # No Hub while testing: what needs a download is a bug here. Two threads, as on the machine that measured.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint types unit format clean
+.PHONY: help demo test test-full test-oldest lint types unit format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -20,6 +21,10 @@ test: lint types unit  ## lint, types, tests, the README's code and the quick ex
 
 test-full: test  ## also what takes long: PEFT's own generic test suite, compiled models
 	$(OFFLINE) $(BIN)/python -m pytest -m full
+
+# torch's older wheels for Linux bring CUDA: some 5 GB. The unit tests alone: linters and types are the newest's.
+test-oldest: $(OLDEST)/.test  ## the tests with the oldest versions that pyproject.toml declares, in .venv-oldest
+	$(OFFLINE) $(OLDEST)/bin/python -m pytest -m "not full" -n 2 --dist worksteal
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -36,7 +41,7 @@ format: $(VENV)/.test  ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 clean:  ## remove the virtual environment and what tests leave behind
-	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis runs
+	rm -rf $(VENV) $(OLDEST) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis runs
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -49,3 +54,8 @@ $(VENV)/.examples: $(VENV)/bin/python pyproject.toml constraints.txt
 $(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@ $(VENV)/.examples
+
+$(OLDEST)/.test: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test]'
+	@touch $@

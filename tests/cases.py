@@ -5,6 +5,7 @@ A case is a lambda, so a table costs nothing to import. `build` and `inputs` run
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -226,6 +227,12 @@ def _hf_norm(model: str, name: str, *args: Any, **kwargs: Any) -> nn.Module:
     return getattr(getattr(hf.models, model), f"modeling_{model}").__dict__[name](*args, **kwargs)
 
 
+def _mamba2_norm() -> nn.Module:
+    """In groups, which transformers has since 5.20."""
+    norm = hf.models.mamba2.modeling_mamba2.MambaRMSNormGated
+    return norm(24, 8) if "group_size" in signature(norm).parameters else norm(24)
+
+
 NORMS: dict[str, NormCase] = {
     "LayerNorm": NormCase(lambda: nn.LayerNorm(24), fused=True),
     "LayerNorm-2d": NormCase(lambda: nn.LayerNorm((4, 6)), sample=(5, 4, 6), fused=True),
@@ -237,7 +244,7 @@ NORMS: dict[str, NormCase] = {
     "T5": NormCase(lambda: _hf_norm("t5", "T5LayerNorm", 24)),
     "OLMo2": NormCase(lambda: _hf_norm("olmo2", "Olmo2RMSNorm", 24)),
     "Cohere-heads": NormCase(lambda: _hf_norm("cohere", "CohereLayerNorm", (4, 6)), sample=(5, 4, 6)),
-    "Mamba2-gated": NormCase(lambda: _hf_norm("mamba2", "MambaRMSNormGated", 24, 8)),
+    "Mamba2-gated": NormCase(_mamba2_norm),
     "Qwen3Next-gated": NormCase(lambda: _hf_norm("qwen3_next", "Qwen3NextRMSNormGated", 24), gated=True, fused=True),
     "unheard-of": NormCase(lambda: UnheardOfNorm(24), offset=1.0),
 }

@@ -12,6 +12,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft_lntune import ConfigError, FisherLNConfig, LNTuningConfig, ModuleTuningConfig, UnifiedConfig, UnsupportedError
 from peft_lntune.config import delta_part
 from tests.adapted import adapt, assert_unchanged, build, deltas, fill, inputs, output, said, snapshot
+from tests.tolerance import assert_close
 
 
 def random_masks(model, adapter="default", density=0.3, seed=0):
@@ -89,7 +90,10 @@ def test_parameters_without_a_chosen_entry_are_no_longer_tuned():
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_training_equals_dense_training_with_a_masked_gradient(optimizer):
-    """Bit for bit: the same sums in the same order. AdamW decays the chosen entries and never sees the others."""
+    """The same sums in the same order, of longer and shorter vectors, whose tails a kernel may round otherwise.
+
+    AdamW decays the chosen entries and never sees the others.
+    """
     batch = inputs("bert")
     masked, dense = (adapt(build("bert"), std=0) for _ in range(2))
     masks = random_masks(masked)
@@ -109,8 +113,9 @@ def test_training_equals_dense_training_with_a_masked_gradient(optimizer):
             steps.step()
     for name, delta in deltas(masked).items():
         assert delta.weight.abs().min() > 0
-        assert torch.equal(delta.dense(), deltas(dense)[name].dense())
-    assert torch.equal(output(masked, batch), output(dense, batch))
+        assert torch.equal(delta.dense() == 0, ~masks[name])
+        assert_close(delta.dense(), deltas(dense)[name].dense())
+    assert_close(output(masked, batch), output(dense, batch))
 
 
 def test_only_the_named_adapter_is_masked():

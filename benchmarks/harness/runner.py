@@ -76,7 +76,7 @@ def run_cells(cells: Sequence[Cell], rows: Rows, run: Run, jobs: int, title: str
 
 def stamp(device: torch.device) -> Row:
     """Return what every row says about itself: status, device and time."""
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"status": "success", "device": device_name(device), "created_at": now}
 
 

@@ -23,6 +23,7 @@ from peft_lntune.errors import ConfigError, RoutingError, UnsupportedError
 from peft_lntune.layers.bottleneck import BottleneckLayer, check_combine, combine
 from tests.adapted import DTYPES, assert_unchanged, build, inputs, output, said, snapshot
 from tests.cases import FAMILIES, LAYERS
+from tests.tolerance import assert_close
 
 POSITIONS = ["sequential", "parallel"]
 ALL = list(SUBLAYER_ROLES)
@@ -265,7 +266,10 @@ class TestEveryFamily:
         names = ["b", "__base__", "a", "c", "d"]
         with layers[0]._route(names, [*adapters], [], {1}):
             mixed = by_sample(model, batch)
-        assert torch.equal(mixed[1], base[1])
+        if family == "mixtral":  # an expert's product is of as many rows as it gets, and so depends on the others
+            assert_close(mixed[1], base[1])
+        else:
+            assert torch.equal(mixed[1], base[1])
         for row, name in enumerate(names):
             if name != "__base__":
                 activate(layers, name)

@@ -24,6 +24,7 @@ from peft_lntune.layers.prefix import ConfigView, PrefixLayer
 from peft_lntune.plugin.attention import register_attention
 from tests import cases
 from tests.adapted import build, output
+from tests.tolerance import assert_close
 
 register_attention()
 
@@ -170,6 +171,8 @@ def expected(model, layers, batch):
         if type(module).__name__ in {type(host_of(model, layer)).__name__ for layer in layers}:
             module.__dict__.setdefault("the_prefix", torch.empty(2, 0, *layers[0]._sizes))
     slow.set_attn_implementation("attention_over_prefix")
+    for layer in layers:  # an older transformers does not reach the configs of T5's two stacks
+        host_of(slow, layer).config._attn_implementation = "attention_over_prefix"
     return output(slow, batch)
 
 
@@ -637,7 +640,7 @@ class TestRoute:
         model, layers, route = self.adapted(family, torch.bfloat16)
         batch = self.batch(family)
         mixed, exact = self.routed(model, route, self.NAMES, batch), self.one_by_one(model, layers, self.NAMES, batch)
-        torch.testing.assert_close(mixed, exact, rtol=0, atol=0.05 * exact.float().abs().max().item())
+        assert_close(mixed, exact, roundings=16)  # about twenty operations in a row round to bfloat16
 
     @pytest.mark.parametrize("name", ["b", "c", BASE])
     def test_one_name_for_all_rows(self, name):
