@@ -41,24 +41,22 @@ class BaseRows:
             for name, (_, which) in owners.items()
         }
 
-    @torch.no_grad()
     def stacked(self) -> list[Tensor]:
         """For each stack its parameters, `(k, *shape)`.
 
         Raises:
             UnsupportedError: a norm is on the meta device.
         """
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():  # in this order: the first turns gradients on
             return [self._wide(names, torch.stack(one_dtype(self._parameters(names)))) for names in self._groups]
 
-    @torch.no_grad()
     def others(self) -> dict[str, Tensor]:
         """The parameters that are in no stack, by name.
 
         Raises:
             UnsupportedError: a norm is on the meta device.
         """
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():  # in this order: the first turns gradients on
             rest = sorted(self._rest)
             return {
                 name: self._wide([name], tensor.detach()[None])[0]
