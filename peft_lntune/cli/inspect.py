@@ -22,7 +22,7 @@ from peft_lntune.core.supermask import kept
 from peft_lntune.errors import AdapterFileError
 from peft_lntune.manifest import check_directory
 from peft_lntune.packing import DELTAS, KEEP, PREFIX, ROOT, SCORES, is_packed
-from peft_lntune.storage import CONTAINERS, LORA, WEIGHTS_FILE, is_ours
+from peft_lntune.storage import CONTAINERS, LORA, WEIGHTS_FILE, find_weights, is_ours
 
 __all__ = ["AdapterReport", "command", "inspect_adapter"]
 
@@ -107,7 +107,7 @@ def inspect_adapter(directory: str | Path) -> AdapterReport:
     weights = folder / WEIGHTS_FILE
     problem = None
     if not weights.is_file():
-        check_directory(config.manifest, folder)  # says what is missing
+        find_weights(folder, None, {})  # says what is missing
         raise AdapterFileError(f"{folder} holds pickled weights, which are not read: they may run code.")
     tensors = Checkpoint(weights)
     try:

@@ -28,7 +28,7 @@ from peft_lntune.fit import further_names, scores_by, unpack_by
 from peft_lntune.manifest import check_directory, check_tensors, read_config
 from peft_lntune.model import LNTuneModel
 from peft_lntune.offloaded import is_offloaded
-from peft_lntune.packing import KEEP, SCORES, is_packed
+from peft_lntune.packing import KEEP, PREFIX, SCORES, is_packed
 from peft_lntune.renaming import renaming
 from peft_lntune.restoring import configs_of, restored_on_error, told_by_us
 from peft_lntune.storage import (
@@ -264,11 +264,14 @@ def is_about_ours(model_id: Any, hub: Mapping[str, Any]) -> bool:
     try:
         if (folder / CONFIG_FILE).is_file() or not folder.is_dir():
             return PeftConfig._get_peft_type(str(model_id), **hub_options(hub)) == PEFT_TYPE
-        return any(is_ours(name) for name in read_tensors(folder / WEIGHTS_FILE))
     except PeftLNTuneError:
-        return True  # it is damaged, and what it was cannot be told
+        return True  # its config is damaged, and what it was cannot be told
     except Exception:
         return False  # there is no config, or one without a type; the loader itself has said so
+    try:
+        return any(f".{PREFIX}" in f".{name}" for name in read_tensors(folder / WEIGHTS_FILE))
+    except PeftLNTuneError:
+        return False  # neither of the two files says anything
 
 
 @contextmanager
