@@ -21,7 +21,7 @@ FLOORS = [
     {"offloaded"},
     {"attention", "lora", "resume"},
     {"modules", "planned", "choose", "missed", "restoring"},
-    {"claims"},
+    {"claims", "gaps"},
     {"plan_beside", "plan_deltas"},
     {"plan_masks"},
     {"plan", "layers", "heads"},
