@@ -171,8 +171,13 @@ def _run(batch: Sequence[str]) -> Iterable[Row]:
         yield {"cell": {"model": batch[done]}, "status": f"ended its process with {process.returncode}"}
 
 
-def report(rows: Rows) -> str:
-    """The page: totals against what is wanted, then the classes that fell short."""
+def report(rows: Rows, planned: int | None = None) -> str:
+    """The page: totals against what is wanted, then the classes that fell short.
+
+    Args:
+        rows: of the classes that were measured.
+        planned: how many classes there are; None: as many as there are rows.
+    """
     every = sorted(rows, key=lambda row: row["cell"]["model"])
     built = [row for row in every if row["status"] == "success"]
     norms, found = sum(row["norms"] for row in built), sum(row["found"] for row in built)
@@ -181,6 +186,10 @@ def report(rows: Rows) -> str:
     with_role = sum(sum(row["roles"].values()) for row in built)
     share = with_role / max(found, 1)
     parts = ["# Every model class of transformers"]
+    if planned is not None and planned > len(every):
+        parts.append(
+            f"{planned - len(every):,} of {planned:,} classes were not run yet; the script goes on with these."
+        )
     parts.append(
         f"Of {len(every):,} model classes {len(built):,} build from a small config without weights. The reference "
         "takes a module for a norm by the name of its class and by its parameters."
@@ -261,15 +270,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.batch:
         run_batch(options.batch)
         return 0
-    rows = Rows(options.results / f"{NAME}.jsonl")
+    rows, planned = Rows(options.results / f"{NAME}.jsonl"), None
     if not options.report:
         names = list(model_classes())
+        planned = len(names)
         if options.list:
             print(f"{sum({'model': name} not in rows for name in names)} classes left; about 1 s each.")
             return 0
         write_environment(options.results / "environment.json", NAME, torch.device("cpu"), workers=1)
         sweep(names, rows)
-    (options.results / f"{NAME}.md").write_text(report(rows), encoding="utf-8")
+    (options.results / f"{NAME}.md").write_text(report(rows, planned), encoding="utf-8")
     return 0
 
 

@@ -15,7 +15,7 @@ __all__ = ["build_small", "model_classes", "reference_norms"]
 _DEPTH = re.compile(r"(^|_)(n|num|nums)?_?(\w+_)?(layers?|blocks?|depth)$|^(n_layer|num_hidden_groups)$")
 _NOT_DEPTH = re.compile(r"offset|period|interval|index|idx|start|stop|skip|which|select|stage|mlp_only|out_|feature")
 _PERIOD = re.compile(r"period|interval|_freq|every|_step$")
-_NO_NORM = re.compile(r"batch_?norm|embedding|^nonorm$", re.IGNORECASE)
+_NO_NORM = re.compile(r"batch_?norm|embedding$|^nonorm$", re.IGNORECASE)
 _EXPERTS = re.compile(r"^(n|num)_?(\w+_)?experts$")
 
 
