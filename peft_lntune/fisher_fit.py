@@ -44,9 +44,8 @@ class FisherFit:
         groups: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         for name in self.masks:
             groups[self.roles[name]][name.rpartition(".")[2]].append(name)
-        kinds = sorted(
-            {kind for group in groups.values() for kind in group}, key=[*PARAMETERS].__contains__, reverse=True
-        )
+        found = {kind for group in groups.values() for kind in group}
+        kinds = [*(kind for kind in PARAMETERS if kind in found), *sorted(found.difference(PARAMETERS))]
         rows = [("role", *kinds)]
         rows += [(role, *(self._share(group.get(kind, [])) for kind in kinds)) for role, group in groups.items()]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -46,7 +46,7 @@ def magnitude(source: Source, *, layers: bool = True) -> Table:
         >>> tensors = {"h.0.ln_1.weight": norm, "h.0.attn.c_attn.weight": query}
         >>> print(magnitude(tensors, layers=False))
         component          parameter  entries  mean_magnitude  std     largest  over_others
-        h.ln_1             weight     2        2               1.414   3        4
+        attention norm     weight     2        2               1.414   3        4
         query, key, value  weight     2        0.5             0.7071  0.5      1
     """
     tensors = open_tensors(source)

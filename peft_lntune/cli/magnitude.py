@@ -45,7 +45,7 @@ def magnitude_of(source: Source, *, layers: bool = True, deviations: float = DEV
         >>> gain, query = torch.tensor([1.0] * 19 + [9.0]), torch.full((2, 2), 0.5)
         >>> table = magnitude_of({"h.0.ln_1.weight": gain, "h.0.attn.c_attn.weight": query})
         >>> table.column("component"), table.column("outliers")
-        (['h.ln_1', 'query, key, value'], [1, None])
+        (['attention norm', 'query, key, value'], [1, None])
     """
     tensors = open_tensors(source)
     table = magnitude(tensors, layers=layers)

@@ -204,7 +204,8 @@ def test_names_that_the_head_knows(model):
 
 
 @pytest.mark.parametrize(
-    ("labels", "said"), [([0, 5], "the data has 6 classes, and the head of .* 2"), ([-1, 0], "there is one of -1")]
+    ("labels", "said"),
+    [([0, 5], "the data has 6 classes, and the head of .* 2"), ([-1, 0], "counted from 0, but that of row 0 is -1")],
 )
 def test_labels_that_do_not_fit(labels, said, model):
     with pytest.raises(DataError, match=said):

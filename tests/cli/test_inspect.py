@@ -48,10 +48,10 @@ def test_where_and_what(model, tmp_path):
     rows = {row[:3]: row[3:] for row in report.entries.rows}
     path = "bert.encoder.layer"
     assert rows["delta", f"{path}.output.LayerNorm", "bias"] == ("0-1", 2, 32, 128)
-    assert rows["delta", "bert.embeddings.LayerNorm", "weight"] == (None, 1, 16, 64)
+    assert rows["delta", "embedding norm", "weight"] == (None, 1, 16, 64)
     assert rows["lora", "query", "-"] == ("0-1", 2, 2 * 2 * 8 * 16, 4 * 512)
     assert rows["prefix", f"{path}.attention.self", "-"][:2] == ("0-1", 2)
-    assert rows["bottleneck", f"{path}.attention.output", "-"][:2] == ("0-1", 2)
+    assert rows["bottleneck", "attention output", "-"][:2] == ("0-1", 2)
     assert rows["head", "head", "weight"] == (None, 1, 48, 192)
     text = str(report)
     assert "UnifiedConfig of PrefixConfig, BottleneckConfig, LNTuningConfig, LoraConfig" in text
@@ -81,7 +81,7 @@ def test_masked(model, tmp_path):
     report = inspect_adapter(folder)
     rows = {row[:3]: row[3:] for row in report.entries.rows}
     assert rows["delta", "bert.encoder.layer.output.LayerNorm", "weight"] == ("1", 1, 3, 12)
-    assert rows["delta", "bert.embeddings.LayerNorm", "bias"] == (None, 1, 13, 52)
+    assert rows["delta", "embedding norm", "bias"] == (None, 1, 13, 52)
     assert rows["bits of masks", "-", "-"] == (None, None, 0, 4)
     tensors = load_file(folder / "adapter_model.safetensors")
     assert sum(report.entries.column("bytes")) == sum(value.nbytes for value in tensors.values())

@@ -10,6 +10,10 @@ from torch import nn
 from peft_lntune import LNTuningConfig
 from tests.stacks.models import bert, tokens
 
+# At injection the plan names BatchNorm as a norm that is not tuned, which is tested beside the others of its kind.
+NOT_TUNED = "ignore:.*looks like a norm and is not tuned:UserWarning"
+pytestmark = pytest.mark.filterwarnings(NOT_TUNED)
+
 
 class Net(nn.Module):
     def __init__(self):
@@ -44,7 +48,7 @@ def reloaded(model, folder):
 def test_moving_statistics_are_told_once(tmp_path):
     with pytest.warns(UserWarning, match=r"1 modules such as inner\.1 \(BatchNorm1d\) keep running stat") as told:
         model = trained(LNTuningConfig())
-    assert len(told) == 1
+    assert len([one for one in told if "running statistics" in str(one.message)]) == 1
     assert not torch.allclose(reloaded(model, tmp_path), model(X), atol=1e-3), "nothing to warn of"
 
 
@@ -57,7 +61,7 @@ def test_what_the_warning_advises_is_right(tmp_path):
 
 def test_models_without_statistics_and_evaluation_say_nothing():
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", category=UserWarning)
+        warnings.filterwarnings("error", message=".*keep running statistics", category=UserWarning)
         get_peft_model(Net(), LNTuningConfig()).eval()(X)
         with torch.no_grad():
             get_peft_model(Net(), LNTuningConfig()).train()(X)
