@@ -5,7 +5,6 @@ from dataclasses import asdict
 from typing import Any
 
 from peft import PeftConfig
-from torch import nn
 
 from peft_lntune.claims import check_architecture
 from peft_lntune.config import LNTuneConfig, parts_of
@@ -28,7 +27,7 @@ _FREE = set(PeftConfig.__dataclass_fields__) | {
 }
 
 
-def check_replacement(model: nn.Module, adapter_name: str, saved: LNTuneConfig, where: str = "this adapter") -> None:
+def check_replacement(model: Any, adapter_name: str, saved: LNTuneConfig, where: str = "this adapter") -> None:
     """Raise where a saved adapter means something else by its values than the adapter that they are read into.
 
     Args:
