@@ -5,7 +5,6 @@ from dataclasses import asdict
 from typing import Any
 
 from peft import PeftConfig
-from torch import nn
 
 from peft_lntune.claims import check_architecture
 from peft_lntune.config import LNTuneConfig, parts_of
@@ -26,9 +25,10 @@ _FREE = set(PeftConfig.__dataclass_fields__) | {
     *("dropout", "lora_dropout"),
     *("tune", "reduction_factor", "bottleneck_size", "num_virtual_tokens", "r", "rank_pattern", "fan_in_fan_out"),
 }
+_ADVICE = "Load it with its own config, under another name where this one is to stay."
 
 
-def check_replacement(model: nn.Module, adapter_name: str, saved: LNTuneConfig, where: str = "this adapter") -> None:
+def check_replacement(model: Any, adapter_name: str, saved: LNTuneConfig, where: str = "this adapter") -> None:
     """Raise where a saved adapter means something else by its values than the adapter that they are read into.
 
     Args:
@@ -58,7 +58,7 @@ def check_replacement(model: nn.Module, adapter_name: str, saved: LNTuneConfig, 
             if fields[name] != others[name]:
                 raise ConfigError(
                     f"adapter {adapter_name!r} has {name}={fields[name]!r}, and the saved one {others[name]!r}, so its "
-                    "values would mean something else here. Load it under another name."
+                    f"values would mean something else here. {_ADVICE}"
                 )
     merged = [name for name, module in model.named_modules() if adapter_name in getattr(module, "merged_adapters", ())]
     if merged:
