@@ -48,8 +48,7 @@ def check_replacement(model: Any, adapter_name: str, saved: LNTuneConfig, where:
     kinds = [_kind(part) for part in mine]
     if kinds != [_kind(part) for part in its]:
         raise ConfigError(
-            f"adapter {adapter_name!r} consists of {_kinds(mine)}, and the saved one of {_kinds(its)}. Load it under "
-            "another name."
+            f"adapter {adapter_name!r} consists of {_kinds(mine)}, and the saved one of {_kinds(its)}. {_ADVICE}"
         )
     for one, other, kind in zip(mine, its, kinds, strict=True):
         free = _FREE if kinds.count(kind) > 1 else _FREE | _PLACES
