@@ -25,6 +25,7 @@ _FREE = set(PeftConfig.__dataclass_fields__) | {
     *("dropout", "lora_dropout"),
     *("tune", "reduction_factor", "bottleneck_size", "num_virtual_tokens", "r", "rank_pattern", "fan_in_fan_out"),
 }
+_ADVICE = "Load it with its own config, under another name where this one is to stay."
 
 
 def check_replacement(model: Any, adapter_name: str, saved: LNTuneConfig, where: str = "this adapter") -> None:
@@ -47,8 +48,7 @@ def check_replacement(model: Any, adapter_name: str, saved: LNTuneConfig, where:
     kinds = [_kind(part) for part in mine]
     if kinds != [_kind(part) for part in its]:
         raise ConfigError(
-            f"adapter {adapter_name!r} consists of {_kinds(mine)}, and the saved one of {_kinds(its)}. Load it under "
-            "another name."
+            f"adapter {adapter_name!r} consists of {_kinds(mine)}, and the saved one of {_kinds(its)}. {_ADVICE}"
         )
     for one, other, kind in zip(mine, its, kinds, strict=True):
         free = _FREE if kinds.count(kind) > 1 else _FREE | _PLACES
@@ -57,7 +57,7 @@ def check_replacement(model: Any, adapter_name: str, saved: LNTuneConfig, where:
             if fields[name] != others[name]:
                 raise ConfigError(
                     f"adapter {adapter_name!r} has {name}={fields[name]!r}, and the saved one {others[name]!r}, so its "
-                    "values would mean something else here. Load it under another name."
+                    f"values would mean something else here. {_ADVICE}"
                 )
     merged = [name for name, module in model.named_modules() if adapter_name in getattr(module, "merged_adapters", ())]
     if merged:
