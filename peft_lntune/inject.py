@@ -15,6 +15,7 @@ from peft_lntune.attention import AttentionFacts
 from peft_lntune.claims import check_claims
 from peft_lntune.config import DeltaConfig, LNTuneConfig, SupermaskConfig, parts_of
 from peft_lntune.core.norms import Norm, base_modules, called_modules
+from peft_lntune.core.padded import keep_padded
 from peft_lntune.core.places import Place, find_places
 from peft_lntune.core.route import Route
 from peft_lntune.core.sublayers import Sublayer
@@ -171,6 +172,7 @@ def injecting(tuner: BaseTuner, injection: Injection) -> Iterator[None]:
     tuner._injection = injection
     try:
         yield
+        keep_padded(injection.modules, injection.plan.parts)
     finally:
         tuner._injection = None
 

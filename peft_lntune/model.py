@@ -30,6 +30,7 @@ from peft_lntune.config import (
 from peft_lntune.config.deltas import recorded
 from peft_lntune.core.detour import Detour
 from peft_lntune.core.entries import CONTINUOUS, Entries, refuse_continuous
+from peft_lntune.core.padded import stop_keeping_padded
 from peft_lntune.core.route import BASE, Route
 from peft_lntune.errors import ConfigError, RoutingError, UnsupportedError
 from peft_lntune.fit import (
@@ -191,6 +192,7 @@ class LNTuneModel(BaseTuner):
             model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for host, beside in besides:
             beside.detach(model.get_submodule(host))
+        stop_keeping_padded(model)
         return model
 
     def _check_mergeable(self, adapter_names: list[str] | None, instead: str) -> None:

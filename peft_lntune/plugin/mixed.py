@@ -14,6 +14,7 @@ from peft.utils import PeftType
 
 from peft_lntune.config import LNTuneConfig, UnifiedConfig
 from peft_lntune.config.base import PEFT_TYPE
+from peft_lntune.core.padded import stop_keeping_padded
 from peft_lntune.errors import UnsupportedError
 from peft_lntune.inject import create_and_replace, injecting, is_target, prepare
 from peft_lntune.layers import LNTuneLayer
@@ -88,7 +89,9 @@ def _cases(originals: dict[str, Callable[..., Any]]) -> dict[str, Any]:
     ) -> Any:
         with everywhere(self.model):
             take_out_layers(self.model, merge, safe_merge, adapter_names)
-            return originals["_unload_and_optionally_merge"](self, merge, progressbar, safe_merge, adapter_names)
+            model = originals["_unload_and_optionally_merge"](self, merge, progressbar, safe_merge, adapter_names)
+        stop_keeping_padded(model)
+        return model
 
     def merge_adapter(self: Any, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_merge_allowed()

@@ -261,6 +261,93 @@ class TestTorchsEncoder:
         assert all(delta.weight.grad is not None for delta in deltas(peft_model).values())
 
 
+NESTED_CONFIGS = {
+    **ENCODER_CONFIGS,
+    "norms of a later layer": lambda: LNTuningConfig(init_weights=False, layers_to_transform=[1]),
+    "bottlenecks of a later layer": lambda: BottleneckConfig(
+        roles=["ffn"], init_weights=False, layers_to_transform=[1]
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+class TestNestedTensors:
+    """Given a padding mask in evaluation, torch's encoder nests the batch, as its defaults have it."""
+
+    @pytest.fixture
+    def batch(self):
+        torch.manual_seed(1)
+        padding = torch.arange(5) >= torch.tensor([[3], [4], [5]])
+        return torch.randn(3, 5, 16), padding
+
+    def encoder(self):
+        torch.manual_seed(0)
+        return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0), 3).eval()
+
+    def slowly(self, model, x, padding):
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            return model(x, src_key_padding_mask=padding)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+
+    @pytest.mark.parametrize("kind", NESTED_CONFIGS)
+    def test_values_and_gradients(self, kind, batch):
+        x, padding = batch
+        model = get_peft_model(self.encoder(), NESTED_CONFIGS[kind]()).eval()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        expected = self.slowly(model, x, padding)[~padding]
+        float_padding = torch.zeros(3, 5).masked_fill(padding, float("-inf"))
+        inner = model.base_model.model
+        answers = [
+            model(x, src_key_padding_mask=padding),
+            model(x, None, padding),
+            model(x, src_key_padding_mask=float_padding),
+            inner(src=x, src_key_padding_mask=padding),
+        ]
+        gradients = torch.autograd.grad(expected.square().sum(), trained)
+        for answer in answers:
+            torch.testing.assert_close(answer[~padding], expected, rtol=0, atol=1e-5)
+            for ours, theirs in zip(
+                torch.autograd.grad(answer[~padding].square().sum(), trained), gradients, strict=True
+            ):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            nested = model(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(nested[~padding], expected.detach(), rtol=0, atol=1e-5)
+        assert not nested[padding].any()  # nested, as without an adapter
+        with model.disable_adapter(), torch.no_grad():
+            base = model(x, src_key_padding_mask=padding)
+            assert torch.equal(base, self.encoder()(x, src_key_padding_mask=padding))
+
+    @pytest.mark.parametrize("kind", ["norms", "norms of a later layer", "bottlenecks"])
+    @pytest.mark.parametrize("grad", [False, True])
+    def test_mixed_batches(self, kind, grad, batch):
+        x, padding = batch
+        model = get_peft_model(self.encoder(), NESTED_CONFIGS[kind]())
+        model.add_adapter("other", NESTED_CONFIGS[kind]())
+        model.eval()
+        names, expected = ["other", "default", "__base__"], {}
+        for name in ("default", "other"):
+            model.set_adapter(name)
+            expected[name] = self.slowly(model, x, padding).detach()
+        expected["__base__"] = self.slowly(self.encoder(), x, padding).detach()
+        with torch.set_grad_enabled(grad):
+            mixed = model(x, src_key_padding_mask=padding, adapter_names=names).detach()
+        for row, name in enumerate(names):
+            valid = ~padding[row]
+            torch.testing.assert_close(mixed[row][valid], expected[name][row][valid], rtol=0, atol=1e-5)
+
+    def test_nothing_is_left_after_unloading(self):
+        for mixed in (False, True):
+            model = get_peft_model(self.encoder(), LNTuningConfig(), mixed=mixed)
+            model.add_adapter("other", LNTuningConfig())
+            assert len(model.base_model.model._forward_pre_hooks) == 1
+            plain = model.unload()
+            assert not plain._forward_pre_hooks
+            assert not plain._forward_pre_hooks_with_kwargs
+
+
 # Liger: its kernels are Triton's, so their place is taken by what they compute.
 
 
