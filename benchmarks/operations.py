@@ -31,6 +31,7 @@ def cells() -> list[Cell]:
     found: list[Cell] = []
     for model in MODELS:
         found += [{"measure": "evaluation", "model": model, "arm": arm} for arm in ("base", *ARM_NAMES)]
+        found += [{"measure": "trainable", "model": model, "arm": arm} for arm in ARM_NAMES]
         found += [{"measure": "training", "model": model, "arm": arm} for arm in ARM_NAMES]
         mixed = {"measure": "mixed", "model": model}
         found += [{**mixed, "arm": arm, "adapters": number} for arm in MIXED_ARMS for number in ADAPTERS]
@@ -39,7 +40,8 @@ def cells() -> list[Cell]:
 
 def run_cell(cell: Cell, checkpoint: str) -> Row:
     """Count the operations of one cell: of the first call, and of a later one, when everything kept has been made."""
-    measure = {"evaluation": _evaluation, "training": _training, "mixed": _mixed}[cell["measure"]]
+    measures = {"evaluation": _evaluation, "trainable": _trainable, "training": _training, "mixed": _mixed}
+    measure = measures[cell["measure"]]
     model = _load(cell, checkpoint)
     facts = {"norms": len(norm_names(model))}
     if cell["arm"] != "base":
@@ -64,7 +66,12 @@ def _load(cell: Cell, checkpoint: str) -> nn.Module:
 
 
 def _evaluation(model: nn.Module, cell: Cell) -> Callable[[], object]:
-    """Return a forward pass in evaluation without gradients."""
+    """Return a forward pass without gradients as one that serves runs it: nothing can be trained."""
+    return _trainable(model.requires_grad_(False), cell)
+
+
+def _trainable(model: nn.Module, cell: Cell) -> Callable[[], object]:
+    """Return a forward pass without gradients between two training steps."""
     model.eval()
     inputs = made_inputs(BATCH, TOKENS, torch.device("cpu"))
     return torch.no_grad()(lambda: model(**inputs))
@@ -84,8 +91,10 @@ def _training(model: nn.Module, cell: Cell) -> Callable[[], object]:
 
 
 def _mixed(model: nn.Module, cell: Cell) -> Callable[[], object]:
-    """Return a forward pass whose rows use `cell["adapters"]` distinct adapters in turn."""
-    return mixed_call(model, cell["adapters"], made_inputs(BATCH, TOKENS, torch.device("cpu")))
+    """Return a forward pass whose rows use `cell["adapters"]` distinct adapters in turn, none of which is trained."""
+    call = mixed_call(model, cell["adapters"], made_inputs(BATCH, TOKENS, torch.device("cpu")))
+    model.requires_grad_(False)
+    return call
 
 
 def report(rows: Rows) -> str:

@@ -331,16 +331,33 @@ class Unmeasured(nn.Module):
 
 @pytest.mark.parametrize("position", ["sequential", "parallel"])
 @pytest.mark.parametrize("leaf", ["intermediate", "output"])
-def test_a_leaf_of_unknown_width_is_refused_before_anything_changed(leaf: str, position: str) -> None:
-    model = adapted.build("bert")
-    last = model.bert.encoder.layer[-1].get_submodule(leaf)
-    last.dense = Unmeasured(last.dense)
-    before, modules = adapted.snapshot(model), list(model.modules())
-    for call in (plan, get_peft_model):
-        with pytest.raises(UnsupportedError, match=r"layer\.1\.output\.dense needs to know how wide .* but Unmeasured"):
-            call(model, BottleneckConfig(roles=["ffn"], position=position))
-    adapted.assert_unchanged(model, before)
-    assert list(model.modules()) == modules
+class TestALeafOfUnknownWidth:
+    def model(self, leaf: str) -> nn.Module:
+        model = adapted.build("bert")
+        last = model.bert.encoder.layer[-1].get_submodule(leaf)
+        last.dense = Unmeasured(last.dense)
+        return model
+
+    def test_it_is_left_out_with_the_reason(self, leaf: str, position: str) -> None:
+        model, config = self.model(leaf), BottleneckConfig(roles=["ffn"], position=position)
+        planned = plan(model, config)
+        assert list(planned.parts) == ["bert.encoder.layer.0.output.dense"]
+        assert planned.left_out == {"bert.encoder.layer.1.output.dense": "the width of its leaves is not known"}
+        with pytest.warns(UserWarning, match=r"layer\.1\.output\.dense.*the width of its leaves is not known"):
+            tuned = get_peft_model(model, config)
+        trained = {name for name, parameter in tuned.named_parameters() if parameter.requires_grad}
+        assert trained
+        assert all(".layer.0." in name for name in trained)
+
+    def test_it_is_refused_where_no_place_remains_before_anything_changed(self, leaf: str, position: str) -> None:
+        model = self.model(leaf)
+        before, modules = adapted.snapshot(model), list(model.modules())
+        config = BottleneckConfig(roles=["ffn"], position=position, layers_to_transform=[1])
+        for call in (plan, get_peft_model):
+            with pytest.raises(UnsupportedError, match=r"layer\.1\.output\.dense needs .* wide .* but Unmeasured"):
+                call(model, config)
+        adapted.assert_unchanged(model, before)
+        assert list(model.modules()) == modules
 
 
 def test_lora_at_what_is_no_linear_map() -> None:

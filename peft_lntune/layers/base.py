@@ -174,9 +174,9 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         """The other layers in which an adapter tunes this very parameter."""
         return [other for other, its in self._tied.get(parameter, ()) if its in other.tunes(adapter_name)]
 
-    def tunes(self, adapter_name: str) -> set[str]:
-        """Which parameters an adapter tunes here."""
-        return {parameter for parameter, _ in self._tuned([adapter_name])}
+    def tunes(self, adapter_name: str) -> list[str]:
+        """Which parameters an adapter tunes here, the weight first: a set's order would differ from run to run."""
+        return [parameter for parameter, _ in self._tuned([adapter_name])]
 
     def names_of(self, parameter: str) -> list[str]:
         """The names of a parameter in the model: more than one where modules share it."""

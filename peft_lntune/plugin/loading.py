@@ -30,6 +30,7 @@ from peft_lntune.model import LNTuneModel
 from peft_lntune.offloaded import is_offloaded
 from peft_lntune.packing import KEEP, PREFIX, SCORES, is_packed
 from peft_lntune.renaming import renaming
+from peft_lntune.replacing import check_replacement
 from peft_lntune.restoring import configs_of, restored_on_error, told_by_us
 from peft_lntune.storage import (
     CONFIG_FILE,
@@ -93,6 +94,8 @@ def _guarded_load(original: Callable[..., Any]) -> Callable[..., Any]:
         with restored_on_error(self, adapter_name), _loading(self, model_id, kwargs, mapping):
             if isinstance(self.peft_config.get(adapter_name), LNTuneConfig):
                 saved = _check_files(model_id, kwargs)  # PEFT reads the config only of adapters it does not have yet
+                if saved is not None:
+                    check_replacement(self, adapter_name, saved, str(model_id))
             with _dispatched_as_it_is(self, model_id, kwargs):
                 loaded = original(self, model_id, adapter_name, *args, **kwargs)
         norms = delta_part(saved) if saved is not None else None

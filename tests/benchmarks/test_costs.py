@@ -22,13 +22,15 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_operations(tiny_bert: str, tmp_path: Path) -> None:
     operations.main(["--model", tiny_bert, "--results", str(tmp_path)])
     rows = {(row["cell"]["measure"], row["cell"]["arm"]): row for row in Rows(tmp_path / "operations.jsonl")}
-    norms = rows["evaluation", "base"]["norms"]
-    assert rows["evaluation", "ln"]["operations"] <= rows["evaluation", "base"]["operations"] + norms
+    base = rows["evaluation", "base"]["operations"]
+    assert rows["evaluation", "ln"]["operations"] == base
+    assert rows["trainable", "ln"]["operations"] <= base + rows["trainable", "ln"]["tuned_tensors"]
+    assert rows["trainable", "plain"]["operations"] == base
     more = rows["training", "ln"]["operations"] - rows["training", "plain"]["operations"]
     assert more <= 2 * rows["training", "ln"]["tuned_tensors"]
     assert rows["training", "full"]["operations"] > rows["training", "plain"]["operations"]
     table = (tmp_path / "operations.md").read_text()
-    assert table.count("held.") == 3
+    assert table.count("held.") == 4
 
 
 def test_operations_without_rows_say_so(tmp_path: Path) -> None:

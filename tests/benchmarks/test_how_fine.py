@@ -53,6 +53,7 @@ def cells(folder: Path) -> list[tuple[str, str, float | None]]:
     return [(row["cell"]["phase"], row["cell"]["arm"], row["cell"].get("sparsity")) for row in rows]
 
 
+@pytest.mark.full
 def test_run_resume_and_report(short: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arms = ["full", "head", "l0-close", "l0-no-value", "supermask", "pruned"]
     chosen = [*short, "--arms", *arms, "--sparsities", "0", "0.2", "0.6"]

@@ -34,6 +34,7 @@ def short(protocol: Protocol, tmp_path: Path, tiny_bert: str, tiny_data: Path) -
     return [*places, "--tasks", "sst2", "--seeds", "0", "--jobs", "1", "--device", "cpu"]
 
 
+@pytest.mark.full
 def test_run_resume_and_report(short: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert script.main(short) == 0
     path = tmp_path / "norm_entries.jsonl"

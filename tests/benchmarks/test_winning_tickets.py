@@ -44,6 +44,7 @@ def coordinates(cell: Cell) -> tuple[object, ...]:
     return (cell["phase"], cell["arm"], *(cell[key] for key in ("layer", "count", "parameter") if key in cell))
 
 
+@pytest.mark.full
 def test_run_resume_and_report(short: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = [*short, "--counts", "8", "2", "81"]
     assert script.main(chosen) == 0

@@ -62,6 +62,7 @@ def right_logits(windows):
     return logits
 
 
+@pytest.mark.full
 def test_every_method_from_the_command_line(tiny_bert, tmp_path, capsys):
     out, data = tmp_path / "out", write(tmp_path / "data", [row_of(), row_of("the waiter")], repeat=4)
     flags = ["--max-steps", "2", "--batch-size", "4", "--model", tiny_bert, "--max-length", "12", "--stride", "2"]

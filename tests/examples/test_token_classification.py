@@ -47,6 +47,7 @@ def tagger():
     return Tagger(fast, ["B-group", "I-group", "O"])
 
 
+@pytest.mark.full
 def test_every_method_from_the_command_line(tiny_bert, tmp_path, capsys):
     out = tmp_path / "out"
     flags = ["--max-steps", "2", "--batch-size", "4", "--model", tiny_bert, "--out", str(out)]

@@ -4,8 +4,9 @@ import copy
 import io
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_lntune.config.bottleneck import BottleneckConfig
+from peft_lntune.core.entries import Entries
 from peft_lntune.core.norms import base_modules
 from peft_lntune.core.route import Route
 from peft_lntune.core.sublayers import SUBLAYER_ROLES, find_sublayers
@@ -57,6 +59,18 @@ def fill(layers: list[BottleneckLayer], std: float = 0.3, seed: int = 0) -> None
     for layer in layers:
         for parameter in layer.parameters():
             parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+
+
+@contextmanager
+def measured(model: nn.Module, layers: list[BottleneckLayer]) -> Iterator[None]:
+    """Within a route, as the tuner does: where each layer has the samples is measured before the model runs."""
+    modules = dict(model.named_modules())
+    places = {layer.label: modules[layer.label] for layer in layers}
+    with ExitStack() as stack:
+        for detour in Entries(model, layers[0]._route, lambda: places).detours(modules, places):
+            detour.put()
+            stack.callback(detour.take)
+        yield
 
 
 def activate(layers: list[BottleneckLayer], *names: str) -> None:
@@ -264,7 +278,7 @@ class TestEveryFamily:
         }
         layers = put(model, **adapters)
         names = ["b", "__base__", "a", "c", "d"]
-        with layers[0]._route(names, [*adapters], [], {1}):
+        with layers[0]._route(names, [*adapters], [], {1}), measured(model, layers):
             mixed = by_sample(model, batch)
         if family == "mixtral":  # an expert's product is of as many rows as it gets, and so depends on the others
             assert_close(mixed[1], base[1])

@@ -106,6 +106,42 @@ def test_a_forward_put_onto_layers_trains_them_by_any_optimizer():
     assert not torch.equal(output(peft_model, batch), before)
 
 
+class Named(nn.Module):
+    """A norm that has other names for its weight and its bias."""
+
+    def __init__(self, weight: str, bias: str) -> None:
+        super().__init__()
+        self.names = weight, bias
+        setattr(self, weight, nn.Parameter(torch.rand(4)))
+        setattr(self, bias, nn.Parameter(torch.rand(4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (4,), *(getattr(self, name) for name in self.names))
+
+
+class NamedNorm(Named):
+    """Found by its class's name."""
+
+
+@pytest.mark.parametrize("names", [("gamma", "beta"), ("scale", "shift"), ("a_2", "b_2")], ids="-".join)
+def test_by_a_norms_own_names_it_reads_the_same(names):
+    peft_model = adapt(nn.Sequential(NamedNorm(*names)), "a", "b")
+    (layer,) = layers(peft_model)
+    base = layer.get_base_layer()
+    for parameter, name in zip(("weight", "bias"), names, strict=True):
+        value = getattr(layer, name)
+        assert torch.equal(value, getattr(layer, parameter))
+        assert torch.equal(value, layer.effective(parameter, ["a"]))
+        assert not torch.equal(value, getattr(base, name))
+        value.sum().backward()
+        assert torch.equal(layer.deltas(parameter)["a"].weight.grad, torch.ones(4))
+        with peft_model.disable_adapter():
+            assert torch.equal(getattr(layer, name), getattr(base, name))
+    layer.__dict__["forward"] = MethodType(NamedNorm.forward, layer)
+    with pytest.raises(RoutingError, match="the weight of 0 differs from row to row"):
+        peft_model(torch.rand(2, 3, 4), adapter_names=["a", "b"])
+
+
 class TestRows:
     """Every row its own adapter: a reader would give one of them to all."""
 

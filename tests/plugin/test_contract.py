@@ -143,15 +143,20 @@ REQUIRED = [
     Name("peft.tuners.tuners_utils:_maybe_include_all_linear_layers", 'LoRA at "all-linear"', ("lora.py",)),
     Name("peft.tuners.lora:LoraModel._prepare_adapter_config", "LoRA as a part", ("lora.py",)),
     Name("peft.tuners.lora:LoraModel._check_target_module_exists", "LoRA as a part", ("lora.py",)),
+    Name("peft.tuners.lora:LoraModel._create_and_replace", "LoRA as a part under offloading", ("lora.py",)),
     Name("peft.utils.other:get_pattern_key", "counting LoRA by rank_pattern", ("lora.py",)),
     Name("transformers.pytorch_utils:Conv1D", "LoRA on GPT-2", ("lora.py",)),
     Name("peft.tuners.tuners_utils:check_target_module_exists", "choosing modules", ("plan_deltas.py", "inject.py")),
-    Name("peft.tuners.tuners_utils:onload_layer", "merging under offloading", ("model.py", "merging.py")),
     Name("transformers.models.bert.modeling_bert:eager_attention_forward", "prefixes under eager", ("attention.py",)),
     Name("peft.utils.other:ModulesToSaveWrapper", "heads in mixed batches", ("heads.py",)),
     *(
         Name(f"transformers:Trainer.{name}", "TaskTrainer", ("tasks/trainer.py",))
-        for name in ("_load_from_checkpoint", "_set_signature_columns_if_needed")
+        for name in (
+            "_load_from_checkpoint",
+            "_set_signature_columns_if_needed",
+            "_remove_unused_columns",
+            "_get_collator_with_removed_columns",
+        )
     ),
     *(
         Name(f"peft.utils.merge_utils:{name}", "add_weighted_adapter", ("weighted.py",))

@@ -493,12 +493,18 @@ def test_damaged_supermasks(way: str, damage: str, supermasks: Path, tmp_path: P
     before.assert_same(model)
 
 
-@pytest.mark.parametrize("way", OF_ANOTHER_KIND)
-def test_supermasks_for_an_adapter_of_another_kind(way: str, supermasks: Path) -> None:
+UNEXPECTED = AdapterFileError, r"does not fit this model.*4 unexpected, such as .*lntune_supermask"
+OTHER_PARTS = ConfigError, "'first' consists of LNTuningConfig, and the saved one of SupermaskConfig"
+
+
+@pytest.mark.parametrize(
+    ("way", "refused"), [(way, OTHER_PARTS if way.startswith("load") else UNEXPECTED) for way in OF_ANOTHER_KIND]
+)
+def test_supermasks_for_an_adapter_of_another_kind(way: str, refused: tuple[type, str], supermasks: Path) -> None:
     build, load = WAYS[way]
     model = build()
     before = State.of(model)
-    with pytest.raises(AdapterFileError, match=r"does not fit this model.*4 unexpected, such as .*lntune_supermask"):
+    with pytest.raises(refused[0], match=refused[1]):
         load(model, supermasks)
     before.assert_same(model)
 
