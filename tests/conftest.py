@@ -27,7 +27,7 @@ def _skipped_where_too_old():
     except (UnsupportedError, AssertionError, pytest.fail.Exception) as error:  # the last two where another was awaited
         _, found, reason = str(error).partition(f"transformers {transformers.__version__} does not ")
         if found:
-            pytest.skip(found + reason.splitlines()[0])
+            pytest.skip(found + reason.splitlines()[0].rstrip("'"))  # pytest quotes the message
         raise
 
 
