@@ -45,7 +45,7 @@ def measure_samples(
     Args:
         module: the model, or the part of it that is called.
         args: of the call.
-        kwargs: likewise.
+        kwargs: its keyword arguments.
         size: how many samples the batch has, at least two.
         watched: layers of the model by a label.
 
