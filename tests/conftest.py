@@ -20,14 +20,22 @@ def _seeded():
     torch.manual_seed(0)
 
 
+def _and_what_came_before(error):
+    """An error, and those during which it was raised: where a warning is awaited, its absence hides the refusal."""
+    while error is not None:
+        yield error
+        error = error.__context__
+
+
 @contextmanager
 def _skipped_where_too_old():
     try:
         yield
     except (UnsupportedError, AssertionError, pytest.fail.Exception) as error:  # the last two where another was awaited
-        _, found, reason = str(error).partition(f"transformers {transformers.__version__} does not ")
-        if found:
-            pytest.skip(found + reason.splitlines()[0].rstrip("'"))  # pytest quotes the message
+        for told in _and_what_came_before(error):
+            _, found, reason = str(told).partition(f"transformers {transformers.__version__} does not ")
+            if found:
+                pytest.skip(found + reason.splitlines()[0].rstrip("'"))  # pytest quotes the message
         raise
 
 

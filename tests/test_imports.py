@@ -22,7 +22,7 @@ FLOORS = [
     {"attention", "lora", "resume"},
     {"modules", "planned", "choose", "missed", "restoring"},
     {"claims", "gaps"},
-    {"plan_beside", "plan_deltas"},
+    {"plan_beside", "plan_deltas", "replacing"},
     {"plan_masks"},
     {"plan", "layers", "heads"},
     {"tied", "fit"},
