@@ -135,14 +135,23 @@ class LNTuneModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         for layer in self._layers(LoraLayer):
             cast_adapter_dtype(layer, adapter_name, autocast_adapter_dtype)
-        # Ours are made in float32. Without autocast what stands beside the model takes its dtype, as LoRA does. Deltas
-        # do not: trainers say so for the whole model, and `delta_dtype` asks for a delta in half precision.
+        # Ours are made in float32. Without autocast they take the dtype of the base, as PEFT's adapters do.
         config = self.peft_config[adapter_name]
         asked = [p for p in parts_of(config) if isinstance(p, LNTuneConfig) and p.delta_dtype is not None]
         if autocast_adapter_dtype or asked:
             return
-        for layer in self._layers(BesideLayer):
+        for layer in self._layers((LNTuneLayer, BesideLayer)):
             layer.to_base_dtype(adapter_name)
+        halves = {tensor.dtype for layer in self.tuner_layers() for tensor in layer.trained(adapter_name)}
+        halves = {dtype for dtype in halves if dtype.itemsize < torch.float32.itemsize}
+        if halves:
+            dtype = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in halves))
+            warnings.warn(
+                f"autocast_adapter_dtype=False keeps what adapter {adapter_name!r} trains in {dtype}, the dtype of the "
+                "base, where small steps are lost to rounding. Some trainers pass it by themselves. To train in float32, "
+                'set delta_dtype="float32" in the config, which wins.',
+                stacklevel=2,
+            )
 
     # Merging: what could fail is looked at in every layer before the first is changed.
 
@@ -325,6 +334,8 @@ class LNTuneModel(BaseTuner):
         for layer, parameter in self._places(adapter_name).values():
             delta = layer.deltas(parameter)[adapter_name]
             before = old.get((layer, parameter))
+            if before is not None:
+                delta.weight.data = delta.weight.data.to(before.weight.dtype)
             delta.fill(torch.zeros_like(delta.weight) if before is None else before.dense())
 
     def _check_deltas(self, adapter_name: str) -> None:

@@ -340,6 +340,7 @@ class TestCopies:
 
 class TestClear:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.filterwarnings("ignore:autocast_adapter_dtype=False keeps")
     @pytest.mark.parametrize("options", [{}, {"autocast_adapter_dtype": False}], ids=["wide", "own dtype"])
     def test_all_entries_are_back(self, dtype, options):
         base, batch = build("bert", dtype), inputs("bert")

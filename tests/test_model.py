@@ -322,10 +322,15 @@ class TestCopies:
         assert torch.equal(output(light.eval(), batch), output(peft_model, batch))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    def test_deltas_take_the_dtype_of_the_base_where_the_config_says_so(self, dtype):
-        model, batch = build("llama", dtype), inputs("llama")
+    @pytest.mark.parametrize("asked", ["by the config", "without autocast"])
+    def test_deltas_take_the_dtype_of_the_base(self, dtype, asked):
+        model, batch, name = build("llama", dtype), inputs("llama"), str(dtype).removeprefix("torch.")
         base = output(model, batch)
-        peft_model = get_peft_model(model, LNTuningConfig(delta_dtype=str(dtype).removeprefix("torch."))).eval()
+        if asked == "by the config":
+            peft_model = get_peft_model(model, LNTuningConfig(delta_dtype=name)).eval()
+        else:
+            with pytest.warns(UserWarning, match=rf"keeps what adapter 'default' trains in {name}.*delta_dtype"):
+                peft_model = get_peft_model(model, LNTuningConfig(), autocast_adapter_dtype=False).eval()
         assert {delta.weight.dtype for delta in deltas(peft_model).values()} == {dtype}
         assert torch.equal(output(peft_model, batch), base)
         fill(peft_model, "default")

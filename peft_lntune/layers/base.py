@@ -193,6 +193,18 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
                 layer.deltas(name)[adapter_name] = delta
             layer._forget()
 
+    def trained(self, adapter_name: str) -> list[nn.Parameter]:
+        """The parameters that an adapter has here: values of deltas, scores of masks."""
+        tuned = [module for _, module in self._tuned([adapter_name])]
+        return [module.weight for module in tuned if module.weight is not None]
+
+    def to_base_dtype(self, adapter_name: str) -> None:
+        """Give an adapter the dtype of the parameters it changes, for users who ask for that."""
+        for parameter, module in self._tuned([adapter_name]):
+            if module.weight is not None:
+                module.weight.data = module.weight.data.to(self.base_parameter(parameter).dtype)
+        self._forget()
+
     def update_layer(
         self,
         adapter_name: str,

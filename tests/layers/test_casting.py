@@ -77,9 +77,9 @@ def test_a_delta_in_half_precision_is_added_in_float32(dtype):
     assert not torch.equal(output(peft_model, batch), base)
 
 
-@pytest.mark.parametrize("asked", [None, "float32", "bfloat16"])
-def test_the_config_alone_says_in_which_dtype_deltas_are(asked, tmp_path):
-    expected = torch.bfloat16 if asked == "bfloat16" else torch.float32
+@pytest.mark.parametrize("asked", ["float32", "bfloat16"])
+def test_what_the_config_says_of_the_dtype_of_deltas_wins(asked, tmp_path):
+    expected = getattr(torch, asked)
     model = get_peft_model(
         build("llama", torch.bfloat16), LNTuningConfig(delta_dtype=asked), autocast_adapter_dtype=False
     )
