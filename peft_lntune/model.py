@@ -148,8 +148,8 @@ class LNTuneModel(BaseTuner):
             dtype = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in halves))
             warnings.warn(
                 f"autocast_adapter_dtype=False keeps what adapter {adapter_name!r} trains in {dtype}, the dtype of the "
-                "base, where small steps are lost to rounding. Some trainers pass it by themselves. To train in float32, "
-                'set delta_dtype="float32" in the config, which wins.',
+                "base, where small steps are lost to rounding. Some trainers pass it by themselves. To train in "
+                'float32, set delta_dtype="float32" in the config, which wins.',
                 stacklevel=2,
             )
 
@@ -329,13 +329,14 @@ class LNTuneModel(BaseTuner):
         """
         self._check_deltas(adapter_name)
         old = {(layer, p): layer.deltas(p)[adapter_name] for layer, p in self._places(adapter_name).values()}
+        own_dtype = all(delta.weight.dtype == layer.base_parameter(p).dtype for (layer, p), delta in old.items())
         self._inject(self.model, adapter_name, DeltaConfig, unmasked=True)
         record_mask(self.peft_config, adapter_name, None)
+        for layer in self.tuner_layers() if own_dtype else ():
+            layer.to_base_dtype(adapter_name)
         for layer, parameter in self._places(adapter_name).values():
             delta = layer.deltas(parameter)[adapter_name]
             before = old.get((layer, parameter))
-            if before is not None:
-                delta.weight.data = delta.weight.data.to(before.weight.dtype)
             delta.fill(torch.zeros_like(delta.weight) if before is None else before.dense())
 
     def _check_deltas(self, adapter_name: str) -> None:
