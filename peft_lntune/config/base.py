@@ -177,9 +177,11 @@ class LNTuneConfig(PeftConfig):
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
         """As PEFT's, with an error that names the file where it is no JSON object; see `manifest.read_config`."""
         try:
-            return read_config(path_json_file)
+            config = read_config(path_json_file)
         except AdapterFileError as error:
             raise ConfigError(str(error)) from error
+        # As PEFT: it holds for one process, and is never of a saved adapter.
+        return {name: value for name, value in config.items() if name != "runtime_config"}
 
 
 def plain(value: Any, arrays: bool = True) -> Any:

@@ -80,7 +80,9 @@ def _guarded_json(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def from_json_file(cls: type, path_json_file: str, **kwargs: Any) -> Any:
         config = read_config(path_json_file)
-        return config if config.get("peft_type") == PEFT_TYPE else original(cls, path_json_file, **kwargs)
+        if config.get("peft_type") != PEFT_TYPE:
+            return original(cls, path_json_file, **kwargs)
+        return LNTuneConfig.from_json_file(path_json_file, **kwargs)
 
     return from_json_file
 
