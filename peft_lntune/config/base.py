@@ -180,8 +180,17 @@ class LNTuneConfig(PeftConfig):
             config = read_config(path_json_file)
         except AdapterFileError as error:
             raise ConfigError(str(error)) from error
-        # As PEFT: it holds for one process, and is never of a saved adapter.
-        return {name: value for name, value in config.items() if name != "runtime_config"}
+        return without_runtime(config)
+
+
+def without_runtime(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config file without `runtime_config`, which PEFT too passes over: it belongs to one process.
+
+    Example:
+        >>> without_runtime({"tune": "weight", "runtime_config": {}})
+        {'tune': 'weight'}
+    """
+    return {name: value for name, value in config.items() if name != "runtime_config"}
 
 
 def plain(value: Any, arrays: bool = True) -> Any:

@@ -21,6 +21,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from peft_lntune.claims import check_architecture
 from peft_lntune.config import LNTuneConfig, StoredConfig, delta_part, record_mask
+from peft_lntune.config.base import without_runtime
 from peft_lntune.core.delta import delta_dtype
 from peft_lntune.core.norms import base_modules
 from peft_lntune.errors import AdapterFileError, PeftLNTuneError, UnsupportedError
@@ -82,7 +83,7 @@ def _guarded_json(original: Callable[..., Any]) -> Callable[..., Any]:
         config = read_config(path_json_file)
         if config.get("peft_type") != PEFT_TYPE:
             return original(cls, path_json_file, **kwargs)
-        return LNTuneConfig.from_json_file(path_json_file, **kwargs)
+        return without_runtime(config)
 
     return from_json_file
 
