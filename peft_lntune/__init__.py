@@ -18,7 +18,6 @@ from peft_lntune.config import (
     SupermaskConfig,
     UnifiedConfig,
 )
-from peft_lntune.core.norms import Norm, find_norms
 from peft_lntune.errors import (
     AdapterFileError,
     ConfigError,
@@ -29,12 +28,13 @@ from peft_lntune.errors import (
     RoutingError,
     UnsupportedError,
 )
-from peft_lntune.fisher_fit import FisherFit, fit_fisher_masks
-from peft_lntune.lora_files import load_lora
-from peft_lntune.plan import plan
-from peft_lntune.planned import Plan
+from peft_lntune.interop.peft_ln_tuning import from_stock, to_stock
+from peft_lntune.interop.peft_lora import load_lora
+from peft_lntune.interop.trainer_checkpoints import last_whole_checkpoint
+from peft_lntune.norms.find import Norm, find_norms
+from peft_lntune.planning.plan import plan
+from peft_lntune.planning.types import Plan
 from peft_lntune.plugin import install
-from peft_lntune.resume import last_whole_checkpoint
 from peft_lntune.selection import (
     FisherState,
     change_scores,
@@ -47,8 +47,8 @@ from peft_lntune.selection import (
     random_scores,
     select,
 )
-from peft_lntune.stock import from_stock, to_stock
 from peft_lntune.tasks import ManyTasks
+from peft_lntune.tuner.fit_masks import FisherFit, fit_fisher_masks
 from peft_lntune.version import __version__
 
 __all__ = [

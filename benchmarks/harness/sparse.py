@@ -13,7 +13,7 @@ from benchmarks.harness.models import head_modules
 from benchmarks.harness.rows import Cell, Row
 from benchmarks.harness.tasks import Task
 from peft_lntune import select
-from peft_lntune.analysis.components import find_components
+from peft_lntune.architectures.components import find_components
 
 DRAWS = 3  # sampled masks
 
@@ -52,7 +52,7 @@ def measure_masks(model: Any, task: Task, device: torch.device) -> Row:
         Of all masked entries `sparsity` (share that is zero), `dropped` and `revived` (shares that have become zero,
         and are so no longer); and `sampled`, the score of each draw, in which every batch has a mask of its own.
     """
-    from peft_lntune.supermasks import keep_masks, sampled_masks, start_masks
+    from peft_lntune.tuner.supermasks import keep_masks, sampled_masks, start_masks
 
     start, end = start_masks(model), keep_masks(model)
     entries = sum(mask.numel() for mask in end.values())

@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft_lntune.analysis.checkpoints import one_sided
-from peft_lntune.analysis.components import Place, find_components, group_by_place
 from peft_lntune.analysis.tables import Table
+from peft_lntune.architectures.components import Place, find_components, group_by_place
 from peft_lntune.errors import ConfigError
 from peft_lntune.selection.effective import effective_parameters
 

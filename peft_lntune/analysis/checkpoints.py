@@ -10,10 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from peft_lntune.core.norms import base_modules
+from peft_lntune.core.module_tree import base_model, base_modules
 from peft_lntune.errors import AdapterFileError, ConfigError
 from peft_lntune.selection.effective import effective_parameters
-from peft_lntune.selection.parameters import base_model
 
 __all__ = ["Checkpoint", "Source", "facts_of", "match_tensors", "one_sided", "open_tensors"]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from peft_lntune.analysis.checkpoints import Source, match_tensors
-from peft_lntune.analysis.components import Place, find_components, group_by_place
 from peft_lntune.analysis.tables import Table
+from peft_lntune.architectures.components import Place, find_components, group_by_place
 from peft_lntune.errors import ConfigError
 from peft_lntune.selection.parameters import generator
 

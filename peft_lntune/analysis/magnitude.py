@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from peft_lntune.analysis.checkpoints import Source, facts_of, open_tensors
-from peft_lntune.analysis.components import Place, find_components, group_by_place
 from peft_lntune.analysis.tables import Table
+from peft_lntune.architectures.components import Place, find_components, group_by_place
 from peft_lntune.errors import ConfigError
 
 __all__ = ["find_outliers", "magnitude", "outlier_overlap", "outliers"]

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from peft_lntune.analysis.components import find_components, group_by_place
 from peft_lntune.analysis.tables import Table
-from peft_lntune.core.norms import Norm
+from peft_lntune.architectures.components import find_components, group_by_place
 from peft_lntune.errors import ConfigError
+from peft_lntune.norms.find import Norm
 
 __all__ = ["score_map"]
 

@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
-from peft_lntune.analysis.components import find_components, group_by_place
 from peft_lntune.analysis.overlap import overlap_matrix
 from peft_lntune.analysis.tables import Table
-from peft_lntune.core.norms import Norm
+from peft_lntune.architectures.components import find_components, group_by_place
 from peft_lntune.errors import ConfigError
+from peft_lntune.norms.find import Norm
 from peft_lntune.selection.masks import check_alike, check_bool
 
 __all__ = ["FLIPS", "off_overlap", "sparsity"]
@@ -26,8 +26,8 @@ def sparsity(
     """The share of entries that masks switch off, and how many changed their state since the start.
 
     Args:
-        keep: masks by parameter, bool, True where the entry stays; `peft_lntune.supermasks.keep_masks(model)`.
-        start: those that training started from; `peft_lntune.supermasks.start_masks(model)`.
+        keep: masks by parameter, bool, True where the entry stays; `peft_lntune.tuner.supermasks.keep_masks(model)`.
+        start: those that training started from; `peft_lntune.tuner.supermasks.start_masks(model)`.
         norms: `find_norms(model)`, which tells the stacks of a model that has several; see `find_components`.
         by: what a row pools: `"tensor"` (nothing), or `"component"` (of each layer).
 

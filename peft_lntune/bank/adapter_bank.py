@@ -14,21 +14,21 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from peft_lntune.bank.base_rows import BaseRows
 from peft_lntune.bank.files import BLOCK, BankFile
 from peft_lntune.bank.heads import Heads
-from peft_lntune.bank.running import NormRun, check_free
 from peft_lntune.bank.saving import Saved, save_bank
-from peft_lntune.bank.sources import Adapter, Source, Sources
-from peft_lntune.core.bank import Stacks, as_rows, spread
 from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.core.detour import Detour
-from peft_lntune.core.entries import Entries
-from peft_lntune.core.norms import called_modules
-from peft_lntune.core.route import BASE, Gather, Route
+from peft_lntune.core.module_tree import called_modules
 from peft_lntune.errors import AdapterFileError, ConfigError, RoutingError, UnsupportedError
 from peft_lntune.layers import switched_off
-from peft_lntune.restoring import told_by_us
+from peft_lntune.routing.base_rows import BaseRows
+from peft_lntune.routing.entries import Entries
+from peft_lntune.routing.route import BASE, Gather, Route
+from peft_lntune.routing.rows import NormRun, check_free
+from peft_lntune.routing.stacks import Stacks, as_rows, spread
+from peft_lntune.tuner.read_adapter import Adapter, Source, Sources
+from peft_lntune.tuner.restoring import told_by_us
 
 __all__ = ["AdapterBank"]
 
@@ -94,7 +94,8 @@ class AdapterBank:
         like = {name: self._sources.parameter(name) for name in self._owners}
         self._stacks = Stacks(like, capacity + 1, dtype, None if device is None else torch.device(device))
         self._stacks.write([0], as_rows(self._stacks, [{}]))
-        self._base_rows = BaseRows(self._sources, self._owners, self._stacks)
+        offsets = {name: self._sources.offset(name) for name in self._owners}
+        self._base_rows = BaseRows(self._sources.parameter, offsets, self._stacks)
         self._route = Route()
         self._heads = Heads(self._sources, self._route)
         self._lock = threading.RLock()
@@ -317,7 +318,7 @@ class AdapterBank:
             self._heads.attach()
 
     def _put(self, detour: Detour) -> None:
-        detour.put()
+        detour.patch()
         self._detours.append(detour)
 
     def _watched(self) -> dict[str, nn.Module]:
@@ -334,7 +335,7 @@ class AdapterBank:
             self._route.check_idle()
             self._heads.detach()
             for detour in reversed(self._detours):
-                detour.take()
+                detour.restore()
             self._detours = []
 
     @contextmanager

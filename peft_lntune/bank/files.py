@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from peft_lntune.atomic import new_file
 from peft_lntune.errors import AdapterFileError
+from peft_lntune.storage.atomic import new_file
 from peft_lntune.version import __version__
 
 __all__ = ["BLOCK", "FORMAT_VERSION", "BankFile", "Entry", "digest_of", "write_tensors"]

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from peft_lntune.bank.running import HeadRun
-from peft_lntune.bank.sources import Adapter, Sources, tensors_of
-from peft_lntune.core.bank import Stacks, as_rows
 from peft_lntune.core.detour import Detour
-from peft_lntune.core.norms import Norm
-from peft_lntune.core.route import Route
 from peft_lntune.errors import UnsupportedError
+from peft_lntune.norms.find import Norm
+from peft_lntune.routing.route import Route
+from peft_lntune.routing.rows import HeadRun
+from peft_lntune.routing.stacks import Stacks, as_rows
+from peft_lntune.tuner.read_adapter import Adapter, Sources, tensors_of
 
 __all__ = ["Heads", "layers_of"]
 
@@ -88,7 +88,7 @@ class Heads:
         used = {layer for heads in self.held.values() for head in heads for layer in self._layers_of(head)}
         for layer in self.layers.keys() - used:
             if layer in self._detours:
-                self._detours.pop(layer).take()
+                self._detours.pop(layer).restore()
             del self.layers[layer], self.owners[layer], self._runs[layer]
 
     def attach(self) -> None:
@@ -101,7 +101,7 @@ class Heads:
         """Leave the layers as they were."""
         self._attached = False
         for detour in self._detours.values():
-            detour.take()
+            detour.restore()
         self._detours = {}
 
     @contextmanager
@@ -166,7 +166,7 @@ class Heads:
 
     def _put(self, layer: str) -> None:
         self._detours[layer] = Detour(self._sources.modules[layer], self._route, self._runs[layer])
-        self._detours[layer].put()
+        self._detours[layer].patch()
 
     def _layers_of(self, head: str) -> list[str]:
         return layers_of(self._sources.modules, self._sources.norms, head)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from peft_lntune.bank.files import BLOCK, BankFile, Entry, digest_of, write_tensors
 from peft_lntune.bank.heads import Heads
-from peft_lntune.bank.sources import Adapter, Sources
-from peft_lntune.core.bank import Stacks
 from peft_lntune.errors import AdapterFileError
+from peft_lntune.routing.stacks import Stacks
+from peft_lntune.tuner.read_adapter import Adapter, Sources
 
 __all__ = ["Block", "Saved", "save_bank"]
 

@@ -13,14 +13,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from peft_lntune import DataError, FisherState, fisher_scores, mask_density, select
 from peft_lntune.analysis import Table, score_map
-from peft_lntune.atomic import new_file
 from peft_lntune.cli.rows import encode_labels, read_rows
 from peft_lntune.cli.tables import csv_option, show
-from peft_lntune.core.norms import find_norms
+from peft_lntune.errors import DataError
+from peft_lntune.norms.find import find_norms
+from peft_lntune.selection import FisherState, fisher_scores, mask_density, select
 from peft_lntune.selection.fisher import KINDS
 from peft_lntune.selection.select import SCOPES
+from peft_lntune.storage.atomic import new_file
 
 __all__ = ["FisherMasks", "command", "fisher_masks", "load_classifier"]
 

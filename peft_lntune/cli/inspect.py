@@ -12,17 +12,18 @@ import torch
 
 from peft_lntune.analysis import Checkpoint, Table
 from peft_lntune.analysis.checkpoints import Facts
-from peft_lntune.analysis.components import find_components
+from peft_lntune.architectures.components import find_components
 from peft_lntune.config import LNTuneConfig, SupermaskConfig, parts_of
 from peft_lntune.config.base import CONFIG_FILE, PEFT_TYPE
-from peft_lntune.config.kinds import build
+from peft_lntune.config.parts import build
 from peft_lntune.config.stored import KINDS, StoredConfig
 from peft_lntune.core.delta import unpack_bits
 from peft_lntune.core.supermask import kept
 from peft_lntune.errors import AdapterFileError
-from peft_lntune.manifest import check_directory
-from peft_lntune.packing import DELTAS, KEEP, PREFIX, ROOT, SCORES, is_packed
-from peft_lntune.storage import CONTAINERS, LORA, WEIGHTS_FILE, find_weights, is_ours
+from peft_lntune.storage.adapter_file import WEIGHTS_FILE, find_weights
+from peft_lntune.storage.keys import CONTAINERS, LORA, is_ours
+from peft_lntune.storage.manifest import check_directory
+from peft_lntune.storage.packing import DELTAS, KEEP, PREFIX, ROOT, SCORES, is_packed
 
 __all__ = ["AdapterReport", "command", "inspect_adapter"]
 

@@ -5,7 +5,6 @@ from pathlib import Path
 import click
 from torch import Tensor
 
-from peft_lntune import ConfigError
 from peft_lntune.analysis import (
     Table,
     find_outliers,
@@ -16,11 +15,12 @@ from peft_lntune.analysis import (
     plot_magnitude,
 )
 from peft_lntune.analysis.checkpoints import Source
-from peft_lntune.analysis.components import find_components, group_by_place
 from peft_lntune.analysis.magnitude import DEVIATIONS, SIZES
+from peft_lntune.architectures.components import find_components, group_by_place
 from peft_lntune.cli.models import load_adapted
 from peft_lntune.cli.tables import csv_option, layers_option, plot_option, show, to_csv, with_layers
-from peft_lntune.fit import masks_of
+from peft_lntune.errors import ConfigError
+from peft_lntune.tuner.state_dict import masks_of
 
 __all__ = ["command", "magnitude_of", "overlap_with_adapter"]
 

@@ -11,11 +11,12 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoConfig
 
-from peft_lntune import ConfigError
 from peft_lntune.analysis import Checkpoint
-from peft_lntune.claims import check_architecture
 from peft_lntune.config import LNTuneConfig
-from peft_lntune.storage import WEIGHTS_FILE, is_ours
+from peft_lntune.errors import ConfigError
+from peft_lntune.planning.claims import check_architecture
+from peft_lntune.storage.adapter_file import WEIGHTS_FILE
+from peft_lntune.storage.keys import is_ours
 
 __all__ = ["adapter_config", "adapter_to_folder", "empty_model", "load_adapted", "load_model"]
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from peft_lntune import ConfigError
+from peft_lntune.errors import ConfigError
 
 __all__ = ["new_folder"]
 

@@ -5,10 +5,11 @@ from typing import Any
 
 import click
 
-from peft_lntune import LNTuningConfig, Plan, UnifiedConfig, plan
+from peft_lntune.architectures.roles import ROLES
 from peft_lntune.cli.models import adapter_config, empty_model
-from peft_lntune.config import LNTuneConfig
-from peft_lntune.core.roles import ROLES
+from peft_lntune.config import LNTuneConfig, LNTuningConfig, UnifiedConfig
+from peft_lntune.planning.plan import plan
+from peft_lntune.planning.types import Plan
 
 __all__ = ["command", "plan_model"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_lntune import DataError
+from peft_lntune.errors import DataError
 
 __all__ = ["TEXT_COLUMNS", "Rows", "encode_labels", "read_rows"]
 

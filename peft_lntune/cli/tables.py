@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from peft_lntune.analysis import Table
-from peft_lntune.atomic import new_file
+from peft_lntune.storage.atomic import new_file
 
 __all__ = ["csv_option", "layers_option", "plot_option", "shared_option", "show", "to_csv", "with_layers"]
 

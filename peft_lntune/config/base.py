@@ -10,12 +10,12 @@ import torch
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from peft_lntune.atomic import new_file
-from peft_lntune.card import name_import
 from peft_lntune.errors import AdapterFileError, ConfigError
-from peft_lntune.manifest import is_sealed, read_config, seal_file
-from peft_lntune.renaming import new_name
-from peft_lntune.storage import CONFIG_FILE, PEFT_TYPE, find_weights
+from peft_lntune.storage.adapter_file import CONFIG_FILE, PEFT_TYPE, find_weights
+from peft_lntune.storage.atomic import new_file
+from peft_lntune.storage.manifest import is_sealed, read_config, seal_file
+from peft_lntune.storage.model_card import name_import
+from peft_lntune.storage.renaming import new_name
 from peft_lntune.version import __version__
 
 __all__ = ["CONFIG_FILE", "FORMAT_VERSION", "PEFT_TYPE", "LNTuneConfig"]

@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from peft_lntune.architectures.sublayers import SUBLAYER_ROLES
 from peft_lntune.config.base import LNTuneConfig, check_choice, check_names, check_type
 from peft_lntune.core.bottleneck import ACTIVATIONS
-from peft_lntune.core.sublayers import SUBLAYER_ROLES
 from peft_lntune.errors import ConfigError
 
 __all__ = ["LEARNED", "BottleneckConfig"]

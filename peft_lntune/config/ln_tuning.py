@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from peft_lntune.architectures.roles import ROLES
 from peft_lntune.config.base import check_names
 from peft_lntune.config.deltas import DeltaConfig
-from peft_lntune.core.roles import ROLES
 from peft_lntune.errors import ConfigError
 
 __all__ = ["LNTuningConfig"]

@@ -1,23 +1,24 @@
 """What a unified adapter may be made of, and the names by which papers call the combinations."""
 
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
 from peft.utils import PeftType
 
-from peft_lntune.config.base import LNTuneConfig
+from peft_lntune.config.base import FORMAT_VERSION, LNTuneConfig, check_format
 from peft_lntune.config.bottleneck import BottleneckConfig
 from peft_lntune.config.fisher_ln import FisherLNConfig
-from peft_lntune.config.kinds import build
 from peft_lntune.config.ln_tuning import LNTuningConfig
 from peft_lntune.config.module_tuning import ModuleTuningConfig
 from peft_lntune.config.prefix import PrefixConfig
 from peft_lntune.config.supermask import SupermaskConfig
 from peft_lntune.errors import ConfigError
+from peft_lntune.version import __version__
 
-__all__ = ["NAMED_PARTS", "PART_KINDS", "check_part", "parts_of_preset", "read_part"]
+__all__ = ["NAMED_PARTS", "PART_KINDS", "build", "check_part", "parts_of_preset", "read_part"]
 
 PART_KINDS: dict[str, type[LNTuneConfig]] = {
     kind.__name__: kind
@@ -121,3 +122,35 @@ def check_part(part: PeftConfig) -> None:
             f"the part {name} has init_lora_weights={part.init_lora_weights!r}, which changes the weights of the base "
             f"model for every other adapter. Use one of {', '.join(map(repr, _LORA_STARTS))}."
         )
+
+
+def build(stored: Mapping[str, Any], kinds: Mapping[str, type[LNTuneConfig]]) -> LNTuneConfig:
+    """Make the config that was saved; fields that its kind does not have are left out, with PEFT's warning.
+
+    Args:
+        stored: the fields, as JSON has them.
+        kinds: the classes it may be of, by name.
+
+    Raises:
+        ConfigError: the kind is unknown, or the format is of another version.
+    """
+    name = stored.get("kind", LNTuningConfig.__name__)  # as in a dict written by hand
+    check_format(stored.get("format_version", FORMAT_VERSION))  # first: in a newer format all else may differ
+    if not isinstance(name, str) or name not in kinds:
+        raise ConfigError(
+            f"this adapter is of kind {name!r}, and peft_lntune {__version__} knows {', '.join(sorted(kinds))}. "
+            "Upgrade with `pip install -U peft-lntune`, or check where the file comes from."
+        )
+    kind = kinds[name]
+    known = {field.name for field in fields(kind)}
+    unknown = sorted(stored.keys() - known)
+    if unknown:
+        # PEFT's own fallback would filter by the fields of the registered class and so lose those of the kind.
+        warnings.warn(
+            f"Unexpected keyword arguments {unknown} for class {name}, these are ignored. This probably means that "
+            "you're loading a configuration file that was saved using a higher version of the library and "
+            "additional parameters have been introduced since. It is highly recommended to upgrade with "
+            "`pip install -U peft-lntune`.",
+            stacklevel=3,
+        )
+    return kind(**{name: value for name, value in stored.items() if name in known})

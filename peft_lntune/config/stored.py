@@ -8,14 +8,16 @@ from dataclasses import fields
 from typing import Any
 
 from peft_lntune.config.base import LNTuneConfig
-from peft_lntune.config.kinds import build
-from peft_lntune.config.parts import PART_KINDS
+from peft_lntune.config.parts import PART_KINDS, build
 from peft_lntune.config.unified import UnifiedConfig
 from peft_lntune.errors import AdapterFileError, PeftLNTuneError
-from peft_lntune.manifest import changes, check_directory
-from peft_lntune.storage import hub_options
+from peft_lntune.storage.adapter_file import hub_options
+from peft_lntune.storage.manifest import changes, check_directory
 
-__all__ = ["KINDS", "StoredConfig"]
+__all__ = [
+    "KINDS",
+    "StoredConfig",
+]
 
 KINDS: dict[str, type[LNTuneConfig]] = {**PART_KINDS, UnifiedConfig.__name__: UnifiedConfig}
 """The kinds of the family by name, as `kind` in the JSON has it."""

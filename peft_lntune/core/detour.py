@@ -8,47 +8,65 @@ import copy
 from collections.abc import Callable, Container
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
-from peft_lntune.core.route import Route
+__all__ = ["Detour", "Switch", "computes", "forward_of", "put_on_copy"]
 
-__all__ = ["Detour", "computes", "forward_of", "put_on_copy"]
+
+class Switch(Protocol):
+    """What decides whether a detour is taken."""
+
+    @property
+    def active(self) -> bool:
+        """Whether it is on for any thread."""
+
+    def on(self) -> bool:
+        """Whether it is on for the caller; it may raise where the answer would be wrong."""
+
+
+class _Off:
+    active = False
+
+    def on(self) -> bool:
+        return False
 
 
 class Detour:
     """Stands in place of a module's method, `forward` as a rule.
 
     Args:
-        module: the module; `put` changes it, making a detour alone does not.
-        route: while it is active, `run` is called.
+        module: the module; `patch` changes it, making a detour alone does not.
+        switch: `run` is called in place of the method while it is on; a route as a rule.
         run: `(own, *args, **kwargs)` with the method that was there before.
         method: the method's name.
 
     Example:
-        >>> norm, route = nn.LayerNorm(2, bias=False), Route()
-        >>> detour = Detour(norm, route, lambda own, x: own(x) + 1)
-        >>> detour.put()
-        >>> torch.equal(norm(torch.zeros(2)), torch.zeros(2))  # nothing is routed
-        True
-        >>> detour.take()
+        >>> class On:
+        ...     active, on = True, lambda self: True
+        >>> norm = nn.LayerNorm(2, bias=False)
+        >>> detour = Detour(norm, On(), lambda own, x: own(x) + 1)
+        >>> detour.patch()
+        >>> norm(torch.zeros(2)).detach()
+        tensor([1., 1.])
+        >>> detour.restore()
     """
 
-    def __init__(self, module: nn.Module, route: Route, run: Callable[..., Any], method: str = "forward") -> None:
+    def __init__(self, module: nn.Module, switch: Switch, run: Callable[..., Any], method: str = "forward") -> None:
         self.own: Callable[..., Any] = getattr(module, method)
         self.__wrapped__ = self.own  # so that its signature is that of the method
         self._module, self._method = module, method
         self._before = module.__dict__.get(method)
-        self._route, self._run = route, run
+        self._switch, self._run = switch, run
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._run(self.own, *args, **kwargs) if self._route.on() else self.own(*args, **kwargs)
+        return self._run(self.own, *args, **kwargs) if self._switch.on() else self.own(*args, **kwargs)
 
     @property
-    def routed(self) -> bool:
-        """Whether its route is on."""
-        return self._route.active
+    def active(self) -> bool:
+        """Whether calls of some thread are led past the module's own method."""
+        return self._switch.active
 
     def __repr__(self) -> str:
         return f"{self._method} of {type(self._module).__name__}"
@@ -70,14 +88,14 @@ class Detour:
             forward = beneath
         return False
 
-    def put(self) -> None:
+    def patch(self) -> None:
         """Put the detour into the module."""
         self._module.__dict__[self._method] = self
 
-    def take(self) -> None:
+    def restore(self) -> None:
         """Leave the module as it was; where another method has been put around this one since, as it is."""
         if self._module.__dict__.get(self._method) is not self:
-            self._route = Route()  # it stays beneath the other, and never routes again
+            self._switch = _Off()  # it stays beneath the other
         elif self._before is None:
             del self._module.__dict__[self._method]
         else:

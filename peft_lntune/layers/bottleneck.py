@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from peft_lntune.architectures.sublayers import Sublayer
 from peft_lntune.config.bottleneck import LEARNED, BottleneckConfig
 from peft_lntune.core.bottleneck import (
     ACTIVATIONS,
@@ -22,11 +23,10 @@ from peft_lntune.core.bottleneck import (
     widen,
 )
 from peft_lntune.core.delta import delta_dtype
-from peft_lntune.core.route import Route
-from peft_lntune.core.sublayers import Sublayer
 from peft_lntune.errors import ConfigError, UnsupportedError
-from peft_lntune.layers.beside import BesideLayer
-from peft_lntune.offloaded import device_of
+from peft_lntune.layers.inserted import BesideLayer
+from peft_lntune.layers.offloaded import device_of
+from peft_lntune.routing.route import Route
 
 __all__ = ["BottleneckLayer", "check_combine", "combine"]
 
@@ -63,7 +63,7 @@ class BottleneckLayer(BesideLayer):
         label: name of the exit leaf in the model, for errors.
         entry: the leaf whose input is x, or a tuner's layer around it.
         exit: the leaf whose output is h, or a tuner's layer around it.
-        role: of the sub-layer, see `peft_lntune.core.sublayers`; the layer's name in its host begins with it.
+        role: of the sub-layer, see `peft_lntune.architectures.sublayers`; the layer's name in its host begins with it.
 
     Raises:
         UnsupportedError: a leaf does not say how wide it is.

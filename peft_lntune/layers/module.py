@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from peft_lntune.core.delta import Block, delta_dtype
-from peft_lntune.core.route import BASE, Route
-from peft_lntune.core.shadow import forward_with, is_plain, shadowed
+from peft_lntune.core.override import forward_with, is_plain, shadowed
 from peft_lntune.core.supermask import Supermask
-from peft_lntune.layers.base import Kept, LNTuneLayer
+from peft_lntune.layers.replacing import Kept, LNTuneLayer
+from peft_lntune.routing.route import BASE, Route
 
 __all__ = ["ModuleLayer"]
 

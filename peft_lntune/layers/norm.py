@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_lntune.core.affine import bind, call_with, call_with_rows, split_call
-from peft_lntune.core.norms import Norm
-from peft_lntune.core.route import BASE, Entry, Route, fit_rows
-from peft_lntune.layers.base import PARAMETERS, LNTuneLayer
+from peft_lntune.layers.replacing import PARAMETERS, LNTuneLayer
+from peft_lntune.norms.affine import bind, call_with, call_with_rows, split_call
+from peft_lntune.norms.find import Norm
+from peft_lntune.routing.route import BASE, Entry, Route, fit_rows
 
 __all__ = ["NormLayer"]
 

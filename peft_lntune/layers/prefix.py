@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peft_lntune.attention import FUNCTIONS, IMPLEMENTATION, AttentionFacts, Interface
+from peft_lntune.architectures.attention import FUNCTIONS, IMPLEMENTATION, AttentionFacts, Interface
 from peft_lntune.core.delta import delta_dtype
 from peft_lntune.core.prefix import Prefix, join, widen_bias, widen_mask
-from peft_lntune.core.route import Route
 from peft_lntune.errors import UnsupportedError
-from peft_lntune.layers.beside import BesideLayer
-from peft_lntune.offloaded import device_of
+from peft_lntune.layers.inserted import BesideLayer
+from peft_lntune.layers.offloaded import device_of
+from peft_lntune.routing.route import Route
 
 __all__ = ["ConfigView", "PrefixLayer", "lntune_prefix"]
 

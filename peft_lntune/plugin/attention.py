@@ -3,7 +3,7 @@
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from peft_lntune.attention import IMPLEMENTATION
+from peft_lntune.architectures.attention import IMPLEMENTATION
 from peft_lntune.layers.prefix import lntune_prefix
 
 __all__ = ["register_attention"]

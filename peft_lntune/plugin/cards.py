@@ -11,8 +11,8 @@ from typing import Any
 from peft import PeftModel
 from transformers.utils.hub import PushToHubMixin
 
-from peft_lntune.card import name_import
 from peft_lntune.config import LNTuneConfig
+from peft_lntune.storage.model_card import name_import
 
 __all__ = ["name_import_in_cards"]
 

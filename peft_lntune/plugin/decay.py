@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import trainer_pt_utils
 
-from peft_lntune.core.reparam import Delta
+from peft_lntune.core.delta_module import Delta
 from peft_lntune.core.supermask import Supermask
 
 __all__ = ["leave_out_deltas"]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from peft_lntune.config import LNTuneConfig, delta_part, record_mask
 from peft_lntune.errors import AdapterFileError, ConfigError
-from peft_lntune.replacing import check_replacement
-from peft_lntune.storage import without_adapter_name
+from peft_lntune.storage.keys import without_adapter_name
+from peft_lntune.tuner.replacement import check_replacement
 
 __all__ = ["offer_hotswap"]
 

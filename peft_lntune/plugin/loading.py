@@ -19,32 +19,29 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.integrations.peft import PeftAdapterMixin
 
-from peft_lntune.claims import check_architecture
 from peft_lntune.config import LNTuneConfig, StoredConfig, delta_part, record_mask
 from peft_lntune.config.base import without_runtime
 from peft_lntune.core.delta import delta_dtype
-from peft_lntune.core.norms import base_modules
+from peft_lntune.core.module_tree import base_modules
 from peft_lntune.errors import AdapterFileError, PeftLNTuneError, UnsupportedError
-from peft_lntune.fit import further_names, scores_by, unpack_by
-from peft_lntune.manifest import check_directory, check_tensors, read_config
-from peft_lntune.model import LNTuneModel
-from peft_lntune.offloaded import is_offloaded
-from peft_lntune.packing import KEEP, PREFIX, SCORES, is_packed
-from peft_lntune.renaming import renaming
-from peft_lntune.replacing import check_replacement
-from peft_lntune.restoring import configs_of, restored_on_error, told_by_us
-from peft_lntune.storage import (
+from peft_lntune.layers.offloaded import is_offloaded
+from peft_lntune.planning.claims import check_architecture
+from peft_lntune.storage.adapter_file import (
     CONFIG_FILE,
     PEFT_TYPE,
     WEIGHTS_FILE,
     cast_values,
-    has_lora,
     hub_options,
-    is_ours,
-    of_adapter,
     read_tensors,
-    with_lora_name,
 )
+from peft_lntune.storage.keys import has_lora, is_ours, of_adapter, with_lora_name
+from peft_lntune.storage.manifest import check_directory, check_tensors, read_config
+from peft_lntune.storage.packing import KEEP, PREFIX, SCORES, is_packed
+from peft_lntune.storage.renaming import renaming
+from peft_lntune.tuner.model import LNTuneModel
+from peft_lntune.tuner.replacement import check_replacement
+from peft_lntune.tuner.restoring import configs_of, restored_on_error, told_by_us
+from peft_lntune.tuner.state_dict import further_names, scores_by, unpack_by
 
 __all__ = ["guard_loading"]
 

@@ -14,12 +14,12 @@ from peft.utils import PeftType
 
 from peft_lntune.config import LNTuneConfig, UnifiedConfig
 from peft_lntune.config.base import PEFT_TYPE
-from peft_lntune.core.padded import stop_keeping_padded
 from peft_lntune.errors import UnsupportedError
-from peft_lntune.inject import create_and_replace, injecting, is_target, prepare
 from peft_lntune.layers import LNTuneLayer
-from peft_lntune.merging import everywhere, merge_layers, take_out_layers, unmerge_layers
-from peft_lntune.model import LNTuneModel
+from peft_lntune.layers.padded import stop_keeping_padded
+from peft_lntune.tuner.inject import create_and_replace, injecting, is_target, prepare
+from peft_lntune.tuner.merge import everywhere, merge_layers, take_out_layers, unmerge_layers
+from peft_lntune.tuner.model import LNTuneModel
 
 __all__ = ["join_mixed_models"]
 

@@ -6,7 +6,7 @@ from peft.utils import PeftType, register_peft_method
 from peft_lntune.config import StoredConfig
 from peft_lntune.config.base import PEFT_TYPE
 from peft_lntune.errors import RegistrationError
-from peft_lntune.model import LNTuneModel
+from peft_lntune.tuner.model import LNTuneModel
 
 __all__ = ["register"]
 

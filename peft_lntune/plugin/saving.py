@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from peft_lntune.config import LNTuneConfig
-from peft_lntune.saving import new_adapters
+from peft_lntune.storage.saving import new_adapters
 
 __all__ = ["save_whole"]
 

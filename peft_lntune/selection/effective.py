@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_lntune.core.norms import base_modules
-from peft_lntune.selection.parameters import base_model
+from peft_lntune.core.module_tree import base_model, base_modules
 
 __all__ = ["effective_parameters"]
 

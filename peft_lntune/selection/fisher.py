@@ -16,11 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from peft_lntune.core.persample import PerSample, per_sample
+from peft_lntune.core.module_tree import base_model
 from peft_lntune.errors import ConfigError, DataError, UnsupportedError
+from peft_lntune.norms.per_sample import PerSample, per_sample
 from peft_lntune.selection.losses import HEADS, Batch, Head, Loss, find_head
 from peft_lntune.selection.packed import find_packed
-from peft_lntune.selection.parameters import base_model, find_parameters, generator
+from peft_lntune.selection.parameters import find_parameters, generator
 
 __all__ = ["KINDS", "MAX_CLASSES", "FisherState", "add_samples", "fisher_scores", "own_share", "several_processes"]
 

@@ -2,21 +2,15 @@
 
 import hashlib
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_lntune.core.norms import base_modules, find_norms
+from peft_lntune.core.module_tree import base_model, base_modules
 from peft_lntune.errors import ConfigError
+from peft_lntune.norms.find import find_norms
 
-__all__ = ["base_model", "find_parameters", "generator"]
-
-
-def base_model(model: nn.Module) -> nn.Module:
-    """The model that PEFT was given, whose names are those of scores and masks; a plain model is its own."""
-    unwrap: Any = getattr(model, "get_base_model", None)
-    return model if unwrap is None else unwrap()
+__all__ = ["find_parameters", "generator"]
 
 
 def find_parameters(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, Tensor]:

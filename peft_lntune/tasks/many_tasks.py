@@ -11,29 +11,28 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from peft_lntune.bank.base_rows import BaseRows
 from peft_lntune.bank.heads import layers_of, within
-from peft_lntune.bank.running import HeadRun, NormRun, check_free
-from peft_lntune.bank.sources import Adapter, Sources, tensors_of
-from peft_lntune.core.bank import spread
 from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.core.detour import Detour
-from peft_lntune.core.entries import Entries
-from peft_lntune.core.norms import called_modules
-from peft_lntune.core.recomputed import RecomputedDetour
-from peft_lntune.core.route import Gather, Route, Rows
+from peft_lntune.core.module_tree import base_modules, called_modules
 from peft_lntune.errors import ConfigError, RoutingError, UnsupportedError
 from peft_lntune.layers import LNTuneLayer, switched_off
+from peft_lntune.routing.base_rows import BaseRows
+from peft_lntune.routing.entries import Entries
+from peft_lntune.routing.recomputed import RecomputedDetour
+from peft_lntune.routing.route import Gather, Route, Rows
+from peft_lntune.routing.rows import HeadRun, NormRun, check_free
+from peft_lntune.routing.stacks import spread
 from peft_lntune.selection.losses import Batch, Head
 from peft_lntune.tasks.losses import RowLoss, default_losses, losses_of_rows, order_of
 from peft_lntune.tasks.optimizer import TaskOptimizer
-from peft_lntune.tasks.places import above, tuned_in, write_adapter
 from peft_lntune.tasks.trained import Trained
+from peft_lntune.tuner.read_adapter import Adapter, Sources, deltas_in, tensors_of
 
-__all__ = ["ManyTasks"]
+__all__ = ["ManyTasks", "above", "tuned_in", "write_adapter"]
 
 
 @dataclass(eq=False)
@@ -124,7 +123,8 @@ class ManyTasks:
         zeros = {name: torch.zeros_like(self._sources.parameter(name)) for name in self._owners if name in tuned}
         masks = [tuned_in(self.model, name, each) for name, each in zip(self.names, adapters, strict=True)]
         trained = Trained(zeros, [adapter.deltas for adapter in adapters], masks)
-        self._base_rows = BaseRows(self._sources, self._owners, trained.source)
+        offsets = {name: self._sources.offset(name) for name in self._owners}
+        self._base_rows = BaseRows(self._sources.parameter, offsets, trained.source)
         return trained
 
     def _make_heads(self, adapters: Sequence[Adapter]) -> dict[str, Trained]:
@@ -403,7 +403,7 @@ class ManyTasks:
         self._route.check_idle()
         self.write()
         for detour in reversed(self._detours):
-            detour.take()
+            detour.restore()
         self._detours, self._latest, self._recent = [], None, None
 
     def __enter__(self) -> "ManyTasks":
@@ -440,10 +440,10 @@ class ManyTasks:
                 detours.append(RecomputedDetour(called[name], route, None, self._again))
         detours.append(RecomputedDetour(self._base, route, None, self._again, partial(self._begin, None)))
         for detour in detours:
-            detour.put()
+            detour.patch()
         entries = Entries(self._base, route, lambda: {name: modules[name] for name in runs})
         for detour in entries.detours(called, runs):
-            detour.put()
+            detour.patch()
             detours.append(detour)
         self._detours = detours
 
@@ -487,3 +487,41 @@ def _checked_names(peft_model: PeftModel, adapter_names: Sequence[str] | None) -
     if twice:
         raise ConfigError(f"each task has an adapter of its own, but {twice[0]!r} is named twice.")
     return names
+
+
+def tuned_in(peft_model: PeftModel, name: str, adapter: Adapter) -> dict[str, Tensor]:
+    """Which entries of its deltas an adapter trains: bool, by the base parameter's name; in a head all of them."""
+    deltas = deltas_in(called_modules(peft_model.get_base_model()), name)
+    return {
+        key: deltas[key].tuned().cpu() if key in deltas else torch.ones_like(value, dtype=torch.bool, device="cpu")
+        for key, value in adapter.deltas.items()
+    }
+
+
+@torch.no_grad()
+def write_adapter(sources: Sources, peft_model: PeftModel, name: str, adapter: Adapter) -> None:
+    """Put values into an adapter of a model: the inverse of `Sources.read(name, (peft_model, name))`."""
+    called = called_modules(peft_model.get_base_model())
+    deltas = deltas_in(called, name)
+    for key, delta in deltas.items():
+        delta.fill(adapter.deltas[key].to(delta.weight.device))
+    for head, tensors in adapter.heads.items():
+        wrapper = called[head]
+        assert isinstance(wrapper, ModulesToSaveWrapper)
+        for key, place in tensors_of(base_modules(wrapper.modules_to_save[name])).items():
+            its_place = sources.place(f"{head}.{key}")
+            norm = adapter.deltas.get(its_place)
+            value = tensors[key] if norm is None else norm + sources.parameter(its_place).to(norm)
+            place.copy_(value)
+
+
+def above(modules: Mapping[str, nn.Module], places: set[str]) -> Iterator[str]:
+    """The names of these places and of all modules that hold one of them, but for the model itself.
+
+    Example:
+        >>> list(above({"": None, "body": None, "body.norm": None, "head": None}, {"body.norm"}))
+        ['body', 'body.norm']
+    """
+    for name in modules:
+        if name and any(f"{place}.".startswith(f"{name}.") for place in places):
+            yield name

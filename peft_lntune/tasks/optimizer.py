@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_lntune.core.clipping import clip_rows_
 from peft_lntune.errors import ConfigError
 from peft_lntune.tasks.trained import Trained
 
-__all__ = ["TaskOptimizer"]
+__all__ = ["TaskOptimizer", "clip_rows_"]
 
 
 @dataclass(eq=False)
@@ -192,3 +191,30 @@ def _check_option(option: str, value: Any, names: Sequence[str]) -> None:
     if wrong:
         what = "lacks" if wrong[0] in names else "has"
         raise ConfigError(f"{option} {what} {wrong[0]!r}. As a dict it has a value for each of {', '.join(names)}.")
+
+
+@torch.no_grad()
+def clip_rows_(grads: Sequence[Tensor], limits: Tensor) -> Tensor:
+    """Scale the rows of gradients down to a largest norm, as `torch.nn.utils.clip_grad_norm_` does for each task alone.
+
+    Args:
+        grads: `(tasks, ...)` each, changed in place.
+        limits: `(tasks,)`, the largest norm of all rows of a task together; infinite for no limit.
+
+    Returns:
+        The norms before, `(tasks,)`.
+
+    Example:
+        >>> grads = torch.tensor([[3.0, 4.0], [3.0, 4.0]])
+        >>> clip_rows_([grads], torch.tensor([1.0, 10.0]))
+        tensor([5., 5.])
+        >>> grads
+        tensor([[0.6000, 0.8000],
+                [3.0000, 4.0000]])
+    """
+    each = [torch.linalg.vector_norm(grad.flatten(1), dim=1).to(limits.device) for grad in grads]
+    norms = torch.linalg.vector_norm(torch.stack([norm.to(limits.dtype) for norm in each]), dim=0)
+    scale = (limits / (norms + 1e-6)).clamp(max=1.0)
+    for grad in grads:
+        grad.mul_(scale.to(grad.device, grad.dtype).view(-1, *(1,) * (grad.dim() - 1)))
+    return norms

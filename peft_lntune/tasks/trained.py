@@ -6,9 +6,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from peft_lntune.core.bank import Stack, Stacks, as_rows
-from peft_lntune.core.route import one_dtype
-from peft_lntune.core.taking import take_rows
+from peft_lntune.routing.gather import take_rows
+from peft_lntune.routing.route import one_dtype
+from peft_lntune.routing.stacks import Stack, Stacks, as_rows
 
 __all__ = ["Trained"]
 

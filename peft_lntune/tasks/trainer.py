@@ -12,19 +12,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
-from peft_lntune.atomic import new_file
 from peft_lntune.errors import ConfigError, DataError, UnsupportedError
-from peft_lntune.storage import read_tensors
-from peft_lntune.tasks.bars import TaskBars
+from peft_lntune.storage.adapter_file import read_tensors
+from peft_lntune.storage.atomic import new_file
 from peft_lntune.tasks.batches import TaskBatches
 from peft_lntune.tasks.losses import RowLoss
 from peft_lntune.tasks.many_tasks import ManyTasks
 from peft_lntune.tasks.optimizer import TaskOptimizer
 from peft_lntune.tasks.stopping import EarlyStopping
 
-__all__ = ["TaskTrainer"]
+__all__ = ["TaskBars", "TaskTrainer"]
 
 VALUES_FILE = "tasks.safetensors"
 
@@ -384,3 +384,39 @@ def _check(args: TrainingArguments, kwargs: Mapping[str, Any], by_task: bool) ->
         raise ConfigError(f"{min(own)} is not for TaskTrainer, which takes tasks, learning_rates and loss.")
     if args.world_size > 1 or args.n_gpu > 1:
         raise UnsupportedError("TaskTrainer runs in one process on one device. Set CUDA_VISIBLE_DEVICES to one.")
+
+
+class TaskBars(TrainerCallback):
+    """Bars one below the other, each with the latest loss of its task.
+
+    Args:
+        steps: from the steps of the whole run to those of each task.
+        names: the tasks.
+    """
+
+    def __init__(self, steps: Callable[[int], Mapping[str, int]], names: Sequence[str]) -> None:
+        self._steps, self._names = steps, names
+        self.bars: dict[str, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        totals = self._steps(state.max_steps)
+        made = kwargs["optimizer"].steps
+        self.bars = {
+            name: tqdm(total=totals[name], initial=made[name], desc=name, unit="step", position=position)
+            for position, name in enumerate(self._names)
+        }
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for name, steps in kwargs["optimizer"].steps.items():
+            self.bars[name].update(steps - self.bars[name].n)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        for name, bar in self.bars.items():
+            if f"loss/{name}" in (logs or {}):
+                bar.set_postfix(loss=f"{(logs or {})[f'loss/{name}']:.3f}", refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for bar in self.bars.values():
+            bar.close()

@@ -12,7 +12,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 from peft_lntune import LNTuningConfig
 from peft_lntune.analysis import Table, parameter_change, rank_flips
 from peft_lntune.analysis.change import MEASURES
-from peft_lntune.analysis.components import find_components, group_by_place
+from peft_lntune.architectures.components import find_components, group_by_place
 from peft_lntune.errors import ConfigError
 from peft_lntune.selection.effective import effective_parameters
 from tests import adapted

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from peft_lntune.analysis import Checkpoint, closeness, plot_closeness
 from peft_lntune.analysis.closeness import DISTANCES
-from peft_lntune.analysis.components import find_components, group_by_place
+from peft_lntune.architectures.components import find_components, group_by_place
 from peft_lntune.errors import AdapterFileError, ConfigError
 from tests import adapted
 from tests.analysis.test_change import moved

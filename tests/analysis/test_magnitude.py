@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from peft_lntune.analysis import Checkpoint, find_outliers, magnitude, outlier_overlap, outliers
-from peft_lntune.analysis.components import find_components, group_by_place
+from peft_lntune.architectures.components import find_components, group_by_place
 from peft_lntune.errors import ConfigError
 from tests import adapted
 from tests.cases import build

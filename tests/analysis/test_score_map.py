@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from peft_lntune.analysis import score_map
-from peft_lntune.core.norms import find_norms
 from peft_lntune.errors import ConfigError
+from peft_lntune.norms.find import find_norms
 from tests.cases import build
 
 SCORES = {

@@ -11,7 +11,7 @@ from peft_lntune.analysis import off_overlap, sparsity
 from peft_lntune.analysis.overlap import expected_overlap
 from peft_lntune.errors import ConfigError
 from peft_lntune.selection import mask_overlap
-from peft_lntune.supermasks import keep_masks, start_masks
+from peft_lntune.tuner.supermasks import keep_masks, start_masks
 from tests import adapted
 
 SHAPES = {

@@ -23,7 +23,7 @@ from peft_lntune import (
 from tests.adapted import adapt, assert_unchanged, build, deltas, fill, inputs, layers, output, said, snapshot
 from tests.bank.banked import CLOSE, NAMES, banked, routed
 from tests.oracles import alone, each_alone, generated_alone
-from tests.test_masks import random_masks
+from tests.selection.test_masks import random_masks
 
 FAMILIES = ["bert", "roberta", "gpt2", "llama", "gemma3", "qwen3", "olmo2", "cohere", "mixtral", "t5", "bart", "opt"]
 FAMILIES += ["whisper", "vit", "mamba2", "modernbert"]

@@ -9,11 +9,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from peft_lntune import AdapterBank, AdapterFileError, ConfigError, FisherLNConfig, LNTuningConfig, UnsupportedError
-from peft_lntune.manifest import seal_file
+from peft_lntune.storage.manifest import seal_file
 from tests.adapted import adapt, build, deltas, fill, inputs
 from tests.bank.banked import CLOSE, routed
 from tests.oracles import each_alone
-from tests.test_masks import random_masks
+from tests.selection.test_masks import random_masks
 
 FAMILY = "bert-classifier"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

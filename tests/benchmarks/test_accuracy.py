@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import accuracy
 from benchmarks.harness.classification import PROTOCOLS, best_rates, search_cells
 from benchmarks.harness.rows import Rows
+from benchmarks.papers import accuracy
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from benchmarks import architectures
+from benchmarks.costs import architectures
 from benchmarks.harness.architectures import model_classes, reference_norms
 from benchmarks.harness.rows import Rows
 

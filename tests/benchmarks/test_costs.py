@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import fisher_cost, module_cost, operations, size, speed
+from benchmarks.costs import fisher_cost, module_cost, operations, size, speed
 from benchmarks.harness.rows import Rows
 
 

@@ -8,8 +8,6 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from benchmarks import closeness_report, how_fine_report
-from benchmarks import how_fine as script
 from benchmarks.harness import sparse
 from benchmarks.harness.arms import find_arm, own_parameters
 from benchmarks.harness.classification import PROTOCOLS, Protocol, needed_rates, search_cells, search_first
@@ -18,8 +16,10 @@ from benchmarks.harness.rows import Rows
 from benchmarks.harness.tables import as_row
 from benchmarks.harness.tasks import load_task
 from benchmarks.harness.training import make_optimizer
+from benchmarks.papers import closeness_report, how_fine_report
+from benchmarks.papers import how_fine as script
 from peft_lntune.analysis import Table
-from peft_lntune.supermasks import keep_masks, start_masks
+from peft_lntune.tuner.supermasks import keep_masks, start_masks
 
 MODEL = "cpu-tiny_bert0"  # the protocol's name says the model, by the name of its folder
 CPU = torch.device("cpu")

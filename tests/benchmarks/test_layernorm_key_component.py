@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import layernorm_key_component as script
 from benchmarks.harness import masked
 from benchmarks.harness.classification import PROTOCOLS, Place, load_base
 from benchmarks.harness.rows import Rows
 from benchmarks.harness.tasks import load_task
+from benchmarks.papers import layernorm_key_component as script
 from peft_lntune.analysis.change import MEASURES
 
 NORM_ENTRIES = 5 * 16 * 2

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import many_tasks
+from benchmarks.costs import many_tasks
 from benchmarks.harness.rows import Rows
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from benchmarks import norm_entries as script
-from benchmarks import norm_entries_report as report
 from benchmarks.harness.classification import PROTOCOLS, Protocol
 from benchmarks.harness.rows import Rows
 from benchmarks.harness.tasks import load_task
+from benchmarks.papers import norm_entries as script
+from benchmarks.papers import norm_entries_report as report
 
 MODEL = "cpu-tiny_bert0"  # the protocol's name says the model, by the name of its folder
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import serving
+from benchmarks.costs import serving
 from benchmarks.harness.rows import Rows
 
 

@@ -9,8 +9,6 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from benchmarks import unified_framework as script
-from benchmarks import unified_framework_report as report
 from benchmarks.harness import finals
 from benchmarks.harness.arms import COMBINED, find_arm, part_size
 from benchmarks.harness.classification import PROTOCOLS, best_rates, choose_model, final_cells, search_cells
@@ -19,6 +17,8 @@ from benchmarks.harness.rows import Rows
 from benchmarks.harness.splits import IGNORED, batches, ordered_batches
 from benchmarks.harness.tasks import load_task, loads
 from benchmarks.harness.training import counts
+from benchmarks.papers import unified_framework as script
+from benchmarks.papers import unified_framework_report as report
 
 MODEL = "cpu-tiny_bert0"  # the protocol's name says the model, by the name of its folder
 CPU = torch.device("cpu")

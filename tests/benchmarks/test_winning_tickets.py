@@ -8,15 +8,15 @@ import torch
 from torch import nn
 from transformers import BertConfig, LlamaConfig
 
-from benchmarks import winning_tickets as script
-from benchmarks import winning_tickets_claims as claims
 from benchmarks.harness import arms, magnitude, masked
 from benchmarks.harness.classification import PROTOCOLS, Place, final_cells, load_base, search_first
 from benchmarks.harness.comparison import Comparison
 from benchmarks.harness.finals import Finals
 from benchmarks.harness.rows import Cell, Rows
 from benchmarks.harness.tasks import load_task
-from benchmarks.winning_tickets_report import write_report
+from benchmarks.papers import winning_tickets as script
+from benchmarks.papers import winning_tickets_claims as claims
+from benchmarks.papers.winning_tickets_report import write_report
 from peft_lntune import ModuleTuningConfig
 
 MODEL = "cpu-tiny_bert0"  # the protocol's name says the model, by the name of its folder

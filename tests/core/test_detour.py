@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from peft_lntune.core.affine import bind, call_with
 from peft_lntune.core.detour import Detour, forward_of
-from peft_lntune.core.route import Route
-from peft_lntune.core.shadow import is_plain
+from peft_lntune.core.override import is_plain
+from peft_lntune.norms.affine import bind, call_with
+from peft_lntune.routing.route import Route
 from tests.cases import build_norm, norm_inputs
 
 
@@ -27,14 +27,14 @@ def test_it_runs_in_a_route_alone():
     norm, x, route = nn.LayerNorm(4), torch.randn(2, 4), Route()
     expected = norm(x)
     detour = Detour(norm, route, plus_one)
-    detour.put()
+    detour.patch()
     assert torch.equal(norm(x), expected)
     with route.serving(["a", "b"], nothing, {1}):
         assert torch.equal(norm(x), expected + 1)
     assert torch.equal(norm(x), expected)
     assert forward_of(norm) == nn.LayerNorm.forward.__get__(norm)
     assert inspect.signature(norm.forward) == inspect.signature(nn.LayerNorm(4).forward)
-    detour.take()
+    detour.restore()
     assert "forward" not in norm.__dict__
 
 
@@ -44,7 +44,7 @@ def test_who_asks_for_the_forward_gets_what_lies_beneath(case):
     norm, (x,) = build_norm(case, torch.bfloat16), norm_inputs(case, torch.bfloat16)
     weight, expected = norm.weight.float() + 0.1, norm(x)
     tuned = call_with(norm, x, weight, None)
-    Detour(norm, Route(), plus_one).put()
+    Detour(norm, Route(), plus_one).patch()
     assert is_plain(norm)
     assert torch.equal(call_with(norm, x, weight, None), tuned)
     assert torch.equal(bind(norm, weight, None)(x), tuned)
@@ -55,11 +55,11 @@ def test_one_below_another_that_came_later():
     norm, x, route = nn.LayerNorm(4), torch.randn(2, 4), Route()
     expected = norm(x)
     detour = Detour(norm, route, plus_one)
-    detour.put()
+    detour.patch()
     below = norm.forward
     norm.forward = lambda x: 2 * below(x)
     assert not is_plain(norm)
-    detour.take()
+    detour.restore()
     with route.serving(["a", "b"], nothing, {1}):
         assert torch.equal(norm(x), 2 * expected)
 
@@ -67,7 +67,7 @@ def test_one_below_another_that_came_later():
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
 def test_a_copy_has_none(copied):
     model, x, route = nn.Sequential(nn.LayerNorm(4)), torch.randn(2, 4), Route()
-    Detour(model[0], route, plus_one).put()
+    Detour(model[0], route, plus_one).patch()
     with route.serving(["a", "b"], nothing, {1}):
         twin = copied(model)
         nn.init.zeros_(twin[0].weight)

@@ -16,13 +16,13 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from peft_lntune.architectures.sublayers import SUBLAYER_ROLES, find_sublayers
 from peft_lntune.config.bottleneck import BottleneckConfig
-from peft_lntune.core.entries import Entries
-from peft_lntune.core.norms import base_modules
-from peft_lntune.core.route import Route
-from peft_lntune.core.sublayers import SUBLAYER_ROLES, find_sublayers
+from peft_lntune.core.module_tree import base_modules
 from peft_lntune.errors import ConfigError, RoutingError, UnsupportedError
 from peft_lntune.layers.bottleneck import BottleneckLayer, check_combine, combine
+from peft_lntune.routing.entries import Entries
+from peft_lntune.routing.route import Route
 from tests.adapted import DTYPES, assert_unchanged, build, inputs, output, said, snapshot
 from tests.cases import FAMILIES, LAYERS
 from tests.tolerance import assert_close
@@ -68,7 +68,7 @@ def measured(model: nn.Module, layers: list[BottleneckLayer]) -> Iterator[None]:
     places = {layer.label: modules[layer.label] for layer in layers}
     with ExitStack() as stack:
         for detour in Entries(model, layers[0]._route, lambda: places).detours(modules, places):
-            detour.put()
+            detour.patch()
             stack.callback(detour.take)
         yield
 
@@ -713,7 +713,7 @@ class TestTraining:
         torch.testing.assert_close(mixed.float(), exact, rtol=0.1, atol=0.1)
         assert all(parameter.grad.dtype == torch.float32 for parameter in layers[0].parameters())
 
-    @pytest.mark.full  # compiling takes long; tests/test_unified.py does it in the quick suite
+    @pytest.mark.full  # compiling takes long; tests/tuner/test_unified.py does it in the quick suite
     @pytest.mark.parametrize("family", ["bert", "llama"])
     def test_compiled_it_is_one_graph(self, family, position):
         dtype = torch.bfloat16 if family == "llama" else torch.float32

@@ -15,13 +15,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from peft_lntune.attention import IMPLEMENTATION, find_attention
+from peft_lntune.architectures.attention import IMPLEMENTATION, find_attention
 from peft_lntune.config.prefix import PrefixConfig
-from peft_lntune.core.route import BASE, Route
 from peft_lntune.errors import RoutingError, UnsupportedError
-from peft_lntune.fit import fold, folded
 from peft_lntune.layers.prefix import ConfigView, PrefixLayer
 from peft_lntune.plugin.attention import register_attention
+from peft_lntune.routing.route import BASE, Route
+from peft_lntune.tuner.state_dict import fold, folded
 from tests import cases
 from tests.adapted import build, output
 from tests.tolerance import assert_close
@@ -693,7 +693,7 @@ class TestRoute:
             self.routed(model, route, ["a", "b"], self.batch("bert"))
 
 
-@pytest.mark.full  # compiling takes long; tests/test_unified.py does it in the quick suite
+@pytest.mark.full  # compiling takes long; tests/tuner/test_unified.py does it in the quick suite
 @pytest.mark.parametrize("mode", ["running", "switched off", "routed"])
 @pytest.mark.parametrize("family", ["bert", "llama", "gemma3", "t5", "gpt2"])
 def test_one_graph(family, mode):

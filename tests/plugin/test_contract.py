@@ -23,7 +23,7 @@ from torch import nn
 
 import peft_lntune
 from peft_lntune import LNTuningConfig
-from peft_lntune.attention import IMPLEMENTATION
+from peft_lntune.architectures.attention import IMPLEMENTATION
 from peft_lntune.plugin import install
 from peft_lntune.plugin.optional import PluginWarning, apply_optional
 from tests import adapted

@@ -18,7 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from peft_lntune import AdapterFileError, ConfigError, LNTuningConfig, PeftLNTuneError
 from peft_lntune.errors import HeadFileError
-from peft_lntune.manifest import manifest_of, seal_file
+from peft_lntune.storage.manifest import manifest_of, seal_file
 from tests import adapted
 
 from .saved import HEADS, State, adapt, build_base, logits, switch_off

@@ -17,8 +17,8 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from peft_lntune import RegistrationError
 from peft_lntune.config import StoredConfig
-from peft_lntune.model import LNTuneModel
 from peft_lntune.plugin import install
+from peft_lntune.tuner.model import LNTuneModel
 
 LNTUNE = PeftType("LNTUNE")
 MAPPINGS = {
@@ -78,7 +78,8 @@ def test_a_fresh_import_registers_its_own_classes() -> None:
     try:
         second = importlib.import_module("peft_lntune")
         model = get_peft_model(nn.Sequential(nn.LayerNorm(4)), second.LNTuningConfig())
-        assert type(model.base_model) is importlib.import_module("peft_lntune.model").LNTuneModel is not LNTuneModel
+        fresh = importlib.import_module("peft_lntune.tuner.model").LNTuneModel
+        assert type(model.base_model) is fresh is not LNTuneModel
         assert list(PeftType) == members
     finally:
         sys.modules.update(first)

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 
 import peft_lntune as lntune
 from peft_lntune.errors import UnsupportedError
-from peft_lntune.offloaded import device_of, is_offloaded, onloaded
+from peft_lntune.layers.offloaded import device_of, is_offloaded, onloaded
 from tests.stacks.models import fill, llama, tokens
 
 CPU = torch.device("cpu")

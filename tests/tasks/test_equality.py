@@ -6,8 +6,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from peft_lntune import LNTuningConfig
 from tests import adapted
+from tests.selection.test_masks import random_masks
 from tests.tasks.tasked import assert_as_alone, tasked
-from tests.test_masks import random_masks
 
 SGD = {"lr": 0.1, "momentum": 0.9}
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1}

@@ -283,7 +283,7 @@ class TestFiles:
         torch.testing.assert_close(said, expected, **BY_ROW)
 
     def test_masks_stay_masks(self, tmp_path):
-        from tests.test_masks import random_masks
+        from tests.selection.test_masks import random_masks
 
         model = tasked(FAMILY, "a", "b")
         masks = random_masks(model, "a")

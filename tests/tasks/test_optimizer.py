@@ -7,7 +7,7 @@ import torch
 from torch.optim.lr_scheduler import StepLR
 
 from peft_lntune import ConfigError, ManyTasks
-from peft_lntune.core.clipping import clip_rows_
+from peft_lntune.tasks.optimizer import clip_rows_
 from tests.tasks.tasked import CLOSE, PLAN, labelled, tasked
 
 FAMILY = "bert-classifier"

@@ -1,0 +1,1 @@
+"""What tuning, saving and serving cost: operations, time, memory, bytes."""

@@ -1,0 +1,199 @@
+"""What a model's attention modules are like, and by which interface they reach their attention function.
+
+transformers' attention modules look their function up by the name in `self.config._attn_implementation`, in a table
+that other packages may add to.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from peft_lntune.core.module_tree import base_modules
+from peft_lntune.errors import UnsupportedError
+
+__all__ = ["FUNCTIONS", "IMPLEMENTATION", "AttentionFacts", "Interface", "find_attention", "survey_attention"]
+
+IMPLEMENTATION = "lntune_prefix"
+"""The name of our function among transformers' attention functions; `plugin/attention.py` registers it."""
+
+# How modeling files call the table of attention functions, and the end of the name of the one that is in no table.
+FUNCTIONS, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
+
+_KEY_LEAVES = ("k_proj", "key", "k_lin", "k", "linear_k", "to_k")
+_HEAD_DIMS = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+_KEY_HEADS = ("num_key_value_heads", "kv_heads")
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads")
+_CROSS = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)
+
+
+class Interface:
+    """The attention functions as one modeling file sees them: some files have a table of their own.
+
+    Args:
+        attention: the class of an attention module.
+
+    Attributes:
+        functions: the table, by name.
+        eager: the file's own function, for the name `"eager"`.
+    """
+
+    def __init__(self, attention: type[nn.Module]) -> None:
+        forward: Any = inspect.unwrap(attention.forward)
+        own = next((name for name in forward.__code__.co_names if name.endswith(_EAGER)), _EAGER)
+        self._attention = attention
+        self.functions: Any = forward.__globals__[FUNCTIONS]
+        self.eager: Any = forward.__globals__.get(own)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Interface, (self._attention,)  # a table of functions is not copied
+
+    @classmethod
+    def of(cls, attention: type[nn.Module]) -> "Interface | None":
+        """The interface of a class of modules; None where it uses none."""
+        code = getattr(inspect.unwrap(attention.forward), "__code__", None)
+        return cls(attention) if code is not None and FUNCTIONS in code.co_names else None
+
+    def original(self, implementation: str | None) -> Callable[..., Any]:
+        """The function that a config names."""
+        if implementation is None or implementation == "eager":
+            return self.functions.get("eager", self.eager)
+        return self.functions[implementation]
+
+
+@dataclass(frozen=True)
+class AttentionFacts:
+    """One attention of a model.
+
+    Attributes:
+        name: the module's name in the model.
+        role: `"attention"`, or `"cross_attention"` where the keys come from elsewhere.
+        layer: the first number in the name, which is how PEFT counts layers; None where there is none.
+        heads: H, the number of key heads; fewer than query heads where these share keys.
+        head_dim: hd, the width of a key.
+    """
+
+    name: str
+    role: str
+    layer: int | None
+    heads: int
+    head_dim: int
+
+
+def find_attention(model: nn.Module) -> dict[str, AttentionFacts]:
+    """Find the attention modules of a model that use transformers' attention interface, in module order.
+
+    Nothing is run or changed; the model may be on meta, quantized, or adapted already.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The facts by module name, under the names that the base model has.
+
+    Raises:
+        UnsupportedError: there is none, or transformers' table of attention functions lacks ours.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2))
+        >>> facts = find_attention(model)["encoder.layer.0.attention.self"]
+        >>> facts.heads, facts.head_dim, facts.role
+        (2, 4, 'attention')
+    """
+    found, left_out = survey_attention(model)
+    if not found:
+        raise UnsupportedError(_nothing(base_modules(model), left_out))
+    return found
+
+
+def survey_attention(model: nn.Module) -> tuple[dict[str, AttentionFacts], dict[str, str]]:
+    """The attention modules of a model, and those whose keys are not known, with the reason; see `find_attention`."""
+    found: dict[str, AttentionFacts] = {}
+    left_out: dict[str, str] = {}
+    for name, module in base_modules(model).items():
+        interface = Interface.of(type(module))
+        if interface is None or not hasattr(module, "config"):
+            continue
+        if IMPLEMENTATION not in interface.functions:
+            raise UnsupportedError(
+                "the attention function for prefixes is not among those of transformers: a warning at the import of "
+                "peft_lntune says why. Upgrade peft_lntune, or leave the prefix out."
+            )
+        sizes = _sizes(module)
+        if isinstance(sizes, str):
+            left_out[name] = sizes
+        else:
+            numbers = [int(part) for part in name.split(".") if part.isdigit()]
+            found[name] = AttentionFacts(name, _role(name, module), numbers[0] if numbers else None, *sizes)
+    return found, left_out
+
+
+def _sizes(module: Any) -> tuple[int, int] | str:
+    """Key heads and head width, or why they cannot be had."""
+    head_dim = _first(module, _HEAD_DIMS)
+    value_dim, key_dim = getattr(module, "v_head_dim", None), getattr(module, "qk_head_dim", head_dim)
+    if value_dim is not None and value_dim != key_dim:
+        return f"its keys have {key_dim} entries a head and its values {value_dim}"
+    leaves = (getattr(module, leaf, None) for leaf in _KEY_LEAVES)
+    width = next((w for w in (getattr(leaf, "out_features", None) for leaf in leaves) if isinstance(w, int)), None)
+    config = _config_of(module)
+    heads = _first(module, _HEADS) or _first(config, _HEADS)
+    key_heads = _first(module, _KEY_HEADS) or _first(config, _KEY_HEADS) or heads
+    if head_dim is None and width is not None and key_heads:
+        head_dim = width // key_heads
+    if head_dim is None and heads:
+        hidden = _first(module, ("embed_dim", "hidden_size")) or _first(config, ("hidden_size",))
+        head_dim = None if hidden is None else hidden // heads
+    if head_dim is not None and width is not None:
+        key_heads = width // head_dim
+    elif heads and (groups := _first(module, ("num_key_value_groups",))):
+        key_heads = heads // groups
+    if not head_dim or not key_heads:
+        return "the number of its key heads, or their width, is not known"
+    return key_heads, head_dim
+
+
+def _config_of(module: Any) -> Any:
+    """The config of the module's own layer where layers differ, else of the model."""
+    layers, index = _read(module.config, "per_layer_config"), getattr(module, "layer_idx", None)
+    try:
+        return layers[index]
+    except Exception:  # it is none of these configs, or lacks what makes one for a layer
+        return module.config
+
+
+def _first(owner: Any, names: Sequence[str]) -> int | None:
+    found = (_read(owner, name) for name in names)
+    return next((value for value in found if isinstance(value, int) and not isinstance(value, bool)), None)
+
+
+def _read(owner: Any, name: str) -> Any:
+    """An attribute; None where it is missing, or where a config refuses to answer for all of its layers."""
+    try:
+        return getattr(owner, name, None)
+    except RuntimeError:
+        return None
+
+
+def _role(name: str, module: nn.Module) -> str:
+    """From what the module says of itself, or how it is called within its layer, or by its class."""
+    within = re.sub(r".*\.\d+\.", "", name)
+    cross = getattr(module, "is_cross_attention", False) or _CROSS.search(f"{within} {type(module).__name__}")
+    return "cross_attention" if cross else "attention"
+
+
+def _nothing(modules: dict[str, nn.Module], left_out: dict[str, str]) -> str:
+    instead = "Use norms, LoRA or a bottleneck adapter on this model instead."
+    if left_out:
+        name, reason = next(iter(left_out.items()))
+        return f"no prefix can be put at the attention of this model, such as {name}: {reason}. {instead}"
+    names = {type(module).__name__ for module in modules.values()}
+    seen = ", ".join(sorted(name for name in names if "attention" in name.lower())[:5]) or "no attention"
+    return (
+        f"a prefix needs attention that uses transformers' attention interface ({FUNCTIONS}), and no module of this "
+        f"model does; seen: {seen}. {instead}"
+    )

@@ -1,0 +1,451 @@
+"""The state machine of every tuner layer here: active, disabled, merged, routed.
+
+A layer wraps one leaf module and holds, for each adapter, a `Delta` of its weight and of its bias. What differs
+between norms and other modules is how the wrapped module is run with given parameters; subclasses say so.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from peft_lntune.core.cache import Source, is_traced, source_of, sources_of, unchanged
+from peft_lntune.core.delta import PARAMETERS, Block, delta_dtype
+from peft_lntune.core.delta_module import Delta
+from peft_lntune.core.detour import Detour
+from peft_lntune.layers.offloaded import call_onloaded, check_trainable, offload_hook, onloaded
+from peft_lntune.layers.routed import RoutedParameter
+from peft_lntune.routing.route import Route
+
+__all__ = ["PARAMETERS", "LNTuneLayer"]
+
+
+class Kept(NamedTuple):
+    """Effective parameters, a call with them, and what they are true of. Without any, `call` is None."""
+
+    adapters: list[str]
+    sources: list[Source]
+    sums: dict[str, Tensor]
+    call: Callable[..., Tensor] | None
+
+
+class LNTuneLayer(nn.Module, BaseTunerLayer):
+    """Base of the layers that replace a target module.
+
+    Args:
+        base_layer: the module to tune, or another tuner's layer around it (in a mixed model).
+        route: which row of a batch uses which adapter; one object shared by all layers of a model.
+        label: name of the module in the model, for errors.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("lntune_weight", "lntune_bias")
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module, route: Route, label: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lntune_weight = nn.ModuleDict()
+        self.lntune_bias = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self.label = label
+        # PEFT has these two on every layer; a norm has neither.
+        self.in_features = getattr(base_layer, "in_features", None)
+        self.out_features = getattr(base_layer, "out_features", None)
+        self._route = route
+        self._unmerged: dict[str, Tensor] = {}
+        # Layers around modules that share a parameter with this one's, with what it is there.
+        self._tied: dict[str, list[tuple[LNTuneLayer, str]]] = {}
+        self._kept: Kept | None = None
+
+    # What a subclass says.
+
+    @abstractmethod
+    def run(self, parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Run the wrapped module with these parameters in place of its own."""
+
+    def bind(self, parameters: dict[str, Tensor]) -> Callable[..., Tensor]:
+        """`run` with parameters that stay; what can be prepared once is."""
+        return partial(self.run, parameters)
+
+    @abstractmethod
+    def run_routed(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run each sample of the batch with the adapter that the route gives it."""
+
+    # Deltas.
+
+    def deltas(self, parameter: str) -> Any:
+        """The `nn.ModuleDict` of adapter names and `Delta`s of one of `PARAMETERS`; torch types its items loosely."""
+        return self.lntune_weight if parameter == "weight" else self.lntune_bias
+
+    def get_base_layer(self) -> nn.Module:
+        # As PEFT's, by dict reads: a failing `hasattr` on a module costs more than a norm's whole call should.
+        base: Any = self._modules["base_layer"]
+        while "base_layer" in base._modules:
+            base = base._modules["base_layer"]
+        return base
+
+    def own_name(self, parameter: str) -> str:
+        """What the wrapped module calls its weight or bias."""
+        return parameter
+
+    def base_parameter(self, parameter: str) -> Tensor:
+        # Read through the module, not its `_parameters`: sharding and outer layers put tensors in its `__dict__`.
+        return getattr(self.get_base_layer(), self.own_name(parameter))
+
+    def unmerged(self, parameter: str) -> Tensor:
+        """The base parameter as it is without adapters, whether or not some are merged into it now."""
+        base = self.base_parameter(parameter)
+        before = self._before_merging(parameter)
+        return base if before is None else before.to(base.device, base.dtype)
+
+    def _before_merging(self, parameter: str) -> Tensor | None:
+        """What was in the base parameter before merging here, or in a layer that shares it; None where nothing is."""
+        places = [(self, parameter), *self._tied.get(parameter, ())]
+        return next((layer._unmerged[name] for layer, name in places if name in layer._unmerged), None)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight with which this layer computes now, as merging would write it; see `bias`."""
+        return self._read("weight")
+
+    @property
+    def bias(self) -> Tensor:
+        """The bias with which this layer computes now.
+
+        For code that computes with a layer's parameters in place of calling it: fused kernels, torch's fused encoder
+        and attention. The value is that of the active adapters, rounded to the dtype of the base, and gradients reach
+        the deltas through it. While adapters are disabled or merged it is the base's own. `base_parameter` gives the
+        base's parameter in every state.
+
+        Raises:
+            RoutingError: by whatever computes with it while each row of the batch has its own adapter; its shape, dtype
+                and device can be read.
+        """
+        return self._read("bias")
+
+    def _read(self, parameter: str) -> Tensor:
+        base_layer = self.get_base_layer()
+        if offload_hook(base_layer) is None:
+            return self._read_loaded(parameter)
+        try:
+            with onloaded(base_layer):
+                return self._read_loaded(parameter)
+        finally:
+            self._kept = None
+
+    def _read_loaded(self, parameter: str) -> Tensor:
+        base = self.base_parameter(parameter)
+        if base is None:
+            return base
+        if self._differs(parameter):
+            return RoutedParameter.like(base, f"the {parameter} of {self.label}")
+        if self._disable_adapters:
+            return self.unmerged(parameter)
+        if self.merged_adapters:
+            return base
+        kept = self._hold(self.active_adapters)
+        sums = self._sums(self._tuned(self.active_adapters)) if kept is None else kept.sums
+        return sums[parameter].to(base.dtype) if parameter in sums else base
+
+    def _differs(self, parameter: str) -> bool:
+        """Whether a parameter may differ from row to row now: by a route of this model, or of a bank around it."""
+        detour = self.get_base_layer().__dict__.get("forward")
+        if isinstance(detour, Detour) and detour.active:
+            return True
+        if self._disable_adapters or not self._route.active:
+            return False
+        names = {name for container in self.adapter_layer_names for name in getattr(self, container)}
+        return any(tuned == parameter for tuned, _ in self._tuned([*names]))
+
+    # Parameters that other modules share.
+
+    def tie(self, parameter: str, other: "LNTuneLayer", its: str) -> None:
+        """Say that a parameter is also that of another layer's module: what tunes both is one delta."""
+        for layer, name, to in ((self, parameter, (other, its)), (other, its, (self, parameter))):
+            known = layer._tied.setdefault(name, [])
+            if to not in known:
+                known.append(to)
+
+    def tied_to(self, parameter: str, adapter_name: str) -> list["LNTuneLayer"]:
+        """The other layers in which an adapter tunes this very parameter."""
+        return [other for other, its in self._tied.get(parameter, ()) if its in other.tunes(adapter_name)]
+
+    def tunes(self, adapter_name: str) -> list[str]:
+        """Which parameters an adapter tunes here, the weight first: a set's order would differ from run to run."""
+        return [parameter for parameter, _ in self._tuned([adapter_name])]
+
+    def names_of(self, parameter: str) -> list[str]:
+        """The names of a parameter in the model: more than one where modules share it."""
+        places = [(self, parameter), *self._tied.get(parameter, ())]
+        return [f"{layer.label}.{layer.own_name(name)}" for layer, name in places]
+
+    def put(self, parameter: str, adapter_name: str, delta: Delta | None) -> None:
+        """Set an adapter's delta, or take it away; in all layers that share the parameter and have one."""
+        others = [(o, its) for o, its in self._tied.get(parameter, ()) if adapter_name in o.deltas(its)]
+        for layer, name in [(self, parameter), *others]:
+            if delta is None:
+                del layer.deltas(name)[adapter_name]
+            else:
+                layer.deltas(name)[adapter_name] = delta
+            layer._forget()
+
+    def trained(self, adapter_name: str) -> list[nn.Parameter]:
+        """The parameters that an adapter has here: values of deltas, scores of masks."""
+        tuned = [module for _, module in self._tuned([adapter_name])]
+        return [module.weight for module in tuned if module.weight is not None]
+
+    def to_base_dtype(self, adapter_name: str) -> None:
+        """Give an adapter the dtype of the parameters it changes, for users who ask for that."""
+        for parameter, module in self._tuned([adapter_name]):
+            if module.weight is not None:
+                module.weight.data = module.weight.data.to(self.base_parameter(parameter).dtype)
+        self._forget()
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: Any,
+        counts: Mapping[str, int | None],
+        blocks: Mapping[str, Block] | None = None,
+    ) -> None:
+        """Add an adapter, a zero delta for each parameter in `counts` (None: every entry is tuned).
+
+        Args:
+            adapter_name: the new adapter.
+            config: its config.
+            counts: the parameters, with the number of tuned entries where these are chosen by a mask.
+            blocks: the parameters of which only a part is meant.
+        """
+        for parameter, count in counts.items():
+            base = self.base_parameter(parameter)
+            dtype = delta_dtype(base.dtype, config.torch_delta_dtype)
+            delta = Delta(base.shape, dtype, base.device, count, (blocks or {}).get(parameter))
+            if not config.init_weights:
+                nn.init.normal_(delta.weight, std=0.1)
+            self.put(parameter, adapter_name, delta)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self._forget()
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def set_mask(self, parameter: str, adapter_name: str, mask: Tensor | None) -> None:
+        """Tune only the entries where `mask` is True, keeping their values; without one, drop the delta."""
+        if adapter_name not in self.deltas(parameter):  # taken away with that of a layer that shares it
+            return
+        old = self.deltas(parameter)[adapter_name]
+        if mask is not None and old.block is not None:
+            mask = mask.to(old.weight.device) & old.tuned()
+            if torch.equal(mask, old.tuned()):
+                return
+        delta = None
+        if mask is not None and mask.any():
+            delta = Delta.masked(mask, old.weight.dtype, old.weight.device)
+            delta.fill(old.dense())
+            delta.requires_grad_(old.weight.requires_grad)
+        self.put(parameter, adapter_name, delta)
+
+    def effective(self, parameter: str, adapters: Sequence[str]) -> Tensor:
+        """The parameter under these adapters: base plus each delta that there is."""
+        tuned = [found for found in self._tuned(adapters) if found[0] == parameter]
+        with onloaded(self.get_base_layer()):
+            return self._sums(tuned).get(parameter, self.base_parameter(parameter))
+
+    def _tuned(self, adapters: Sequence[str]) -> list[tuple[str, Any]]:
+        """Parameter and delta, for each delta that these adapters have here; plain dict reads, it runs in forward."""
+        modules = self._modules
+        weight, bias = modules["lntune_weight"]._modules, modules["lntune_bias"]._modules  # type: ignore[union-attr]
+        tuned = [("weight", weight[name]) for name in adapters if name in weight]
+        return tuned + [("bias", bias[name]) for name in adapters if name in bias]
+
+    def _sums(self, tuned: list[tuple[str, Any]]) -> dict[str, Tensor]:
+        """The effective parameters: base plus each delta."""
+        base = self.get_base_layer()
+        sums: dict[str, Tensor] = {}
+        for parameter, delta in tuned:
+            sums[parameter] = delta(sums[parameter] if parameter in sums else getattr(base, self.own_name(parameter)))
+        return sums
+
+    def _call(self, adapters: Sequence[str]) -> Callable[..., Tensor] | None:
+        """What to call in place of the wrapped module under these adapters; None where none has a delta here."""
+        kept = self._hold(adapters)
+        if kept is not None:
+            return kept.call
+        sums = self._sums(self._tuned(adapters))
+        return partial(self.run, sums) if sums else None
+
+    def _hold(self, adapters: Sequence[str]) -> Kept | None:
+        """The effective parameters under these adapters, where they may be kept: nothing they came from is trained.
+
+        An adapter that was loaded for inference so costs no operation in a forward pass.
+        """
+        if is_traced():
+            if self._kept is not None and not torch.compiler.is_exporting():
+                self._kept = None  # a compiled step may train what it came from
+            return None
+        kept = self._kept
+        if kept is not None and kept.adapters == adapters and all(map(unchanged, kept.sources)):
+            return kept
+        tuned, base = self._tuned(adapters), self.get_base_layer()
+        sources = [source_of(base, self.own_name(parameter)) for parameter, _ in tuned]
+        for _, delta in tuned:
+            sources += sources_of(delta)
+        if any(source.tensor is None for source in sources):
+            self._kept = None
+            if torch.is_grad_enabled() and not self._route.active:
+                self._route.drop()  # what is stacked for mixed batches came from the same deltas
+            return None
+        with torch.inference_mode(False), torch.no_grad():  # what is kept may be needed in a graph later
+            sums = self._sums(tuned)
+            kept = Kept(list(adapters), sources, sums, self.bind(sums) if sums else None)
+        self._kept = kept
+        return kept
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy makes its own sums: kept ones hold on to this layer's tensors.
+        return {**self.__dict__, "_kept": None}
+
+    def _forget(self) -> None:
+        self._kept = None
+        self._route.drop()
+
+    # The state machine.
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        kwargs.pop("adapter_names", None)  # hooks of other tuners pass it on; here the route holds it
+        base = self.get_base_layer()
+        if offload_hook(base) is None:
+            return self._forward(*args, **kwargs)
+        if self.training and torch.is_grad_enabled():
+            check_trainable(self.label, (delta for _, delta in self._tuned(self.active_adapters)))
+        try:
+            return call_onloaded(base, self._forward, args, kwargs)
+        finally:
+            self._kept = None  # it would hold on to what has just been offloaded
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self._disable_adapters:
+            if self.merged_adapters:
+                self.unmerge()
+            return self.base_layer(*args, **kwargs)
+        if self.merged_adapters:
+            return self.base_layer(*args, **kwargs)
+        if self._route.on():
+            return self.run_routed(*args, **kwargs)
+        call = self._call(self.active_adapters) or self.base_layer
+        return call(*args, **kwargs)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the effective parameters, rounded to the base dtype, into the base module.
+
+        Args:
+            safe_merge: raise before anything is written where a merged value is NaN or infinite.
+            adapter_names: which adapters; None for the active ones.
+
+        Raises:
+            ValueError: `safe_merge` found a value that is not finite; nothing was merged in this layer.
+        """
+        added = [name for name in check_adapters_to_merge(self, adapter_names) if self._tuned([name])]
+        if not added:
+            return
+        with onloaded(self.get_base_layer(), keep=True):
+            merged = self._merged([*self.merged_adapters, *added])
+            if safe_merge:
+                self._check_finite(merged, added)
+            for parameter, value in merged.items():
+                base = self.base_parameter(parameter)
+                # A copy of the old vector, because subtracting the delta again would not give it back in bfloat16.
+                before = self._before_merging(parameter)
+                self._unmerged[parameter] = base.detach().clone() if before is None else before
+                base.data = value
+        self.merged_adapters.extend(added)
+        self._forget()
+
+    def check_merge(self, adapter_names: list[str] | None = None) -> None:
+        """Raise as `merge(safe_merge=True)` would, without merging.
+
+        Raises:
+            ValueError: a merged value would be NaN or infinite.
+        """
+        added = self.added(adapter_names)
+        with onloaded(self.get_base_layer()):
+            self._check_finite(self._merged([*self.merged_adapters, *added]), added)
+
+    def added(self, adapter_names: Sequence[str] | None = None) -> list[str]:
+        """Those of some adapters (None: the active ones) that `merge` would merge here."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        return [name for name in names if name not in self.merged_adapters and self._tuned([name])]
+
+    def unmerge(self) -> None:
+        """Put the base parameters back, bit for bit; what was merged in other tuners' layers within, first."""
+        if not self.merged:
+            return
+        inner: Any = self.base_layer
+        while isinstance(inner, BaseTunerLayer):
+            if inner.merged:
+                inner.unmerge()
+            inner = inner.base_layer
+        with onloaded(self.get_base_layer(), keep=True):
+            for parameter in self._unmerged:
+                self.base_parameter(parameter).data = self.unmerged(parameter)
+        self._unmerged = {}
+        self.merged_adapters = []
+        self._forget()
+
+    def _check_finite(self, merged: dict[str, Tensor], added: list[str]) -> None:
+        for parameter, value in merged.items():
+            if not value.isfinite().all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {', '.join(added)} seems to be broken: the "
+                    f"{parameter} of {self.label} would not be finite. Nothing was merged here."
+                )
+
+    @torch.no_grad()
+    def _merged(self, adapters: Sequence[str]) -> dict[str, Tensor]:
+        """What the base parameters become: summed in the wide dtype from the unmerged ones, then rounded once."""
+        sums: dict[str, Tensor] = {}
+        for parameter, delta in self._tuned(adapters):
+            sums[parameter] = delta.settled(sums[parameter] if parameter in sums else self.unmerged(parameter))
+        return {parameter: value.to(self.base_parameter(parameter).dtype) for parameter, value in sums.items()}
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._forget()
+
+    # What torch and PEFT do to a module, and what follows from it here.
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode)
+        self._forget()  # from here on something else may be trained
+
+    def train(self, mode: bool = True) -> "LNTuneLayer":
+        self._forget()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "LNTuneLayer":
+        self._forget()
+        return super()._apply(*args, **kwargs)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own also casts to the dtype of the base, which is just what a delta must not be.
+        for parameter in PARAMETERS:
+            deltas = self.deltas(parameter)
+            if adapter_name in deltas and not deltas[adapter_name].weight.is_meta:
+                deltas[adapter_name].to(device or self.base_parameter(parameter).device)
+
+    def __getattr__(self, name: str) -> Any:
+        """Pass what the layer lacks on to the wrapped module: other libraries read `eps`, `normalized_shape`, ..."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name in ("base_layer", "weight", "bias"):
+                raise
+        return getattr(self.base_layer, name)
+
+    def __repr__(self) -> str:
+        return "lntune." + super().__repr__()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False

@@ -1,0 +1,247 @@
+"""Find the norms of a model by what they compute, and name what looks like one and is none.
+
+Names and class lists rot (transformers alone has over two hundred RMSNorm classes), so a module is a norm when a run
+shows that its output is affine in its weight and bias and free of its input's scale; see `peft_lntune.norms.probe`.
+Names only tell which of the other modules a reader would take for a norm: these are listed with the reason.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from peft_lntune.architectures.roles import find_roles
+from peft_lntune.core.delta import PARAMETERS
+from peft_lntune.core.module_tree import base_modules
+from peft_lntune.norms import probe
+from peft_lntune.norms.names import is_usual, own_name, own_parameter, role_of
+
+__all__ = [
+    "Missed",
+    "Norm",
+    "find_missed",
+    "find_norms",
+    "looks_like_norm",
+    "survey",
+]
+
+_MAX_ENTRIES = 2**20  # no norm has a wider weight, and a probe of it stays a matter of milliseconds
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+_NEVER = (nn.Linear, nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """One norm of a model: `y = xhat * (weight + offset) + bias`.
+
+    Attributes:
+        name: the module's name in the model.
+        module_class: the name of its class.
+        roles: the sub-layers it serves, see `peft_lntune.architectures.roles`; empty where the structure is unknown.
+        weight_shape: `(d,)`, or `(heads, d)` with one row a head, or whatever is broadcast over the input; None for a
+            norm without parameters.
+        bias_shape: as `weight_shape`; None where there is no bias.
+        offset: 1.0 where the norm is zero-centred (Gemma multiplies by 1 + weight), else 0.0.
+        axis: -1 where the parameters match the input's last dimensions, 1 where they match its channels (GroupNorm).
+        parameters: what the module itself calls its weight and bias, such as `gamma` and `beta`.
+        by_sample: whether the module does more than that: an activation behind the norm, a gate over the bias, outputs
+            in a tuple. Then its own forward is run for each sample of a mixed batch.
+    """
+
+    name: str
+    module_class: str
+    roles: tuple[str, ...]
+    weight_shape: tuple[int, ...] | None
+    bias_shape: tuple[int, ...] | None
+    offset: float
+    axis: int = -1
+    parameters: Mapping[str, str] = field(default_factory=lambda: {name: name for name in PARAMETERS}, hash=False)
+    by_sample: bool = False
+
+
+@dataclass(frozen=True)
+class Missed:
+    """A module that looks like a norm, and that cannot be tuned as one.
+
+    Attributes:
+        name: the module's name in the model.
+        module_class: the name of its class.
+        roles: as in `Norm`.
+        reason: why not.
+    """
+
+    name: str
+    module_class: str
+    roles: tuple[str, ...]
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.module_class}): {self.reason}"
+
+
+def find_norms(model: nn.Module, *, parameterless: bool = False) -> dict[str, Norm]:
+    """Find the norms of a model, in the order of `named_modules`.
+
+    Nothing of the model is run or changed: leaves of a fitting size are probed as small copies, those that are alike
+    once. So a model may be on meta, quantized, or adapted already; a wrapped norm is found under its wrapper's name.
+
+    Args:
+        model: any module.
+        parameterless: also list norms that have no weight. They can be seen, not tuned.
+
+    Returns:
+        The norms by module name.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.BatchNorm1d(4))
+        >>> {name: norm.weight_shape for name, norm in find_norms(model).items()}
+        {'1': (4,)}
+    """
+    return survey(model, parameterless=parameterless)[0]
+
+
+def find_missed(model: nn.Module) -> dict[str, Missed]:
+    """The modules that look like norms and are none that can be tuned, each with the reason; see `looks_like_norm`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.BatchNorm1d(4))
+        >>> print(find_missed(model)["2"].reason)
+        BatchNorm normalizes by a statistic of the batch
+    """
+    return survey(model)[1]
+
+
+def survey(model: nn.Module, *, parameterless: bool = False) -> tuple[dict[str, Norm], dict[str, Missed]]:
+    """The norms of a model and what it has beside them that looks like one; see `find_norms` and `find_missed`."""
+    modules = base_modules(model)
+    seen: dict[tuple[object, ...], probe.Facts | str] = {}
+    found: dict[str, tuple[nn.Module, probe.Facts]] = {}
+    reasons: dict[str, str] = {}
+    for name, module in modules.items():
+        reason = _reason_not_to_run(module)
+        if reason is None and (parameterless or _own(module)):
+            key = (probe.signature(module), _device(module))
+            if key not in seen:
+                seen[key] = probe.examine(module)
+            facts = seen[key]
+            if isinstance(facts, probe.Facts):
+                found[name] = module, facts
+                continue
+            reason = facts
+        if reason and looks_like_norm(module, reason):
+            reasons[name] = reason
+    roles = find_roles(modules, [*found, *reasons])
+    norms = {
+        name: Norm(
+            name=name,
+            module_class=type(module).__name__,
+            roles=roles[name],
+            weight_shape=_shape(module, "weight"),
+            bias_shape=_shape(module, "bias"),
+            offset=facts.offset,
+            axis=facts.axis,
+            parameters={parameter: own_name(module, parameter) for parameter in PARAMETERS},
+            by_sample=facts.by_sample,
+        )
+        for name, (module, facts) in found.items()
+    }
+    missed = {name: Missed(name, _class_name(modules[name]), roles[name], reason) for name, reason in reasons.items()}
+    return norms, missed
+
+
+_CALLED_NORM = re.compile(r"norm(?!al(?!i[sz]))", re.IGNORECASE)
+_IS_NORM = re.compile(r"(norm|normali[sz]ation)\d*d?(gated|act)?$", re.IGNORECASE)
+
+
+def looks_like_norm(module: nn.Module, reason: str = "raised") -> bool:
+    """Whether a reader would take a module with parameters of its own for a norm.
+
+    By the name of its class; or where it could not be run, by its parameters: nothing but one or two small vectors,
+    named as those of norms are. What ran and has shown to be something else, such as a scale, is not taken for one.
+
+    Args:
+        module: any module.
+        reason: what `peft_lntune.norms.probe.examine` has said of it.
+
+    Example:
+        >>> looks_like_norm(nn.BatchNorm1d(4)), looks_like_norm(nn.PReLU(4), "its output is computed entry by entry")
+        (True, False)
+    """
+    own = _own(module)
+    if not own or isinstance(module, _NEVER):
+        return False
+    name = _class_name(module)
+    lazy = any(isinstance(value, UninitializedParameter) for value in own.values())
+    if _has_parts(module):  # a block may be called after its norms, and have a scale of its own
+        return _IS_NORM.search(name) is not None
+    if _CALLED_NORM.search(name):
+        # A linear layer with normalized weights is called one too.
+        return lazy or not (
+            reason == probe.SHAPE and any(max(p.dim(), 1) > 1 and min(p.shape) > 1 for p in own.values())
+        )
+    if lazy or not reason.startswith("raised") or "weight" not in {role_of(module, key) for key in own}:
+        return False
+    return len(own) <= 2 and all(
+        is_usual(key) and value.is_floating_point() and 2 <= value.numel() == max(value.shape, default=0)
+        for key, value in own.items()
+    )
+
+
+def _reason_not_to_run(module: nn.Module) -> str | None:
+    """What rules out that a module can be tuned as a norm, before it is run; empty where it cannot even look like one.
+
+    A norm is a leaf, with nothing but a small floating weight and perhaps a bias like it.
+    """
+    if isinstance(module, _NEVER):
+        return ""
+    own = _own(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        return "a scripted module (torch.jit) runs with its own parameters alone" if own else ""
+    if not own:
+        # Containers have a forward too, but a norm without parameters has no children.
+        return "" if module._modules or type(module).forward is nn.Module.forward else None
+    if any(isinstance(value, UninitializedParameter) for value in own.values()):
+        return "its parameters are not initialized yet; run the model once first"
+    if isinstance(module, _BATCH_NORM):
+        return "BatchNorm normalizes by a statistic of the batch"
+    if getattr(module, "track_running_stats", False):
+        return "it normalizes by a running statistic (track_running_stats)"
+    if _has_parts(module):
+        return "it has parameters of its own beside submodules with parameters"
+    names = {own_name(module, parameter): parameter for parameter in PARAMETERS}
+    weight, bias = own_parameter(module, "weight"), own_parameter(module, "bias")
+    if not own.keys() <= names.keys():
+        return f"its parameters are named {', '.join(own)}, and a norm has a weight and perhaps a bias"
+    if weight is None:
+        return f"its parameters are named {', '.join(own)}, and none is a weight"
+    if not weight.is_floating_point():
+        return f"its weight is of dtype {weight.dtype}"
+    if weight.numel() > _MAX_ENTRIES:
+        return f"its weight has {weight.numel():,} entries, more than the {_MAX_ENTRIES:,} of any norm"
+    if bias is not None and bias.shape != weight.shape:
+        return f"its bias is of shape {tuple(bias.shape)}, and its weight of {tuple(weight.shape)}"
+    return None
+
+
+def _own(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in module._parameters.items() if value is not None}
+
+
+def _has_parts(module: nn.Module) -> bool:
+    return any(True for child in module.children() for _ in child.parameters())
+
+
+def _class_name(module: nn.Module) -> str:
+    return str(getattr(module, "original_name", type(module).__name__))  # of a scripted module that of what it was
+
+
+def _device(module: nn.Module) -> torch.device | None:
+    return next((value.device for value in _own(module).values()), None)
+
+
+def _shape(module: nn.Module, name: str) -> tuple[int, ...] | None:
+    parameter = module._parameters.get(own_name(module, name))
+    return None if parameter is None else tuple(parameter.shape)

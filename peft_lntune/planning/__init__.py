@@ -1,0 +1,1 @@
+"""What a config would do to a model, before anything is changed."""

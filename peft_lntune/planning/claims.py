@@ -1,0 +1,106 @@
+"""What the config of a saved adapter claims, compared with what its weight file holds, before a module is made."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import nn
+
+from peft_lntune.architectures.attention import AttentionFacts
+from peft_lntune.config import LNTuneConfig, PrefixConfig
+from peft_lntune.core.module_tree import base_modules
+from peft_lntune.errors import AdapterFileError
+from peft_lntune.planning.types import Plan
+from peft_lntune.storage.keys import is_ours
+from peft_lntune.storage.renaming import is_renamed
+
+__all__ = ["check_architecture", "check_claims", "model_type_of"]
+
+_SLACK = 1 << 20
+"""Entries that a plan may have beyond the file: parts may be counted a little differently there. Four megabytes."""
+
+
+def model_type_of(model: Any) -> str | None:
+    """What transformers calls the architecture of a model, or of a config; None of any other model."""
+    found = getattr(getattr(model, "config", model), "model_type", None)
+    return found if isinstance(found, str) and found else None
+
+
+def check_architecture(config: PeftConfig, model: Any, where: str = "this adapter") -> None:
+    """Raise where an adapter was saved from another architecture than that of a model, or of a model's config.
+
+    Whoever gives a `key_mapping` says that the one is the other under other names.
+
+    Raises:
+        AdapterFileError: it was.
+    """
+    saved = (getattr(config, "manifest", None) or {}).get("model_type")
+    own = model_type_of(model)
+    if saved and own and saved != own and not is_renamed():
+        raise AdapterFileError(
+            f"{where} does not fit this model: it was saved from a model of type {saved!r}, and this one is of type "
+            f"{own!r}. Load it into the model that it was trained on. If the two are one architecture under two names, "
+            "say so with key_mapping={}, an argument of PeftModel.from_pretrained and load_adapter."
+        )
+
+
+def check_claims(config: LNTuneConfig, model: nn.Module, planned: Sequence[tuple[PeftConfig, Plan]]) -> None:
+    """Raise where what is about to be made for a saved adapter is not in its weight file.
+
+    A config is small, and a number in it can ask for any amount of memory.
+
+    Args:
+        config: of the saved adapter; one that is not about to be loaded from a file passes.
+        model: the model to load into.
+        planned: what `plan_parts` has found for it.
+
+    Raises:
+        AdapterFileError: it is of another architecture, its parts are larger than the file, or the file lacks a head.
+    """
+    shapes = config.stored_shapes
+    if shapes is None:
+        return
+    check_architecture(config, model)
+    wanted = sum(_entries(part, plan) for part, plan in planned)
+    held = sum(shape.numel() for name, shape in shapes.items() if is_ours(name))
+    if wanted > held + _SLACK:
+        raise AdapterFileError(
+            f"the config of this adapter asks for {wanted:,} values in this model, and its weight file holds {held:,}. "
+            "It was trained on another model, or its adapter_config.json was changed; get a good copy of both files."
+        )
+    _check_heads(config, model, shapes)
+
+
+def _entries(part: PeftConfig, plan: Plan) -> int:
+    """How many elements of tensors in a file are the least for what is planned: eight bits of a supermask are one."""
+    total = 0
+    for place in plan.parts.values():
+        tuned = sum(count for count, _ in place.entries.values())
+        if place.method == "supermask":
+            total += -(-tuned // 8)
+        elif isinstance(part, PrefixConfig) and isinstance(place.place, AttentionFacts):
+            # Planned is the network that it is trained through, if any; saved, and made for a file, are its values.
+            total += 2 * part.num_virtual_tokens * place.place.heads * place.place.head_dim
+        else:
+            total += tuned
+    return total
+
+
+def _check_heads(config: LNTuneConfig, model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
+    """PEFT copies every module that `modules_to_save` names, before it looks for the tensors of the copies."""
+    endings = tuple(config.modules_to_save or ())
+    modules = base_modules(model) if endings else {}
+    heads = tuple(f"{name}." for name in modules if name and name.endswith(endings))
+    for name, module in modules.items():
+        if not f"{name}.".startswith(heads):
+            continue
+        tensors = {**module._parameters, **module._buffers}
+        own = (key for key, value in tensors.items() if value is not None)
+        lacking = [key for key in own if key not in module._non_persistent_buffers_set]
+        lacking = [f"{name}.{key}" for key in lacking if f"{name}.{key}" not in shapes]
+        if lacking:
+            raise AdapterFileError(
+                f"the weight file lacks {lacking[0]}, a tensor of a module in modules_to_save. It was saved from "
+                "another model, or one of the two files was changed; get a good copy of both."
+            )

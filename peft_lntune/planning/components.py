@@ -1,0 +1,136 @@
+"""Which parameters the components of a `ModuleTuningConfig` are in a model."""
+
+from collections.abc import Iterable, Mapping
+from itertools import accumulate, pairwise
+from typing import Any
+
+from torch import Tensor, nn
+
+from peft_lntune.architectures.attention import find_attention
+from peft_lntune.architectures.components import BY_HEAD, find_kinds
+from peft_lntune.core.delta import Block
+from peft_lntune.core.module_tree import base_modules
+from peft_lntune.errors import UnsupportedError
+from peft_lntune.norms.find import Norm, find_norms
+
+__all__ = ["find_parameters"]
+
+
+def find_parameters(
+    model: nn.Module,
+    components: Iterable[str],
+    norms: Mapping[str, Norm] | None = None,
+    tune: tuple[str, ...] = ("weight", "bias"),
+) -> dict[str, dict[str, Block | None]]:
+    """The parameters of some components, in the order of the model's modules.
+
+    Args:
+        model: the model, plain or with adapters.
+        components: names of `peft_lntune.config.components.COMPONENTS`.
+        norms: what `find_norms(model)` has found, where that is at hand.
+        tune: which parameters of the modules.
+
+    Returns:
+        For each module by name its parameters, `"weight"` and `"bias"`; with the part that is meant where the module
+        holds other components too, else None. Heads on top of the body are never among them.
+
+    Raises:
+        UnsupportedError: a chosen weight is tied to that of another module, which would not see the delta; or a chosen
+            component is in one matrix with others, in an order that is not known.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2Model
+        >>> model = GPT2Model(GPT2Config(n_layer=1, n_embd=4, n_head=2, vocab_size=9, n_positions=4))
+        >>> find_parameters(model, ["key"])["h.0.attn.c_attn"]["weight"]
+        Block(axis=1, ranges=((4, 8),))
+    """
+    wanted = set(components)
+    modules = base_modules(model)
+    norms = find_norms(model) if norms is None else norms
+    owned = {
+        f"{name}.{parameter}": (name, parameter, tensor)
+        for name, module in modules.items()
+        for parameter in tune
+        if isinstance(tensor := module._parameters.get(_own_name(norms.get(name), parameter)), Tensor)
+    }
+    kinds = find_kinds(owned, {name: norm.roles for name, norm in norms.items()})
+    found: dict[str, dict[str, Block | None]] = {}
+    for full, (name, parameter, _) in owned.items():
+        component, parts = kinds[full]
+        if name in norms:
+            parts = ("norm",) if component != "head" else ()
+        if not wanted & set(parts):
+            continue
+        block = None
+        if len(parts) > 1:
+            by_head = component == BY_HEAD or _is_by_head(modules, name)
+            block = _block(model, name, modules[name], parameter, parts, wanted, by_head)
+        found.setdefault(name, {})[parameter] = block
+    for full, (name, parameter, tensor) in owned.items():
+        if found.get(name, {}).get(parameter, ()) is None:
+            _check_tied(
+                full, tensor, {n: place for n, place in owned.items() if place[1] not in found.get(place[0], ())}
+            )
+    return found
+
+
+def _own_name(norm: Norm | None, parameter: str) -> str:
+    return parameter if norm is None else norm.parameters[parameter]
+
+
+def _is_by_head(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """GPT-BigCode has its queries, keys and values head by head unless all heads share the keys."""
+    return getattr(modules.get(name.rpartition(".")[0]), "multi_query", None) is False
+
+
+def _block(
+    model: nn.Module,
+    name: str,
+    module: nn.Module,
+    parameter: str,
+    fused: tuple[str, ...],
+    wanted: set[str],
+    by_head: bool,
+) -> Block | None:
+    """The part of a fused projection that is wanted; None where all of it is."""
+    if wanted >= set(fused):
+        return None
+    if by_head:
+        asked = ", ".join(sorted(wanted & set(fused)))
+        raise UnsupportedError(
+            f"{name} ({type(module).__name__}) holds {', '.join(fused)} in one matrix, head by head or in an order "
+            f"that is not known, so {asked} alone is no part of it that could be tuned. "
+            f"Choose all of {', '.join(map(repr, fused))} or none of them."
+        )
+    tensor = getattr(module, parameter)
+    # GPT-2's linear maps have their weight the other way round.
+    axis = 1 if tensor.dim() == 2 and hasattr(module, "nf") else 0
+    ends = [0, *accumulate(_sizes(model, name, tensor.shape[axis], fused))]
+    ranges = [place for part, place in zip(fused, pairwise(ends), strict=True) if part in wanted]
+    return Block(axis, tuple(ranges))
+
+
+def _sizes(model: nn.Module, name: str, size: int, fused: tuple[str, ...]) -> list[int]:
+    """How many outputs each part of a fused projection has: keys and values may be fewer than queries."""
+    if fused[0] != "query":
+        return [size // len(fused)] * len(fused)
+    try:
+        facts = find_attention(model).get(name.rpartition(".")[0])
+    except UnsupportedError:  # attention of the model's own, which takes no prefix
+        facts = None
+    key = size // 3 if facts is None else facts.heads * facts.head_dim
+    if facts is None and size % 3:
+        raise UnsupportedError(
+            f"{name} holds {', '.join(fused)} in one matrix of {size} outputs, and how many are keys is not known. "
+            "Choose all of them or none."
+        )
+    return [size - 2 * key, key, key]
+
+
+def _check_tied(full: str, tensor: Tensor, owned: Mapping[str, tuple[str, str, Any]]) -> None:
+    tied = [other for other, (_, _, found) in owned.items() if found is tensor and other != full]
+    if tied:
+        raise UnsupportedError(
+            f"{full} is tied to {tied[0]}: a delta of the one would not reach the other. Load the model with "
+            "tie_word_embeddings=False, or leave out this component."
+        )

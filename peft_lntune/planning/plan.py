@@ -1,0 +1,102 @@
+"""What a config would do to a model: which modules, which parameters, at what cost. Decided before anything changes."""
+
+from collections.abc import Mapping
+
+from peft import PeftConfig
+from torch import nn
+
+from peft_lntune.config import (
+    BottleneckConfig,
+    DeltaConfig,
+    LNTuneConfig,
+    ModuleTuningConfig,
+    PrefixConfig,
+    SupermaskConfig,
+    UnifiedConfig,
+)
+from peft_lntune.errors import AdapterFileError, ConfigError
+from peft_lntune.planning.deltas import plan_components, plan_deltas
+from peft_lntune.planning.inserted import plan_bottlenecks, plan_lora, plan_prefixes
+from peft_lntune.planning.supermasks import plan_masks
+from peft_lntune.planning.types import Plan
+
+__all__ = ["check_selected", "plan", "plan_parts"]
+
+
+def plan(model: nn.Module, config: PeftConfig, counts: Mapping[str, int | None] | None = None) -> Plan:
+    """Say what `get_peft_model(model, config)` would tune, without changing the model or the config.
+
+    Args:
+        model: the model, plain or with adapters, on any device (meta too).
+        config: any config of this package.
+        counts: for each tuned parameter the number of tuned entries, None for all, as the manifest of a saved adapter
+            has it; other parameters are then not tuned.
+
+    Returns:
+        The plan; `print` it for a table.
+
+    Raises:
+        NoMatchError: the config selects nothing; the message lists the norms there are.
+        ConfigError: two parts want one place; the message names both.
+        UnsupportedError: a module named in `target_modules` has no weight that a delta could be added to, or is a norm
+            where a mask is wanted; the model's attention takes no prefix; or a leaf that a bottleneck works on does not
+            say how wide it is.
+
+    Example:
+        >>> from peft_lntune import LNTuningConfig
+        >>> plan(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), LNTuningConfig()).entries
+        8
+    """
+    plans = [planned for _, planned in plan_parts(model, config, counts)]
+    left_out = {name: reason for planned in plans for name, reason in planned.left_out.items()}
+    missed = {name: one for planned in plans for name, one in planned.missed.items()}
+    parts = {name: part for planned in plans for name, part in planned.parts.items()}
+    return Plan(parts, left_out, sum(planned.selected for planned in plans), missed)
+
+
+def plan_parts(
+    model: nn.Module, config: PeftConfig, counts: Mapping[str, int | None] | None = None
+) -> list[tuple[PeftConfig, Plan]]:
+    """The plan of each part of a config, with the part as it can be injected by itself; see `plan`."""
+    parts = config.effective_parts() if isinstance(config, UnifiedConfig) else [config]
+    planned = [_plan_part(model, part, counts) for part in parts]
+    taken: dict[str, PeftConfig] = {}
+    for part, its in planned:
+        for name in its.parts:
+            if name in taken:
+                raise ConfigError(
+                    f"two parts want one place: {type(taken[name]).__name__} and {type(part).__name__} both work on "
+                    f"{name}. Narrow one of them (roles, layers_to_transform, target_modules, exclude_modules)."
+                )
+        taken.update(dict.fromkeys(its.parts, part))
+    return planned
+
+
+def check_selected(config: LNTuneConfig, selected: int) -> None:
+    """Raise where a saved mask was chosen among another number of entries than its config selects in this model.
+
+    Raises:
+        AdapterFileError: it was.
+    """
+    saved = (config.manifest or {}).get("selected", selected)
+    if config.stored_counts and saved != selected:
+        raise AdapterFileError(
+            f"the masks of this adapter were chosen among {saved:,} entries, and its config selects {selected:,} in "
+            "this model. It was trained on another model; load it into that one."
+        )
+
+
+def _plan_part(
+    model: nn.Module, config: PeftConfig, counts: Mapping[str, int | None] | None
+) -> tuple[PeftConfig, Plan]:
+    if isinstance(config, ModuleTuningConfig) and config.components is not None:
+        return config, plan_components(model, config, counts)
+    if isinstance(config, DeltaConfig):
+        return config, plan_deltas(model, config, counts)
+    if isinstance(config, SupermaskConfig):
+        return config, plan_masks(model, config)
+    if isinstance(config, BottleneckConfig):
+        return config, plan_bottlenecks(model, config)
+    if isinstance(config, PrefixConfig):
+        return config, plan_prefixes(model, config)
+    return plan_lora(model, config)

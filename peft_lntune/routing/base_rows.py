@@ -1,0 +1,79 @@
+"""The parameters of the base model's norms, as rows of adapters are added to them."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from peft_lntune.errors import UnsupportedError
+from peft_lntune.routing.route import one_dtype
+from peft_lntune.routing.stacks import Stacks
+
+__all__ = ["BaseRows"]
+
+
+class BaseRows:
+    """The base model's parameters, widened, with the offset of zero-centred norms.
+
+    They are read anew each time, one operation a stack: fused optimizers and averages of weights write to parameters
+    without a trace, and a copy that is kept would not follow.
+
+    Args:
+        parameter: gives a parameter of the model by its name, as it is now.
+        offsets: what is added to each parameter, by name: 1 for the weight of a zero-centred norm, else 0.
+        stacks: of deltas, for some of these parameters or all.
+
+    Example:
+        >>> model, offsets = nn.Sequential(nn.LayerNorm(2)), {"0.weight": 0.0, "0.bias": 0.0}
+        >>> rows = BaseRows(model.get_parameter, offsets, Stacks({"0.weight": torch.zeros(2)}, rows=3))
+        >>> rows.stacked(), rows.others()
+        ([tensor([[1., 1.]])], {'0.bias': tensor([0., 0.])})
+    """
+
+    def __init__(self, parameter: Callable[[str], Tensor], offsets: Mapping[str, float], stacks: Stacks) -> None:
+        self._parameter, self._offsets = parameter, offsets
+        self._groups = [names for names, _ in stacks]
+        self._rest = offsets.keys() - {name for names in self._groups for name in names}
+
+    def stacked(self) -> list[Tensor]:
+        """For each stack its parameters, `(k, *shape)`.
+
+        Raises:
+            UnsupportedError: a norm is on the meta device.
+        """
+        with torch.inference_mode(False), torch.no_grad():  # in this order: the first turns gradients on
+            return [self._wide(names, torch.stack(one_dtype(self._parameters(names)))) for names in self._groups]
+
+    def others(self) -> dict[str, Tensor]:
+        """The parameters that are in no stack, by name.
+
+        Raises:
+            UnsupportedError: a norm is on the meta device.
+        """
+        with torch.inference_mode(False), torch.no_grad():  # in this order: the first turns gradients on
+            rest = sorted(self._rest)
+            return {
+                name: self._wide([name], tensor.detach()[None])[0]
+                for name, tensor in zip(rest, self._parameters(rest), strict=True)
+            }
+
+    def _parameters(self, names: Sequence[str]) -> list[Tensor]:
+        found = [self._parameter(name) for name in names]
+        if any(parameter.is_meta for parameter in found):
+            raise UnsupportedError(
+                "norms of this model are on the meta device, as accelerate leaves them between the calls of a "
+                "model that it offloads. Keep the norms on a device, they are small."
+            )
+        return found
+
+    def _wide(self, names: Sequence[str], stacked: Tensor) -> Tensor:
+        wide = stacked.dtype if stacked.dtype.itemsize > 2 else torch.float32
+        stacked = stacked if stacked.dtype == wide else stacked.to(wide)
+        offsets = [self._offsets[name] for name in names]
+        if not any(offsets):
+            return stacked
+        if len(set(offsets)) == 1:
+            return stacked + offsets[0]
+        return stacked + torch.tensor(offsets, dtype=wide, device=stacked.device).reshape(
+            -1, *(1,) * (stacked.dim() - 1)
+        )

@@ -1,0 +1,222 @@
+"""Where calls come into a model: its own methods, and those of the parts that are called on their own.
+
+While a route is on, what is called outermost says how the batch looks. Here it is checked before the first layer runs,
+and where samples are in each layer is looked up, or measured (`peft_lntune.routing.samples`) when it is not known yet.
+"""
+
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_lntune.core.detour import Detour
+from peft_lntune.errors import RoutingError
+from peft_lntune.routing.recomputed import in_backward
+from peft_lntune.routing.route import Route, expansions_of
+from peft_lntune.routing.samples import Fact, measure_samples, tensors_in
+
+__all__ = ["CONTINUOUS", "Entries", "check_inputs", "entry_names", "is_packed", "refuse_continuous"]
+
+CONTINUOUS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+"""The methods of transformers that pack requests into one row, in a thread of their own."""
+
+_CACHES = ("past_key_values", "cache_params", "state")
+_INPUTS = ("inputs", "input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values", "encoder_outputs")
+_PLACEHOLDER = re.compile(r"(image|video|audio|vision|speech).*_token_(id|index)$")
+_MOST = 256  # ways of calling a model that are remembered
+
+
+class Entries:
+    """The detours of a model's entries, and what has been learnt about its calls.
+
+    Args:
+        root: the model.
+        route: while it is on, calls are checked.
+        watched: gives the layers that follow the route, by the label that they have in `route.rows`.
+        known: facts by way of calling, where they outlive this object; None: they live here.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        route: Route,
+        watched: Callable[[], Mapping[str, nn.Module]],
+        known: dict[object, Mapping[str, Fact]] | None = None,
+    ) -> None:
+        self.root, self.route, self.watched = root, route, watched
+        self._known = {} if known is None else known
+        self._inside: set[int] = set()
+        self._placeholders = _placeholders(getattr(root, "config", None))
+        self._fused = any(isinstance(module, nn.TransformerEncoderLayer) for module in root.modules())
+
+    def detours(self, modules: Mapping[str, nn.Module], places: Iterable[str]) -> list[Detour]:
+        """A detour for each entry; `patch` is left to the caller.
+
+        Args:
+            modules: of the model by name, as it calls them.
+            places: the names of those that follow the route.
+        """
+        found = [
+            Detour(modules[name], self.route, partial(self._run, modules[name]))
+            for name in entry_names(modules, places)
+        ]
+        if callable(getattr(self.root, "generate", None)):
+            found.append(Detour(self.root, self.route, self._generate, "generate"))
+        for method in CONTINUOUS:
+            if callable(getattr(self.root, method, None)):
+                found.append(Detour(self.root, self.route, refuse_continuous, method))
+        return found
+
+    def _run(self, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return own(*args, **kwargs)
+        here = threading.get_ident()
+        if here in self._inside or in_backward():
+            return own(*args, **kwargs)
+        self._check(kwargs)
+        self._inside.add(here)
+        try:
+            with _step_by_step() if self._fused else nullcontext():
+                self.route.facts = self._facts(module, args, kwargs)
+                return own(*args, **kwargs)
+        finally:
+            self._inside.discard(here)
+
+    def _generate(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        named = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
+        self._check(named)
+        if not self.route.one:
+            check_inputs(self.root, self.route, named)
+        with self.route.expanding(expansions_of(self.root, named)):
+            return own(*args, **kwargs)
+
+    def _check(self, named: Mapping[str, Any]) -> None:
+        if named.get("adapter_names") is not None:
+            raise RoutingError(
+                f"a route is on, and the model got `adapter_names` beside {self.route.what}. Give the names once: "
+                "leave the route, or leave `adapter_names` out."
+            )
+        if not self.route.one and is_packed(named):
+            raise RoutingError(
+                "the rows of this batch are packed: each holds several samples one after the other (position_ids that "
+                "begin again, or cu_seq_lens), and a route has one adapter for each row. Give batches with a sample a "
+                "row, padded (DataCollatorWithPadding), or one name as a string for all samples."
+            )
+
+    def _facts(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Fact]:
+        """Where each layer has the samples, as far as that is known."""
+        if not self.route.mixed:
+            return {}
+        named = {**{str(place): value for place, value in enumerate(args)}, **kwargs}
+        caches = {name for name in _CACHES if named.get(name) is not None}
+        tensors = [*tensors_in({name: value for name, value in named.items() if name not in caches})]
+        size = self.route.size([len(tensor) for _, tensor in tensors if tensor.dim()])
+        if size is None:
+            return {}
+        if caches and ("latest", id(module)) in self._known:  # a step of a generation: as its first one
+            return self._known["latest", id(module)]
+        watched = self.watched()
+        shapes = tuple((name, *_layout(tensor, size)) for name, tensor in tensors)
+        key = id(module), getattr(module.forward, "own", None), shapes, self._counts(named, tensors), frozenset(watched)
+        if key not in self._known:
+            while len(self._known) >= _MOST:
+                del self._known[next(iter(self._known))]
+            self._known[key] = measure_samples(module, args, kwargs, size, watched) or {}
+        self._known["latest", id(module)] = self._known[key]
+        return self._known[key]
+
+    def _counts(self, named: Mapping[str, Any], tensors: list[tuple[str, Tensor]]) -> tuple[object, ...]:
+        """How many images and the like each row has a place for: where it takes them from depends on that."""
+        ids = named.get("input_ids")
+        if not self._placeholders or not isinstance(ids, Tensor) or not any(t.is_floating_point() for _, t in tensors):
+            return ()
+        return tuple(tuple((ids == number).flatten(1).sum(1).tolist()) for number in self._placeholders)
+
+
+def entry_names(modules: Mapping[str, nn.Module], places: Iterable[str]) -> list[str]:
+    """The names of the model itself and of the parts that hold some of these places, but for the layers of a list.
+
+    Example:
+        >>> model = nn.ModuleDict({"encoder": nn.ModuleDict({"layers": nn.ModuleList([nn.LayerNorm(2)])})})
+        >>> entry_names(dict(model.named_modules()), ["encoder.layers.0"])
+        ['', 'encoder']
+    """
+    lists = tuple(f"{name}." for name, module in modules.items() if isinstance(module, nn.ModuleList))
+    above = {place[:end] for place in places for end in (m.start() for m in re.finditer(r"\.", place))}
+    callable_ = [name for name in modules if name in above and not f"{name}.".startswith(lists)] if above else []
+    return ["", *callable_]
+
+
+def check_inputs(model: Any, route: Route, named: Mapping[str, Any]) -> None:
+    """Raise a `RoutingError` where `generate` gets another number of samples than the route has names.
+
+    Before samples are repeated for beams and return sequences, where eight samples and two names could pass for two.
+
+    Args:
+        model: whose `generate` is called.
+        route: the route.
+        named: the arguments.
+    """
+    first = getattr(model, "main_input_name", "input_ids")
+    for name in ("inputs", first, *_INPUTS):
+        found = named.get(name)
+        length = next((len(tensor) for _, tensor in tensors_in(found) if tensor.dim()), None)
+        if length is not None:
+            if length != route.count:
+                raise RoutingError(route.another_length(length, f"in {name} of generate"))
+            return
+
+
+def is_packed(named: Mapping[str, Any]) -> bool:
+    """Whether the rows of a batch hold several samples each, by the arguments that say so.
+
+    Example:
+        >>> is_packed({"position_ids": torch.tensor([[0, 1, 2, 0, 1]])})
+        True
+    """
+    if any(name.startswith(("cu_seq", "seq_idx")) and value is not None for name, value in named.items()):
+        return True
+    positions, mask = named.get("position_ids"), named.get("attention_mask")
+    if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] < 2:
+        return False
+    again = positions[:, 1:] < positions[:, :-1]
+    if isinstance(mask, Tensor) and mask.shape == positions.shape:  # padding may have any position
+        again = again & mask[:, 1:].bool() & mask[:, :-1].bool()
+    return bool(again.any())
+
+
+def refuse_continuous(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Stands in place of the methods in `CONTINUOUS` while a route is on."""
+    raise RoutingError(
+        f"continuous batching ({', '.join(CONTINUOUS)}) packs requests into one row and runs in a thread of its own, "
+        "so it follows no route and no `adapter_names`. Call generate, with a name for each sample, or make one "
+        "adapter active."
+    )
+
+
+@contextmanager
+def _step_by_step() -> Iterator[None]:
+    """Without torch's fused path of a transformer's layer, which takes the weights of norms and calls none of them."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _layout(tensor: Tensor, size: int) -> tuple[object, ...]:
+    """What of a tensor's shape may decide where a model has samples: not the lengths."""
+    ones = tuple(length == 1 for length in tensor.shape[1:])
+    rows = len(tensor) // size if tensor.dim() and len(tensor) % size == 0 else None
+    return tensor.dim(), tensor.is_floating_point(), None if rows is None else min(rows, 2), ones
+
+
+def _placeholders(config: Any) -> tuple[int, ...]:
+    found = {value for name, value in vars(config).items() if _PLACEHOLDER.search(name)} if config is not None else ()
+    return tuple(sorted(value for value in found if isinstance(value, int)))

@@ -1,0 +1,219 @@
+"""Where a layer has the samples of a batch in its input: measured, since shapes alone do not tell.
+
+A model may put time first, put samples and tokens into one axis in either order, give several images to one sample, or
+hand tokens to experts; and two lengths may be equal by chance. So the model runs three times on the side: as it is, and
+twice with noise in what belongs to one sample, the first and then the last. Where samples are along the first axis,
+one after the other, nothing outside of that sample's own block may change in any layer that is watched. Noise is put
+into the model's inputs, and behind each watched layer, so that a layer whose input is the same for all samples (learned
+queries) is told by what follows from it.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peft_lntune.routing.twin import twin_of
+
+__all__ = ["Fact", "measure_samples", "tensors_in"]
+
+
+class Fact(NamedTuple):
+    """What was found out about one layer.
+
+    Attributes:
+        blocks: whether a sample had several rows, one block of them after the other; else it had one.
+        refused: why it cannot be routed by sample; empty where it can.
+    """
+
+    blocks: bool = False
+    refused: str = ""
+
+
+def measure_samples(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], size: int, watched: Mapping[str, nn.Module]
+) -> dict[str, Fact] | None:
+    """Find out for each watched layer where it has the samples of a batch.
+
+    Nothing that is seen from outside changes: a twin of the model runs, on copies of the inputs, without gradients, and
+    random states are put back.
+
+    Args:
+        module: the model, or the part of it that is called.
+        args: of the call.
+        kwargs: its keyword arguments.
+        size: how many samples the batch has, at least two.
+        watched: layers of the model by a label.
+
+    Returns:
+        Facts by label, of the layers that were called; None where the model cannot be run on the side.
+
+    Example:
+        >>> class TimeFirst(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.first, self.second = nn.LayerNorm(4), nn.LayerNorm(4)
+        ...     def forward(self, x):
+        ...         return self.second(self.first(x).transpose(0, 1))
+        >>> model = TimeFirst()
+        >>> facts = measure_samples(model, (torch.randn(3, 3, 4),), {}, 3, dict(model.named_children()))
+        >>> facts["first"].refused, bool(facts["second"].refused)
+        ('', True)
+    """
+    devices = sorted({tensor.device.index for tensor in module.parameters() if tensor.device.type == "cuda"})
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            runs = [_run(module, args, kwargs, size, watched, sample) for sample in (None, 0, size - 1)]
+    # Whatever it is: a model that cannot be copied or run on the side can still run, and lengths must do.
+    except Exception:
+        return None
+    (plain, _), first, last = runs
+    if not plain or not (first.noisy or last.noisy):
+        return None
+    facts = {}
+    for label, calls in plain.items():
+        noisy = [(run.calls.get(label, []), sample) for run, sample in ((first, 0), (last, size - 1))]
+        facts[label] = _judge(calls, noisy, size)
+    return facts
+
+
+class _Run(NamedTuple):
+    """One run: for each label the sums of each call's input, one for each row; and whether noise was put anywhere."""
+
+    calls: dict[str, list["_Sums"]]
+    noisy: bool
+
+
+class _Sums(NamedTuple):
+    """`(rows,)` sums of an input, and how far rounding alone may move them, relative to what they are."""
+
+    values: Tensor
+    rounding: float
+
+
+def _run(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    size: int,
+    watched: Mapping[str, nn.Module],
+    sample: int | None,
+) -> _Run:
+    """Run a twin, with noise in what belongs to one sample; None: without."""
+    twin, inside = twin_of(module)
+    args, kwargs = _copied(args), _copied(dict(kwargs))
+    noise = _Noise(size, sample)
+    own = {
+        tensor.untyped_storage().data_ptr()
+        for _, tensor in tensors_in((args, kwargs))
+        if not tensor.is_floating_point() and tensor.dim() > 1 and len(tensor) % size == 0
+    }
+    for name, tensor in tensors_in((args, kwargs)):
+        # A mask of zeros and ones is no content.
+        if tensor.is_floating_point() and tensor.dim() > 1 and "mask" not in name:
+            noise.add(tensor)
+    calls: dict[str, list[_Sums]] = {}
+    with ExitStack() as stack:
+        for label, each in watched.items():
+            if id(each) in inside:
+                note = inside[id(each)].register_forward_pre_hook(
+                    partial(_note, calls.setdefault(label, [])), with_kwargs=True
+                )
+                after = inside[id(each)].register_forward_hook(lambda module, args, output: noise.behind(output))
+                stack.callback(note.remove)
+                stack.callback(after.remove)
+        for each in twin.modules():
+            if isinstance(each, nn.Embedding):
+                handle = each.register_forward_hook(partial(_embedded, own, noise))
+                stack.callback(handle.remove)
+        twin(*args, **kwargs)
+    return _Run({label: found for label, found in calls.items() if found}, noise.added)
+
+
+class _Noise:
+    """Adds noise to what belongs to one sample, taking the first axis for that of the samples."""
+
+    def __init__(self, size: int, sample: int | None) -> None:
+        self.size, self.sample, self.added = size, sample, False
+        self.generator = torch.Generator().manual_seed(0)
+
+    def add(self, tensor: Tensor) -> None:
+        """In place."""
+        if self.sample is None or not tensor.dim() or not len(tensor) or len(tensor) % self.size:
+            return
+        rows = len(tensor) // self.size
+        block = tensor[self.sample * rows : (self.sample + 1) * rows]
+        spread = tensor.float().std().nan_to_num(1.0).clamp(1e-3, 1e3)
+        # Along the last axis alone: as many numbers as the tensor has would take longer than the model.
+        noise = torch.randn(tensor.shape[-1], generator=self.generator).to(tensor.device) * spread
+        block.add_(noise.to(tensor.dtype))
+        self.added = True
+
+    def behind(self, output: Any) -> Any:
+        """A module's output, a copy with noise in it."""
+        if self.sample is None or not isinstance(output, Tensor) or not output.is_floating_point():
+            return output
+        output = output.clone()
+        self.add(output)
+        return output
+
+
+def _embedded(own: set[int], noise: _Noise, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Noise behind an embedding of what the user has given; positions and the like are the same for all samples."""
+    index = args[0] if args else None
+    if isinstance(index, Tensor) and index.dim() > 1 and index.untyped_storage().data_ptr() in own:
+        return noise.behind(output)
+    return output
+
+
+def _note(found: list[_Sums], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    x = args[0] if args else next(iter(kwargs.values()), None)
+    if isinstance(x, Tensor) and x.is_floating_point() and x.dim():
+        wide = x if x.dtype == torch.float64 else x.float()
+        fixed = torch.Generator().manual_seed(1)
+        while wide.dim() > 1:
+            wide = wide @ torch.randn(wide.shape[-1], generator=fixed).to(wide)
+        # Experts group the tokens of a batch another way when one of them changes, and products round another way then.
+        found.append(_Sums(wide, {4: 1e-4, 8: 1e-9}.get(x.itemsize, 2**-6)))
+
+
+def _judge(calls: list[_Sums], noisy: list[tuple[list[_Sums], int]], size: int) -> Fact:
+    several = False
+    for others, sample in noisy:
+        if len(others) != len(calls):
+            return Fact(refused="it is called another number of times when one sample changes")
+        for plain, other in zip(calls, others, strict=True):
+            before, after = plain.values, other.values
+            if len(before) != len(after) or len(before) % size:
+                return Fact(refused=f"its input has {len(before)} rows for {size} samples")
+            rows = len(before) // size
+            several |= rows > 1
+            changed = (after - before).abs().nan_to_num(float("inf"))
+            changed[before.isnan() & after.isnan()] = 0
+            own = changed[sample * rows : (sample + 1) * rows].max()
+            rest = torch.cat([changed[: sample * rows], changed[(sample + 1) * rows :]]).max()
+            if rest > plain.rounding * own:
+                return Fact(refused="what is given for one sample reaches it in the rows of others")
+    return Fact(blocks=several)
+
+
+def tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested tuples, lists and mappings, each with the key or keys that lead to it."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from tensors_in(each, f"{name}.{key}")
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from tensors_in(each, name)
+
+
+def _copied(value: Any) -> Any:
+    """A copy of the inputs of a model, with tensors of their own: noise is put into them, and caches are written to."""
+    memo = {id(tensor): tensor.detach().clone() for _, tensor in tensors_in(value)}
+    return copy.deepcopy(value, memo)

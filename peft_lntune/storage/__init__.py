@@ -1,0 +1,1 @@
+"""What is in an adapter's files, and whether they are whole."""
