@@ -26,7 +26,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from peft_lntune import last_whole_checkpoint
+from peft_lntune.interop import last_whole_checkpoint
 
 SAVE_EVERY = 200  # steps between checkpoints, which --resume goes on from
 

@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from peft_lntune import LNTuningConfig
-from peft_lntune.layers import PARAMETERS, LNTuneLayer
+from peft_lntune.layers import PARAMETERS, ReplacementLayer
 from tests import cases
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -95,9 +95,9 @@ def said(model: nn.Module, batch: dict[str, Tensor], **options: Any) -> Tensor:
     return next(iter(model(**batch, **options).values()))
 
 
-def layers(model: nn.Module) -> Iterator[LNTuneLayer]:
+def layers(model: nn.Module) -> Iterator[ReplacementLayer]:
     """The tuner layers in a model."""
-    return (module for module in model.modules() if isinstance(module, LNTuneLayer))
+    return (module for module in model.modules() if isinstance(module, ReplacementLayer))
 
 
 def deltas(model: nn.Module, adapter: str = "default") -> dict[str, nn.Module]:

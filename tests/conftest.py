@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from peft_lntune import UnsupportedError
+from peft_lntune.errors import UnsupportedError
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 

@@ -11,16 +11,9 @@ from torch import Tensor, nn
 
 from benchmarks.harness.arms import ALONE, tune_modules
 from benchmarks.harness.masked import Named, Source, masked_arm, random_seed
-from peft_lntune import (
-    LNTuningConfig,
-    ModuleTuningConfig,
-    magnitude_scores,
-    median_distance_scores,
-    plan,
-    random_scores,
-    select,
-)
+from peft_lntune import LNTuningConfig, ModuleTuningConfig, plan, select
 from peft_lntune.core.delta import PARAMETERS
+from peft_lntune.selection import magnitude_scores, median_distance_scores, random_scores
 
 COUNT = 768  # entries of the runs that search a rate; other counts and ways take it
 LARGEST, OTHER_LARGEST = "norm-largest", "other-largest"

@@ -24,14 +24,8 @@ from benchmarks.harness.rows import Cell
 from benchmarks.harness.splits import batches
 from benchmarks.harness.tasks import Task, load_task
 from benchmarks.harness.training import Schedule, train
-from peft_lntune import (
-    change_scores,
-    combine_masks,
-    fisher_scores,
-    magnitude_scores,
-    random_scores,
-    select,
-)
+from peft_lntune import fisher_scores, select
+from peft_lntune.selection import change_scores, combine_masks, magnitude_scores, random_scores
 
 Named = dict[str, Tensor]
 RATES = (3e-3, 7e-3, 2e-2, 5e-2)

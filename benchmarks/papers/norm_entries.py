@@ -49,7 +49,7 @@ from benchmarks.harness.splits import Batch, batches, ordered_batches
 from benchmarks.harness.tasks import TEXT_COLUMNS, Task, load_task
 from benchmarks.harness.training import Schedule, train
 from benchmarks.papers.norm_entries_report import Scope, write_report
-from peft_lntune import change_scores, magnitude_scores
+from peft_lntune.selection import change_scores, magnitude_scores
 from peft_lntune.selection.effective import effective_parameters
 
 NAME = "norm_entries"

@@ -38,8 +38,9 @@ from benchmarks.harness.rows import Cell, Row, Rows
 from benchmarks.harness.tasks import TEXT_COLUMNS
 from benchmarks.papers.winning_tickets_claims import CONTROLS, LAYER, NORM_WAYS, OTHER_WAYS, Scope, Shape
 from benchmarks.papers.winning_tickets_report import NAME, write_report
-from peft_lntune import LNTuningConfig, ModuleTuningConfig, NoMatchError, UnsupportedError, plan
+from peft_lntune import LNTuningConfig, ModuleTuningConfig, plan
 from peft_lntune.core.delta import PARAMETERS
+from peft_lntune.errors import NoMatchError, UnsupportedError
 
 DTYPE = "float32"
 # What a protocol runs where the command line says nothing: a Hub id (None: MiniLM), and tasks.

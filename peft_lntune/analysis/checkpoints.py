@@ -14,9 +14,9 @@ from peft_lntune.core.module_tree import base_model, base_modules
 from peft_lntune.errors import AdapterFileError, ConfigError
 from peft_lntune.selection.effective import effective_parameters
 
-__all__ = ["Checkpoint", "Source", "facts_of", "match_tensors", "one_sided", "open_tensors"]
+__all__ = ["Checkpoint", "CheckpointSource", "facts_of", "match_tensors", "one_sided", "open_tensors"]
 
-Source = nn.Module | Mapping[str, Tensor] | str | PathLike[str]
+CheckpointSource = nn.Module | Mapping[str, Tensor] | str | PathLike[str]
 """A model, tensors by name, or the path of a checkpoint: a safetensors file, the index of a sharded one, a folder."""
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -104,7 +104,7 @@ class _View(Mapping[str, Tensor]):
         return len(self.names)
 
 
-def open_tensors(source: Source) -> Mapping[str, Tensor]:
+def open_tensors(source: CheckpointSource) -> Mapping[str, Tensor]:
     """The floating tensors of a source by name; those of files are read when they are asked for.
 
     Of a model these are the parameters it computes with, active adapters merged in. A tensor that a dict holds under
@@ -133,7 +133,9 @@ def open_tensors(source: Source) -> Mapping[str, Tensor]:
     return _View(tensors, {name: name for name in _untied(tensors) if facts[name].floating})
 
 
-def match_tensors(before: Source, after: Source, *, shared: bool = False) -> tuple[Mapping[str, Tensor], ...]:
+def match_tensors(
+    before: CheckpointSource, after: CheckpointSource, *, shared: bool = False
+) -> tuple[Mapping[str, Tensor], ...]:
     """Two sources with the same names and shapes; nothing is read from files but their headers.
 
     Args:
@@ -176,7 +178,7 @@ def match_tensors(before: Source, after: Source, *, shared: bool = False) -> tup
     return _View(old, {name: name for name in names}), _View(new, names)
 
 
-def _buffers(source: Source) -> set[str]:
+def _buffers(source: CheckpointSource) -> set[str]:
     if not isinstance(source, nn.Module):
         return set()
     modules = base_modules(base_model(source))

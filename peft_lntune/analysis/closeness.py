@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_lntune.analysis.checkpoints import Source, match_tensors
+from peft_lntune.analysis.checkpoints import CheckpointSource, match_tensors
 from peft_lntune.analysis.tables import Table
 from peft_lntune.architectures.components import Place, find_components, group_by_place
 from peft_lntune.errors import ConfigError
@@ -24,14 +24,14 @@ _CHUNK = 2**20  # entries held in float64 at a time
 
 
 def closeness(
-    before: Source,
-    after: Source,
+    before: CheckpointSource,
+    after: CheckpointSource,
     *,
     layers: bool = True,
     by: str = "component",
     shared: bool = False,
     controls: bool = True,
-    initial: tuple[Source, Source] | None = None,
+    initial: tuple[CheckpointSource, CheckpointSource] | None = None,
     init_std: float = 0.02,
     seed: int = 0,
     progress: bool = True,
@@ -208,7 +208,9 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
         yield piece.cpu().double()
 
 
-def _initial(initial: tuple[Source, Source], names: Sequence[str]) -> tuple[Mapping[str, Tensor], ...]:
+def _initial(
+    initial: tuple[CheckpointSource, CheckpointSource], names: Sequence[str]
+) -> tuple[Mapping[str, Tensor], ...]:
     one, two = match_tensors(*initial)
     lost = [name for name in names if name not in one]
     if lost:

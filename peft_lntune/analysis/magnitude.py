@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_lntune.analysis.checkpoints import Source, facts_of, open_tensors
+from peft_lntune.analysis.checkpoints import CheckpointSource, facts_of, open_tensors
 from peft_lntune.analysis.tables import Table
 from peft_lntune.architectures.components import Place, find_components, group_by_place
 from peft_lntune.errors import ConfigError
@@ -20,7 +20,7 @@ DEVIATIONS = 3.0
 _CHUNK = 2**20  # entries held in float64 at a time
 
 
-def magnitude(source: Source, *, layers: bool = True) -> Table:
+def magnitude(source: CheckpointSource, *, layers: bool = True) -> Table:
     """How large the entries of each component are, and how that compares with the components that are no norms.
 
     Norms are said to transfer best because their weights are large. What that means shows only beside the rest.
@@ -70,7 +70,7 @@ def magnitude(source: Source, *, layers: bool = True) -> Table:
 
 
 def find_outliers(
-    source: Source, parameters: Iterable[str] | None = None, *, deviations: float = DEVIATIONS
+    source: CheckpointSource, parameters: Iterable[str] | None = None, *, deviations: float = DEVIATIONS
 ) -> dict[str, Tensor]:
     """The entries that lie more than so many standard deviations from the mean of their own vector.
 
@@ -111,7 +111,9 @@ def find_outliers(
     return masks
 
 
-def outliers(source: Source, parameters: Iterable[str] | None = None, *, deviations: float = DEVIATIONS) -> Table:
+def outliers(
+    source: CheckpointSource, parameters: Iterable[str] | None = None, *, deviations: float = DEVIATIONS
+) -> Table:
     """Every outlier with its position, value and distance; see `find_outliers`.
 
     Args:

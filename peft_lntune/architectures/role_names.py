@@ -17,7 +17,7 @@ __all__ = [
     "is_head",
     "is_last",
     "is_norm",
-    "is_plain",
+    "is_plain_norm_name",
     "is_qk",
     "is_value",
     "mentions",
@@ -204,7 +204,7 @@ def says_self(name: str) -> bool:
     return "self" in _spelled(name)
 
 
-def is_plain(name: str) -> bool:
+def is_plain_norm_name(name: str) -> bool:
     """Whether a name says nothing but that this is a norm."""
     return _PLAIN.search(_spelled(name)) is not None
 

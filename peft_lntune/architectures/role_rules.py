@@ -176,7 +176,7 @@ def _in_stack(tree: Tree, above: str, name: str) -> Roles:
     if says.is_last(name) or says.says_post(name):
         return ("final",)
     children = tree.children[above]
-    plain = [norm for norm in tree.norms(above) if says.is_plain(norm)]
+    plain = [norm for norm in tree.norms(above) if says.is_plain_norm_name(norm)]
     if plain != [name]:
         return ()
     if "pos_conv_embed" in children:
@@ -232,7 +232,7 @@ def _behind_tokens(name: str, norms: Roles, tokens: list[str]) -> Roles:
 
 def _behind_one_with_its_own(tree: Tree, above: str, name: str, kinds: Roles) -> Roles:
     """A plain norm is the FFN's where the attention beside it has a norm within."""
-    if not says.is_plain(name) or len(tree.norms(above)) > 1 or len(kinds) != 2 or FFN not in kinds:
+    if not says.is_plain_norm_name(name) or len(tree.norms(above)) > 1 or len(kinds) != 2 or FFN not in kinds:
         return ()
     holders = set()
     for child in tree.children[above]:
@@ -264,9 +264,9 @@ def _by_place(name: str, kinds: Roles, tokens: list[str], norms: Roles) -> Roles
             return (FFN,)
         first = [norm for norm in norms if says.is_first(norm)]
         return (FFN,) if len(norms) == 2 and len(first) == 1 else ()
-    if says.is_plain(name) and len(kinds) == 2 and len(norms) == 2:
+    if says.is_plain_norm_name(name) and len(kinds) == 2 and len(norms) == 2:
         (other,) = (norm for norm in norms if norm != name)
-        its = () if says.is_plain(other) else _in_block(other, kinds, norms)
+        its = () if says.is_plain_norm_name(other) else _in_block(other, kinds, norms)
         return tuple(kind for kind in kinds if kind not in its) if len(its) == 1 else ()
     return ()
 

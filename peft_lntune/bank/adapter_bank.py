@@ -27,7 +27,7 @@ from peft_lntune.routing.entries import Entries
 from peft_lntune.routing.route import BASE, Gather, Route
 from peft_lntune.routing.rows import NormRun, check_free
 from peft_lntune.routing.stacks import Stacks, as_rows, spread
-from peft_lntune.tuner.read_adapter import Adapter, Source, Sources
+from peft_lntune.tuner.read_adapter import Adapter, AdapterSource, Sources
 from peft_lntune.tuner.restoring import told_by_us
 
 __all__ = ["AdapterBank"]
@@ -139,7 +139,7 @@ class AdapterBank:
     def __repr__(self) -> str:
         return f"AdapterBank({len(self)} adapters of {type(self._base).__name__}, {self.row_bytes:,} bytes each)"
 
-    def add(self, name: str, source: Source) -> None:
+    def add(self, name: str, source: AdapterSource) -> None:
         """Take in an adapter.
 
         Args:
@@ -153,7 +153,7 @@ class AdapterBank:
         """
         self.add_many({name: source})
 
-    def add_many(self, sources: Mapping[str, Source]) -> None:
+    def add_many(self, sources: Mapping[str, AdapterSource]) -> None:
         """Take in adapters, all of them or, where one is refused, none.
 
         Args:

@@ -18,12 +18,12 @@ from peft_lntune.errors import AdapterFileError
 from peft_lntune.storage.atomic import new_file
 from peft_lntune.version import __version__
 
-__all__ = ["BLOCK", "FORMAT_VERSION", "BankFile", "Entry", "digest_of", "write_tensors"]
+__all__ = ["BANK_FORMAT", "BLOCK", "BankFile", "TensorEntry", "row_digest", "write_tensors"]
 
-FORMAT_VERSION = 2
+BANK_FORMAT = 2
 """Version of bank files. In version 1 digests covered values alone; since 2 also the index: names, shapes, dtypes."""
 
-_READ = (1, FORMAT_VERSION)  # a file of another version is refused, never guessed at
+_READ = (1, BANK_FORMAT)  # a file of another version is refused, never guessed at
 
 BLOCK = 64
 """How many adapters are read or written at once."""
@@ -42,7 +42,7 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """A tensor to be written: what it is, and what gives its rows, block by block, when they are due."""
 
     dtype: torch.dtype
@@ -50,7 +50,7 @@ class Entry:
     blocks: Callable[[], Iterable[Tensor]]
 
 
-def write_tensors(path: str | os.PathLike, index: Mapping[str, Any], entries: Mapping[str, Entry]) -> None:
+def write_tensors(path: str | os.PathLike, index: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> None:
     """Write a safetensors file without holding it in memory; it appears whole or not at all.
 
     Args:
@@ -59,7 +59,7 @@ def write_tensors(path: str | os.PathLike, index: Mapping[str, Any], entries: Ma
         entries: by name, written in this order, but wider dtypes first, as the format aligns them.
     """
     entries = dict(sorted(entries.items(), key=lambda named: -named[1].dtype.itemsize))
-    index = {"format_version": FORMAT_VERSION, "peft_lntune_version": __version__, **index}
+    index = {"format_version": BANK_FORMAT, "peft_lntune_version": __version__, **index}
     listed = json.dumps(index)
     header: dict[str, Any] = {"__metadata__": {"format": "pt", _KEY: listed, _INDEX_DIGEST: _sha256(listed)}}
     end = 0
@@ -75,11 +75,11 @@ def write_tensors(path: str | os.PathLike, index: Mapping[str, Any], entries: Ma
                 file.write(_bytes(block))
 
 
-def digest_of(tensors: Iterable[Tensor], about: str = "") -> bytes:
+def row_digest(tensors: Iterable[Tensor], about: str = "") -> bytes:
     """SHA-256 of a text and of the bytes of some tensors, one after the other.
 
     Example:
-        >>> len(digest_of([torch.ones(2)]))
+        >>> len(row_digest([torch.ones(2)]))
         32
     """
     total = hashlib.sha256(about.encode())

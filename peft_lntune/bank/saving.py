@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_lntune.bank.files import BLOCK, BankFile, Entry, digest_of, write_tensors
+from peft_lntune.bank.files import BLOCK, BankFile, TensorEntry, row_digest, write_tensors
 from peft_lntune.bank.heads import Heads
 from peft_lntune.errors import AdapterFileError
 from peft_lntune.routing.stacks import Stacks
 from peft_lntune.tuner.read_adapter import Adapter, Sources
 
-__all__ = ["Block", "Saved", "save_bank"]
+__all__ = ["RowBlock", "Saved", "save_bank"]
 
 
 @dataclass(frozen=True)
-class Block:
+class RowBlock:
     """Adapters from a file: their names, their rows for each stack, and their heads."""
 
     names: list[str]
@@ -48,20 +48,22 @@ def save_bank(path: str | os.PathLike, slots: Mapping[str, int], stacks: Stacks,
         },
     }
     entries = {
-        f"stack.{number}": Entry(values.dtype, (len(order), *values.shape[1:]), partial(_blocks, values, order))
+        f"stack.{number}": TensorEntry(values.dtype, (len(order), *values.shape[1:]), partial(_blocks, values, order))
         for number, (_, values) in enumerate(stacks)
     }
     for row, found in enumerate(own):
         for head, tensors in found.items():
             for name, tensor in tensors.items():
-                entries[f"head.{row}.{head}.{name}"] = Entry(tensor.dtype, tuple(tensor.shape), partial(_whole, tensor))
+                entries[f"head.{row}.{head}.{name}"] = TensorEntry(
+                    tensor.dtype, tuple(tensor.shape), partial(_whole, tensor)
+                )
     layout = _layout(index["dtype"], index["stacks"])
     digests = [
-        digest_of([*(values[slot] for _, values in stacks), *_all_of(found)], _about(name, layout, found))
+        row_digest([*(values[slot] for _, values in stacks), *_all_of(found)], _about(name, layout, found))
         for name, slot, found in zip(slots, order, own, strict=True)
     ]
     table = torch.tensor([list(digest) for digest in digests], dtype=torch.uint8)
-    entries["digests"] = Entry(torch.uint8, (len(order), 32), partial(_whole, table))
+    entries["digests"] = TensorEntry(torch.uint8, (len(order), 32), partial(_whole, table))
     write_tensors(path, index, entries)
 
 
@@ -122,7 +124,7 @@ class Saved:
                 )
         self._layout = [names for names, _ in stacks]
 
-    def take(self, names: Sequence[str]) -> Iterator[Block]:
+    def take(self, names: Sequence[str]) -> Iterator[RowBlock]:
         """The rows of those adapters that are pending, in blocks; they stay pending until the caller has them.
 
         Raises:
@@ -138,13 +140,13 @@ class Saved:
             for place, name in enumerate(block):
                 own = heads[place].heads
                 about = _about(name, self._about, own) if self._file.covers_index else ""
-                found = digest_of([*(tensor[place] for tensor in stored), *_all_of(own)], about)
+                found = row_digest([*(tensor[place] for tensor in stored), *_all_of(own)], about)
                 if found != bytes(digests[place].tolist()):
                     raise AdapterFileError(
                         f"adapter {name!r} in {self._file.path} is damaged: its digest is another. Get a good copy of "
                         "the bank; the other adapters in it can be used."
                     )
-            yield Block(block, self._laid_out(stored), heads)
+            yield RowBlock(block, self._laid_out(stored), heads)
 
     def _heads_of(self, row: int) -> Adapter:
         heads = {
@@ -182,7 +184,7 @@ def _blocks(values: Tensor, slots: list[int]) -> Iterator[Tensor]:
 
 def _layout(dtype: Any, stacks: Any) -> str:
     """What the index says that all rows are of."""
-    return digest_of([], json.dumps([dtype, stacks])).hex()
+    return row_digest([], json.dumps([dtype, stacks])).hex()
 
 
 def _about(name: str, layout: str, heads: Mapping[str, Mapping[str, Tensor]]) -> str:

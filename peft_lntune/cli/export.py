@@ -6,13 +6,13 @@ import click
 
 from peft_lntune.cli.models import adapter_to_folder, load_adapted
 from peft_lntune.cli.output import new_folder
-from peft_lntune.interop.peft_ln_tuning import to_stock
+from peft_lntune.interop.peft_ln_tuning import to_peft_ln_tuning
 
 __all__ = ["command", "export_stock"]
 
 
 def export_stock(adapter: str, out: str | Path, model: str | None = None) -> Path:
-    """Write a saved adapter in PEFT's own LN_TUNING format; see `to_stock`.
+    """Write a saved adapter in PEFT's own LN_TUNING format; see `to_peft_ln_tuning`.
 
     Args:
         adapter: directory of the adapter.
@@ -26,7 +26,7 @@ def export_stock(adapter: str, out: str | Path, model: str | None = None) -> Pat
         UnsupportedError: the adapter has parts that are no norms.
     """
     with new_folder(Path(out)) as made:
-        to_stock(load_adapted(adapter, model), made)
+        to_peft_ln_tuning(load_adapted(adapter, model), made)
     return Path(out)
 
 

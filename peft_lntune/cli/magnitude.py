@@ -14,7 +14,7 @@ from peft_lntune.analysis import (
     outliers,
     plot_magnitude,
 )
-from peft_lntune.analysis.checkpoints import Source
+from peft_lntune.analysis.checkpoints import CheckpointSource
 from peft_lntune.analysis.magnitude import DEVIATIONS, SIZES
 from peft_lntune.architectures.components import find_components, group_by_place
 from peft_lntune.cli.models import load_adapted
@@ -25,7 +25,7 @@ from peft_lntune.tuner.state_dict import masks_of
 __all__ = ["command", "magnitude_of", "overlap_with_adapter"]
 
 
-def magnitude_of(source: Source, *, layers: bool = True, deviations: float = DEVIATIONS) -> Table:
+def magnitude_of(source: CheckpointSource, *, layers: bool = True, deviations: float = DEVIATIONS) -> Table:
     """The table of `magnitude`, and in a last column how many entries of the gains and biases stand out.
 
     Args:

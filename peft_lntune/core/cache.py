@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Source", "is_traced", "source_of", "sources_of", "unchanged"]
+__all__ = ["TensorState", "is_traced", "is_valid", "state_of", "states_of"]
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
-class Source(NamedTuple):
+class TensorState(NamedTuple):
     """A tensor that a kept value came from, as it was then; `tensor` is None where nothing may be kept of it."""
 
     owner: dict[str, Any]
@@ -25,15 +25,15 @@ class Source(NamedTuple):
     version: int = 0
 
 
-def source_of(module: nn.Module, name: str) -> Source:
+def state_of(module: nn.Module, name: str) -> TensorState:
     """The parameter or buffer `name` of `module` as it is now.
 
     Example:
         >>> norm = nn.LayerNorm(2).requires_grad_(False)
-        >>> source = source_of(norm, "weight")
-        >>> unchanged(source)
+        >>> source = state_of(norm, "weight")
+        >>> is_valid(source)
         True
-        >>> unchanged(source_of(norm.requires_grad_(True), "weight"))  # it may be trained
+        >>> is_valid(state_of(norm.requires_grad_(True), "weight"))  # it may be trained
         False
     """
     owner: Any = module._parameters if name in module._parameters else module._buffers
@@ -41,17 +41,17 @@ def source_of(module: nn.Module, name: str) -> Source:
     # Sharding or an outer layer may have put a tensor in the way; an inference tensor counts no versions; subclasses
     # (shards, fake tensors) have rules of their own.
     if name in module.__dict__ or type(tensor) not in _PLAIN or tensor.is_inference() or _can_be_trained(tensor):
-        return Source(owner, name, None)
-    return Source(owner, name, tensor, tensor.data_ptr(), tensor._version)
+        return TensorState(owner, name, None)
+    return TensorState(owner, name, tensor, tensor.data_ptr(), tensor._version)
 
 
-def sources_of(module: nn.Module) -> list[Source]:
+def states_of(module: nn.Module) -> list[TensorState]:
     """Every parameter and buffer that a module itself has."""
     held = (*module._parameters.items(), *module._buffers.items())
-    return [source_of(module, name) for name, tensor in held if tensor is not None]
+    return [state_of(module, name) for name, tensor in held if tensor is not None]
 
 
-def unchanged(source: Source) -> bool:
+def is_valid(source: TensorState) -> bool:
     """Whether a source is the same tensor in the same memory, not written to since, and still cannot be trained."""
     owner, name, tensor, data_ptr, version = source
     return (

@@ -13,7 +13,7 @@ from torch import Tensor
 
 __all__ = [
     "PARAMETERS",
-    "Block",
+    "ParameterSlice",
     "delta_dtype",
     "effective",
     "never_narrowed",
@@ -70,7 +70,7 @@ def _is_half(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and torch.finfo(dtype).bits < 32
 
 
-class Block(NamedTuple):
+class ParameterSlice(NamedTuple):
     """A part of a parameter along one axis, such as the queries in a fused projection.
 
     Attributes:
@@ -85,7 +85,7 @@ class Block(NamedTuple):
         """The shape of the part in a parameter of `shape`.
 
         Example:
-            >>> Block(0, ((0, 2), (4, 5))).shape_in(torch.Size([6, 3]))
+            >>> ParameterSlice(0, ((0, 2), (4, 5))).shape_in(torch.Size([6, 3]))
             torch.Size([3, 3])
         """
         sizes = list(shape)
@@ -105,7 +105,7 @@ class Block(NamedTuple):
         """`base` with `part` `(shape_in(base.shape))` in place of this part; a new tensor.
 
         Example:
-            >>> Block(0, ((0, 1), (2, 3))).put(torch.arange(3), torch.tensor([7, 9]))
+            >>> ParameterSlice(0, ((0, 1), (2, 3))).put(torch.arange(3), torch.tensor([7, 9]))
             tensor([7, 1, 9])
         """
         whole, begin = base.clone(), 0
@@ -118,14 +118,14 @@ class Block(NamedTuple):
         """This part of `base`; a view where it is one range.
 
         Example:
-            >>> Block(0, ((0, 1), (2, 3))).of(torch.arange(3))
+            >>> ParameterSlice(0, ((0, 1), (2, 3))).of(torch.arange(3))
             tensor([0, 2])
         """
         parts = [base.narrow(self.axis, start, stop - start) for start, stop in self.ranges]
         return parts[0] if len(parts) == 1 else torch.cat(parts, self.axis)
 
 
-def effective(base: Tensor, values: Tensor, index: Tensor | None = None, block: Block | None = None) -> Tensor:
+def effective(base: Tensor, values: Tensor, index: Tensor | None = None, block: ParameterSlice | None = None) -> Tensor:
     """Base plus delta, in float32 or the wider of the two dtypes.
 
     Args:

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_lntune.core.cache import Source, is_traced, source_of, unchanged
-from peft_lntune.core.delta import Block, effective, never_narrowed, pack_bits, scatter, unpack_bits
+from peft_lntune.core.cache import TensorState, is_traced, is_valid, state_of
+from peft_lntune.core.delta import ParameterSlice, effective, never_narrowed, pack_bits, scatter, unpack_bits
 from peft_lntune.errors import UnsupportedError
 
 __all__ = ["Delta"]
@@ -41,7 +41,7 @@ class Delta(nn.Module):
         dtype: torch.dtype,
         device: torch.device | None = None,
         count: int | None = None,
-        block: Block | None = None,
+        block: ParameterSlice | None = None,
     ) -> None:
         super().__init__()
         self.shape = torch.Size(shape)
@@ -51,7 +51,7 @@ class Delta(nn.Module):
         self.weight = nn.Parameter(torch.zeros(size, dtype=dtype, device=device))
         bits = None if count is None else torch.zeros(-(-self.shape.numel() // 8), dtype=torch.uint8, device=device)
         self.register_buffer("mask", bits)
-        self._index: tuple[Source, Tensor] | None = None
+        self._index: tuple[TensorState, Tensor] | None = None
 
     @classmethod
     def masked(cls, mask: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> "Delta":
@@ -65,7 +65,7 @@ class Delta(nn.Module):
     def forward(self, base: Tensor) -> Tensor:
         return effective(base, self.weight, self.index, self.block)
 
-    def settled(self, base: Tensor) -> Tensor:
+    def merged_value(self, base: Tensor) -> Tensor:
         """The effective parameter that merging writes: here that of every call."""
         return self(base)
 
@@ -83,8 +83,8 @@ class Delta(nn.Module):
             # gives the same positions, in a shape that is known.
             bits = unpack_bits(self.mask, self.shape).reshape(-1).to(torch.uint8)
             return bits.argsort(descending=True, stable=True)[: self.weight.numel()]
-        if self._index is None or not unchanged(self._index[0]):
-            source = source_of(self, "mask")
+        if self._index is None or not is_valid(self._index[0]):
+            source = state_of(self, "mask")
             with torch.inference_mode(False):  # what is kept here may be needed in a graph later
                 index = unpack_bits(self.mask, self.shape).reshape(-1).nonzero().reshape(-1)
             if not len(index):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peft_lntune.core.detour import forward_of
 
-__all__ = ["call_hooked", "forward_with", "is_of_class", "is_plain", "shadowed", "twin"]
+__all__ = ["call_hooked", "forward_with", "is_of_class", "overridden", "runs_own_forward", "twin"]
 
 _MISSING = object()
 
@@ -33,7 +33,7 @@ def call_hooked(norm: nn.Module, forward: Callable[..., Tensor], x: Tensor, *arg
         >>> call_hooked(nn.LayerNorm(2), lambda x: x + 1, torch.zeros(2))
         tensor([1., 1.])
     """
-    return shadowed(norm, {"forward": forward}, norm, x, *args, **kwargs)
+    return overridden(norm, {"forward": forward}, norm, x, *args, **kwargs)
 
 
 def forward_with(
@@ -55,7 +55,7 @@ def forward_with(
         [[1.0, 1.0]]
     """
     if not is_of_class(module, own) or torch.compiler.is_compiling():
-        return shadowed(module, entries, own, *args, **kwargs)
+        return overridden(module, entries, own, *args, **kwargs)
     return type(module).forward(twin(module, entries), *args, **kwargs)
 
 
@@ -73,7 +73,7 @@ def twin(module: nn.Module, entries: Mapping[str, Any]) -> nn.Module:
     return other
 
 
-def shadowed(
+def overridden(
     module: nn.Module, entries: Mapping[str, Any], function: Callable[..., Any], /, *args: Any, **kwargs: Any
 ) -> Any:
     """Call a function while `entries` stand in place of a module's attributes.
@@ -93,7 +93,7 @@ def shadowed(
 
     Example:
         >>> norm = nn.LayerNorm(2)
-        >>> shadowed(norm, {"bias": torch.ones(2)}, norm, torch.zeros(1, 2))
+        >>> overridden(norm, {"bias": torch.ones(2)}, norm, torch.zeros(1, 2))
         tensor([[1., 1.]], grad_fn=<NativeLayerNormBackward0>)
     """
     state = module.__dict__
@@ -109,7 +109,7 @@ def shadowed(
                 state[key] = value
 
 
-def is_plain(norm: nn.Module) -> bool:
+def runs_own_forward(norm: nn.Module) -> bool:
     """Whether nothing is attached to this module that a call of its function alone would skip."""
     hooks = norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks
     if any(hooks):

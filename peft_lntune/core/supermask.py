@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_lntune.core.delta import Block, never_narrowed, pack_bits, unpack_bits
+from peft_lntune.core.delta import ParameterSlice, never_narrowed, pack_bits, unpack_bits
 
 __all__ = ["Supermask", "initial_scores", "kept", "masked", "smallest"]
 
@@ -135,7 +135,7 @@ class Supermask(nn.Module):
         score: float = 5.0,
         dtype: torch.dtype = torch.float32,
         trained: bool = True,
-        block: Block | None = None,
+        block: ParameterSlice | None = None,
         blank: bool = False,
     ) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ class Supermask(nn.Module):
     def forward(self, base: Tensor) -> Tensor:
         return self._apply_to(base, self.drawn)
 
-    def settled(self, base: Tensor) -> Tensor:
+    def merged_value(self, base: Tensor) -> Tensor:
         """The effective parameter by the mask outside of training, whatever the mode: what merging writes."""
         return self._apply_to(base, False)
 

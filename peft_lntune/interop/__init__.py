@@ -1,1 +1,7 @@
-"""To and from what others read: PEFT's own formats and Trainer's checkpoints."""
+"""To and from what others read: PEFT's own formats, and the checkpoints of Trainer."""
+
+from peft_lntune.interop.peft_ln_tuning import from_peft_ln_tuning, to_peft_ln_tuning
+from peft_lntune.interop.peft_lora import load_lora
+from peft_lntune.interop.trainer_checkpoints import last_whole_checkpoint
+
+__all__ = ["from_peft_ln_tuning", "last_whole_checkpoint", "load_lora", "to_peft_ln_tuning"]

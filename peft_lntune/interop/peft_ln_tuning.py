@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peft_lntune.config import LNTuneConfig, LNTuningConfig, parts_of
 from peft_lntune.core.module_tree import base_modules
 from peft_lntune.errors import AdapterFileError, ConfigError, UnsupportedError
-from peft_lntune.layers import PARAMETERS, LNTuneLayer
+from peft_lntune.layers import PARAMETERS, ReplacementLayer
 from peft_lntune.layers.offloaded import all_onloaded, onloaded
 from peft_lntune.norms.names import role_of
 from peft_lntune.storage.adapter_file import WEIGHTS_FILE, find_weights, read_tensors
@@ -24,14 +24,14 @@ from peft_lntune.storage.manifest import check_foreign, digest_of
 from peft_lntune.storage.saving import new_adapters
 from peft_lntune.tuner.restoring import restored_on_error, told_by_us
 
-__all__ = ["from_stock", "to_stock"]
+__all__ = ["from_peft_ln_tuning", "to_peft_ln_tuning"]
 
 _ROOT = "base_model.model."
 _CONTAINER = "ln_tuning_layers"
 _DIGEST = "peft_lntune_digest"  # in the metadata of the weight file, which PEFT does not read
 
 
-def to_stock(peft_model: PeftModel, directory: str | os.PathLike, adapter_name: str = "default") -> None:
+def to_peft_ln_tuning(peft_model: PeftModel, directory: str | os.PathLike, adapter_name: str = "default") -> None:
     """Write an adapter in PEFT's own LN_TUNING format, for people who do not have this package.
 
     The file holds each tuned module whole, base plus delta, rounded to the base dtype; over a bf16 base small deltas
@@ -51,7 +51,7 @@ def to_stock(peft_model: PeftModel, directory: str | os.PathLike, adapter_name: 
         >>> import tempfile
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), LNTuningConfig())
         >>> directory = tempfile.mkdtemp()
-        >>> to_stock(model, directory)
+        >>> to_peft_ln_tuning(model, directory)
         >>> PeftConfig.from_pretrained(directory).peft_type.value
         'LN_TUNING'
     """
@@ -65,7 +65,7 @@ def to_stock(peft_model: PeftModel, directory: str | os.PathLike, adapter_name: 
             f"adapter {adapter_name!r} has parts ({', '.join(others)}) that PEFT's LN_TUNING format has no place for. "
             "Save it with save_pretrained, or merge what can be merged."
         )
-    layers = [m for m in peft_model.modules() if isinstance(m, LNTuneLayer) and _has(m, adapter_name)]
+    layers = [m for m in peft_model.modules() if isinstance(m, ReplacementLayer) and _has(m, adapter_name)]
     if any(layer.merged for layer in layers):
         raise UnsupportedError("the adapter is merged into the base model; call unmerge_adapter() first.")
     state = get_peft_model_state_dict(peft_model, adapter_name=adapter_name)
@@ -87,7 +87,7 @@ def to_stock(peft_model: PeftModel, directory: str | os.PathLike, adapter_name: 
         stock.save_pretrained(str(folder))
 
 
-def from_stock(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> PeftModel:
+def from_peft_ln_tuning(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> PeftModel:
     """Read an adapter in PEFT's own LN_TUNING format as one of this package.
 
     A stock file holds whole norms, so the deltas are those norms minus the ones of `model`: it must be the base model
@@ -112,7 +112,7 @@ def _from_stock(model: nn.Module, directory: str | os.PathLike, adapter_name: st
     stock = PeftConfig.from_pretrained(str(directory))
     if stock.peft_type != PeftType.LN_TUNING:
         raise AdapterFileError(
-            f"{directory} holds an adapter of type {stock.peft_type}, and from_stock reads LN_TUNING. "
+            f"{directory} holds an adapter of type {stock.peft_type}, and from_peft_ln_tuning reads LN_TUNING. "
             "Load it with PeftModel.from_pretrained."
         )
     file = find_weights(directory, None, {})
@@ -148,7 +148,7 @@ def _digest(tensors: Mapping[str, Tensor], config: PeftConfig) -> str:
 
 
 def _check_digest(file: Path, tensors: Mapping[str, Tensor], config: PeftConfig) -> None:
-    """Raise where a file that `to_stock` has written is not as it was; PEFT's own files say nothing of that."""
+    """Raise where a file written by `to_peft_ln_tuning` has changed since; PEFT's own files carry no digest."""
     if file.name != WEIGHTS_FILE:
         return
     try:
@@ -158,17 +158,17 @@ def _check_digest(file: Path, tensors: Mapping[str, Tensor], config: PeftConfig)
         raise AdapterFileError(f"{file} is damaged or cut off ({error}). Get a good copy of the adapter.") from error
     if saved is not None and saved != _digest(tensors, config):
         raise AdapterFileError(
-            f"{file} or its adapter_config.json was changed since to_stock has written them: the digests differ. Get "
-            "both files from one export."
+            f"{file} or its adapter_config.json was changed since to_peft_ln_tuning wrote them: the digests differ. "
+            "Get both files from one export."
         )
 
 
-def _has(layer: LNTuneLayer, adapter_name: str) -> bool:
+def _has(layer: ReplacementLayer, adapter_name: str) -> bool:
     return any(adapter_name in layer.deltas(parameter) for parameter in PARAMETERS)
 
 
 @torch.no_grad()
-def _whole(layer: LNTuneLayer, adapter_name: str) -> dict[str, Tensor]:
+def _whole(layer: ReplacementLayer, adapter_name: str) -> dict[str, Tensor]:
     """The state of the wrapped module with the adapter in it, as PEFT's own tuner would have trained and saved it."""
     with all_onloaded(layer):
         state = dict(layer.get_base_layer().state_dict())

@@ -1,20 +1,20 @@
 """The tuner layers: state machines around a module or beside one, and what is particular to each method."""
 
 from peft_lntune.layers.bottleneck import BottleneckLayer
-from peft_lntune.layers.inserted import BesideLayer
+from peft_lntune.layers.inserted import InsertedLayer
 from peft_lntune.layers.module import ModuleLayer
 from peft_lntune.layers.norm import NormLayer
 from peft_lntune.layers.prefix import PrefixLayer
-from peft_lntune.layers.replacing import PARAMETERS, LNTuneLayer
+from peft_lntune.layers.replacing import PARAMETERS, ReplacementLayer
 from peft_lntune.layers.switched import switched_off
 
 __all__ = [
     "PARAMETERS",
-    "BesideLayer",
     "BottleneckLayer",
-    "LNTuneLayer",
+    "InsertedLayer",
     "ModuleLayer",
     "NormLayer",
     "PrefixLayer",
+    "ReplacementLayer",
     "switched_off",
 ]

@@ -24,11 +24,11 @@ from peft_lntune.core.bottleneck import (
 )
 from peft_lntune.core.delta import delta_dtype
 from peft_lntune.errors import ConfigError, UnsupportedError
-from peft_lntune.layers.inserted import BesideLayer
+from peft_lntune.layers.inserted import InsertedLayer
 from peft_lntune.layers.offloaded import device_of
 from peft_lntune.routing.route import Route
 
-__all__ = ["BottleneckLayer", "check_combine", "combine"]
+__all__ = ["BottleneckLayer", "check_combine", "combine_bottlenecks"]
 
 
 class Recipe(NamedTuple):
@@ -49,7 +49,7 @@ class Held(threading.local):
         return Held, ()
 
 
-class BottleneckLayer(BesideLayer):
+class BottleneckLayer(InsertedLayer):
     """The bottlenecks of one sub-layer, for x its input and h its output:
 
         sequential    h + s U f(D h)
@@ -59,7 +59,7 @@ class BottleneckLayer(BesideLayer):
     inside whatever another tuner has put, or will put, around them; so what LoRA adds to a leaf is not read either.
 
     Args:
-        route: see `BesideLayer`.
+        route: see `InsertedLayer`.
         label: name of the exit leaf in the model, for errors.
         entry: the leaf whose input is x, or a tuner's layer around it.
         exit: the leaf whose output is h, or a tuner's layer around it.
@@ -270,7 +270,7 @@ def check_combine(layer: BottleneckLayer, adapters: Sequence[str]) -> None:
 
 
 @torch.no_grad()
-def combine(layer: BottleneckLayer, adapters: Sequence[str], weights: Sequence[float], into: str) -> None:
+def combine_bottlenecks(layer: BottleneckLayer, adapters: Sequence[str], weights: Sequence[float], into: str) -> None:
     """Write the weighted sum of adapters into another, exactly, as one wider bottleneck:
 
         sum of w_i s_i (U_i f(D_i x + b_i) + c_i) = [w_1 s_1 U_1, w_2 s_2 U_2, ...] f([D_1; D_2; ...] x + ...) + ...

@@ -13,14 +13,14 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from peft_lntune.core.cache import Source, is_traced, sources_of, unchanged
+from peft_lntune.core.cache import TensorState, is_traced, is_valid, states_of
 from peft_lntune.layers.offloaded import check_trainable
 from peft_lntune.routing.route import Route
 
-__all__ = ["BesideLayer"]
+__all__ = ["InsertedLayer"]
 
 
-class BesideLayer(nn.Module, BaseTunerLayer):
+class InsertedLayer(nn.Module, BaseTunerLayer):
     """Base of the layers that are put beside a module, not around it. They hold no base layer and cannot be merged.
 
     Args:
@@ -44,7 +44,7 @@ class BesideLayer(nn.Module, BaseTunerLayer):
         self.label = label
         self.base_dtype = base_dtype
         self._route = route
-        self._kept: tuple[object, list[Source], dict[str, Tensor]] | None = None
+        self._kept: tuple[object, list[TensorState], dict[str, Tensor]] | None = None
 
     # What a subclass says.
 
@@ -90,9 +90,9 @@ class BesideLayer(nn.Module, BaseTunerLayer):
         if is_traced():
             with torch.no_grad():
                 return self.stack(order)
-        if self._kept is not None and self._kept[0] == order and all(map(unchanged, self._kept[1])):
+        if self._kept is not None and self._kept[0] == order and all(map(is_valid, self._kept[1])):
             return self._kept[2]
-        sources = [source for module in self.modules() for source in sources_of(module)]
+        sources = [source for module in self.modules() for source in states_of(module)]
         if any(source.tensor is None for source in sources):
             self._kept = None
             with torch.no_grad():
@@ -110,11 +110,11 @@ class BesideLayer(nn.Module, BaseTunerLayer):
         super().set_adapter(adapter_names, inference_mode)
         self._kept = None
 
-    def train(self, mode: bool = True) -> "BesideLayer":
+    def train(self, mode: bool = True) -> "InsertedLayer":
         self._kept = None
         return super().train(mode)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> "BesideLayer":
+    def _apply(self, *args: Any, **kwargs: Any) -> "InsertedLayer":
         self._kept = None
         return super()._apply(*args, **kwargs)
 

@@ -6,16 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_lntune.core.delta import Block, delta_dtype
-from peft_lntune.core.override import forward_with, is_plain, shadowed
+from peft_lntune.core.delta import ParameterSlice, delta_dtype
+from peft_lntune.core.override import forward_with, overridden, runs_own_forward
 from peft_lntune.core.supermask import Supermask
-from peft_lntune.layers.replacing import Kept, LNTuneLayer
+from peft_lntune.layers.replacing import Kept, ReplacementLayer
 from peft_lntune.routing.route import BASE, Route
 
 __all__ = ["ModuleLayer"]
 
 
-class ModuleLayer(LNTuneLayer):
+class ModuleLayer(ReplacementLayer):
     """A module that a config names (Linear, Embedding, Conv, ...), its deltas, and masks over its weight.
 
         y = f(x; round(mask(w) + dw), round(b + db))
@@ -25,13 +25,13 @@ class ModuleLayer(LNTuneLayer):
     masks come first: a mask switches off weights of the base, not what another adapter has learnt.
     """
 
-    adapter_layer_names = (*LNTuneLayer.adapter_layer_names, "lntune_supermask")
+    adapter_layer_names = (*ReplacementLayer.adapter_layer_names, "lntune_supermask")
 
     def __init__(self, base_layer: nn.Module, route: Route, label: str) -> None:
         super().__init__(base_layer, route, label)
         self.lntune_supermask = nn.ModuleDict()
 
-    def add_supermask(self, adapter_name: str, config: Any, block: Block | None, stored: bool) -> None:
+    def add_supermask(self, adapter_name: str, config: Any, block: ParameterSlice | None, stored: bool) -> None:
         """Add an adapter, a mask over the weight.
 
         Args:
@@ -84,10 +84,10 @@ class ModuleLayer(LNTuneLayer):
     def run(self, parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         inner = self.get_base_layer()
         rounded = {name: value.to(getattr(inner, name).dtype) for name, value in parameters.items()}
-        if self.base_layer is inner and is_plain(inner):
+        if self.base_layer is inner and runs_own_forward(inner):
             return forward_with(inner, rounded, inner.forward, *args, **kwargs)
         # Hooks run; and so do other tuners' layers in between (LoRA in a mixed model), and find these parameters.
-        return shadowed(inner, rounded, self.base_layer, *args, **kwargs)
+        return overridden(inner, rounded, self.base_layer, *args, **kwargs)
 
     def run_routed(self, *args: Any, **kwargs: Any) -> Tensor:
         """One pass for each adapter in the batch, as PEFT's LoRA does it: a full delta a row would not fit."""

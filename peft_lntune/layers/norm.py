@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_lntune.layers.replacing import PARAMETERS, LNTuneLayer
+from peft_lntune.layers.replacing import PARAMETERS, ReplacementLayer
 from peft_lntune.norms.affine import bind, call_with, call_with_rows, split_call
 from peft_lntune.norms.find import Norm
-from peft_lntune.routing.route import BASE, Entry, Route, fit_rows
+from peft_lntune.routing.route import BASE, LayerTensor, Route, fit_rows
 
 __all__ = ["NormLayer"]
 
 
-class NormLayer(LNTuneLayer):
+class NormLayer(ReplacementLayer):
     """A norm and its deltas.
 
         y = f(x; w + dw, b + db)                one adapter: the norm's own forward with other parameters
@@ -23,7 +23,7 @@ class NormLayer(LNTuneLayer):
 
     Args:
         base_layer: the norm.
-        route: see `LNTuneLayer`.
+        route: see `ReplacementLayer`.
         norm: what `find_norms` found out about it.
     """
 
@@ -58,7 +58,7 @@ class NormLayer(LNTuneLayer):
         bias = None if rows.bias is None else fit_rows(rows.bias, x, self._axis)
         return call_with_rows(self.base_layer, x, weight, bias, *args, **kwargs)
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self) -> Iterator[LayerTensor]:
         """What this layer contributes to the stacks of a route; both parameters, where one of them is tuned."""
         if not (self.lntune_weight or self.lntune_bias):
             return
@@ -67,7 +67,7 @@ class NormLayer(LNTuneLayer):
             if base is None:
                 continue
             deltas = dict(self.deltas(parameter).items())
-            yield Entry(id(self), parameter, partial(self._value, parameter), partial(_sources, base, deltas))
+            yield LayerTensor(id(self), parameter, partial(self._value, parameter), partial(_sources, base, deltas))
 
     @torch.no_grad()
     def _value(self, parameter: str, adapter: str) -> Tensor:

@@ -16,7 +16,7 @@ from peft_lntune.architectures.attention import FUNCTIONS, IMPLEMENTATION, Atten
 from peft_lntune.core.delta import delta_dtype
 from peft_lntune.core.prefix import Prefix, join, widen_bias, widen_mask
 from peft_lntune.errors import UnsupportedError
-from peft_lntune.layers.inserted import BesideLayer
+from peft_lntune.layers.inserted import InsertedLayer
 from peft_lntune.layers.offloaded import device_of
 from peft_lntune.routing.route import Route
 
@@ -74,7 +74,7 @@ class Columns(NamedTuple):
     keep: Tensor | None
 
 
-class PrefixLayer(BesideLayer):
+class PrefixLayer(InsertedLayer):
     """The prefixes of one attention module, which it joins to the module's keys and values.
 
     Prefixes of several active adapters stand side by side. Where one batch uses several adapters, shorter prefixes
@@ -84,7 +84,7 @@ class PrefixLayer(BesideLayer):
     Attention weights that a model returns are those of its own tokens, so their sum is below 1 by what the prefix got.
 
     Args:
-        route: see `BesideLayer`.
+        route: see `InsertedLayer`.
         facts: what `find_attention` found out about the module.
     """
 

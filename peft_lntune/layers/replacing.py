@@ -13,27 +13,27 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from peft_lntune.core.cache import Source, is_traced, source_of, sources_of, unchanged
-from peft_lntune.core.delta import PARAMETERS, Block, delta_dtype
+from peft_lntune.core.cache import TensorState, is_traced, is_valid, state_of, states_of
+from peft_lntune.core.delta import PARAMETERS, ParameterSlice, delta_dtype
 from peft_lntune.core.delta_module import Delta
 from peft_lntune.core.detour import Detour
 from peft_lntune.layers.offloaded import call_onloaded, check_trainable, offload_hook, onloaded
 from peft_lntune.layers.routed import RoutedParameter
 from peft_lntune.routing.route import Route
 
-__all__ = ["PARAMETERS", "LNTuneLayer"]
+__all__ = ["PARAMETERS", "ReplacementLayer"]
 
 
 class Kept(NamedTuple):
     """Effective parameters, a call with them, and what they are true of. Without any, `call` is None."""
 
     adapters: list[str]
-    sources: list[Source]
+    sources: list[TensorState]
     sums: dict[str, Tensor]
     call: Callable[..., Tensor] | None
 
 
-class LNTuneLayer(nn.Module, BaseTunerLayer):
+class ReplacementLayer(nn.Module, BaseTunerLayer):
     """Base of the layers that replace a target module.
 
     Args:
@@ -58,7 +58,7 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         self._route = route
         self._unmerged: dict[str, Tensor] = {}
         # Layers around modules that share a parameter with this one's, with what it is there.
-        self._tied: dict[str, list[tuple[LNTuneLayer, str]]] = {}
+        self._tied: dict[str, list[tuple[ReplacementLayer, str]]] = {}
         self._kept: Kept | None = None
 
     # What a subclass says.
@@ -163,14 +163,14 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
 
     # Parameters that other modules share.
 
-    def tie(self, parameter: str, other: "LNTuneLayer", its: str) -> None:
+    def tie(self, parameter: str, other: "ReplacementLayer", its: str) -> None:
         """Say that a parameter is also that of another layer's module: what tunes both is one delta."""
         for layer, name, to in ((self, parameter, (other, its)), (other, its, (self, parameter))):
             known = layer._tied.setdefault(name, [])
             if to not in known:
                 known.append(to)
 
-    def tied_to(self, parameter: str, adapter_name: str) -> list["LNTuneLayer"]:
+    def tied_to(self, parameter: str, adapter_name: str) -> list["ReplacementLayer"]:
         """The other layers in which an adapter tunes this very parameter."""
         return [other for other, its in self._tied.get(parameter, ()) if its in other.tunes(adapter_name)]
 
@@ -210,7 +210,7 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         adapter_name: str,
         config: Any,
         counts: Mapping[str, int | None],
-        blocks: Mapping[str, Block] | None = None,
+        blocks: Mapping[str, ParameterSlice] | None = None,
     ) -> None:
         """Add an adapter, a zero delta for each parameter in `counts` (None: every entry is tuned).
 
@@ -286,12 +286,12 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
                 self._kept = None  # a compiled step may train what it came from
             return None
         kept = self._kept
-        if kept is not None and kept.adapters == adapters and all(map(unchanged, kept.sources)):
+        if kept is not None and kept.adapters == adapters and all(map(is_valid, kept.sources)):
             return kept
         tuned, base = self._tuned(adapters), self.get_base_layer()
-        sources = [source_of(base, self.own_name(parameter)) for parameter, _ in tuned]
+        sources = [state_of(base, self.own_name(parameter)) for parameter, _ in tuned]
         for _, delta in tuned:
-            sources += sources_of(delta)
+            sources += states_of(delta)
         if any(source.tensor is None for source in sources):
             self._kept = None
             if torch.is_grad_enabled() and not self._route.active:
@@ -407,7 +407,7 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         """What the base parameters become: summed in the wide dtype from the unmerged ones, then rounded once."""
         sums: dict[str, Tensor] = {}
         for parameter, delta in self._tuned(adapters):
-            sums[parameter] = delta.settled(sums[parameter] if parameter in sums else self.unmerged(parameter))
+            sums[parameter] = delta.merged_value(sums[parameter] if parameter in sums else self.unmerged(parameter))
         return {parameter: value.to(self.base_parameter(parameter).dtype) for parameter, value in sums.items()}
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -420,11 +420,11 @@ class LNTuneLayer(nn.Module, BaseTunerLayer):
         super().set_adapter(adapter_names, inference_mode)
         self._forget()  # from here on something else may be trained
 
-    def train(self, mode: bool = True) -> "LNTuneLayer":
+    def train(self, mode: bool = True) -> "ReplacementLayer":
         self._forget()
         return super().train(mode)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> "LNTuneLayer":
+    def _apply(self, *args: Any, **kwargs: Any) -> "ReplacementLayer":
         self._forget()
         return super()._apply(*args, **kwargs)
 

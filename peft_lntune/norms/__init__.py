@@ -1,1 +1,5 @@
 """What a norm is, and how it runs with other parameters than its own."""
+
+from peft_lntune.norms.find import Missed, Norm, find_missed, find_norms
+
+__all__ = ["Missed", "Norm", "find_missed", "find_norms"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.core.detour import forward_of
-from peft_lntune.core.override import call_hooked, is_of_class, is_plain, twin
+from peft_lntune.core.override import call_hooked, is_of_class, runs_own_forward, twin
 from peft_lntune.errors import UnsupportedError
 from peft_lntune.norms.layer_norm import layer_norm_rows
 from peft_lntune.norms.names import own_name
@@ -101,11 +101,11 @@ def call_with(
     weight = parameter(norm, "weight").to(given.dtype) if weight is None else weight
     bias = own_bias.to(given.dtype) if bias is None and own_bias is not None else bias
     path = _fast_path_of(norm)
-    if path is not None and not args and not kwargs and is_plain(norm):
+    if path is not None and not args and not kwargs and runs_own_forward(norm):
         return path(norm, x, weight, bias)
     outer_bias = bias is not None and own_bias is None
     rule, own, wider = rule_for(norm, x.device, x.dtype, weight.dtype, outer_bias), forward_of(norm), (weight, bias)
-    if is_plain(norm):
+    if runs_own_forward(norm):
         return by_rule(norm, rule, own, wider, x, args, kwargs)
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -152,7 +152,7 @@ def bind(norm: nn.Module, weight: Tensor | None, bias: Tensor | None) -> Callabl
     rules: dict[tuple[object, ...], Rule] = {}
 
     def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if has_all and weight is not None and is_plain(norm):
+        if has_all and weight is not None and runs_own_forward(norm):
             fused = _fast_path_of(norm)
             if fused is not None and not args and not kwargs:
                 return fused(norm, x, weight, bias)
@@ -200,7 +200,7 @@ def call_with_rows(
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return with_rows(norm, own, x, weight, bias, *args, **kwargs)
 
-    if is_plain(norm):
+    if runs_own_forward(norm):
         return forward(x, *args, **kwargs)
     return call_hooked(norm, forward, x, *args, **kwargs)
 

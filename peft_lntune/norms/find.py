@@ -117,8 +117,8 @@ def find_missed(model: nn.Module) -> dict[str, Missed]:
 def survey(model: nn.Module, *, parameterless: bool = False) -> tuple[dict[str, Norm], dict[str, Missed]]:
     """The norms of a model and what it has beside them that looks like one; see `find_norms` and `find_missed`."""
     modules = base_modules(model)
-    seen: dict[tuple[object, ...], probe.Facts | str] = {}
-    found: dict[str, tuple[nn.Module, probe.Facts]] = {}
+    seen: dict[tuple[object, ...], probe.NormFacts | str] = {}
+    found: dict[str, tuple[nn.Module, probe.NormFacts]] = {}
     reasons: dict[str, str] = {}
     for name, module in modules.items():
         reason = _reason_not_to_run(module)
@@ -127,7 +127,7 @@ def survey(model: nn.Module, *, parameterless: bool = False) -> tuple[dict[str, 
             if key not in seen:
                 seen[key] = probe.examine(module)
             facts = seen[key]
-            if isinstance(facts, probe.Facts):
+            if isinstance(facts, probe.NormFacts):
                 found[name] = module, facts
                 continue
             reason = facts

@@ -21,7 +21,7 @@ from peft_lntune.norms.names import own_name
 
 __all__ = [
     "SHAPE",
-    "Facts",
+    "NormFacts",
     "align",
     "blank_copy",
     "examine",
@@ -41,7 +41,7 @@ _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.Size, tor
 
 
 @dataclass(frozen=True)
-class Facts:
+class NormFacts:
     """What running a norm has shown: `y = xhat * (weight + offset) + bias`, laid along `axis`, for inputs of `shape`.
 
     Attributes:
@@ -74,7 +74,7 @@ def align(parameter: Tensor, x: Tensor, axis: int = -1, *, rows: bool = False) -
     Args:
         parameter: of the norm's shape, such as `(d,)` or `(heads, d)`; with `rows` a leading `(B,)`, one per sample.
         x: the norm's input, `(B, ..., d)` for `axis=-1` or `(B, d, ...)` for `axis=1`.
-        axis: as in `Facts`.
+        axis: as in `NormFacts`.
         rows: whether `parameter` holds one row a sample.
 
     Returns:
@@ -99,7 +99,7 @@ def summed(values: Tensor, shape: tuple[int, ...], axis: int = -1, dtype: torch.
     Args:
         values: of the shape of the norm's input, `(B, ...)`.
         shape: of the parameter.
-        axis: as in `Facts`.
+        axis: as in `NormFacts`.
         dtype: in which to sum; None: that of `values`.
 
     Returns:
@@ -222,13 +222,13 @@ def is_lasting(signature: tuple[object, ...]) -> bool:
     return not any(isinstance(value, _Id) for part in (plain, children) for _, value in cast(Any, part))
 
 
-def measure(module: nn.Module) -> Facts | None:
+def measure(module: nn.Module) -> NormFacts | None:
     """Run a module and say how its output depends on its parameters, or None where it is no norm; see `examine`."""
     facts = examine(module)
-    return facts if isinstance(facts, Facts) else None
+    return facts if isinstance(facts, NormFacts) else None
 
 
-def examine(module: nn.Module) -> Facts | str:
+def examine(module: nn.Module) -> NormFacts | str:
     """Run a module and say how its output depends on its parameters, or why it is no norm.
 
     A norm's output is affine in weight and bias entry by entry, keeps its value when a sample is scaled or another
@@ -238,7 +238,7 @@ def examine(module: nn.Module) -> Facts | str:
         module: a leaf with small parameters, a weight and perhaps a bias, or with no parameters.
 
     Returns:
-        Its `Facts`, or the reason in words; one that begins with "raised" means that it could not be run.
+        Its `NormFacts`, or the reason in words; one that begins with "raised" means that it could not be run.
 
     Example:
         >>> examine(nn.LayerNorm(4)).offset, examine(nn.PReLU(4))
@@ -256,7 +256,7 @@ def examine(module: nn.Module) -> Facts | str:
     return found
 
 
-def _examine_on(module: nn.Module, device: torch.device) -> Facts | str | Exception:
+def _examine_on(module: nn.Module, device: torch.device) -> NormFacts | str | Exception:
     reasons: list[str] = []
     raised: Exception | None = None
     others = [] if device.type == "cpu" else [device]
@@ -303,7 +303,7 @@ def _trials(module: nn.Module) -> Iterator[tuple[int, tuple[int, ...]]]:
     yield -1, (6, *own)
 
 
-def _measure_at(module: nn.Module, axis: int, shape: tuple[int, ...], device: torch.device) -> Facts:
+def _measure_at(module: nn.Module, axis: int, shape: tuple[int, ...], device: torch.device) -> NormFacts:
     own = parameters_of(module)
     weight, bias = own.get("weight"), own.get("bias")
     x, seeds = sample_input(shape).to(device), torch.Generator().manual_seed(1)
@@ -336,7 +336,7 @@ def _measure_at(module: nn.Module, axis: int, shape: tuple[int, ...], device: to
         if found is not None and (found[1] or gated):
             _check_normalized(partial(moved, w=1.0, b=0.0), x)
             of_bias = found[1]
-            facts = Facts(axis, found[0], shape, by_sample=start != 0.0 or not of_bias or gated in tuples)
+            facts = NormFacts(axis, found[0], shape, by_sample=start != 0.0 or not of_bias or gated in tuples)
             break
     if facts is None:
         # A plain scale or an activation is told by what it does to the input, whatever it does with its parameters.

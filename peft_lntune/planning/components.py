@@ -8,20 +8,20 @@ from torch import Tensor, nn
 
 from peft_lntune.architectures.attention import find_attention
 from peft_lntune.architectures.components import BY_HEAD, find_kinds
-from peft_lntune.core.delta import Block
+from peft_lntune.core.delta import ParameterSlice
 from peft_lntune.core.module_tree import base_modules
 from peft_lntune.errors import UnsupportedError
 from peft_lntune.norms.find import Norm, find_norms
 
-__all__ = ["find_parameters"]
+__all__ = ["find_component_parameters"]
 
 
-def find_parameters(
+def find_component_parameters(
     model: nn.Module,
     components: Iterable[str],
     norms: Mapping[str, Norm] | None = None,
     tune: tuple[str, ...] = ("weight", "bias"),
-) -> dict[str, dict[str, Block | None]]:
+) -> dict[str, dict[str, ParameterSlice | None]]:
     """The parameters of some components, in the order of the model's modules.
 
     Args:
@@ -41,8 +41,8 @@ def find_parameters(
     Example:
         >>> from transformers import GPT2Config, GPT2Model
         >>> model = GPT2Model(GPT2Config(n_layer=1, n_embd=4, n_head=2, vocab_size=9, n_positions=4))
-        >>> find_parameters(model, ["key"])["h.0.attn.c_attn"]["weight"]
-        Block(axis=1, ranges=((4, 8),))
+        >>> find_component_parameters(model, ["key"])["h.0.attn.c_attn"]["weight"]
+        ParameterSlice(axis=1, ranges=((4, 8),))
     """
     wanted = set(components)
     modules = base_modules(model)
@@ -54,7 +54,7 @@ def find_parameters(
         if isinstance(tensor := module._parameters.get(_own_name(norms.get(name), parameter)), Tensor)
     }
     kinds = find_kinds(owned, {name: norm.roles for name, norm in norms.items()})
-    found: dict[str, dict[str, Block | None]] = {}
+    found: dict[str, dict[str, ParameterSlice | None]] = {}
     for full, (name, parameter, _) in owned.items():
         component, parts = kinds[full]
         if name in norms:
@@ -91,7 +91,7 @@ def _block(
     fused: tuple[str, ...],
     wanted: set[str],
     by_head: bool,
-) -> Block | None:
+) -> ParameterSlice | None:
     """The part of a fused projection that is wanted; None where all of it is."""
     if wanted >= set(fused):
         return None
@@ -107,7 +107,7 @@ def _block(
     axis = 1 if tensor.dim() == 2 and hasattr(module, "nf") else 0
     ends = [0, *accumulate(_sizes(model, name, tensor.shape[axis], fused))]
     ranges = [place for part, place in zip(fused, pairwise(ends), strict=True) if part in wanted]
-    return Block(axis, tuple(ranges))
+    return ParameterSlice(axis, tuple(ranges))
 
 
 def _sizes(model: nn.Module, name: str, size: int, fused: tuple[str, ...]) -> list[int]:

@@ -8,14 +8,14 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from peft_lntune.config import DeltaConfig, LNTuningConfig, ModuleTuningConfig, SupermaskConfig
-from peft_lntune.core.delta import PARAMETERS, Block, delta_dtype
+from peft_lntune.core.delta import PARAMETERS, ParameterSlice, delta_dtype
 from peft_lntune.core.module_tree import base_modules
 from peft_lntune.errors import NoMatchError, UnsupportedError
 from peft_lntune.norms.find import Missed, Norm, survey
-from peft_lntune.planning.components import find_parameters
+from peft_lntune.planning.components import find_component_parameters
 from peft_lntune.planning.gaps import NO_ROLE
 from peft_lntune.planning.targets import in_layers, is_chosen, is_saved, matches
-from peft_lntune.planning.types import Part, Plan
+from peft_lntune.planning.types import Plan, PlannedModule
 
 __all__ = ["part_of", "plan_components", "plan_deltas"]
 
@@ -23,7 +23,7 @@ __all__ = ["part_of", "plan_components", "plan_deltas"]
 def plan_components(model: nn.Module, config: ModuleTuningConfig, counts: Mapping[str, int | None] | None) -> Plan:
     modules = base_modules(model)
     norms, looking = survey(model)
-    places = find_parameters(model, config.components or (), norms, config.parameters)
+    places = find_component_parameters(model, config.components or (), norms, config.parameters)
     places = {name: found for name, found in places.items() if is_chosen(config, name) and not is_saved(config, name)}
 
     every = {n: part_of(config, n, modules[n], norms.get(n), counts, found) for n, found in places.items()}
@@ -42,7 +42,7 @@ def plan_deltas(model: nn.Module, config: DeltaConfig, counts: Mapping[str, int 
     modules = base_modules(model)
     norms, looking = survey(model, parameterless=True)
     reasons: dict[str, str] = {}
-    every: dict[str, Part] = {}
+    every: dict[str, PlannedModule] = {}
     for name in norms if config.target_modules is None else modules:
         reason = _reason_to_leave(config, name, norms.get(name))
         if reason is None:
@@ -64,7 +64,7 @@ def _sorted_out(config: Any, looking: Mapping[str, Missed]) -> tuple[dict[str, M
     return missed, {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def _tuned(every: Mapping[str, Part]) -> tuple[dict[str, Part], int]:
+def _tuned(every: Mapping[str, PlannedModule]) -> tuple[dict[str, PlannedModule], int]:
     """Of what a config selects: the modules of which something is tuned, and how many entries are selected in all."""
     parts = {name: tuned for name, part in every.items() if (tuned := part.tuned).entries}
     return parts, sum(total for part in every.values() for _, total in part.entries.values())
@@ -96,9 +96,9 @@ def part_of(
     module: nn.Module,
     norm: Norm | None = None,
     counts: Mapping[str, int | None] | None = None,
-    only: Mapping[str, Block | None] | None = None,
-) -> Part:
-    """What `config` selects of one module, also parameters of which `counts` leaves nothing; see `Part.tuned`.
+    only: Mapping[str, ParameterSlice | None] | None = None,
+) -> PlannedModule:
+    """What `config` selects of one module, also parameters of which `counts` leaves nothing; see `PlannedModule.tuned`.
 
     Args:
         config: says which parameters.
@@ -127,7 +127,7 @@ def part_of(
     sizes = {p: (blocks[p].shape_in(t.shape) if p in blocks else t.shape).numel() for p, t in tuned.items()}
     entries = {p: (_count(counts, name, p, size), size) for p, size in sizes.items()}
     size = sum(n * delta_dtype(tuned[p].dtype, config.torch_delta_dtype).itemsize for p, (n, _) in entries.items())
-    return Part(name, type(module).__name__, norm, entries, size, blocks=blocks)
+    return PlannedModule(name, type(module).__name__, norm, entries, size, blocks=blocks)
 
 
 def _takes_delta(weight: torch.Tensor) -> bool:

@@ -20,7 +20,7 @@ from peft_lntune.errors import NoMatchError, UnsupportedError
 from peft_lntune.planning.gaps import find_gaps
 from peft_lntune.planning.lora import find_lora_targets
 from peft_lntune.planning.targets import is_chosen
-from peft_lntune.planning.types import Part, Plan
+from peft_lntune.planning.types import Plan, PlannedModule
 
 __all__ = ["plan_bottlenecks", "plan_lora", "plan_prefixes"]
 
@@ -83,11 +83,13 @@ def plan_prefixes(model: nn.Module, config: PrefixConfig) -> Plan:
     return Plan(parts, {name: why for name, why in gaps.items() if is_chosen(config, name)})
 
 
-def _beside(config: Any, name: str, module: nn.Module, place: Any, counts: Mapping[str, int], method: str) -> Part:
+def _beside(
+    config: Any, name: str, module: nn.Module, place: Any, counts: Mapping[str, int], method: str
+) -> PlannedModule:
     first = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     itemsize = delta_dtype(first, config.torch_delta_dtype).itemsize
     entries = {what: (count, count) for what, count in counts.items()}
-    return Part(name, type(module).__name__, place, entries, sum(counts.values()) * itemsize, method)
+    return PlannedModule(name, type(module).__name__, place, entries, sum(counts.values()) * itemsize, method)
 
 
 def plan_lora(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, Plan]:
@@ -95,7 +97,7 @@ def plan_lora(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, Plan]:
     config, targets = find_lora_targets(model, config)
     modules = base_modules(model)
     found = {
-        name: Part(name, type(modules[name]).__name__, None, {"lora": (size, size)}, 4 * size, "lora")
+        name: PlannedModule(name, type(modules[name]).__name__, None, {"lora": (size, size)}, 4 * size, "lora")
         for name, size in targets.items()
     }
     return config, Plan(found)

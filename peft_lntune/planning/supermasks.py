@@ -5,26 +5,26 @@ from dataclasses import replace
 from torch import nn
 
 from peft_lntune.config import SupermaskConfig
-from peft_lntune.core.delta import Block
+from peft_lntune.core.delta import ParameterSlice
 from peft_lntune.core.module_tree import base_modules
 from peft_lntune.errors import NoMatchError, UnsupportedError
 from peft_lntune.norms.find import find_norms
-from peft_lntune.planning.components import find_parameters
+from peft_lntune.planning.components import find_component_parameters
 from peft_lntune.planning.deltas import part_of
 from peft_lntune.planning.targets import is_chosen, is_saved
-from peft_lntune.planning.types import Part, Plan
+from peft_lntune.planning.types import Plan, PlannedModule
 
 __all__ = ["plan_masks"]
 
 
 def plan_masks(model: nn.Module, config: SupermaskConfig) -> Plan:
     modules, norms = base_modules(model), find_norms(model)
-    places: dict[str, dict[str, Block | None]]
+    places: dict[str, dict[str, ParameterSlice | None]]
     if config.components is not None:
-        places = find_parameters(model, config.components, norms, config.parameters)
+        places = find_component_parameters(model, config.components, norms, config.parameters)
     else:
         places = {name: {"weight": None} for name in modules if name}
-    parts: dict[str, Part] = {}
+    parts: dict[str, PlannedModule] = {}
     for name, found in places.items():
         if not is_chosen(config, name) or is_saved(config, name):
             continue

@@ -5,14 +5,14 @@ from dataclasses import dataclass, field, replace
 
 from peft_lntune.architectures.attention import AttentionFacts
 from peft_lntune.architectures.sublayers import Sublayer
-from peft_lntune.core.delta import Block
+from peft_lntune.core.delta import ParameterSlice
 from peft_lntune.norms.find import Missed, Norm
 
-__all__ = ["Part", "Plan"]
+__all__ = ["Plan", "PlannedModule"]
 
 
 @dataclass(frozen=True)
-class Part:
+class PlannedModule:
     """One module that is tuned, or that something is put beside.
 
     Attributes:
@@ -31,7 +31,7 @@ class Part:
     entries: Mapping[str, tuple[int, int]]
     bytes: int
     method: str = "delta"
-    blocks: Mapping[str, Block] = field(default_factory=dict)
+    blocks: Mapping[str, ParameterSlice] = field(default_factory=dict)
 
     @property
     def roles(self) -> str:
@@ -44,7 +44,7 @@ class Part:
         return self.place.parameters[parameter] if isinstance(self.place, Norm) else parameter
 
     @property
-    def tuned(self) -> "Part":
+    def tuned(self) -> "PlannedModule":
         """The same without the parameters of which no entry is tuned."""
         return replace(self, entries={name: count for name, count in self.entries.items() if count[0]})
 
@@ -66,7 +66,7 @@ class Plan:
         missed: modules that look like norms and cannot be tuned as such, by name, but for what the config leaves out.
     """
 
-    parts: Mapping[str, Part]
+    parts: Mapping[str, PlannedModule]
     left_out: Mapping[str, str] = field(default_factory=dict)
     selected: int = 0
     missed: Mapping[str, Missed] = field(default_factory=dict)

@@ -15,7 +15,7 @@ from peft.utils import PeftType
 from peft_lntune.config import LNTuneConfig, UnifiedConfig
 from peft_lntune.config.base import PEFT_TYPE
 from peft_lntune.errors import UnsupportedError
-from peft_lntune.layers import LNTuneLayer
+from peft_lntune.layers import ReplacementLayer
 from peft_lntune.layers.padded import stop_keeping_padded
 from peft_lntune.tuner.inject import create_and_replace, injecting, is_target, prepare
 from peft_lntune.tuner.merge import everywhere, merge_layers, take_out_layers, unmerge_layers
@@ -48,7 +48,7 @@ def join_mixed_models() -> None:
     mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING[peft_type] = LNTuneModel  # from_pretrained asks whether it is there
     module.PREFIXES = [*prefixes, LNTuneModel.prefix]
     module.Configs = Union[(configs, LNTuneConfig)]  # noqa: UP007  # PEFT reads its __args__
-    module.Layers = (*layers, LNTuneLayer)
+    module.Layers = (*layers, ReplacementLayer)
     for name, case in _cases(originals).items():
         setattr(tuner, name, case)
 

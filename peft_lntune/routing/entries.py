@@ -20,7 +20,7 @@ from peft_lntune.routing.recomputed import in_backward
 from peft_lntune.routing.route import Route, expansions_of
 from peft_lntune.routing.samples import Fact, measure_samples, tensors_in
 
-__all__ = ["CONTINUOUS", "Entries", "check_inputs", "entry_names", "is_packed", "refuse_continuous"]
+__all__ = ["CONTINUOUS", "Entries", "check_inputs", "entry_names", "has_packed_rows", "refuse_continuous"]
 
 CONTINUOUS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 """The methods of transformers that pack requests into one row, in a thread of their own."""
@@ -101,7 +101,7 @@ class Entries:
                 f"a route is on, and the model got `adapter_names` beside {self.route.what}. Give the names once: "
                 "leave the route, or leave `adapter_names` out."
             )
-        if not self.route.one and is_packed(named):
+        if not self.route.one and has_packed_rows(named):
             raise RoutingError(
                 "the rows of this batch are packed: each holds several samples one after the other (position_ids that "
                 "begin again, or cu_seq_lens), and a route has one adapter for each row. Give batches with a sample a "
@@ -172,11 +172,11 @@ def check_inputs(model: Any, route: Route, named: Mapping[str, Any]) -> None:
             return
 
 
-def is_packed(named: Mapping[str, Any]) -> bool:
+def has_packed_rows(named: Mapping[str, Any]) -> bool:
     """Whether the rows of a batch hold several samples each, by the arguments that say so.
 
     Example:
-        >>> is_packed({"position_ids": torch.tensor([[0, 1, 2, 0, 1]])})
+        >>> has_packed_rows({"position_ids": torch.tensor([[0, 1, 2, 0, 1]])})
         True
     """
     if any(name.startswith(("cu_seq", "seq_idx")) and value is not None for name, value in named.items()):

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["take_rows"]
+__all__ = ["gather_rows"]
 
 
-def take_rows(
+def gather_rows(
     values: Tensor, index: Tensor, outside: Tensor | None = None, reached: Callable[[], None] | None = None
 ) -> Tensor:
     """Rows of a stack.
@@ -29,7 +29,7 @@ def take_rows(
 
     Example:
         >>> stack = torch.zeros(3, 2, requires_grad=True)
-        >>> take_rows(stack, torch.tensor([0, 2, 0])).sum().backward()
+        >>> gather_rows(stack, torch.tensor([0, 2, 0])).sum().backward()
         >>> stack.grad
         tensor([[2., 2.],
                 [0., 0.],

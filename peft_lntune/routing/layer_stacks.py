@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["BASE", "Entry", "Gather", "Kept", "Rows", "gather_of", "one_dtype"]
+__all__ = ["BASE", "Gather", "Kept", "LayerTensor", "Rows", "gather_of", "one_dtype"]
 
 BASE = "__base__"
 """The name that stands for the base model in a list of adapter names, as in PEFT."""
@@ -30,7 +30,7 @@ Gather = Callable[[int], dict[int, Rows]]
 """From how many rows of an input belong to one sample to the rows of each norm, by its owner."""
 
 
-class Entry(NamedTuple):
+class LayerTensor(NamedTuple):
     """One routed parameter.
 
     Attributes:
@@ -53,7 +53,7 @@ class Kept(NamedTuple):
     rows: list[Tensor]
 
 
-def gather_of(names: Sequence[str], entries: Sequence[Entry], kept: MutableMapping[str, Kept]) -> Gather:
+def gather_of(names: Sequence[str], entries: Sequence[LayerTensor], kept: MutableMapping[str, Kept]) -> Gather:
     """The rows of a batch for `Route.serving`.
 
     Args:
@@ -77,9 +77,9 @@ def gather_of(names: Sequence[str], entries: Sequence[Entry], kept: MutableMappi
     return gather
 
 
-def _groups(entries: Sequence[Entry]) -> list[list[Entry]]:
+def _groups(entries: Sequence[LayerTensor]) -> list[list[LayerTensor]]:
     """Entries of one shape on one device."""
-    groups: dict[object, list[Entry]] = {}
+    groups: dict[object, list[LayerTensor]] = {}
     for entry in entries:
         base = entry.sources(BASE)[0]
         groups.setdefault((base.shape, base.device), []).append(entry)
@@ -87,7 +87,7 @@ def _groups(entries: Sequence[Entry]) -> list[list[Entry]]:
 
 
 def _rows_of(
-    name: str, entries: Sequence[Entry], kept: MutableMapping[str, Kept], base: Sequence[Tensor] | None
+    name: str, entries: Sequence[LayerTensor], kept: MutableMapping[str, Kept], base: Sequence[Tensor] | None
 ) -> list[Tensor]:
     """The rows of one adapter, `(norms, *shape)` for each group; those of the base where it has nothing."""
     sources = [tensor for entry in entries for tensor in entry.sources(name)]

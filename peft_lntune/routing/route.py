@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from peft_lntune.errors import RoutingError
-from peft_lntune.routing.layer_stacks import BASE, Entry, Gather, Kept, Rows, gather_of, one_dtype
+from peft_lntune.routing.layer_stacks import BASE, Gather, Kept, LayerTensor, Rows, gather_of, one_dtype
 from peft_lntune.routing.ownership import Ownership
 from peft_lntune.routing.samples import Fact
 
-__all__ = ["BASE", "Entry", "Gather", "Route", "Rows", "expansions_of", "fit_rows", "one_dtype"]
+__all__ = ["BASE", "Gather", "LayerTensor", "Route", "Rows", "expansions_of", "fit_rows", "one_dtype"]
 
 
 def fit_rows(rows: Tensor, x: Tensor, axis: int = -1) -> Tensor:
@@ -100,7 +100,7 @@ class Route:
 
     @contextmanager
     def __call__(
-        self, names: Sequence[str] | str, adapters: Sequence[str], entries: Sequence[Entry], expansions: set[int]
+        self, names: Sequence[str] | str, adapters: Sequence[str], entries: Sequence[LayerTensor], expansions: set[int]
     ) -> Iterator[None]:
         """Route the forward passes inside this context.
 

@@ -19,7 +19,7 @@ from peft_lntune.errors import DataError, UnsupportedError
 __all__ = [
     "HEADS",
     "Head",
-    "Part",
+    "LossTerm",
     "causal_lm_loss",
     "classification_loss",
     "find_head",
@@ -100,7 +100,7 @@ def _position_loss(logits: Tensor, place: Tensor) -> Tensor:
     return F.cross_entropy(_wide(logits), place.clamp(0, length), reduction="none", ignore_index=length)
 
 
-class Part(NamedTuple):
+class LossTerm(NamedTuple):
     """A part of a head's loss over some rows: `weight * sum of sums / sum of counts`.
 
     Attributes:
@@ -134,7 +134,7 @@ class Head:
     labels: tuple[str, ...]
     fits: Callable[[Any, Batch], bool]
     loss: Loss
-    parts: Callable[[Any, Batch], list[Part]]
+    parts: Callable[[Any, Batch], list[LossTerm]]
     draw: Callable[[Any, Batch, Sequence[torch.Generator]], dict[str, Tensor]]
     expected: Callable[[Any], list[tuple[Tensor, Tensor]]] | None = None
 
@@ -204,7 +204,7 @@ def grouped_losses(head: Head, outputs: Any, batch: Batch, groups: Tensor, count
     return _grouped(head.parts(outputs, batch), groups, count)
 
 
-def _grouped(parts: Sequence[Part], groups: Tensor, count: int) -> Tensor:
+def _grouped(parts: Sequence[LossTerm], groups: Tensor, count: int) -> Tensor:
     total = parts[0].sums.new_zeros(count)
     for weight, sums, counts in parts:
         groups = groups.to(sums.device)
@@ -255,34 +255,34 @@ def _fits_tokens(outputs: Any, batch: Batch) -> bool:
 # Parts of losses.
 
 
-def _mean_of_rows(loss: Loss) -> Callable[[Any, Batch], list[Part]]:
+def _mean_of_rows(loss: Loss) -> Callable[[Any, Batch], list[LossTerm]]:
     """For losses that are a mean over samples; a class of -100 is left out."""
 
-    def parts(outputs: Any, batch: Batch) -> list[Part]:
+    def parts(outputs: Any, batch: Batch) -> list[LossTerm]:
         losses, labels = loss(outputs, batch), batch["labels"]
         left_out = not labels.is_floating_point() and labels.dim() == 1
-        return [Part(1.0, losses, labels.ne(IGNORED) if left_out else torch.ones_like(losses))]
+        return [LossTerm(1.0, losses, labels.ne(IGNORED) if left_out else torch.ones_like(losses))]
 
     return parts
 
 
-def _token_parts(next_token: bool, mean: bool) -> Callable[[Any, Batch], list[Part]]:
+def _token_parts(next_token: bool, mean: bool) -> Callable[[Any, Batch], list[LossTerm]]:
     loss = causal_lm_loss if next_token else token_loss
 
-    def parts(outputs: Any, batch: Batch) -> list[Part]:
+    def parts(outputs: Any, batch: Batch) -> list[LossTerm]:
         labels = batch["labels"]
         counted = labels[:, 1:] if next_token else labels
         sums = loss(_logits(outputs), labels, reduction="sum")
-        return [Part(1.0, sums, counted.ne(IGNORED).sum(1) if mean else None)]
+        return [LossTerm(1.0, sums, counted.ne(IGNORED).sum(1) if mean else None)]
 
     return parts
 
 
-def _span_parts(outputs: Any, batch: Batch) -> list[Part]:
+def _span_parts(outputs: Any, batch: Batch) -> list[LossTerm]:
     parts = []
     for side in ("start", "end"):
         logits, place = _field(outputs, f"{side}_logits"), batch[f"{side}_positions"]
-        parts.append(Part(0.5, _position_loss(logits, place), place.clamp(min=0) < logits.shape[1]))
+        parts.append(LossTerm(0.5, _position_loss(logits, place), place.clamp(min=0) < logits.shape[1]))
     return parts
 
 

@@ -19,7 +19,7 @@ from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.core.detour import Detour
 from peft_lntune.core.module_tree import base_modules, called_modules
 from peft_lntune.errors import ConfigError, RoutingError, UnsupportedError
-from peft_lntune.layers import LNTuneLayer, switched_off
+from peft_lntune.layers import ReplacementLayer, switched_off
 from peft_lntune.routing.base_rows import BaseRows
 from peft_lntune.routing.entries import Entries
 from peft_lntune.routing.recomputed import RecomputedDetour
@@ -29,7 +29,7 @@ from peft_lntune.routing.stacks import spread
 from peft_lntune.selection.losses import Batch, Head
 from peft_lntune.tasks.losses import RowLoss, default_losses, losses_of_rows, order_of
 from peft_lntune.tasks.optimizer import TaskOptimizer
-from peft_lntune.tasks.trained import Trained
+from peft_lntune.tasks.trained import TaskParameters
 from peft_lntune.tuner.read_adapter import Adapter, Sources, deltas_in, tensors_of
 
 __all__ = ["ManyTasks", "above", "tuned_in", "write_adapter"]
@@ -110,7 +110,7 @@ class ManyTasks:
         self._detours: list[Detour] = []
         self._attach()
 
-    def _make_norms(self, adapters: Sequence[Adapter]) -> Trained:
+    def _make_norms(self, adapters: Sequence[Adapter]) -> TaskParameters:
         tuned = {name for adapter in adapters for name in adapter.deltas}
         places = [name for name in self._sources.norms if tuned & {f"{name}.{p}" for p in PARAMETERS}]
         self._numbers = {name: number for number, name in enumerate(places)}
@@ -122,17 +122,17 @@ class ManyTasks:
         }
         zeros = {name: torch.zeros_like(self._sources.parameter(name)) for name in self._owners if name in tuned}
         masks = [tuned_in(self.model, name, each) for name, each in zip(self.names, adapters, strict=True)]
-        trained = Trained(zeros, [adapter.deltas for adapter in adapters], masks)
+        trained = TaskParameters(zeros, [adapter.deltas for adapter in adapters], masks)
         offsets = {name: self._sources.offset(name) for name in self._owners}
         self._base_rows = BaseRows(self._sources.parameter, offsets, trained.source)
         return trained
 
-    def _make_heads(self, adapters: Sequence[Adapter]) -> dict[str, Trained]:
+    def _make_heads(self, adapters: Sequence[Adapter]) -> dict[str, TaskParameters]:
         heads = {}
         for layer, head in self._head_layers.items():
             own = [within(each.heads[head], layer, head) if head in each.heads else {} for each in adapters]
             masks = [{key: torch.ones(value.shape, dtype=torch.bool) for key, value in task.items()} for task in own]
-            heads[layer] = Trained(tensors_of(self._modules, layer), own, masks)
+            heads[layer] = TaskParameters(tensors_of(self._modules, layer), own, masks)
         return heads
 
     def _layers_in(self, adapters: Sequence[Adapter]) -> dict[str, str]:
@@ -414,7 +414,7 @@ class ManyTasks:
 
     # The model.
 
-    def _all(self) -> list[Trained]:
+    def _all(self) -> list[TaskParameters]:
         return [self._norms, *self._heads.values()]
 
     def _tuners(self) -> list[Any]:
@@ -449,7 +449,7 @@ class ManyTasks:
 
 
 def _spread(
-    trained: Trained,
+    trained: TaskParameters,
     rows: Sequence[Tensor],
     owners: Mapping[str, tuple[int, str]],
     fixed: Mapping[int, Mapping[str, Tensor]],
@@ -461,7 +461,7 @@ def _spread(
 
 
 def _check_untied(base: nn.Module, names: Sequence[str]) -> None:
-    layers = [module for module in base.modules() if isinstance(module, LNTuneLayer)]
+    layers = [module for module in base.modules() if isinstance(module, ReplacementLayer)]
     for layer in layers:
         for parameter in PARAMETERS:
             if any(layer.tied_to(parameter, name) for name in names):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_lntune.errors import ConfigError
-from peft_lntune.tasks.trained import Trained
+from peft_lntune.tasks.trained import TaskParameters
 
 __all__ = ["TaskOptimizer", "clip_rows_"]
 
@@ -38,7 +38,7 @@ class TaskOptimizer:
 
     def __init__(
         self,
-        trained: Sequence[Trained],
+        trained: Sequence[TaskParameters],
         names: Sequence[str],
         optimizer_class: Callable[..., torch.optim.Optimizer],
         max_grad_norm: float | Mapping[str, float | None] | None,

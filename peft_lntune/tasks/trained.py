@@ -6,14 +6,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from peft_lntune.routing.gather import take_rows
+from peft_lntune.routing.gather import gather_rows
 from peft_lntune.routing.route import one_dtype
 from peft_lntune.routing.stacks import Stack, Stacks, as_rows
 
-__all__ = ["Trained"]
+__all__ = ["TaskParameters"]
 
 
-class Trained:
+class TaskParameters:
     """Named tensors of many tasks in stacks with gradients, a task a row.
 
     Args:
@@ -28,7 +28,8 @@ class Trained:
 
     Example:
         >>> own = {"a.bias": torch.tensor([1.0, 2.0])}
-        >>> trained = Trained({"a.bias": torch.zeros(2)}, [own, {}], [{"a.bias": torch.tensor([True, False])}, {}])
+        >>> masks = [{"a.bias": torch.tensor([True, False])}, {}]
+        >>> trained = TaskParameters({"a.bias": torch.zeros(2)}, [own, {}], masks)
         >>> [rows] = trained.take([0, 1, 0], torch.tensor([0, 1, 0]))
         >>> rows.sum().backward()
         >>> trained.stacks[0].values.grad.tolist(), trained.reached
@@ -68,7 +69,7 @@ class Trained:
         taken = []
         for number, (_, values) in enumerate(self.stacks):
             mark = partial(self._mark, number, frozenset(slots), reached)
-            taken.append(take_rows(values, index.to(values.device), self._outside[number], mark))
+            taken.append(gather_rows(values, index.to(values.device), self._outside[number], mark))
         return taken
 
     def read(self, slot: int) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from peft_lntune.config import DeltaConfig, LNTuneConfig, LNTuningConfig, Unifie
 from peft_lntune.core.delta_module import Delta
 from peft_lntune.core.module_tree import base_modules
 from peft_lntune.errors import ConfigError
-from peft_lntune.layers import PARAMETERS, LNTuneLayer
+from peft_lntune.layers import PARAMETERS, ReplacementLayer
 from peft_lntune.planning.targets import matches
 from peft_lntune.tuner.concatenate import concatenated_parts
 
@@ -63,7 +63,7 @@ def combined_config(
             "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
             f"{sorted(saved)}. A head has no delta to sum; combine adapters without heads, then add one."
         )
-    layers = [module for module in model.modules() if isinstance(module, LNTuneLayer)]
+    layers = [module for module in model.modules() if isinstance(module, ReplacementLayer)]
     sums = concatenated_parts(model, configs, combination)
     first = next(iter(configs.values()))
     shared = {"task_type": first.task_type, "inference_mode": first.inference_mode, "modules_to_save": saved or None}
@@ -75,7 +75,7 @@ def combined_config(
 
 
 def _combined_deltas(
-    model: nn.Module, layers: Sequence[LNTuneLayer], configs: Mapping[str, LNTuneConfig]
+    model: nn.Module, layers: Sequence[ReplacementLayer], configs: Mapping[str, LNTuneConfig]
 ) -> LNTuningConfig | None:
     held = [
         (layer, p, layer.deltas(p)[name]) for layer in layers for p in PARAMETERS for name in _having(layer, p, configs)
@@ -98,12 +98,12 @@ def _combined_deltas(
     return replace(config, target_modules="|".join(map(re.escape, touched))) if alike else config
 
 
-def _having(layer: LNTuneLayer, parameter: str, names: Iterable[str]) -> list[str]:
+def _having(layer: ReplacementLayer, parameter: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if name in layer.deltas(parameter)]
 
 
 def combine(
-    layer: LNTuneLayer,
+    layer: ReplacementLayer,
     adapters: Sequence[str],
     weights: Sequence[float],
     into: str,

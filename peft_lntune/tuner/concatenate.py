@@ -17,7 +17,7 @@ from torch import nn
 from peft_lntune.config import BottleneckConfig, LNTuneConfig, SupermaskConfig, parts_of
 from peft_lntune.errors import UnsupportedError
 from peft_lntune.layers import BottleneckLayer, PrefixLayer
-from peft_lntune.layers.bottleneck import check_combine, combine
+from peft_lntune.layers.bottleneck import check_combine, combine_bottlenecks
 from peft_lntune.planning.inserted import plan_bottlenecks
 from peft_lntune.planning.lora import LoraLayer
 
@@ -109,7 +109,7 @@ def concatenate(model: nn.Module, adapters: Sequence[str], weights: Sequence[flo
     """Fill the bottlenecks and LoRA of adapter `into`, made by `concatenated_parts`, with a weighted sum of others."""
     for layer in model.modules():
         if isinstance(layer, BottleneckLayer) and layer.holds(into):
-            combine(layer, adapters, weights, into)
+            combine_bottlenecks(layer, adapters, weights, into)
         elif isinstance(layer, LoraLayer) and into in _ranks(layer):
             _concatenate_lora(layer, adapters, weights, into)
 

@@ -17,7 +17,7 @@ from peft_lntune.config import DeltaConfig, LNTuneConfig, SupermaskConfig, parts
 from peft_lntune.core.module_tree import base_modules, called_modules
 from peft_lntune.core.shared import Place, find_places
 from peft_lntune.errors import ConfigError, UnsupportedError
-from peft_lntune.layers import BesideLayer, BottleneckLayer, LNTuneLayer, ModuleLayer, NormLayer, PrefixLayer
+from peft_lntune.layers import BottleneckLayer, InsertedLayer, ModuleLayer, NormLayer, PrefixLayer, ReplacementLayer
 from peft_lntune.layers.offloaded import all_onloaded, offload_hook
 from peft_lntune.layers.padded import keep_padded
 from peft_lntune.norms.find import Norm
@@ -26,7 +26,7 @@ from peft_lntune.planning.deltas import part_of
 from peft_lntune.planning.gaps import warn_of_gaps
 from peft_lntune.planning.missed import warn_of_missed
 from peft_lntune.planning.plan import check_selected, plan_parts
-from peft_lntune.planning.types import Part, Plan
+from peft_lntune.planning.types import Plan, PlannedModule
 from peft_lntune.routing.route import Route
 from peft_lntune.storage.packing import ROOT
 from peft_lntune.tuner.state_dict import deltas_of, supermasks_of
@@ -59,7 +59,7 @@ class Injection:
     source: str | None = None
     ties: Ties = field(default_factory=dict)
     places: Mapping[nn.Module, Sequence[Place]] = field(default_factory=dict)
-    layers: dict[str, LNTuneLayer] = field(default_factory=dict)
+    layers: dict[str, ReplacementLayer] = field(default_factory=dict)
 
 
 def prepare(
@@ -102,7 +102,7 @@ def prepare(
     config.__dict__.pop("stored", None)
     route, modules = route_of(model), base_modules(model)
     parts = {name: part for _, plan in planned for name, part in plan.parts.items()}
-    ties, places, layers = ties_of(parts, modules), _places(model, parts), dict[str, LNTuneLayer]()
+    ties, places, layers = ties_of(parts, modules), _places(model, parts), dict[str, ReplacementLayer]()
     if not stored:  # of a saved adapter the file says what it tunes
         warn_of_missed({name: one for _, plan in planned for name, one in plan.missed.items() if name not in told})
     found = []
@@ -122,7 +122,7 @@ def prepare(
     return found
 
 
-def _places(model: nn.Module, parts: Mapping[str, Part]) -> dict[nn.Module, list[Place]]:
+def _places(model: nn.Module, parts: Mapping[str, PlannedModule]) -> dict[nn.Module, list[Place]]:
     """Where else the model holds the modules that layers will be put around: shared blocks, plain lists.
 
     Raises:
@@ -130,7 +130,7 @@ def _places(model: nn.Module, parts: Mapping[str, Part]) -> dict[nn.Module, list
     """
     called, bases = called_modules(model), base_modules(model)
     names = [name for name, part in parts.items() if part.method in ("delta", "supermask")]
-    replaced = {called[name]: name for name in names if not isinstance(called[name], LNTuneLayer)}
+    replaced = {called[name]: name for name in names if not isinstance(called[name], ReplacementLayer)}
     # What another tuner has put its layer around under one name may go on being called under another.
     inner = {bases[name]: name for name in names if called[name] is not bases[name]}
     found = find_places(model, [*replaced, *inner])
@@ -269,12 +269,12 @@ def create_and_replace(
         beside.update_layer(adapter_name, config, injection.stored)
         return
     part = part or part_of(config, current_key, target).tuned
-    if isinstance(target, LNTuneLayer):
+    if isinstance(target, ReplacementLayer):
         _tie(injection, target, part)
         with all_onloaded(target):  # an adapter lives where the module computes
             _update(target, adapter_name, config, part, injection)
         return
-    layer: LNTuneLayer
+    layer: ReplacementLayer
     if isinstance(part.place, Norm):
         layer = NormLayer(target, injection.route, part.place)
     else:
@@ -292,7 +292,7 @@ def create_and_replace(
         place.put(layer)
 
 
-def _tie(injection: Injection, layer: LNTuneLayer, part: Part) -> None:
+def _tie(injection: Injection, layer: ReplacementLayer, part: PlannedModule) -> None:
     injection.layers[part.name] = layer
     for parameter in part.entries:
         for other, its in injection.ties.get((part.name, parameter), ()):
@@ -300,7 +300,9 @@ def _tie(injection: Injection, layer: LNTuneLayer, part: Part) -> None:
                 layer.tie(parameter, injection.layers[other], its)
 
 
-def _update(layer: LNTuneLayer, adapter_name: str, config: LNTuneConfig, part: Part, injection: Injection) -> None:
+def _update(
+    layer: ReplacementLayer, adapter_name: str, config: LNTuneConfig, part: PlannedModule, injection: Injection
+) -> None:
     if part.method == "supermask":
         assert isinstance(layer, ModuleLayer)  # the plan refuses norms
         layer.add_supermask(adapter_name, config, part.blocks.get("weight"), injection.stored)
@@ -314,9 +316,9 @@ def _update(layer: LNTuneLayer, adapter_name: str, config: LNTuneConfig, part: P
                 setattr(held[adapter_name], name, getattr(held[injection.source], name).clone())
 
 
-def _beside(injection: Injection, part: Part, host: nn.Module) -> BesideLayer:
+def _beside(injection: Injection, part: PlannedModule, host: nn.Module) -> InsertedLayer:
     """The layer of a part beside `host`; a new one where it has none yet."""
-    layer: BesideLayer
+    layer: InsertedLayer
     if isinstance(part.place, Sublayer):
         layer = BottleneckLayer.of(injection.route, part.place, injection.modules)
     elif isinstance(part.place, AttentionFacts):
@@ -324,7 +326,7 @@ def _beside(injection: Injection, part: Part, host: nn.Module) -> BesideLayer:
     else:
         raise TypeError(f"{part.name} is no place to put a layer beside")
     known = host._modules.get(layer.child)
-    if isinstance(known, BesideLayer):
+    if isinstance(known, InsertedLayer):
         return known
     layer.attach(host)
     return layer
@@ -332,4 +334,6 @@ def _beside(injection: Injection, part: Part, host: nn.Module) -> BesideLayer:
 
 def route_of(model: nn.Module) -> Route:
     """The route that all layers of this model share; a new one where it has no layers yet."""
-    return next((m._route for m in model.modules() if isinstance(m, (LNTuneLayer, BesideLayer))), None) or Route()
+    return (
+        next((m._route for m in model.modules() if isinstance(m, (ReplacementLayer, InsertedLayer))), None) or Route()
+    )

@@ -13,7 +13,7 @@ from torch import nn
 
 from peft_lntune.core.shared import find_places
 from peft_lntune.errors import UnsupportedError
-from peft_lntune.layers import BesideLayer, LNTuneLayer, ModuleLayer
+from peft_lntune.layers import InsertedLayer, ModuleLayer, ReplacementLayer
 from peft_lntune.layers.offloaded import all_onloaded
 from peft_lntune.tuner.tied import check_tied
 
@@ -93,7 +93,7 @@ def take_out_layers(model: nn.Module, merge: bool, safe_merge: bool, adapter_nam
     for holder in list(model.modules()):
         for name, child in list(holder.named_children()):
             layer: Any = child
-            if isinstance(layer, LNTuneLayer):
+            if isinstance(layer, ReplacementLayer):
                 if merge and layer not in merged:
                     merged.add(layer)
                     with all_onloaded(layer, keep=True):
@@ -104,7 +104,7 @@ def take_out_layers(model: nn.Module, merge: bool, safe_merge: bool, adapter_nam
 @contextmanager
 def everywhere(model: nn.Module) -> Iterator[None]:
     """Let what replaces a layer of ours under its name replace it at every other place that held it too."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LNTuneLayer)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, ReplacementLayer)}
     places = {layer: its for layer, its in find_places(model, layers.values()).items() if len(its) > 1}
     yield
     for name in [name for name, layer in layers.items() if layer in places]:
@@ -117,16 +117,16 @@ def everywhere(model: nn.Module) -> Iterator[None]:
 def _sorted(model: nn.Module) -> tuple[list[Any], list[Any]]:
     """Our layers around modules, and the layers of other tuners."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    ours = [layer for layer in layers if isinstance(layer, LNTuneLayer)]
-    return ours, [layer for layer in layers if not isinstance(layer, LNTuneLayer)]
+    ours = [layer for layer in layers if isinstance(layer, ReplacementLayer)]
+    return ours, [layer for layer in layers if not isinstance(layer, ReplacementLayer)]
 
 
-def _shared(model: nn.Module) -> list[tuple[LNTuneLayer, list[Any]]]:
+def _shared(model: nn.Module) -> list[tuple[ReplacementLayer, list[Any]]]:
     """Our layers around modules that other tuners have layers around, with these."""
     ours, rest = _sorted(model)
     others: dict[int, list[Any]] = {}
     for layer in rest:
-        if not isinstance(layer, BesideLayer):
+        if not isinstance(layer, InsertedLayer):
             others.setdefault(id(layer.get_base_layer()), []).append(layer)
     found = [(layer, others.get(id(layer.get_base_layer()), [])) for layer in ours]
     return [(layer, its) for layer, its in found if its]

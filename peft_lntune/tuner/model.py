@@ -28,7 +28,7 @@ from peft_lntune.config import (
 from peft_lntune.config.deltas import recorded
 from peft_lntune.core.detour import Detour
 from peft_lntune.errors import ConfigError, RoutingError, UnsupportedError
-from peft_lntune.layers import PARAMETERS, BesideLayer, LNTuneLayer, NormLayer
+from peft_lntune.layers import PARAMETERS, InsertedLayer, NormLayer, ReplacementLayer
 from peft_lntune.layers.offloaded import all_onloaded, stored_tensors
 from peft_lntune.layers.padded import stop_keeping_padded
 from peft_lntune.planning.claims import model_type_of
@@ -67,7 +67,7 @@ class LNTuneModel(BaseTuner):
     """The one tuner of this package; made by `get_peft_model`, as `peft_model.base_model`."""
 
     prefix = "lntune_"
-    tuner_layer_cls = (LNTuneLayer, BesideLayer, LoraLayer)
+    tuner_layer_cls = (ReplacementLayer, InsertedLayer, LoraLayer)
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # PEFT's name; norms are found, not listed
     _warned_of: frozenset[str] = frozenset()
     _looked_for_statistics = False
@@ -142,7 +142,7 @@ class LNTuneModel(BaseTuner):
         asked = [p for p in parts_of(config) if isinstance(p, LNTuneConfig) and p.delta_dtype is not None]
         if autocast_adapter_dtype or asked:
             return
-        for layer in self._layers((LNTuneLayer, BesideLayer)):
+        for layer in self._layers((ReplacementLayer, InsertedLayer)):
             layer.to_base_dtype(adapter_name)
         halves = {tensor.dtype for layer in self.tuner_layers() for tensor in layer.trained(adapter_name)}
         halves = {dtype for dtype in halves if dtype.itemsize < torch.float32.itemsize}
@@ -197,7 +197,9 @@ class LNTuneModel(BaseTuner):
             self._check_mergeable(adapter_names, "unload() takes the adapter off")
             if safe_merge:
                 self._check_merge(adapter_names)
-        besides = [(name.rpartition(".")[0], m) for name, m in self.model.named_modules() if isinstance(m, BesideLayer)]
+        besides = [
+            (name.rpartition(".")[0], m) for name, m in self.model.named_modules() if isinstance(m, InsertedLayer)
+        ]
         with everywhere(self.model):
             take_out_layers(self.model, merge, safe_merge, adapter_names)
             model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
@@ -208,7 +210,7 @@ class LNTuneModel(BaseTuner):
 
     def _check_mergeable(self, adapter_names: list[str] | None, instead: str) -> None:
         names = self.active_adapters if adapter_names is None else adapter_names
-        for layer in self._layers(BesideLayer):
+        for layer in self._layers(InsertedLayer):
             found = [name for name in names if layer.holds(name)]
             if found:
                 what = type(layer).__name__.removesuffix("Layer").lower()
@@ -267,9 +269,9 @@ class LNTuneModel(BaseTuner):
 
     # Adapters.
 
-    def tuner_layers(self) -> Iterator[LNTuneLayer]:
+    def tuner_layers(self) -> Iterator[ReplacementLayer]:
         """The tuner layers of the model. Not `layers`: PEFT passes unknown names on, and many models have those."""
-        return self._layers(LNTuneLayer)
+        return self._layers(ReplacementLayer)
 
     def _layers(self, kind: Any) -> Iterator[Any]:
         return (module for module in self.model.modules() if isinstance(module, kind))
@@ -352,7 +354,7 @@ class LNTuneModel(BaseTuner):
                 "adapter with LNTuningConfig, FisherLNConfig or ModuleTuningConfig."
             )
 
-    def _places(self, adapter_name: str) -> dict[str, tuple[LNTuneLayer, str]]:
+    def _places(self, adapter_name: str) -> dict[str, tuple[ReplacementLayer, str]]:
         """Where an adapter has its deltas: layer and parameter by the name of the base parameter."""
         return {
             f"{layer.label}.{layer.own_name(parameter)}": (layer, parameter)

@@ -16,7 +16,7 @@ from peft_lntune.core.delta import PARAMETERS, scatter, unpack_bits
 from peft_lntune.core.delta_module import Delta
 from peft_lntune.core.module_tree import base_modules, called_modules
 from peft_lntune.errors import AdapterFileError, ConfigError, UnsupportedError
-from peft_lntune.layers import LNTuneLayer
+from peft_lntune.layers import ReplacementLayer
 from peft_lntune.norms.find import Norm, find_norms
 from peft_lntune.norms.names import own_parameter, role_of
 from peft_lntune.planning.claims import check_architecture
@@ -27,9 +27,9 @@ from peft_lntune.storage.packing import PREFIX, ROOT
 from peft_lntune.tuner.restoring import told_by_us
 from peft_lntune.tuner.state_dict import check_shapes, unpack_by
 
-__all__ = ["Adapter", "Source", "Sources", "deltas_in", "tensors_of"]
+__all__ = ["Adapter", "AdapterSource", "Sources", "deltas_in", "tensors_of"]
 
-Source = str | os.PathLike | tuple[PeftModel, str]
+AdapterSource = str | os.PathLike | tuple[PeftModel, str]
 """A directory that `save_pretrained` has written, or a model and the name of one of its adapters."""
 
 # What decides which parameters a config of norms selects.
@@ -87,7 +87,7 @@ class Sources:
         module, _, own = name.rpartition(".")
         return f"{module}.{role_of(self.modules[module], own)}" if module in self.norms else name
 
-    def read(self, name: str, source: Source) -> Adapter:
+    def read(self, name: str, source: AdapterSource) -> Adapter:
         """Read and check an adapter.
 
         Args:
@@ -218,7 +218,7 @@ def deltas_in(called: Mapping[str, nn.Module], adapter_name: str) -> dict[str, D
     return {
         f"{place}.{parameter}": layer.deltas(parameter)[adapter_name]
         for place, layer in called.items()
-        if isinstance(layer, LNTuneLayer)
+        if isinstance(layer, ReplacementLayer)
         for parameter in PARAMETERS
         if adapter_name in layer.deltas(parameter)
     }

@@ -15,7 +15,7 @@ from peft_lntune.core.module_tree import base_modules
 from peft_lntune.core.prefix import Prefix
 from peft_lntune.core.supermask import Supermask
 from peft_lntune.errors import AdapterFileError
-from peft_lntune.layers import PARAMETERS, LNTuneLayer, ModuleLayer, PrefixLayer
+from peft_lntune.layers import PARAMETERS, ModuleLayer, PrefixLayer, ReplacementLayer
 from peft_lntune.norms.names import own_name
 from peft_lntune.planning.plan import plan, plan_parts
 from peft_lntune.storage.keys import is_ours, is_part
@@ -46,7 +46,7 @@ def deltas_of(model: nn.Module, adapter_name: str) -> dict[str, Delta]:
     return {
         f"{_plain(name)}.lntune_{parameter}": layer.deltas(parameter)[adapter_name]
         for name, layer in model.named_modules()
-        if isinstance(layer, LNTuneLayer)
+        if isinstance(layer, ReplacementLayer)
         for parameter in PARAMETERS
         if adapter_name in layer.deltas(parameter)
     }

@@ -12,8 +12,8 @@ from torch import nn
 from peft_lntune.core.module_tree import base_modules
 from peft_lntune.core.shared import tied_parameters
 from peft_lntune.errors import UnsupportedError
-from peft_lntune.layers import LNTuneLayer
-from peft_lntune.planning.types import Part
+from peft_lntune.layers import ReplacementLayer
+from peft_lntune.planning.types import PlannedModule
 
 __all__ = ["Ties", "check_tied", "ties_of"]
 
@@ -21,7 +21,7 @@ Ties = Mapping[tuple[str, str], Sequence[tuple[str, str]]]
 """For a tuned parameter, by module and `"weight"` or `"bias"`, the others that it is tied to, in the same form."""
 
 
-def ties_of(parts: Mapping[str, Part], modules: Mapping[str, nn.Module]) -> Ties:
+def ties_of(parts: Mapping[str, PlannedModule], modules: Mapping[str, nn.Module]) -> Ties:
     """Which of the parameters that are to be tuned are one.
 
     Args:
@@ -63,7 +63,7 @@ def check_tied(model: nn.Module, adapter_names: Sequence[str] | None) -> None:
     tied = tied_parameters(modules)
     if not tied:
         return
-    layers = {id(m.get_base_layer()): m for m in model.modules() if isinstance(m, LNTuneLayer)}
+    layers = {id(m.get_base_layer()): m for m in model.modules() if isinstance(m, ReplacementLayer)}
     for name, module in modules.items():
         layer: Any = layers.get(id(module))
         for adapter in () if layer is None else layer.added(adapter_names):

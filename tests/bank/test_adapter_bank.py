@@ -9,17 +9,8 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
 from benchmarks.harness.counting import count_operations
-from peft_lntune import (
-    AdapterBank,
-    AdapterFileError,
-    ConfigError,
-    FisherLNConfig,
-    LNTuningConfig,
-    ModuleTuningConfig,
-    RoutingError,
-    UnifiedConfig,
-    UnsupportedError,
-)
+from peft_lntune import AdapterBank, FisherLNConfig, LNTuningConfig, ModuleTuningConfig, UnifiedConfig
+from peft_lntune.errors import AdapterFileError, ConfigError, RoutingError, UnsupportedError
 from tests.adapted import adapt, assert_unchanged, build, deltas, fill, inputs, layers, output, said, snapshot
 from tests.bank.banked import CLOSE, NAMES, banked, routed
 from tests.oracles import alone, each_alone, generated_alone

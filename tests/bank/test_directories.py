@@ -8,7 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from peft_lntune import AdapterBank, AdapterFileError, ConfigError, FisherLNConfig, LNTuningConfig, UnsupportedError
+from peft_lntune import AdapterBank, FisherLNConfig, LNTuningConfig
+from peft_lntune.errors import AdapterFileError, ConfigError, UnsupportedError
 from peft_lntune.storage.manifest import seal_file
 from tests.adapted import adapt, build, deltas, fill, inputs
 from tests.bank.banked import CLOSE, routed

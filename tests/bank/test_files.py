@@ -10,8 +10,9 @@ import transformers as hf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from peft_lntune import AdapterBank, AdapterFileError
+from peft_lntune import AdapterBank
 from peft_lntune.bank import files
+from peft_lntune.errors import AdapterFileError
 from tests import adapted
 from tests.adapted import adapt, build, inputs
 from tests.bank.banked import CLOSE, NAMES, banked, routed

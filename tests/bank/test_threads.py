@@ -10,7 +10,8 @@ import psutil
 import pytest
 import torch
 
-from peft_lntune import AdapterBank, ConfigError, RoutingError
+from peft_lntune import AdapterBank
+from peft_lntune.errors import ConfigError, RoutingError
 from tests.adapted import adapt, build, inputs, output
 from tests.bank.banked import CLOSE, routed
 from tests.oracles import alone

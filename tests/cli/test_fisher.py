@@ -10,9 +10,10 @@ from peft import get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from peft_lntune import ConfigError, DataError, LNTuningConfig, fisher_scores, select
+from peft_lntune import LNTuningConfig, fisher_scores, select
 from peft_lntune.cli.fisher import fisher_masks, load_classifier
 from peft_lntune.cli.rows import read_rows
+from peft_lntune.errors import ConfigError, DataError
 from tests.cli.saved import refused, run, save_model, task, write_rows
 
 

@@ -8,8 +8,9 @@ from peft import LNTuningConfig as StockLNTuningConfig
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
-from peft_lntune import AdapterFileError, BottleneckConfig, ConfigError, LNTuningConfig, PrefixConfig, SupermaskConfig
+from peft_lntune import BottleneckConfig, LNTuningConfig, PrefixConfig, SupermaskConfig
 from peft_lntune.cli.inspect import inspect_adapter
+from peft_lntune.errors import AdapterFileError, ConfigError
 from tests import adapted
 from tests.cli.saved import combined, refused, run, save_adapter, save_model
 

@@ -11,7 +11,7 @@ import pytest
 import peft_lntune
 from peft_lntune.cli import main
 from peft_lntune.cli.output import new_folder
-from peft_lntune.errors import ConfigError
+from peft_lntune.errors import AdapterFileError, ConfigError
 from tests.cli.saved import refused, run
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +114,7 @@ def test_errors_are_one_message(arguments, said, tmp_path, monkeypatch):
 
 
 def test_a_traceback_where_it_is_asked_for(tmp_path):
-    with pytest.raises(peft_lntune.AdapterFileError, match="holds no adapter_config"):
+    with pytest.raises(AdapterFileError, match="holds no adapter_config"):
         run("--traceback", "inspect", tmp_path)
 
 

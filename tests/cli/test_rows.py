@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from peft_lntune import DataError
 from peft_lntune.cli.rows import encode_labels
+from peft_lntune.errors import DataError
 
 TAKEN = {
     "text of whole numbers": (["0", "1", "2"], [0, 1, 2], 3),

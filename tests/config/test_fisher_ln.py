@@ -8,8 +8,9 @@ import pytest
 import torch
 from peft import PeftConfig, get_peft_model
 
-from peft_lntune import ConfigError, FisherLNConfig, LNTuningConfig
+from peft_lntune import FisherLNConfig, LNTuningConfig
 from peft_lntune.config import KINDS, LNTuneConfig
+from peft_lntune.errors import ConfigError
 from tests import cases
 
 from .test_ln_tuning import DUPLICATES, NEEDS

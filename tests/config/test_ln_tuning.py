@@ -12,8 +12,9 @@ import pytest
 import torch
 from peft import PeftConfig, get_peft_config, get_peft_model
 
-from peft_lntune import ConfigError, LNTuningConfig, PeftLNTuneError, __version__
+from peft_lntune import LNTuningConfig, PeftLNTuneError, __version__
 from peft_lntune.config import FORMAT_VERSION, KINDS, LNTuneConfig, StoredConfig
+from peft_lntune.errors import ConfigError
 from peft_lntune.storage import adapter_file as storage
 from tests import cases
 

@@ -9,7 +9,6 @@ from peft import PeftConfig
 
 from peft_lntune import (
     BottleneckConfig,
-    ConfigError,
     FisherLNConfig,
     LNTuningConfig,
     ModuleTuningConfig,
@@ -17,6 +16,7 @@ from peft_lntune import (
     SupermaskConfig,
     UnifiedConfig,
 )
+from peft_lntune.errors import ConfigError
 
 INTS = [np.int64, np.int32, np.uint8, torch.tensor]
 FLOATS = [np.float64, np.float32, np.float16, torch.tensor]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from peft_lntune.core.detour import Detour, forward_of
-from peft_lntune.core.override import is_plain
+from peft_lntune.core.override import runs_own_forward
 from peft_lntune.norms.affine import bind, call_with
 from peft_lntune.routing.route import Route
 from tests.cases import build_norm, norm_inputs
@@ -45,7 +45,7 @@ def test_who_asks_for_the_forward_gets_what_lies_beneath(case):
     weight, expected = norm.weight.float() + 0.1, norm(x)
     tuned = call_with(norm, x, weight, None)
     Detour(norm, Route(), plus_one).patch()
-    assert is_plain(norm)
+    assert runs_own_forward(norm)
     assert torch.equal(call_with(norm, x, weight, None), tuned)
     assert torch.equal(bind(norm, weight, None)(x), tuned)
     assert torch.equal(norm(x), expected)
@@ -58,7 +58,7 @@ def test_one_below_another_that_came_later():
     detour.patch()
     below = norm.forward
     norm.forward = lambda x: 2 * below(x)
-    assert not is_plain(norm)
+    assert not runs_own_forward(norm)
     detour.restore()
     with route.serving(["a", "b"], nothing, {1}):
         assert torch.equal(norm(x), 2 * expected)
@@ -72,5 +72,5 @@ def test_a_copy_has_none(copied):
         twin = copied(model)
         nn.init.zeros_(twin[0].weight)
         assert torch.equal(twin(x), torch.zeros(2, 4))
-    assert is_plain(twin[0])
+    assert runs_own_forward(twin[0])
     assert twin[0].forward.__self__ is twin[0]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft_lntune.core.override import call_hooked, shadowed
+from peft_lntune.core.override import call_hooked, overridden
 
 
 def test_call_hooked():
@@ -21,7 +21,7 @@ def test_call_hooked():
 def test_shadowed_twice():
     norm, x = nn.LayerNorm(2), torch.tensor([[1.0, 3.0]])
     outer, inner = torch.full((2,), 5.0), torch.full((2,), 7.0)
-    y = shadowed(norm, {"bias": outer}, lambda: shadowed(norm, {"bias": inner}, norm, x) - norm(x))
+    y = overridden(norm, {"bias": outer}, lambda: overridden(norm, {"bias": inner}, norm, x) - norm(x))
     each = [nn.functional.layer_norm(x, (2,), norm.weight, bias) for bias in (inner, outer)]
     assert torch.equal(y, each[0] - each[1])
     assert "bias" not in norm.__dict__

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_lntune.core.delta import Block, pack_bits
+from peft_lntune.core.delta import ParameterSlice, pack_bits
 from peft_lntune.core.supermask import Supermask, initial_scores, kept, masked, smallest
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -130,9 +130,9 @@ class TestSupermask:
         assert not torch.equal(mask(base), mask(base))
         mask.eval()
         assert mask(base).view(2, -1).mean(1).tolist() == [0.0, 1.0]
-        assert torch.equal(mask.settled(base), mask(base))
+        assert torch.equal(mask.merged_value(base), mask(base))
         mask.train()
-        assert torch.equal(mask.settled(base), mask.eval()(base))
+        assert torch.equal(mask.merged_value(base), mask.eval()(base))
 
     def test_a_score_of_zero_is_off(self):
         assert kept(torch.tensor([-0.0, 0.0, 1e-30])).tolist() == [False, False, True]
@@ -149,7 +149,9 @@ class TestSupermask:
         effective = Supermask(base, sparsity=0.5, score=1.0)(base)
         assert set(effective.tolist()) <= {0.0, *base.tolist()}
 
-    @pytest.mark.parametrize("block", [None, Block(1, ((2, 4),)), Block(0, ((0, 1), (3, 5)))], ids=str)
+    @pytest.mark.parametrize(
+        "block", [None, ParameterSlice(1, ((2, 4),)), ParameterSlice(0, ((0, 1), (3, 5)))], ids=str
+    )
     def test_a_part_of_a_parameter(self, block):
         base = torch.randn(5, 6)
         mask = Supermask(base, sparsity=0.5, block=block).eval()
@@ -165,7 +167,9 @@ class TestSupermask:
         effective.sum().backward()
         assert (mask.weight.grad != 0).all()
 
-    @pytest.mark.parametrize("block", [None, Block(1, ((2, 4),)), Block(0, ((0, 1), (3, 5)))], ids=str)
+    @pytest.mark.parametrize(
+        "block", [None, ParameterSlice(1, ((2, 4),)), ParameterSlice(0, ((0, 1), (3, 5)))], ids=str
+    )
     def test_bits_stand_for_the_scores(self, block):
         base = torch.randn(5, 6)
         scores = Supermask(base, sparsity=0.4, block=block).eval()
@@ -194,7 +198,11 @@ class TestSupermask:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_the_dtype_of_the_base_is_that_of_the_result(self, dtype):
         base = torch.randn(4, 4).to(dtype)
-        for mask in (Supermask(base), Supermask(base, trained=False), Supermask(base, block=Block(0, ((1, 2),)))):
+        for mask in (
+            Supermask(base),
+            Supermask(base, trained=False),
+            Supermask(base, block=ParameterSlice(0, ((1, 2),))),
+        ):
             assert mask(base).dtype == dtype
         assert Supermask(base).weight.dtype == torch.float32
         assert Supermask(base, dtype=torch.float64).weight.dtype == torch.float64
@@ -202,7 +210,7 @@ class TestSupermask:
     @pytest.mark.parametrize("axis", [0, 1])
     def test_a_part_in_one_piece_is_not_copied_for_the_backward_pass(self, axis):
         base = torch.randn(6, 6)
-        mask = Supermask(base, block=Block(axis, ((2, 4),)))
+        mask = Supermask(base, block=ParameterSlice(axis, ((2, 4),)))
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
             mask(base)

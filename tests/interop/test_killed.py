@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from peft_lntune import PeftLNTuneError, last_whole_checkpoint
+from peft_lntune import PeftLNTuneError
+from peft_lntune.interop import last_whole_checkpoint
 from peft_lntune.storage.adapter_file import WEIGHTS_FILE
 from tests.interop.worker import CASES, LAST, TASKS, build, run
 

@@ -10,14 +10,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 
-from peft_lntune import (
-    AdapterFileError,
-    BottleneckConfig,
-    ConfigError,
-    ModuleTuningConfig,
-    PrefixConfig,
-    last_whole_checkpoint,
-)
+from peft_lntune import BottleneckConfig, ModuleTuningConfig, PrefixConfig
+from peft_lntune.errors import AdapterFileError, ConfigError
+from peft_lntune.interop import last_whole_checkpoint
 from peft_lntune.storage.adapter_file import WEIGHTS_FILE
 from tests import adapted
 from tests.interop.worker import BEFORE, CONFIGS, LAST, build, build_base, train

@@ -18,15 +18,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.utils.data import Dataset
 
-from peft_lntune import (
-    FisherLNConfig,
-    LNTuningConfig,
-    ManyTasks,
-    SupermaskConfig,
-    UnifiedConfig,
-    fit_fisher_masks,
-    last_whole_checkpoint,
-)
+from peft_lntune import FisherLNConfig, LNTuningConfig, ManyTasks, SupermaskConfig, UnifiedConfig, fit_fisher_masks
+from peft_lntune.interop import last_whole_checkpoint
 from peft_lntune.tasks.trainer import TaskTrainer
 
 ROWS, BATCH, EPOCHS, EVERY = 16, 4, 3, 2  # 12 steps, with checkpoints within epochs and at their ends

@@ -20,7 +20,7 @@ from peft_lntune.architectures.sublayers import SUBLAYER_ROLES, find_sublayers
 from peft_lntune.config.bottleneck import BottleneckConfig
 from peft_lntune.core.module_tree import base_modules
 from peft_lntune.errors import ConfigError, RoutingError, UnsupportedError
-from peft_lntune.layers.bottleneck import BottleneckLayer, check_combine, combine
+from peft_lntune.layers.bottleneck import BottleneckLayer, check_combine, combine_bottlenecks
 from peft_lntune.routing.entries import Entries
 from peft_lntune.routing.route import Route
 from tests.adapted import DTYPES, assert_unchanged, build, inputs, output, said, snapshot
@@ -69,7 +69,7 @@ def measured(model: nn.Module, layers: list[BottleneckLayer]) -> Iterator[None]:
     with ExitStack() as stack:
         for detour in Entries(model, layers[0]._route, lambda: places).detours(modules, places):
             detour.patch()
-            stack.callback(detour.take)
+            stack.callback(detour.restore)
         yield
 
 
@@ -873,7 +873,7 @@ class TestCombine:
         for name in ("a", "b"):
             layer.set_adapter(name)
             single[name] = host(x) - h
-        combine(layer, ["a", "b"], [0.3, -2.0], "c")
+        combine_bottlenecks(layer, ["a", "b"], [0.3, -2.0], "c")
         layer.set_adapter("c")
         close(host(x), h + 0.3 * single["a"] - 2.0 * single["b"], 5)
         assert not layer.lntune_down["c"].weight[5:].any()
@@ -888,22 +888,22 @@ class TestCombine:
         h = host(x)
         layer.enable_adapters(True)
         before = host(x) - h
-        combine(layer, ["a"], [3.0], "a")
+        combine_bottlenecks(layer, ["a"], [3.0], "a")
         close(host(x), h + 3 * before, 5)
 
     def test_an_adapter_that_is_not_here_adds_nothing(self):
         host, x = block(), torch.randn(2, 6)
         layer = alone(host, config(), config(bottleneck_size=3), fill_in=True)
         base = host(x)
-        combine(layer, ["elsewhere", "a"], [5.0, 1.0], "b")
+        combine_bottlenecks(layer, ["elsewhere", "a"], [5.0, 1.0], "b")
         layer.set_adapter("b")
         close(host(x), base)
-        combine(layer, ["elsewhere"], [5.0], "b")
+        combine_bottlenecks(layer, ["elsewhere"], [5.0], "b")
         layer.enable_adapters(False)
         h = host(x)
         layer.enable_adapters(True)
         assert torch.equal(host(x), h)
-        combine(layer, ["a"], [1.0], "elsewhere")  # and takes nothing
+        combine_bottlenecks(layer, ["a"], [1.0], "elsewhere")  # and takes nothing
 
     @pytest.mark.parametrize(
         ("other", "said_of"),
@@ -915,7 +915,10 @@ class TestCombine:
     def test_no_sum_across_kinds(self, other, said_of):
         layer = alone(block(), config(), other, config(bottleneck_size=9), fill_in=True)
         before = snapshot(layer)
-        for call in (lambda: check_combine(layer, ["a", "b"]), lambda: combine(layer, ["a", "b"], [1.0, 1.0], "c")):
+        for call in (
+            lambda: check_combine(layer, ["a", "b"]),
+            lambda: combine_bottlenecks(layer, ["a", "b"], [1.0, 1.0], "c"),
+        ):
             with pytest.raises(UnsupportedError, match=f"{said_of}. Make both active"):
                 call()
         assert_unchanged(layer, before)
@@ -926,5 +929,5 @@ class TestCombine:
         with pytest.raises(
             ConfigError, match=r"'a', 'b' at end are 6 wide together, but 'c' is 5 wide .*size=6 or more"
         ):
-            combine(layer, ["a", "b"], [1.0, 1.0], "c")
+            combine_bottlenecks(layer, ["a", "b"], [1.0, 1.0], "c")
         assert_unchanged(layer, before)

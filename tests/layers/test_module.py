@@ -5,7 +5,8 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from peft_lntune import LNTuningConfig, UnsupportedError
+from peft_lntune import LNTuningConfig
+from peft_lntune.errors import UnsupportedError
 from tests.adapted import adapt, assert_unchanged, build, deltas, fill, inputs, output, snapshot
 from tests.oracles import each_alone, written
 

@@ -13,11 +13,11 @@ from peft_lntune import (
     LNTuningConfig,
     ManyTasks,
     ModuleTuningConfig,
-    NoMatchError,
     fisher_scores,
     fit_fisher_masks,
     plan,
 )
+from peft_lntune.errors import NoMatchError
 from peft_lntune.norms.find import find_missed, find_norms, looks_like_norm
 from peft_lntune.norms.per_sample import per_sample
 from tests.norm_kinds import KINDS, MISSED, NOT_MISSED, TritonNorm, build, sample

@@ -5,7 +5,8 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from peft_lntune import LNTuningConfig, ModuleTuningConfig, NoMatchError, UnsupportedError, plan
+from peft_lntune import LNTuningConfig, ModuleTuningConfig, plan
+from peft_lntune.errors import NoMatchError, UnsupportedError
 from tests.adapted import adapt, assert_unchanged, build, deltas, snapshot
 
 BERT = "bert.encoder.layer"

@@ -92,7 +92,7 @@ OPTIONAL = [
         PREFIXES,
         ("layers/prefix.py", "plugin/attention.py"),
     ),
-    Name("transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS", PREFIXES, ("attention.py",)),
+    Name("transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS", PREFIXES, ("architectures/attention.py",)),
     Name("transformers.modeling_utils:AttentionInterface.register", PREFIXES, ("plugin/attention.py",)),
     Name("transformers.trainer_pt_utils:get_parameter_names", DECAY, ("plugin/decay.py",)),
     Name("peft.peft_model:PeftModel.create_or_update_model_card", CARDS, ("plugin/cards.py",)),
@@ -108,47 +108,55 @@ REQUIRED = [
         Name(f"peft.utils:PeftType.{name}", "registration: a member of the enum", ("plugin/register.py",))
         for name in ("_member_names_", "_member_map_", "_value2member_map_")
     ),
-    Name(f"{TUNER}._prepare_adapter_config", "injection", ("model.py", "plugin/mixed.py")),
-    Name(f"{TUNER}.inject_adapter", "planning before anything changes", ("model.py", "plugin/mixed.py")),
-    Name(f"{TUNER}._check_target_module_exists", "choosing modules", ("model.py", "plugin/mixed.py")),
-    Name(f"{TUNER}._create_and_replace", "injection", ("model.py", "plugin/mixed.py")),
-    Name(f"{TUNER}._replace_module", "injection", ("inject.py",)),
-    Name(f"{TUNER}._cast_adapter_dtype", "float32 deltas over a half precision base", ("model.py",)),
-    Name(f"{TUNER}._check_merge_allowed", "merging", ("model.py", "plugin/mixed.py")),
-    Name(f"{TUNER}._unload_and_optionally_merge", "safe_merge, and beside LoRA", ("model.py", "plugin/mixed.py")),
-    Name(f"{TUNER}._get_adapter_state_dict", "the manifest, and tensors told by structure", ("model.py",)),
-    Name(f"{TUNER}._remove_adapter_name_from_key", "adapters of any name", ("model.py",)),
+    Name(f"{TUNER}._prepare_adapter_config", "injection", ("tuner/model.py", "plugin/mixed.py", "planning/lora.py")),
+    Name(f"{TUNER}.inject_adapter", "planning before anything changes", ("tuner/model.py", "plugin/mixed.py")),
+    Name(f"{TUNER}._check_target_module_exists", "choosing modules", ("tuner/model.py", "plugin/mixed.py")),
+    Name(f"{TUNER}._create_and_replace", "injection", ("tuner/model.py", "plugin/mixed.py")),
+    Name(f"{TUNER}._replace_module", "injection", ("tuner/inject.py",)),
+    Name(f"{TUNER}._cast_adapter_dtype", "float32 deltas over a half precision base", ("tuner/model.py",)),
+    Name(f"{TUNER}._check_merge_allowed", "merging", ("tuner/model.py", "plugin/mixed.py")),
+    Name(f"{TUNER}._unload_and_optionally_merge", "safe_merge, and beside LoRA", ("tuner/model.py", "plugin/mixed.py")),
+    Name(f"{TUNER}._get_adapter_state_dict", "the manifest, and tensors told by structure", ("tuner/model.py",)),
+    Name(f"{TUNER}._remove_adapter_name_from_key", "adapters of any name", ("tuner/model.py",)),
     Name(
         f"{TUNER}._remap_adapter_state_dict_for_load",
         "refusing weights that do not fit",
-        ("model.py", "plugin/loading.py"),
+        ("tuner/model.py", "plugin/loading.py"),
     ),
     Name(
         "peft.peft_model:PeftModel._enable_peft_forward_hooks",
         "adapter_names, and the warning before masks are fitted",
-        ("model.py",),
+        ("tuner/model.py",),
     ),
     Name(
         f"{LAYER}._disable_adapters",
         "disable_adapter, and a bank on a PeftModel",
-        ("layers/base.py", "layers/beside.py", "layers/bottleneck.py", "layers/switched.py"),
+        ("layers/replacing.py", "layers/inserted.py", "layers/bottleneck.py", "layers/switched.py"),
     ),
     Name(
         f"{LAYER}._move_adapter_to_device_of_base_layer",
         "deltas keep their dtype",
-        ("layers/base.py", "layers/beside.py", "layers/module.py"),
+        ("layers/replacing.py", "layers/inserted.py", "layers/module.py"),
     ),
-    Name("peft.tuners.tuners_utils:check_adapters_to_merge", "merging", ("layers/base.py",)),
-    Name("peft.tuners.tuners_utils:cast_adapter_dtype", "float32 LoRA over a half precision base", ("model.py",)),
-    Name("peft.tuners.tuners_utils:_maybe_include_all_linear_layers", 'LoRA at "all-linear"', ("lora.py",)),
-    Name("peft.tuners.lora:LoraModel._prepare_adapter_config", "LoRA as a part", ("lora.py",)),
-    Name("peft.tuners.lora:LoraModel._check_target_module_exists", "LoRA as a part", ("lora.py",)),
-    Name("peft.tuners.lora:LoraModel._create_and_replace", "LoRA as a part under offloading", ("lora.py",)),
-    Name("peft.utils.other:get_pattern_key", "counting LoRA by rank_pattern", ("lora.py",)),
-    Name("transformers.pytorch_utils:Conv1D", "LoRA on GPT-2", ("lora.py",)),
-    Name("peft.tuners.tuners_utils:check_target_module_exists", "choosing modules", ("plan_deltas.py", "inject.py")),
-    Name("transformers.models.bert.modeling_bert:eager_attention_forward", "prefixes under eager", ("attention.py",)),
-    Name("peft.utils.other:ModulesToSaveWrapper", "heads in mixed batches", ("heads.py",)),
+    Name("peft.tuners.tuners_utils:check_adapters_to_merge", "merging", ("layers/replacing.py",)),
+    Name("peft.tuners.tuners_utils:cast_adapter_dtype", "float32 LoRA over a half precision base", ("tuner/model.py",)),
+    Name("peft.tuners.tuners_utils:_maybe_include_all_linear_layers", 'LoRA at "all-linear"', ("planning/lora.py",)),
+    Name("peft.tuners.lora:LoraModel._prepare_adapter_config", "LoRA as a part", ("planning/lora.py",)),
+    Name("peft.tuners.lora:LoraModel._check_target_module_exists", "LoRA as a part", ("planning/lora.py",)),
+    Name("peft.tuners.lora:LoraModel._create_and_replace", "LoRA as a part under offloading", ("tuner/lora.py",)),
+    Name("peft.utils.other:get_pattern_key", "counting LoRA by rank_pattern", ("planning/lora.py",)),
+    Name("transformers.pytorch_utils:Conv1D", "LoRA on GPT-2", ("planning/lora.py",)),
+    Name(
+        "peft.tuners.tuners_utils:check_target_module_exists",
+        "choosing modules",
+        ("planning/deltas.py", "tuner/inject.py"),
+    ),
+    Name(
+        "transformers.models.bert.modeling_bert:eager_attention_forward",
+        "prefixes under eager",
+        ("architectures/attention.py",),
+    ),
+    Name("peft.utils.other:ModulesToSaveWrapper", "heads in mixed batches", ("tuner/heads.py",)),
     *(
         Name(f"transformers:Trainer.{name}", "TaskTrainer", ("tasks/trainer.py",))
         for name in (
@@ -159,7 +167,7 @@ REQUIRED = [
         )
     ),
     *(
-        Name(f"peft.utils.merge_utils:{name}", "add_weighted_adapter", ("weighted.py",))
+        Name(f"peft.utils.merge_utils:{name}", "add_weighted_adapter", ("tuner/combine.py",))
         for name in ("dare_linear", "dare_ties", "magnitude_prune", "task_arithmetic", "ties")
     ),
 ]

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from peft_lntune import AdapterFileError, ConfigError, LNTuningConfig, PeftLNTuneError
-from peft_lntune.errors import HeadFileError
+from peft_lntune import LNTuningConfig, PeftLNTuneError
+from peft_lntune.errors import AdapterFileError, ConfigError, HeadFileError
 from peft_lntune.storage.manifest import manifest_of, seal_file
 from tests import adapted
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-from peft_lntune import AdapterFileError, ConfigError, FisherLNConfig, LNTuningConfig, UnsupportedError
+from peft_lntune import FisherLNConfig, LNTuningConfig
+from peft_lntune.errors import AdapterFileError, ConfigError, UnsupportedError
 from tests import adapted, cases
 
 from .saved import HEADS, State, adapt, build_base, logits, mask_half

@@ -12,8 +12,9 @@ import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, PeftMixedModel, get_peft_model
 from torch import Tensor, nn
 
-from peft_lntune import ConfigError, LNTuningConfig
-from peft_lntune.layers import LNTuneLayer
+from peft_lntune import LNTuningConfig
+from peft_lntune.errors import ConfigError
+from peft_lntune.layers import ReplacementLayer
 from tests import adapted
 
 OTHERS: dict[str, Any] = {
@@ -99,7 +100,7 @@ def expected(model: PeftMixedModel, *active: str) -> Tensor:
             add_deltas(net, model, "ours")
         if "other" in active:
             for module in model.modules():
-                if not isinstance(module, LNTuneLayer) and hasattr(module, "get_delta_weight"):
+                if not isinstance(module, ReplacementLayer) and hasattr(module, "get_delta_weight"):
                     net.lin.weight.add_(module.get_delta_weight("other"))
         return net(X)
 

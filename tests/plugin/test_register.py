@@ -15,8 +15,8 @@ from peft.utils import PeftType
 from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
-from peft_lntune import RegistrationError
 from peft_lntune.config import StoredConfig
+from peft_lntune.errors import RegistrationError
 from peft_lntune.plugin import install
 from peft_lntune.tuner.model import LNTuneModel
 
@@ -92,7 +92,9 @@ def test_a_foreign_entry_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
     monkeypatch.setitem(mapping.PEFT_TYPE_TO_TUNER_MAPPING, LNTUNE, Stranger)
-    message = r"type LNTUNE is held by tests\.plugin\.test_register\..*Stranger, and peft_lntune\.model\.LNTuneModel"
+    message = (
+        r"type LNTUNE is held by tests\.plugin\.test_register\..*Stranger, and peft_lntune\.tuner\.model\.LNTuneModel"
+    )
     with pytest.raises(RegistrationError, match=message):
         install()
     assert mapping.PEFT_TYPE_TO_TUNER_MAPPING[LNTUNE] is Stranger

@@ -6,7 +6,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from peft_lntune import LNTuningConfig, RoutingError
+from peft_lntune import LNTuningConfig
+from peft_lntune.errors import RoutingError
 from tests.adapted import adapt, build, deltas, fill, inputs, layers, output, said
 from tests.oracles import alone, each_alone, generated_alone
 

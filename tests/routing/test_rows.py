@@ -15,7 +15,8 @@ from peft import get_peft_model
 from torch import nn
 
 from benchmarks.harness.counting import count_operations
-from peft_lntune import AdapterBank, LNTuningConfig, ManyTasks, RoutingError, UnsupportedError
+from peft_lntune import AdapterBank, LNTuningConfig, ManyTasks
+from peft_lntune.errors import RoutingError, UnsupportedError
 from tests.adapted import adapt, build, inputs, output
 from tests.oracles import alone, each_alone
 

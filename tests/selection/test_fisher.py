@@ -6,7 +6,7 @@ import transformers as hf
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from peft_lntune import ConfigError, DataError, UnsupportedError
+from peft_lntune.errors import ConfigError, DataError, UnsupportedError
 from peft_lntune.norms.per_sample import per_sample
 from peft_lntune.selection import FisherState, fisher_scores
 from peft_lntune.selection.losses import HEADS, causal_lm_loss

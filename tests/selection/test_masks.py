@@ -9,8 +9,9 @@ import torch
 import transformers as hf
 from peft import PeftConfig, PeftModel, get_peft_model
 
-from peft_lntune import ConfigError, FisherLNConfig, LNTuningConfig, ModuleTuningConfig, UnifiedConfig, UnsupportedError
+from peft_lntune import FisherLNConfig, LNTuningConfig, ModuleTuningConfig, UnifiedConfig
 from peft_lntune.config import delta_part
+from peft_lntune.errors import ConfigError, UnsupportedError
 from tests.adapted import adapt, assert_unchanged, build, deltas, fill, inputs, output, said, snapshot
 from tests.tolerance import assert_close
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from peft_lntune import ConfigError, LNTuningConfig
+from peft_lntune import LNTuningConfig
+from peft_lntune.errors import ConfigError
 from peft_lntune.selection import (
     change_scores,
     check_masks,

@@ -15,6 +15,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import peft_lntune as lt
+from peft_lntune.errors import RoutingError
 from tests import adapted, cases
 
 try:
@@ -177,7 +178,7 @@ def test_a_bank_serves_rows_on_the_gpu_beside_other_threads() -> None:
             try:
                 with torch.no_grad():
                     found = logits_of(base, batch)
-            except lt.RoutingError:
+            except RoutingError:
                 continue
             if (found - plain).abs().max() > TOLERANCE[torch.float32] * plain.abs().max():
                 wrong.append("a forward without a route was not the base model's")

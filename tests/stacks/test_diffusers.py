@@ -16,7 +16,8 @@ from diffusers.models.normalization import AdaGroupNorm, AdaLayerNorm, AdaLayerN
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from peft_lntune import LNTuningConfig, ModuleTuningConfig, NoMatchError, find_norms, plan
+from peft_lntune import LNTuningConfig, ModuleTuningConfig, find_norms, plan
+from peft_lntune.errors import NoMatchError
 from tests.adapted import adapt, assert_unchanged, deltas, fill, output, said, snapshot
 
 A, X, F, M, QK, Z = "attention", "cross_attention", "ffn", "mixer", "qk", "final"

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
-from peft_lntune import AdapterFileError, LNTuningConfig
+from peft_lntune import LNTuningConfig
+from peft_lntune.errors import AdapterFileError
 from peft_lntune.storage.adapter_file import WEIGHTS_FILE
 from peft_lntune.storage.atomic import new_file
 from peft_lntune.storage.keys import is_ours, of_adapter, without_adapter_name

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from peft_lntune import AdapterFileError, LNTuningConfig
+from peft_lntune import LNTuningConfig
 from peft_lntune.core.delta import pack_bits
+from peft_lntune.errors import AdapterFileError
 from peft_lntune.storage.adapter_file import WEIGHTS_FILE
 from peft_lntune.storage.packing import counts_of, is_packed, pack, pack_scores, unpack, unpack_scores
 from tests.adapted import adapt, build, deltas, fill

@@ -8,18 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from benchmarks.harness.counting import count_operations
-from peft_lntune import (
-    AdapterBank,
-    ConfigError,
-    DataError,
-    FisherLNConfig,
-    LNTuningConfig,
-    ManyTasks,
-    ModuleTuningConfig,
-    RoutingError,
-    UnifiedConfig,
-    UnsupportedError,
-)
+from peft_lntune import AdapterBank, FisherLNConfig, LNTuningConfig, ManyTasks, ModuleTuningConfig, UnifiedConfig
+from peft_lntune.errors import ConfigError, DataError, RoutingError, UnsupportedError
 from tests.adapted import adapt, assert_unchanged, output, snapshot
 from tests.bank.banked import CLOSE as BY_ROW
 from tests.oracles import alone, each_alone

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import StepLR
 
-from peft_lntune import ConfigError, ManyTasks
+from peft_lntune import ManyTasks
+from peft_lntune.errors import ConfigError
 from peft_lntune.tasks.optimizer import clip_rows_
 from tests.tasks.tasked import CLOSE, PLAN, labelled, tasked
 

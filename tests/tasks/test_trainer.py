@@ -10,7 +10,8 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 
-from peft_lntune import AdapterFileError, ConfigError, DataError, ManyTasks
+from peft_lntune import ManyTasks
+from peft_lntune.errors import AdapterFileError, ConfigError, DataError
 from peft_lntune.tasks.batches import TaskBatches
 from peft_lntune.tasks.trainer import TaskTrainer
 from tests.tasks.tasked import CLOSE, build, labelled, tasked, trained

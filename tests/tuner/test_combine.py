@@ -9,14 +9,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import merge_utils
 from torch import nn
 
-from peft_lntune import (
-    BottleneckConfig,
-    ConfigError,
-    FisherLNConfig,
-    LNTuningConfig,
-    ModuleTuningConfig,
-    UnifiedConfig,
-)
+from peft_lntune import BottleneckConfig, FisherLNConfig, LNTuningConfig, ModuleTuningConfig, UnifiedConfig
+from peft_lntune.errors import ConfigError
 from tests.adapted import adapt, assert_unchanged, build, deltas, fill, inputs, output, snapshot
 from tests.oracles import weighted_sum, written
 

@@ -9,19 +9,9 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from peft_lntune import (
-    AdapterFileError,
-    ConfigError,
-    DataError,
-    FisherFit,
-    FisherLNConfig,
-    LNTuningConfig,
-    PeftLNTuneError,
-    UnsupportedError,
-    fisher_scores,
-    fit_fisher_masks,
-    select,
-)
+from peft_lntune import FisherLNConfig, LNTuningConfig, PeftLNTuneError, fisher_scores, fit_fisher_masks, select
+from peft_lntune.errors import AdapterFileError, ConfigError, DataError, UnsupportedError
+from peft_lntune.tuner.fit_masks import FisherFit
 from tests.adapted import assert_unchanged, build, deltas, fill, inputs, norm_names, output, said, snapshot
 from tests.oracles import written
 

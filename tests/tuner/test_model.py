@@ -8,7 +8,8 @@ import torch
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from peft_lntune import ConfigError, LNTuningConfig, NoMatchError
+from peft_lntune import LNTuningConfig
+from peft_lntune.errors import ConfigError, NoMatchError
 from tests.adapted import (
     DTYPES,
     adapt,

@@ -18,10 +18,10 @@ from peft_lntune import (
     UnifiedConfig,
     fit_fisher_masks,
     plan,
-    to_stock,
 )
 from peft_lntune.config.supermask import _DEFAULT
 from peft_lntune.errors import ConfigError, NoMatchError, UnsupportedError
+from peft_lntune.interop import to_peft_ln_tuning
 from peft_lntune.tuner.state_dict import supermasks_of
 from peft_lntune.tuner.supermasks import keep_masks, sampled_masks, start_masks
 from tests import adapted
@@ -545,8 +545,8 @@ class TestRefused:
             "has a SupermaskConfig, and masks are fitted for a FisherLNConfig",
         ),
         (
-            "to_stock",
-            lambda model: to_stock(model, "nowhere"),
+            "to_peft_ln_tuning",
+            lambda model: to_peft_ln_tuning(model, "nowhere"),
             UnsupportedError,
             r"has parts \(SupermaskConfig\) that PEFT's LN_TUNING format has no place for",
         ),

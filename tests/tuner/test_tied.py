@@ -11,20 +11,18 @@ from torch import Tensor, nn
 
 from peft_lntune import (
     AdapterBank,
-    AdapterFileError,
-    ConfigError,
     FisherLNConfig,
     LNTuningConfig,
     ManyTasks,
     ModuleTuningConfig,
     SupermaskConfig,
     UnifiedConfig,
-    UnsupportedError,
     fisher_scores,
     fit_fisher_masks,
 )
 from peft_lntune.core.shared import find_places
-from peft_lntune.layers import LNTuneLayer
+from peft_lntune.errors import AdapterFileError, ConfigError, UnsupportedError
+from peft_lntune.layers import ReplacementLayer
 from tests.selection.oracles import loop_scores
 from tests.tolerance import assert_close
 
@@ -132,7 +130,7 @@ def test_one_delta_in_every_state(case):
     # By hand: one effective parameter under all its names.
     plain = base_of(case)
     for layer in model.modules():
-        if isinstance(layer, LNTuneLayer):
+        if isinstance(layer, ReplacementLayer):
             module = plain.get_submodule(layer.label)
             for parameter in layer.tunes("default"):
                 setattr(module, parameter, nn.Parameter(layer.effective(parameter, ["default"]).detach()))
@@ -160,7 +158,7 @@ def test_one_delta_in_every_state(case):
     copied = copy.deepcopy(model)
     merged = model.merge_and_unload()
     assert_close(merged(x)["y"], single)
-    assert not any(isinstance(module, LNTuneLayer) for module in merged.modules())
+    assert not any(isinstance(module, ReplacementLayer) for module in merged.modules())
     assert torch.equal(copied(x)["y"], single)
     unloaded = copied.unload()
     assert torch.equal(unloaded(x)["y"], base(x)["y"])
@@ -271,7 +269,7 @@ def test_parts_that_differ_on_one_parameter():
         UnsupportedError, match=r"words.weight and head.weight are one parameter, and this config tunes"
     ):
         get_peft_model(model, UnifiedConfig(parts=parts))
-    assert not any(isinstance(module, LNTuneLayer) for module in model.modules())
+    assert not any(isinstance(module, ReplacementLayer) for module in model.modules())
 
 
 def test_components_that_are_tied_to_the_head_are_refused():
@@ -302,7 +300,7 @@ def test_an_adapter_that_was_trained_apart_is_refused(tmp_path):
     base = base_of("tied norms")
     with pytest.raises(AdapterFileError, match="differ in the file, and here they are one"):
         PeftModel.from_pretrained(base, tmp_path)
-    assert not any(isinstance(module, LNTuneLayer) for module in base.modules())
+    assert not any(isinstance(module, ReplacementLayer) for module in base.modules())
 
 
 def test_many_tasks_refuse_one_parameter_of_several_norms():
@@ -329,7 +327,9 @@ def test_a_hybrid_model_of_transformers():
         pad_token_id=0,
     )
     model = get_peft_model(hf.ZambaForCausalLM(config).eval(), LNTuningConfig())
-    tied = [layer for layer in model.modules() if isinstance(layer, LNTuneLayer) and layer.tied_to("weight", "default")]
+    tied = [
+        layer for layer in model.modules() if isinstance(layer, ReplacementLayer) and layer.tied_to("weight", "default")
+    ]
     assert tied
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -348,7 +348,7 @@ def test_lora_around_one_name_of_a_shared_linear():
     model = get_peft_model(SharedLinear(), LoraConfig(target_modules=["up"]), mixed=True)
     with pytest.raises(UnsupportedError, match=r"up is to be tuned, and .*block\.0 would go on calling it without"):
         model.add_adapter("ours", LNTuningConfig(target_modules=["up"]))
-    assert not any(isinstance(module, LNTuneLayer) for module in model.modules())
+    assert not any(isinstance(module, ReplacementLayer) for module in model.modules())
 
 
 def test_places():
