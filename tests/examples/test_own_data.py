@@ -138,7 +138,7 @@ def test_what_is_refused_before_training(case, tmp_path):
 def test_a_rare_class_is_measured_beside_accuracy(tmp_path):
     rare = "text,label\n" + "a,x\n" * 8 + "b,y\n" * 2
     assert read_data(data_dir=write(tmp_path, rare)).metrics == "imbalanced"
-    assert read_data(data_dir=write(tmp_path, "text,label\na,x\nb,y\nc,x\n" * 2)).metrics == "classification"
+    assert read_data(data_dir=write(tmp_path, "text,label\na,x\nb,y\nc,x\nd,y\ne,x\n")).metrics == "classification"
 
 
 def test_chance(tmp_path):
@@ -282,7 +282,7 @@ def test_chats_need_a_template(tiny_llama, tmp_path, capsys):
     folder = write(tmp_path / "data", lines(*[{"messages": CHAT}] * 4), ending="jsonl")
     flags = ["--model", tiny_llama, "--data-dir", str(folder), "--max-steps", "1", "--out", str(tmp_path / "out")]
     with pytest.raises(
-        SystemExit, match="the rows are chats, and the tokenizer of .* has no chat template. Give --chat"
+        SystemExit, match=r"the rows are chats, and the tokenizer of .* has no chat template\. Give --chat"
     ):
         sft(flags)
 
