@@ -14,7 +14,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from peft_lntune.bank.heads import layers_of, within
 from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.core.detour import Detour
 from peft_lntune.core.module_tree import base_modules, called_modules
@@ -22,9 +21,10 @@ from peft_lntune.errors import ConfigError, RoutingError, UnsupportedError
 from peft_lntune.layers import ReplacementLayer, switched_off
 from peft_lntune.routing.base_rows import BaseRows
 from peft_lntune.routing.entries import Entries
+from peft_lntune.routing.heads import HeadRun, layers_of, tensors_within
 from peft_lntune.routing.recomputed import RecomputedDetour
 from peft_lntune.routing.route import Gather, Route, Rows
-from peft_lntune.routing.rows import HeadRun, NormRun, check_free
+from peft_lntune.routing.rows import NormRun, check_free
 from peft_lntune.routing.stacks import spread
 from peft_lntune.selection.losses import Batch, Head
 from peft_lntune.tasks.losses import RowLoss, default_losses, losses_of_rows, order_of
@@ -130,7 +130,7 @@ class ManyTasks:
     def _make_heads(self, adapters: Sequence[Adapter]) -> dict[str, TaskParameters]:
         heads = {}
         for layer, head in self._head_layers.items():
-            own = [within(each.heads[head], layer, head) if head in each.heads else {} for each in adapters]
+            own = [tensors_within(each.heads[head], layer, head) if head in each.heads else {} for each in adapters]
             masks = [{key: torch.ones(value.shape, dtype=torch.bool) for key, value in task.items()} for task in own]
             heads[layer] = TaskParameters(tensors_of(self._modules, layer), own, masks)
         return heads
@@ -365,7 +365,7 @@ class ManyTasks:
         for slot, name in enumerate(self.names):
             self._norms.write(slot, state[name])
             for layer, trained in self._heads.items():
-                trained.write(slot, within(state[name], layer, ""))
+                trained.write(slot, tensors_within(state[name], layer, ""))
 
     def _read(self, slot: int) -> dict[str, Tensor]:
         found = self._norms.read(slot)
