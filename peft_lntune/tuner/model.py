@@ -486,14 +486,14 @@ class LNTuneModel(BaseTuner):
         with ExitStack() as stack:
             route = route_of(self.model)
             stack.enter_context(route(names, list(self.peft_config), entries, {1}))
-            stack.enter_context(routed_heads(self.model, route, names))
+            heads = stack.enter_context(routed_heads(self.model, route))
             stack.enter_context(routed_lora(self.model, route))
             if not torch.compiler.is_compiling():
-                stack.enter_context(self._entries(route))
+                stack.enter_context(self._entries(route, heads))
             yield
 
     @contextmanager
-    def _entries(self, route: Route) -> Iterator[None]:
+    def _entries(self, route: Route, heads: Mapping[str, nn.Module]) -> Iterator[None]:
         """Inside this context calls of the model, and of its parts, are checked before they run."""
         modules = dict(self.model.named_modules())
         kinds = (*self.tuner_layer_cls, ModulesToSaveWrapper)
@@ -502,7 +502,7 @@ class LNTuneModel(BaseTuner):
         def watched() -> dict[str, nn.Module]:
             """Bottlenecks and prefixes are called by what stands beside them, of which they have the name."""
             labels = {getattr(module, "label", name): module for name, module in places.items()}
-            return {label: modules.get(label) or module for label, module in labels.items()}
+            return {**{label: modules.get(label) or module for label, module in labels.items()}, **heads}
 
         with ExitStack() as stack:
             for detour in Entries(self.model, route, watched, route.known).detours(modules, places):
