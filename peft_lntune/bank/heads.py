@@ -140,7 +140,7 @@ class Heads:
         return {
             # The model may have been moved or cast since the head was added.
             name: values.to(own[name].device, own[name].dtype)
-            for (names, _), block in zip(stacks, gathered, strict=True)
+            for names, block in gathered
             for name, values in zip(names, block.unbind(1), strict=True)
         }
 
