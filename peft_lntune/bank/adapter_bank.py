@@ -13,9 +13,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from peft_lntune.bank.files import BLOCK, BankFile
+from peft_lntune.bank.bank_file import BLOCK, BankFile, save_bank
 from peft_lntune.bank.heads import Heads
-from peft_lntune.bank.saving import Saved, save_bank
 from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.core.detour import Detour
 from peft_lntune.core.module_tree import called_modules
@@ -96,7 +95,7 @@ class AdapterBank:
         self._names: dict[int, str] = {0: BASE}
         self._free: deque[int] = deque()
         self._next = 1
-        self._saved: Saved | None = None
+        self._saved: BankFile | None = None
         self._detours: list[Detour] = []
 
     # What is in the bank.
@@ -264,7 +263,7 @@ class AdapterBank:
             AdapterFileError: the file is damaged, cut off, no bank, or of another model.
         """
         with told_by_us(path, lambda: True):
-            saved = Saved(BankFile(path))
+            saved = BankFile(path)
             bank = cls(model, max(capacity, len(saved.names)), saved.dtype, device)
             saved.check(bank._stacks, bank._sources)
             bank._check_names(saved.names)
@@ -475,11 +474,11 @@ class AdapterBank:
         """Copy rows from the file where that has not been done yet."""
         if self._saved is None or not self._saved.pending:
             return
-        for block in self._saved.take(names):
-            slots = [self._slots[name] for name in block.names]
-            self._stacks.write(slots, block.rows)
-            self._heads.write(slots, block.heads)
-            for name in block.names:
+        for block, rows, heads in self._saved.take(names):
+            slots = [self._slots[name] for name in block]
+            self._stacks.write(slots, rows)
+            self._heads.write(slots, heads)
+            for name in block:
                 del self._saved.pending[name]
 
 
