@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_lntune.layers.replacing import PARAMETERS, ReplacementLayer
-from peft_lntune.norms.affine import bind, call_with, call_with_rows, split_call
+from peft_lntune.norms.affine import NormCall, call_with, call_with_rows, split_call
 from peft_lntune.norms.find import Norm
 from peft_lntune.routing.route import BASE, Route
 from peft_lntune.routing.rows import fitted_rows
@@ -34,6 +34,7 @@ class NormLayer(ReplacementLayer):
         self._offset = norm.offset
         self._axis = norm.axis
         self._own_names = dict(norm.parameters)
+        self._norm_call: NormCall | None = None
 
     def own_name(self, parameter: str) -> str:
         return self._own_names[parameter]
@@ -49,7 +50,13 @@ class NormLayer(ReplacementLayer):
         return call_with(self.base_layer, x, parameters.get("weight"), parameters.get("bias"), *args, **kwargs)
 
     def bind(self, parameters: dict[str, Tensor]) -> Callable[..., Tensor]:
-        return bind(self.base_layer, parameters.get("weight"), parameters.get("bias"))
+        norm: Any = self._modules["base_layer"]
+        if self._norm_call is None or self._norm_call.norm is not norm:
+            self._norm_call = NormCall(norm)
+        return partial(self._norm_call, parameters.get("weight"), parameters.get("bias"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_norm_call": None}
 
     def run_routed(self, *args: Any, **kwargs: Any) -> Tensor:
         x, args, kwargs = split_call(args, kwargs)

@@ -10,7 +10,7 @@ from torch import nn
 
 from peft_lntune.core.detour import Detour, forward_of
 from peft_lntune.core.override import runs_own_forward
-from peft_lntune.norms.affine import bind, call_with
+from peft_lntune.norms.affine import NormCall, call_with
 from peft_lntune.routing.route import Route
 from tests.cases import build_norm, norm_inputs
 
@@ -43,7 +43,7 @@ def test_who_asks_for_the_forward_gets_what_lies_beneath(case):
     Detour(norm, Route(), plus_one).patch()
     assert runs_own_forward(norm)
     assert torch.equal(call_with(norm, x, weight, None), tuned)
-    assert torch.equal(bind(norm, weight, None)(x), tuned)
+    assert torch.equal(NormCall(norm)(weight, None, x), tuned)
     assert torch.equal(norm(x), expected)
 
 

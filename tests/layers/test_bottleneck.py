@@ -582,7 +582,7 @@ class TestRoute:
             layer.lntune_scale["a"].weight.mul_(2)
         seen.append(routed_alone(host, layer, x, order))
         layer.update_layer("b", config(init_weights=False, scale=2.0))
-        assert layer._kept is None  # its tensors may lie where those of the old one lay
+        assert layer._cache is None  # its tensors may lie where those of the old one lay
         seen.append(routed_alone(host, layer, x, order))
         same = [[torch.equal(one[row], two[row]) for row in (0, 1)] for one, two in pairwise(seen)]
         assert same == [[True, False], [False, True], [True, False]]
