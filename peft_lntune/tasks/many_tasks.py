@@ -25,7 +25,7 @@ from peft_lntune.routing.heads import HeadRun, layers_of, tensors_within
 from peft_lntune.routing.recomputed import RecomputedDetour
 from peft_lntune.routing.route import Route
 from peft_lntune.routing.rows import NormRun, check_free
-from peft_lntune.routing.stacks import Stack
+from peft_lntune.routing.stacks import Stack, unstacked
 from peft_lntune.selection.losses import Batch, Head
 from peft_lntune.tasks.losses import RowLoss, default_losses, losses_of_rows, order_of
 from peft_lntune.tasks.optimizer import TaskOptimizer
@@ -213,11 +213,7 @@ class ManyTasks:
         rows = self._base_rows.add_to(self._norms.gather(slots, index, finish))
         routed.gathered = [*rows, *self._base_rows.others()]
         for layer, parameters in self._heads.items():
-            routed.heads[layer] = {
-                name: value
-                for names, block in parameters.gather(slots, index, finish)
-                for name, value in zip(names, block.unbind(1), strict=True)
-            }
+            routed.heads[layer] = unstacked(parameters.gather(slots, index, finish))
         return routed
 
     def _follow(self) -> None:
