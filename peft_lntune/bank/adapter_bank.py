@@ -152,7 +152,9 @@ class AdapterBank:
             sources: for each name what `add` takes.
 
         Raises:
-            ConfigError, UnsupportedError, AdapterFileError: see `add`.
+            ConfigError: a name is taken or not possible, or a source is neither a directory nor a model and a name.
+            UnsupportedError: an adapter tunes something else than norms.
+            AdapterFileError: an adapter is damaged, torn or foreign, or does not fit this model.
         """
         self._check_names(sources)
         names = list(sources)
@@ -176,6 +178,9 @@ class AdapterBank:
 
     def remove(self, name: str) -> None:
         """Forget an adapter; its place is used again. A route that is open keeps the rows it has gathered.
+
+        Args:
+            name: of the adapter.
 
         Raises:
             ConfigError: there is no such adapter.
@@ -206,7 +211,13 @@ class AdapterBank:
             return torch.tensor(self._slots_of(names), dtype=torch.long)
 
     def deltas(self, name: str) -> dict[str, Tensor]:
-        """The deltas of an adapter, dense, by the names of the base model's parameters; copies.
+        """The deltas of an adapter.
+
+        Args:
+            name: of the adapter.
+
+        Returns:
+            Copies, dense, by the names of the base model's parameters.
 
         Raises:
             ConfigError: there is no such adapter.
@@ -217,10 +228,16 @@ class AdapterBank:
             return self._stacks.read(self._slots[name])
 
     def heads(self, name: str) -> dict[str, dict[str, Tensor]]:
-        """The heads of an adapter, by module and by the names of the tensors in it; copies. Norms in them are deltas.
+        """The heads of an adapter.
 
         For heads of another shape than the model's own, which no route can run: run the model's body in a route, and
         each row of what it gives through its own head.
+
+        Args:
+            name: of the adapter.
+
+        Returns:
+            Copies of their tensors, by the name of the head and by the names in it; norms in heads have deltas.
 
         Raises:
             ConfigError: there is no such adapter.
@@ -253,8 +270,8 @@ class AdapterBank:
         Args:
             path: of the file.
             model: the model that the bank was made for.
-            capacity: as in `AdapterBank`, at least the number of adapters in the file.
-            device: likewise.
+            capacity: how many adapters there is room for at first; at least as many as the file has.
+            device: of the rows; None: that of each norm.
 
         Returns:
             A bank with the dtype of the file.
