@@ -125,7 +125,7 @@ class NormCall:
         return call_with(norm, x, weight, bias, *args, **kwargs)
 
     def _has_all(self, bias: Tensor | None) -> bool:
-        """Whether no parameter of the norm is missing beside a weight and this bias, and the input is taken as it is."""
+        """Whether the norm has no parameters but a weight and this bias, and the input is taken as it is."""
         norm = self.norm
         if self._bias in norm.__dict__ or (isinstance(norm, nn.GroupNorm) and torch.is_grad_enabled()):
             return False
