@@ -57,7 +57,7 @@ class Heads:
     def __init__(self, sources: Sources, route: Route) -> None:
         self._sources, self._route = sources, route
         self.layers: dict[str, _Layer] = {}
-        self._held: dict[int, dict[str, Mapping[str, Tensor] | None]] = {}
+        self.held: dict[int, dict[str, Mapping[str, Tensor] | None]] = {}
         """For each slot its heads, with their tensors where they are of another shape and so in no stack."""
         self._attached = False
 
@@ -86,7 +86,7 @@ class Heads:
         for slot, adapter in zip(slots, adapters, strict=True):
             for head, tensors in adapter.heads.items():
                 fits = self._shapes(head) == {name: tensor.shape for name, tensor in tensors.items()}
-                self._held.setdefault(slot, {})[head] = None if fits else tensors
+                self.held.setdefault(slot, {})[head] = None if fits else tensors
                 for name in self._layers_of(head):
                     layer = self._layer(name)
                     layer.stacks.grow(slot + 1)
@@ -104,7 +104,7 @@ class Heads:
             The tensors of each head by their names in the head.
         """
         found: dict[str, dict[str, Tensor]] = {}
-        for head, tensors in self._held.get(slot, {}).items():
+        for head, tensors in self.held.get(slot, {}).items():
             if tensors is not None:
                 found[head] = {name: tensor.clone() for name, tensor in tensors.items()}
                 continue
@@ -123,12 +123,12 @@ class Heads:
             slots: those that are free again.
         """
         for slot in slots:
-            self._held.pop(slot, None)
+            self.held.pop(slot, None)
             for layer in self.layers.values():
                 layer.owners.discard(slot)
         if self._route.active:  # the detours are in use
             return
-        used = {name for heads in self._held.values() for head in heads for name in self._layers_of(head)}
+        used = {name for heads in self.held.values() for head in heads for name in self._layers_of(head)}
         for name in self.layers.keys() - used:
             self.layers.pop(name).restore()
 
@@ -164,7 +164,7 @@ class Heads:
 
     def _refuse(self, names: Sequence[str], slots: Sequence[int]) -> None:
         for name, slot in zip(names, slots, strict=True):
-            for head, tensors in self._held.get(slot, {}).items():
+            for head, tensors in self.held.get(slot, {}).items():
                 if tensors is None:
                     continue
                 own = self._shapes(head)

@@ -94,11 +94,6 @@ class TaskOptimizer:
         return {name: task.optimizer for name, task in self._tasks.items()}
 
     @property
-    def schedules(self) -> dict[str, Any]:
-        """The schedule of each task that has one."""
-        return {name: task.schedule for name, task in self._tasks.items() if task.schedule is not None}
-
-    @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The groups of all tasks, one after the other."""
         return [group for task in self._tasks.values() for group in task.optimizer.param_groups]
