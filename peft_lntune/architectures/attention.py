@@ -197,7 +197,7 @@ def _role(name: str, module: nn.Module) -> str:
 
 
 def lies_by_head(attention: nn.Module | None) -> bool:
-    """Whether a module says that its queries, keys and values lie head by head: GPT-BigCode's, unless heads share keys."""
+    """Whether a module says that its queries, keys and values lie head by head, as GPT-BigCode's do."""
     return getattr(attention, "multi_query", None) is False
 
 
