@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from peft_lntune.config.base import LNTuneConfig, check_type
+from peft_lntune.config.base import LNTuneConfig, check_type, part_kind
 from peft_lntune.config.components import MATRICES, check_components
 from peft_lntune.errors import ConfigError
 
@@ -11,6 +11,7 @@ __all__ = ["SupermaskConfig"]
 _DEFAULT = ("query", "key", "value", "attention_output", "ffn_up", "ffn_gate", "ffn_down")
 
 
+@part_kind
 @dataclass(kw_only=True)
 class SupermaskConfig(LNTuneConfig):
     """Learn which weights to switch off, and change none: sparsified fine-tuning. The adapter is one bit a weight.
@@ -78,6 +79,10 @@ class SupermaskConfig(LNTuneConfig):
             raise ConfigError(
                 f"initial_score={self.initial_score} should be above 0 and at most 15, where sigmoid still has a slope."
             )
+
+    @property
+    def masks_are_fixed(self) -> bool:
+        return bool(self.inference_mode)
 
     @property
     def parameters(self) -> tuple[str, ...]:
