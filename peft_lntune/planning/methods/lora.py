@@ -19,6 +19,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_lntune.architectures.table import lora_targets
 from peft_lntune.config import parts_of
 from peft_lntune.errors import ConfigError, UnsupportedError
 from peft_lntune.layers.offloaded import all_onloaded
@@ -28,18 +29,6 @@ from peft_lntune.planning.types import Plan, PlannedModule
 
 __all__ = ["Lora"]
 
-QUERY_VALUE = (
-    ("q_proj", "v_proj"),
-    ("query", "value"),
-    ("q_lin", "v_lin"),
-    ("q", "v"),
-    ("query_key_value",),
-    ("qkv_proj",),
-    ("c_attn",),
-    ("Wqkv",),
-)
-"""How models call what LoRA tunes by default, the projections to queries and values; for those PEFT has no list of."""
-
 
 class Lora(Method):
     """PEFT's LoRA."""
@@ -47,7 +36,7 @@ class Lora(Method):
     name = "lora"
 
     def resolve(self, facts: ModelFacts, config: LoraConfig) -> LoraConfig:
-        """The config with its target modules filled in, by PEFT's list for the model's type or by `QUERY_VALUE`.
+        """The config with target modules: by PEFT's list for the model's type, or by the table of architectures.
 
         Raises:
             ConfigError: there are no default target modules for this model.
@@ -56,14 +45,13 @@ class Lora(Method):
             reader = LoraModel.__new__(LoraModel)  # the method reads a table of its class; PEFT's init would inject
             known = reader._prepare_adapter_config(replace(config), LoraModel.get_model_config(facts.model))
         except ValueError as error:
-            endings = {name.rpartition(".")[2] for name in facts.modules}
-            usual = next((list(names) for names in QUERY_VALUE if endings.issuperset(names)), None)
+            usual = lora_targets(facts.modules)
             if usual is None:
                 raise ConfigError(
                     "neither PEFT nor peft_lntune knows default target modules of LoRA for this model. Name them: "
                     'LoraConfig(target_modules=["q_proj", "v_proj"]).'
                 ) from error
-            known = replace(config, target_modules=usual)
+            known = replace(config, target_modules=list(usual))
         known = tuners_utils._maybe_include_all_linear_layers(known, facts.model)
         if any(isinstance(module, Conv1D) for module in facts.modules.values()) and all(
             isinstance(module, Conv1D) for _, module in _matched(facts, known)
