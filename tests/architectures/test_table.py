@@ -2,6 +2,7 @@
 
 import pytest
 from peft import LoraConfig
+from peft_lntune.planning.lora import find_lora_targets
 from torch import nn
 
 from peft_lntune import BottleneckConfig, ModuleTuningConfig, plan
@@ -22,7 +23,6 @@ from peft_lntune.architectures.table import (
 from peft_lntune.core.module_tree import base_modules
 from peft_lntune.errors import ConfigError, NoMatchError
 from peft_lntune.norms.find import find_norms
-from peft_lntune.planning.lora import find_lora_targets
 
 TOY = Architecture(
     NormPlace("looker thinker", {"one": "attention", "two": "ffn"}),
