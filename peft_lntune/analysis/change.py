@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from peft_lntune.analysis.checkpoints import one_sided
 from peft_lntune.analysis.tables import Table
-from peft_lntune.architectures.components import Place, find_components, group_by_place
+from peft_lntune.architectures.components import ParameterPlace, find_components, group_by_place
 from peft_lntune.errors import ConfigError
 from peft_lntune.selection.effective import effective_parameters
 
@@ -95,7 +95,7 @@ def rank_flips(change: Table) -> Table:
     return Table((*change.columns[:places], *_RANKS), tuple(rows)).sorted_by(_RANKS[0])
 
 
-def _place_cells(place: Place, layers: bool) -> tuple[Any, ...]:
+def _place_cells(place: ParameterPlace, layers: bool) -> tuple[Any, ...]:
     return tuple(place) if layers else (place.component, place.parameter)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peft_lntune.analysis.checkpoints import CheckpointSource, match_tensors
 from peft_lntune.analysis.tables import Table
-from peft_lntune.architectures.components import Place, find_components, group_by_place
+from peft_lntune.architectures.components import ParameterPlace, find_components, group_by_place
 from peft_lntune.errors import ConfigError
 from peft_lntune.selection.parameters import generator
 
@@ -221,7 +221,7 @@ def _initial(
     return one, two
 
 
-def _groups(places: Mapping[str, Place], layers: bool, by: str) -> Iterator[tuple[tuple[Any, ...], list[str]]]:
+def _groups(places: Mapping[str, ParameterPlace], layers: bool, by: str) -> Iterator[tuple[tuple[Any, ...], list[str]]]:
     """For each row its first cells and the names of its tensors."""
     if by == "tensor":
         yield from (((name, *place), [name]) for name, place in places.items())

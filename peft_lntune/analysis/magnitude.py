@@ -1,7 +1,6 @@
 """How large the entries of each component are, which stand out in their own vector, and whether masks choose those."""
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -10,7 +9,8 @@ from torch import Tensor
 
 from peft_lntune.analysis.checkpoints import CheckpointSource, facts_of, open_tensors
 from peft_lntune.analysis.tables import Table
-from peft_lntune.architectures.components import Place, find_components, group_by_place
+from peft_lntune.architectures.components import find_components, group_by_place
+from peft_lntune.architectures.role_names import is_called_norm
 from peft_lntune.errors import ConfigError
 
 __all__ = ["find_outliers", "magnitude", "outlier_overlap", "outliers"]
@@ -55,7 +55,9 @@ def magnitude(source: CheckpointSource, *, layers: bool = True) -> Table:
     places = find_components(tensors)
     found = {name: _moments(name, tensors[name]) for name in tensors}
     others = [
-        found[name] for name, place in places.items() if place.parameter == "weight" and not _is_norm(name, place)
+        found[name]
+        for name, place in places.items()
+        if place.parameter == "weight" and not is_called_norm(name.rpartition(".")[0])
     ]
     typical = _mean(sum(size for _, size, _, _, _ in others), sum(count for count, *_ in others))
     rows = []
@@ -206,12 +208,6 @@ def outlier_overlap(found: Mapping[str, Tensor], masks: Mapping[str, Tensor]) ->
 
 def _counts(outlying: Tensor, chosen: Tensor) -> tuple[int, int, int, int]:
     return outlying.numel(), int(outlying.sum()), int(chosen.sum()), int((outlying & chosen).sum())
-
-
-def _is_norm(name: str, place: Place) -> bool:
-    """Whether a parameter is of a norm: by its role, or, where that is unknown or in a head, by its module's name."""
-    module = name.rpartition(".")[0].rpartition(".")[2].lower()
-    return place.component.endswith(" norm") or "norm" in module or re.fullmatch(r"ln(\d|_.*)?", module) is not None
 
 
 Moments = tuple[int, float, float, float, float]
