@@ -24,7 +24,6 @@ from peft_lntune.cli.data import (
     read_texts,
 )
 from peft_lntune.cli.tables import csv_option, show
-from peft_lntune.errors import DataError
 from peft_lntune.norms.find import find_norms
 from peft_lntune.selection import FisherState, fisher_scores, mask_density, select
 from peft_lntune.selection.fisher import KINDS
@@ -72,14 +71,8 @@ def load_classifier(
     config = AutoConfig.from_pretrained(model)
     headed = any("ForSequenceClassification" in name for name in config.architectures or ())
     known = {str(name): number for name, number in (config.label2id or {}).items()} if headed else {}
-    found = find_labels(labels, source, regression, known)
-    classes = len(found.names) or 1
-    if headed and config.num_labels < classes:
-        raise DataError(
-            f"the data has {classes} classes, and the head of {model} {config.num_labels}. Give the model without its "
-            "head, or data of its own task."
-        )
-    options = {} if headed else {"num_labels": classes, "problem_type": found.problem_type}
+    found = find_labels(labels, source, True if len(known) == 1 else regression, known)
+    options = {} if headed else {"num_labels": len(found.names) or 1, "problem_type": found.problem_type}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         loaded = AutoModelForSequenceClassification.from_pretrained(model, **options)
