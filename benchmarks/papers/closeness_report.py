@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.harness.rows import Row
 from benchmarks.harness.tables import markdown, mean_and_spread, mean_table
 from peft_lntune.analysis import Table, plot_closeness
-from peft_lntune.analysis.closeness import CONTROLS, DISTANCES
+from peft_lntune.analysis.distances import CONTROLS, DISTANCES
 
 CLOSER = 10.0  # times closer than two random models are to each other: the bound set before measuring
 UNEVEN = 1.5  # times the layer that moves least: likewise

@@ -6,8 +6,8 @@ from os import PathLike
 from typing import Any
 
 from peft_lntune.analysis.change import MEASURES
-from peft_lntune.analysis.closeness import DISTANCES
-from peft_lntune.analysis.magnitude import SIZES
+from peft_lntune.analysis.distances import DISTANCES
+from peft_lntune.analysis.sizes import SIZES
 from peft_lntune.analysis.tables import Table
 from peft_lntune.errors import ConfigError
 
