@@ -14,16 +14,15 @@ from peft_lntune.analysis import Checkpoint, Table
 from peft_lntune.analysis.checkpoints import Facts
 from peft_lntune.architectures.components import find_components
 from peft_lntune.config import LNTuneConfig, SupermaskConfig, parts_of
-from peft_lntune.config.base import CONFIG_FILE, PEFT_TYPE
 from peft_lntune.config.parts import build
 from peft_lntune.config.stored import KINDS, StoredConfig
 from peft_lntune.core.delta import unpack_bits
 from peft_lntune.core.supermask import kept
 from peft_lntune.errors import AdapterFileError
-from peft_lntune.storage.adapter_file import WEIGHTS_FILE, find_weights
+from peft_lntune.storage.adapter_file import CONFIG_FILE, WEIGHTS_FILE
 from peft_lntune.storage.keys import CONTAINERS, LORA, is_ours
-from peft_lntune.storage.manifest import check_directory
 from peft_lntune.storage.packing import DELTAS, KEEP, PREFIX, ROOT, SCORES, is_packed
+from peft_lntune.storage.saved_adapter import SavedAdapter
 
 __all__ = ["AdapterReport", "command", "inspect_adapter"]
 
@@ -103,17 +102,15 @@ def inspect_adapter(directory: str | Path) -> AdapterReport:
         >>> report.digest, report.entries.column("entries")
         ('ok', [4, 4])
     """
-    folder = Path(directory)
-    config = _read_config(folder)
+    folder, saved, problem = Path(directory), SavedAdapter(directory), None
+    config = build(saved.own_fields, KINDS)
     weights = folder / WEIGHTS_FILE
-    problem = None
-    if not weights.is_file():
-        find_weights(folder, None, {})  # says what is missing
+    if saved.weights != weights:
         raise AdapterFileError(f"{folder} holds pickled weights, which are not read: they may run code.")
     tensors = Checkpoint(weights)
     try:
-        StoredConfig(**LNTuneConfig.from_json_file(str(folder / CONFIG_FILE)))  # says which fields were changed
-        check_directory(config.manifest, folder)
+        StoredConfig(**saved.own_fields)  # says which fields were changed
+        saved.check(config.manifest)
     except AdapterFileError as error:
         problem = str(error)
     masks = {type(part).__name__: source for part in parts_of(config) if (source := _source(part, tensors))}
@@ -142,19 +139,6 @@ def _supermasks(tensors: Iterable[str]) -> list[str]:
         for name in tensors
         if name.endswith(SCORES) or (name.endswith(KEEP) and name.removesuffix(KEEP) + SCORES not in names)
     ]
-
-
-def _read_config(folder: Path) -> LNTuneConfig:
-    file = folder / CONFIG_FILE
-    if not file.is_file():
-        raise AdapterFileError(f"{folder} holds no {CONFIG_FILE}, so it is no adapter. Give the directory of one.")
-    stored = LNTuneConfig.from_json_file(str(file))
-    if stored.get("peft_type") != PEFT_TYPE:
-        raise AdapterFileError(
-            f"{folder} holds an adapter of PEFT type {stored.get('peft_type')!r}, and this reads {PEFT_TYPE}. Look at "
-            "it with PeftConfig.from_pretrained."
-        )
-    return build(stored, KINDS)
 
 
 def _entries(facts: dict[str, Facts], manifest: dict[str, Any]) -> Table:

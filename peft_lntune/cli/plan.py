@@ -6,8 +6,8 @@ from typing import Any
 import click
 
 from peft_lntune.architectures.roles import ROLES
-from peft_lntune.cli.models import adapter_config, empty_model
-from peft_lntune.config import LNTuneConfig, LNTuningConfig, UnifiedConfig
+from peft_lntune.cli.models import empty_model
+from peft_lntune.config import LNTuneConfig, LNTuningConfig, StoredConfig, UnifiedConfig
 from peft_lntune.planning.plan import plan
 from peft_lntune.planning.types import Plan
 
@@ -87,7 +87,7 @@ def command(
     if bool(preset) + bool(adapter) + bool(given) > 1:
         raise click.UsageError("give --preset, or --adapter, or options of norms (--tune, --role, --layers, --target).")
     if adapter:
-        config = adapter_config(adapter)
+        config = StoredConfig.from_pretrained(adapter)
     else:
         config = UnifiedConfig(preset=preset) if preset else LNTuningConfig(**given)
     found, size = plan_model(model, config)

@@ -1,20 +1,11 @@
 """What is in a weight file: names of tensors, and the tensors themselves, read without trust in the file."""
 
-import inspect
 import os
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -28,8 +19,6 @@ __all__ = [
     "WEIGHTS_FILE",
     "cast_values",
     "dropped_tensors",
-    "find_weights",
-    "hub_options",
     "read_tensors",
 ]
 
@@ -91,35 +80,3 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
     ):
         raise ValueError("it is no state dict of tensors")
     return tensors
-
-
-def hub_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a loader's keyword arguments that say where on the Hub to look: revision, token, subfolder, ..."""
-    known = inspect.signature(hf_hub_download).parameters
-    return {name: value for name, value in given.items() if name in known}
-
-
-def find_weights(path: str | os.PathLike, subfolder: str | None, hub: Mapping[str, Any]) -> Path | None:
-    """The weight file of an adapter, as PEFT chooses it: safetensors before pickled; None where there is none.
-
-    Args:
-        path: a local directory, or a repository on the Hub.
-        subfolder: in it.
-        hub: see `hub_options`.
-
-    Raises:
-        AdapterFileError: a local directory holds neither.
-    """
-    folder = Path(path, subfolder or "")
-    if folder.is_dir():
-        found = next((folder / name for name in (WEIGHTS_FILE, PICKLED_FILE) if (folder / name).exists()), None)
-        if found is None:
-            # PEFT would take the path for the name of a repository on the Hub, and complain about its spelling.
-            raise AdapterFileError(f"{folder} holds a config, but no {WEIGHTS_FILE}. Get the whole adapter.")
-        return found
-    for name in (WEIGHTS_FILE, PICKLED_FILE):
-        try:
-            return Path(hf_hub_download(str(path), name, subfolder=subfolder, **hub))
-        except (EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError):
-            continue
-    return None
