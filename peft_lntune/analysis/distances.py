@@ -12,7 +12,7 @@ from torch import Tensor
 from peft_lntune.analysis.checkpoints import CheckpointSource, match_tensors
 from peft_lntune.analysis.pooling import pieces, ratio, rows_by_place
 from peft_lntune.analysis.tables import Table
-from peft_lntune.architectures.components import Place, find_components
+from peft_lntune.architectures.components import ParameterPlace, find_components
 from peft_lntune.errors import ConfigError
 from peft_lntune.selection.parameters import generator
 
@@ -209,13 +209,13 @@ def _initial(
 
 
 def _groups(
-    places: Mapping[str, Place], layers: bool, by: str
+    places: Mapping[str, ParameterPlace], layers: bool, by: str
 ) -> tuple[tuple[str, ...], dict[tuple[Any, ...], list[str]]]:
     """The first columns, and for each row its cells in them with the names of its tensors."""
     if by == "tensor":
-        return ("tensor", *Place._fields), {(name, *place): [name] for name, place in places.items()}
+        return ("tensor", *ParameterPlace._fields), {(name, *place): [name] for name, place in places.items()}
     if by == "layer":
-        _, groups = rows_by_place({name: Place("", place.layer, "") for name, place in places.items()})
+        _, groups = rows_by_place({name: ParameterPlace("", place.layer, "") for name, place in places.items()})
         return ("layer",), {(layer,): names for (_, layer, _), names in groups.items()}
     return rows_by_place(places, layers=layers)
 

@@ -194,7 +194,8 @@ def _draw_layers(
     layered: bool = True,
 ) -> None:
     """Draw values by panel, row and layer, panels side by side on one colour scale; `layered`: whether layers apart."""
-    panels, rows = (list(dict.fromkeys(key[place] for key in values)) for place in (0, 1))
+    panels = list(dict.fromkeys(panel for panel, _, _ in values))
+    rows = list(dict.fromkeys(row for _, row, _ in values))
     layers = _in_order([layer for _, _, layer in values])
     grids = {panel: [[values.get((panel, row, layer)) for layer in layers] for row in rows] for panel in panels}
     figure, colors = _matplotlib()

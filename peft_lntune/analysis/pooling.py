@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from peft_lntune.architectures.components import Place, group_by_place
+from peft_lntune.architectures.components import ParameterPlace, group_by_place
 from peft_lntune.errors import ConfigError
 
 __all__ = ["CHUNK", "Moments", "moments", "pieces", "pool", "ratio", "rows_by_place"]
@@ -16,7 +16,7 @@ CHUNK = 2**20
 
 
 def rows_by_place(
-    places: Mapping[str, Place], *, layers: bool = True
+    places: Mapping[str, ParameterPlace], *, layers: bool = True
 ) -> tuple[tuple[str, ...], dict[tuple[Any, ...], list[str]]]:
     """The first columns of a table with a row per place, and which parameters each row pools.
 
@@ -29,11 +29,11 @@ def rows_by_place(
         first appearance.
 
     Example:
-        >>> places = {f"h.{layer}.ln_1.bias": Place("attention norm", layer, "bias") for layer in (0, 1)}
+        >>> places = {f"h.{layer}.ln_1.bias": ParameterPlace("attention norm", layer, "bias") for layer in (0, 1)}
         >>> rows_by_place(places, layers=False)
         (('component', 'parameter'), {('attention norm', 'bias'): ['h.0.ln_1.bias', 'h.1.ln_1.bias']})
     """
-    columns = Place._fields if layers else ("component", "parameter")
+    columns = ParameterPlace._fields if layers else ("component", "parameter")
     groups = group_by_place(places, layers=layers)
     return columns, {tuple(getattr(place, column) for column in columns): names for place, names in groups.items()}
 

@@ -1,6 +1,5 @@
 """How large the entries of each component are, which stand out in their own vector, and whether masks choose those."""
 
-import re
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -9,7 +8,8 @@ from torch import Tensor
 from peft_lntune.analysis.checkpoints import CheckpointSource, facts_of, open_tensors
 from peft_lntune.analysis.pooling import moments, pieces, pool, ratio, rows_by_place
 from peft_lntune.analysis.tables import Table
-from peft_lntune.architectures.components import Place, find_components
+from peft_lntune.architectures.components import ParameterPlace, find_components
+from peft_lntune.architectures.role_names import is_called_norm
 from peft_lntune.errors import ConfigError
 
 __all__ = ["find_outliers", "magnitude", "outlier_overlap", "outliers"]
@@ -52,7 +52,8 @@ def magnitude(source: CheckpointSource, *, layers: bool = True) -> Table:
         raise ConfigError("there is no tensor to look at: the source is empty.")
     places = find_components(tensors)
     found = {name: moments(pieces(name, tensors[name])) for name in tensors}
-    others = [name for name, place in places.items() if place.parameter == "weight" and not _is_norm(name, place)]
+    weights = [name for name, place in places.items() if place.parameter == "weight"]
+    others = [name for name in weights if not is_called_norm(name.rpartition(".")[0])]
     typical = pool(found[name] for name in others).mean_magnitude
     columns, groups = rows_by_place(places, layers=layers)
     rows = []
@@ -138,7 +139,7 @@ def outliers(
         for position in mask.reshape(-1).nonzero().flatten().tolist():
             value = float(flat[position])
             rows.append((name, *places[name], position, value, ratio(value - own.mean, own.std)))
-    return Table(("tensor", *Place._fields, "position", "value", "deviations"), tuple(rows))
+    return Table(("tensor", *ParameterPlace._fields, "position", "value", "deviations"), tuple(rows))
 
 
 def outlier_overlap(found: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Table:
@@ -195,9 +196,3 @@ def outlier_overlap(found: Mapping[str, Tensor], masks: Mapping[str, Tensor]) ->
 
 def _counts(outlying: Tensor, chosen: Tensor) -> tuple[int, int, int, int]:
     return outlying.numel(), int(outlying.sum()), int(chosen.sum()), int((outlying & chosen).sum())
-
-
-def _is_norm(name: str, place: Place) -> bool:
-    """Whether a parameter is of a norm: by its role, or, where that is unknown or in a head, by its module's name."""
-    module = name.rpartition(".")[0].rpartition(".")[2].lower()
-    return place.component.endswith(" norm") or "norm" in module or re.fullmatch(r"ln(\d|_.*)?", module) is not None

@@ -8,6 +8,7 @@ import re
 from functools import lru_cache
 
 __all__ = [
+    "below",
     "is_bare_convolution",
     "is_bridge",
     "is_called_norm",
@@ -218,3 +219,13 @@ def number_of(name: str) -> tuple[str, int] | None:
     """
     found = _NUMBER.match(_spelled(name))
     return None if found is None else (found[1], int(found[2]))
+
+
+def below(above: str, path: str) -> str:
+    """The name of a module from that of one above it, `""` for the model, and its path below that.
+
+    Example:
+        >>> below("h.0", "attn"), below("", "attn")
+        ('h.0.attn', 'attn')
+    """
+    return f"{above}.{path}" if above else path

@@ -46,7 +46,7 @@ class Tree:
     def sublayers(self, block: str) -> Roles:
         """The kinds of sub-layers among the children of a module, in the order of a block."""
         children = self.children.get(block, ())
-        kinds = {child: kind for child in children if (kind := self.sublayer(_below(block, child))) is not None}
+        kinds = {child: kind for child in children if (kind := self.sublayer(says.below(block, child))) is not None}
         found = set(kinds.values())
         if found & {ATTENTION, CROSS}:
             found = {kind for child, kind in kinds.items() if not says.is_bare_convolution(child)}
@@ -149,7 +149,7 @@ def _beside_one(name: str, kind: str, above: str, tree: Tree) -> Roles:
         return ("qk",)
     if told is not None and told != kind and {told, kind} != {ATTENTION, CROSS}:
         return ()
-    mixing = [child for child in tree.children[above] if tree.sublayer(_below(above, child)) == MIXER]
+    mixing = [child for child in tree.children[above] if tree.sublayer(says.below(above, child)) == MIXER]
     if kind == MIXER and len(mixing) == 1 and mixing[0] == "conv" and not says.is_embedding(above):
         return ()  # one convolution with a norm: it may lead to the next stage, or up a pyramid
     return _in_the_body(kind, above)
@@ -183,8 +183,8 @@ def _in_stack(tree: Tree, above: str, name: str) -> Roles:
         # wav2vec 2.0 and its like: the same names, and only the class says at which end the norm is.
         kind = tree.classes.get(above)
         return () if kind is None else ("final",) if "Stable" in kind or "Conformer" in kind else ("embedding",)
-    carriers = [child for child in children if _below(above, child) in tree.stacks]
-    lists = [child for child in carriers if any(part.isdigit() for part in tree.children[_below(above, child)])]
+    carriers = [child for child in children if says.below(above, child) in tree.stacks]
+    lists = [child for child in carriers if any(part.isdigit() for part in tree.children[says.below(above, child)])]
     if len(carriers) > 1 and "layers" not in lists:
         return ()
     if tree.classes and "embed_tokens" not in children and children.index(name) < children.index(carriers[0]):
@@ -236,9 +236,9 @@ def _behind_one_with_its_own(tree: Tree, above: str, name: str, kinds: Roles) ->
         return ()
     holders = set()
     for child in tree.children[above]:
-        place = _below(above, child)
+        place = says.below(above, child)
         inner = [norm for norm in tree.norms(place) if not says.is_qk(norm)]
-        if inner or any(tree.norms(_below(place, deeper)) for deeper in tree.children.get(place, ())):
+        if inner or any(tree.norms(says.below(place, deeper)) for deeper in tree.children.get(place, ())):
             holders.add(tree.sublayer(place))
     return (FFN,) if len(holders) == 1 and FFN not in holders and None not in holders else ()
 
@@ -286,7 +286,3 @@ def _by_number(numbered: tuple[str, int], kinds: Roles, norms: Roles) -> Roles:
 def _parallel(kinds: Roles) -> Roles:
     """One norm before all sub-layers: they run side by side."""
     return kinds if kinds == (ATTENTION, FFN) else ()
-
-
-def _below(above: str, child: str) -> str:
-    return f"{above}.{child}" if above else child

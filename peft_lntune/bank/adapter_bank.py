@@ -1,11 +1,10 @@
-"""Many adapters of one model, in stacks of which a batch takes its rows. The tensors are in `core/bank.py`."""
+"""Many adapters of one model, in stacks of which a batch takes its rows."""
 
 import os
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,9 +23,9 @@ from peft_lntune.errors import AdapterFileError, ConfigError, RoutingError, Unsu
 from peft_lntune.layers import switched_off
 from peft_lntune.routing.base_rows import BaseRows
 from peft_lntune.routing.entries import Entries
-from peft_lntune.routing.route import BASE, Gather, Route
+from peft_lntune.routing.route import BASE, Route
 from peft_lntune.routing.rows import NormRun, check_free
-from peft_lntune.routing.stacks import Stacks, as_rows, spread
+from peft_lntune.routing.stacks import Stack, Stacks, as_rows
 from peft_lntune.tuner.read_adapter import Adapter, AdapterSource, Sources
 from peft_lntune.tuner.restoring import told_by_us
 
@@ -82,19 +81,13 @@ class AdapterBank:
             raise ConfigError(f"dtype={dtype!r} is no floating dtype of torch. Use torch.float32, or leave it out.")
         self._base: Any = _base_of(model)
         self._sources = Sources(self._base)
-        self._norms = list(self._sources.norms.items())
-        self._owners = {
-            f"{name}.{parameter}": (number, parameter)
-            for number, (name, _) in enumerate(self._norms)
-            for parameter in PARAMETERS
-            if self._sources.parameter(f"{name}.{parameter}") is not None
-        }
-        if not self._owners:
+        places = [f"{norm}.{parameter}" for norm in self._sources.norms for parameter in PARAMETERS]
+        like = {name: value for name in places if (value := self._sources.parameter(name)) is not None}
+        if not like:
             raise UnsupportedError("this model has no norm with a weight, so there is nothing that a bank could hold.")
-        like = {name: self._sources.parameter(name) for name in self._owners}
         self._stacks = Stacks(like, capacity + 1, dtype, None if device is None else torch.device(device))
         self._stacks.write([0], as_rows(self._stacks, [{}]))
-        offsets = {name: self._sources.offset(name) for name in self._owners}
+        offsets = {name: self._sources.offset(name) for name in like}
         self._base_rows = BaseRows(self._sources.parameter, offsets, self._stacks)
         self._route = Route()
         self._heads = Heads(self._sources, self._route)
@@ -308,9 +301,9 @@ class AdapterBank:
             if self._detours:
                 return
             modules = self._sources.modules
-            check_free(modules[name] for name, _ in self._norms)
-            for number, (name, norm) in enumerate(self._norms):
-                self._put(Detour(modules[name], self._route, NormRun(modules[name], norm, number, self._route)))
+            check_free(modules[name] for name in self._sources.norms)
+            for name, norm in self._sources.norms.items():
+                self._put(Detour(modules[name], self._route, NormRun(modules[name], norm, self._route)))
             for detour in Entries(self._base, self._route, self._watched).detours(
                 called_modules(self._base), self._sources.norms
             ):
@@ -364,10 +357,9 @@ class AdapterBank:
                 self._route.check_idle()
                 named, slots = self._resolve(names)
                 self._load(named)
-                gather = self._gather(slots)
                 what = "the names or index given to `route`"
                 one = isinstance(names, str)
-                stack.enter_context(self._route.serving(named[0] if one else named, gather, {1}, what))
+                stack.enter_context(self._route.serving(named[0] if one else named, self._gather(slots), what))
                 stack.enter_context(self._heads.serving(named, slots))
             stack.enter_context(switched_off(tuners))
             yield
@@ -392,12 +384,10 @@ class AdapterBank:
             raise RoutingError("cannot route when there are merged adapters, please call `unmerge_adapter` first.")
         return tuners
 
-    def _gather(self, slots: Sequence[int]) -> Gather:
+    def _gather(self, slots: Sequence[int]) -> list[Stack]:
         """Rows of the effective parameters; copies, whatever happens to the stacks afterwards."""
         with torch.inference_mode(False), torch.no_grad():
-            deltas = self._stacks.gather(torch.tensor(slots, dtype=torch.long))
-            rows = [own.to(base.device) + base for own, base in zip(deltas, self._base_rows.stacked(), strict=True)]
-        return partial(spread, self._stacks, rows, self._owners)
+            return self._base_rows.add_to(self._stacks.gather(torch.tensor(slots, dtype=torch.long)))
 
     # Names and slots; with the lock.
 

@@ -1,24 +1,19 @@
-"""Heads of the adapters in a bank: stacked layer by layer, and run row by row.
-
-A head in `modules_to_save` is taken apart into its layers, so that a classification head of several layers is no harder
-than a single one: its own forward runs, and each layer in it has the parameters of each row.
-"""
+"""Heads of the adapters in a bank, stacked layer by layer; `routing/heads.py` runs them row by row."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_lntune.core.detour import Detour
 from peft_lntune.errors import UnsupportedError
-from peft_lntune.norms.find import Norm
+from peft_lntune.routing.heads import HeadRun, layers_of, tensors_within
 from peft_lntune.routing.route import Route
-from peft_lntune.routing.rows import HeadRun
 from peft_lntune.routing.stacks import Stacks, as_rows
 from peft_lntune.tuner.read_adapter import Adapter, Sources, tensors_of
 
-__all__ = ["Heads", "layers_of"]
+__all__ = ["Heads"]
 
 
 class Heads:
@@ -54,7 +49,7 @@ class Heads:
                 for layer in self._layers_of(head):
                     self._make(layer, slot + 1)
                     if fits:
-                        own = within(tensors, layer, head)
+                        own = tensors_within(tensors, layer, head)
                         self.layers[layer].write([slot], as_rows(self.layers[layer], [own]))
                         self.owners[layer].add(slot)
 
@@ -145,7 +140,7 @@ class Heads:
         return {
             # The model may have been moved or cast since the head was added.
             name: values.to(own[name].device, own[name].dtype)
-            for (names, _), block in zip(stacks, gathered, strict=True)
+            for names, block in gathered
             for name, values in zip(names, block.unbind(1), strict=True)
         }
 
@@ -182,35 +177,3 @@ class Heads:
 
 
 _NONE = torch.empty(0)
-
-
-def within(tensors: Mapping[str, Tensor], layer: str, head: str) -> dict[str, Tensor]:
-    """Those tensors of a head that are of one of its layers, by their names in the layer."""
-    prefix = f"{layer}.".removeprefix(f"{head}.")
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def layers_of(modules: Mapping[str, nn.Module], norms: Mapping[str, Norm], head: str) -> list[str]:
-    """The modules in a head, or it itself, that have parameters; not its norms, which have deltas like all norms.
-
-    Raises:
-        UnsupportedError: a module has parameters of its own beside a norm inside it.
-
-    Example:
-        >>> head = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 3))
-        >>> layers_of(dict(head.named_modules(prefix="head")), {}, "head")
-        ['head.0', 'head.2']
-    """
-    if head in norms:
-        return []
-    tensors = (*modules[head]._parameters.values(), *modules[head]._buffers.values())
-    inside = [name for name in modules if name.startswith(f"{head}.")]
-    if any(tensor is not None for tensor in tensors):
-        if any(name in norms for name in inside):
-            raise UnsupportedError(
-                f"{head} ({type(modules[head]).__name__}) is a head with parameters of its own beside a norm in it, "
-                "which a bank cannot take apart. Load the adapter into a PeftModel, and run one batch an adapter."
-            )
-        return [head]
-    children = [name for name in inside if "." not in name.removeprefix(f"{head}.")]
-    return [layer for child in children for layer in layers_of(modules, norms, child)]

@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 
+from peft_lntune.architectures.table import LAYER_MATRICES, MATRICES
 from peft_lntune.config.base import LNTuneConfig, check_type
-from peft_lntune.config.components import MATRICES, check_components
+from peft_lntune.config.components import check_components
 from peft_lntune.errors import ConfigError
 
 __all__ = ["SupermaskConfig"]
-
-_DEFAULT = ("query", "key", "value", "attention_output", "ffn_up", "ffn_gate", "ffn_down")
 
 
 @dataclass(kw_only=True)
@@ -61,7 +60,7 @@ class SupermaskConfig(LNTuneConfig):
         if self.components is not None and self.target_modules is not None:
             raise ConfigError("give one of components and target_modules, or neither, but got both.")
         if self.components is None and self.target_modules is None:
-            self.components = list(_DEFAULT)
+            self.components = list(LAYER_MATRICES)
         check_components(self, MATRICES)
         check_type(self, "save_scores", bool)
         for name in ("initial_sparsity", "initial_score"):

@@ -16,7 +16,15 @@ _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
 class TensorState(NamedTuple):
-    """A tensor that a kept value came from, as it was then; `tensor` is None where nothing may be kept of it."""
+    """A tensor of a module, as it was when a value was made of it.
+
+    Attributes:
+        owner: the dict of the module that holds the tensor, `_parameters` or `_buffers`.
+        name: its name there.
+        tensor: the tensor; None where nothing made of it may be kept.
+        data_ptr: its address at the time.
+        version: its version at the time.
+    """
 
     owner: dict[str, Any]
     name: str
@@ -26,58 +34,96 @@ class TensorState(NamedTuple):
 
 
 def state_of(module: nn.Module, name: str) -> TensorState:
-    """The parameter or buffer `name` of `module` as it is now.
+    """A parameter or buffer of a module, as it is now.
+
+    Args:
+        module: the module that holds it.
+        name: name of the parameter or buffer in the module.
+
+    Returns:
+        The state, whose `tensor` is None where nothing made of the tensor may be kept: it may be trained, counts no
+        versions, is of a subclass with rules of its own (shards, fake tensors), or something stands in its place.
 
     Example:
-        >>> norm = nn.LayerNorm(2).requires_grad_(False)
-        >>> source = state_of(norm, "weight")
-        >>> is_valid(source)
+        >>> norm = nn.LayerNorm(2)
+        >>> state_of(norm, "weight").tensor is None  # it may be trained
         True
-        >>> is_valid(state_of(norm.requires_grad_(True), "weight"))  # it may be trained
-        False
+        >>> state_of(norm.requires_grad_(False), "weight").tensor is norm.weight
+        True
     """
     owner: Any = module._parameters if name in module._parameters else module._buffers
     tensor = owner.get(name)
-    # Sharding or an outer layer may have put a tensor in the way; an inference tensor counts no versions; subclasses
-    # (shards, fake tensors) have rules of their own.
-    if name in module.__dict__ or type(tensor) not in _PLAIN or tensor.is_inference() or _can_be_trained(tensor):
+    known = type(tensor) in _PLAIN and name not in module.__dict__ and not tensor.is_inference()
+    # With a gradient at hand an optimizer would step, whatever the flag says by now.
+    if not known or tensor.requires_grad or tensor.grad is not None:
         return TensorState(owner, name, None)
     return TensorState(owner, name, tensor, tensor.data_ptr(), tensor._version)
 
 
 def states_of(module: nn.Module) -> list[TensorState]:
-    """Every parameter and buffer that a module itself has."""
+    """Every parameter and buffer of a module, as it is now.
+
+    Args:
+        module: its own tensors are meant, not those of its children.
+
+    Returns:
+        One state per tensor, parameters first.
+
+    Example:
+        >>> [state.name for state in states_of(nn.LayerNorm(2))]
+        ['weight', 'bias']
+    """
     held = (*module._parameters.items(), *module._buffers.items())
     return [state_of(module, name) for name, tensor in held if tensor is not None]
 
 
-def is_valid(source: TensorState) -> bool:
-    """Whether a source is the same tensor in the same memory, not written to since, and still cannot be trained."""
-    owner, name, tensor, data_ptr, version = source
-    return (
-        tensor is not None
-        and tensor._version == version
-        and not _can_be_trained(tensor)
-        and tensor.data_ptr() == data_ptr
-        and owner.get(name) is tensor
-    )
+def is_valid(*states: TensorState) -> bool:
+    """Whether tensors are the same, in the same memory, not written to since, and still cannot be trained.
 
+    Args:
+        *states: the tensors as they were when something was made of them.
 
-def _can_be_trained(tensor: Tensor) -> bool:
-    # With a gradient at hand an optimizer would step, whatever the flag says by now.
-    return tensor.requires_grad or tensor.grad is not None
+    Returns:
+        True where what was made of them may be used again.
+
+    Example:
+        >>> norm = nn.LayerNorm(2).requires_grad_(False)
+        >>> state = state_of(norm, "weight")
+        >>> is_valid(state)
+        True
+        >>> norm.weight.add_(1)
+        Parameter containing:
+        tensor([2., 2.])
+        >>> is_valid(state)
+        False
+    """
+    for owner, name, tensor, data_ptr, version in states:  # a plain loop: it runs in every call of every layer
+        if (
+            tensor is None
+            or tensor._version != version
+            or tensor.requires_grad
+            or tensor.grad is not None
+            or tensor.data_ptr() != data_ptr
+            or owner.get(name) is not tensor
+        ):
+            return False
+    return True
 
 
 def is_traced() -> bool:
     """Whether operations of this thread are compiled, exported, traced, faked or transformed just now.
 
+    Returns:
+        True where values are not real, or belong to a graph, so that nothing made of them may be kept.
+
     Example:
         >>> is_traced()
         False
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return True
-    mode, keys = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
-    if mode(keys.FAKE) is not None or mode(keys.PROXY) is not None or mode(keys.FUNCTIONAL) is not None:
-        return True
+    if torch._C._len_torch_dispatch_stack():  # some mode is on, such as one that counts operations
+        mode, keys = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
+        if any(mode(key) is not None for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL)):
+            return True
     return torch._C._functorch.peek_interpreter_stack() is not None

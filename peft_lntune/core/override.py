@@ -1,9 +1,9 @@
-"""Let something else stand in place of a module's attributes for the length of a call.
+"""Override attributes of a module for the length of a call.
 
 The instance's `__dict__` is where Python looks first; `nn.Module.__getattr__` is asked only when a name is not there.
-So an entry in it shadows a registered parameter, in one graph of torch.compile too, and where FSDP keeps entries.
+So an entry in it overrides a registered parameter, in one graph of torch.compile too, and where FSDP keeps entries.
 
-The entry is put into a twin that shares everything else with the module, so that several threads may run one model.
+Where possible the entries are put into a shallow copy of the module, so that several threads may run one model.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peft_lntune.core.detour import forward_of
 
-__all__ = ["call_hooked", "forward_with", "is_of_class", "overridden", "runs_own_forward", "twin"]
+__all__ = ["call_hooked", "copy_with", "forward_with", "is_of_class", "overridden", "runs_own_forward"]
 
 _MISSING = object()
 
@@ -23,11 +23,15 @@ def call_hooked(norm: nn.Module, forward: Callable[..., Tensor], x: Tensor, *arg
     """Call a module with another forward, so that the hooks on the module run around it.
 
     Args:
-        norm: the module; afterwards its forward is its own again, also when `forward` raises.
+        norm: the module; afterwards its forward is its own again, also when `forward` raises. Not for two threads at
+            once.
         forward: called in place of the module's, as `forward(x, *args, **kwargs)`.
         x: the input.
         *args: passed on.
         **kwargs: passed on.
+
+    Returns:
+        The output of `forward`, as the hooks leave it.
 
     Example:
         >>> call_hooked(nn.LayerNorm(2), lambda x: x + 1, torch.zeros(2))
@@ -39,15 +43,18 @@ def call_hooked(norm: nn.Module, forward: Callable[..., Tensor], x: Tensor, *arg
 def forward_with(
     module: nn.Module, entries: Mapping[str, Any], own: Callable[..., Tensor], /, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Run a module's forward with other attributes, without touching the module.
+    """Run a module's forward with other attributes; hooks do not run.
 
     Args:
-        module: the module.
+        module: the module; afterwards it is as it was.
         entries: attributes by name, usually parameters.
         own: its forward. Where that is not the one of its class (accelerate puts another into the instance), or while
-            torch.compile traces, the module itself is shadowed instead, which is not for two threads at once.
+            torch.compile traces, the module itself is changed for the call, which is not for two threads at once.
         *args: passed on.
         **kwargs: passed on.
+
+    Returns:
+        The output of the forward.
 
     Example:
         >>> norm = nn.LayerNorm(2)
@@ -56,30 +63,39 @@ def forward_with(
     """
     if not is_of_class(module, own) or torch.compiler.is_compiling():
         return overridden(module, entries, own, *args, **kwargs)
-    return type(module).forward(twin(module, entries), *args, **kwargs)
+    return type(module).forward(copy_with(module, entries), *args, **kwargs)
 
 
-def twin(module: nn.Module, entries: Mapping[str, Any]) -> nn.Module:
-    """A module that shares all with another one, but for `entries` in place of its attributes.
+def copy_with(module: nn.Module, entries: Mapping[str, Any]) -> nn.Module:
+    """A shallow copy of a module with other attributes.
+
+    Args:
+        module: what it holds, its copy holds too.
+        entries: attributes by name.
+
+    Returns:
+        The copy.
 
     Example:
         >>> norm = nn.LayerNorm(2)
-        >>> twin(norm, {"eps": 1.0}).weight is norm.weight
-        True
+        >>> copy = copy_with(norm, {"eps": 1.0})
+        >>> copy.eps, copy.weight is norm.weight
+        (1.0, True)
     """
-    other = object.__new__(type(module))
-    other.__dict__.update(module.__dict__)
-    other.__dict__.update(entries)
-    return other
+    copy = object.__new__(type(module))
+    state = copy.__dict__
+    state.update(module.__dict__)
+    state.update(entries)
+    return copy
 
 
 def overridden(
     module: nn.Module, entries: Mapping[str, Any], function: Callable[..., Any], /, *args: Any, **kwargs: Any
 ) -> Any:
-    """Call a function while `entries` stand in place of a module's attributes.
+    """Call a function while a module has other attributes.
 
-    They are put in the instance's `__dict__`, which Python asks first: parameters and methods can be shadowed, and what
-    is registered is never touched.
+    The entries are put in the instance's `__dict__`, which Python asks first: so parameters and methods are overridden,
+    and what is registered is never touched.
 
     Args:
         module: afterwards it is as it was, also when `function` raises. Not for two threads at once.
@@ -109,15 +125,42 @@ def overridden(
                 state[key] = value
 
 
-def runs_own_forward(norm: nn.Module) -> bool:
-    """Whether nothing is attached to this module that a call of its function alone would skip."""
-    hooks = norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks
-    if any(hooks):
+def runs_own_forward(module: nn.Module) -> bool:
+    """Whether a call of a module is one of its class's forward: nothing is attached that this alone would skip.
+
+    Args:
+        module: the module. A detour counts as nothing: who calls the forward beneath it has decided to.
+
+    Returns:
+        False where the module has hooks, or another forward in the instance.
+
+    Example:
+        >>> norm = nn.LayerNorm(2)
+        >>> runs_own_forward(norm)
+        True
+        >>> norm.forward = lambda x: x
+        >>> runs_own_forward(norm)
+        False
+    """
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
     # A copy of a module that had a detour has its class's forward in the instance: that is nothing of its own.
-    return "forward" not in norm.__dict__ or is_of_class(norm, forward_of(norm))
+    return "forward" not in module.__dict__ or is_of_class(module, forward_of(module))
 
 
 def is_of_class(module: nn.Module, forward: Callable[..., Any]) -> bool:
-    """Whether a forward is the one of the module's class, bound to this module or to a twin of it."""
+    """Whether a forward is the one of the module's class, bound to this module or to a copy of it.
+
+    Args:
+        module: the module.
+        forward: a method, or whatever else is called in its place.
+
+    Returns:
+        False for a function, a partial, or the method of another class.
+
+    Example:
+        >>> norm = nn.LayerNorm(2)
+        >>> is_of_class(norm, norm.forward), is_of_class(norm, lambda x: x)
+        (True, False)
+    """
     return getattr(forward, "__func__", None) is type(module).forward

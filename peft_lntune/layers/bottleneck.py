@@ -128,7 +128,7 @@ class BottleneckLayer(InsertedLayer):
             getattr(self, container)._modules.pop(adapter_name, None)
         self._recipes.pop(adapter_name, None)
         # New tensors may come to lie where the old ones lay, and so look unchanged.
-        self._kept = None
+        self._cache = None
 
     # Hooks.
 

@@ -44,7 +44,7 @@ class InsertedLayer(nn.Module, BaseTunerLayer):
         self.label = label
         self.base_dtype = base_dtype
         self._route = route
-        self._kept: tuple[object, list[TensorState], dict[str, Tensor]] | None = None
+        self._cache: tuple[object, list[TensorState], dict[str, Tensor]] | None = None
 
     # What a subclass says.
 
@@ -90,32 +90,32 @@ class InsertedLayer(nn.Module, BaseTunerLayer):
         if is_traced():
             with torch.no_grad():
                 return self.stack(order)
-        if self._kept is not None and self._kept[0] == order and all(map(is_valid, self._kept[1])):
-            return self._kept[2]
+        if self._cache is not None and self._cache[0] == order and is_valid(*self._cache[1]):
+            return self._cache[2]
         sources = [source for module in self.modules() for source in states_of(module)]
         if any(source.tensor is None for source in sources):
-            self._kept = None
+            self._cache = None
             with torch.no_grad():
                 return self.stack(order)
         with torch.inference_mode(False), torch.no_grad():  # what is kept may be needed in a graph later
-            self._kept = order, sources, self.stack(order)
-        return self._kept[2]
+            self._cache = order, sources, self.stack(order)
+        return self._cache[2]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_cache": None}
 
     # What torch and PEFT do to a module, after which something else may be trained.
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode)
-        self._kept = None
+        self._cache = None
 
     def train(self, mode: bool = True) -> "InsertedLayer":
-        self._kept = None
+        self._cache = None
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "InsertedLayer":
-        self._kept = None
+        self._cache = None
         return super()._apply(*args, **kwargs)
 
     def container(self, name: str) -> Any:

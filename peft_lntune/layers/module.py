@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from peft_lntune.core.delta import ParameterSlice, delta_dtype
 from peft_lntune.core.override import forward_with, overridden, runs_own_forward
 from peft_lntune.core.supermask import Supermask
-from peft_lntune.layers.replacing import Kept, ReplacementLayer
+from peft_lntune.layers.replacing import EffectiveCall, ReplacementLayer
 from peft_lntune.routing.route import BASE, Route
 
 __all__ = ["ModuleLayer"]
@@ -65,11 +65,14 @@ class ModuleLayer(ReplacementLayer):
         self.lntune_supermask[adapter_name].sampling = sampling  # type: ignore[assignment]  # a module's attribute
         self._forget()
 
-    def _hold(self, adapters: Sequence[str]) -> Kept | None:
+    def _effective_call(self, adapters: Sequence[str]) -> EffectiveCall:
         masks: Any = self._modules["lntune_supermask"]._modules  # type: ignore[union-attr]
-        if any(masks[name].drawn for name in adapters if name in masks):
-            return None  # another mask at every call
-        return super()._hold(adapters)
+        if not any(masks[name].drawn for name in adapters if name in masks):
+            return super()._effective_call(adapters)
+        self._cache = None  # another mask at every call
+        call = super()._effective_call(adapters)
+        self._cache = None
+        return call
 
     def _tuned(self, adapters: Any) -> list[tuple[str, Any]]:
         masks = self._modules["lntune_supermask"]._modules  # type: ignore[union-attr]
@@ -95,5 +98,5 @@ class ModuleLayer(ReplacementLayer):
         return self._route.by_adapter(x, self.label, lambda name, rows: self._run_one(name, rows, *others, **kwargs))
 
     def _run_one(self, adapter: str, *args: Any, **kwargs: Any) -> Tensor:
-        call = self._call([] if adapter == BASE else [adapter]) or self.base_layer
+        call = self._effective_call([] if adapter == BASE else [adapter]).call or self.base_layer
         return call(*args, **kwargs)

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from peft_lntune.layers.replacing import PARAMETERS, ReplacementLayer
-from peft_lntune.norms.affine import bind, call_with, call_with_rows, split_call
+from peft_lntune.norms.affine import NormCall, call_with, call_with_rows, split_call
 from peft_lntune.norms.find import Norm
-from peft_lntune.routing.route import BASE, LayerTensor, Route, fit_rows
+from peft_lntune.routing.route import BASE, Route
+from peft_lntune.routing.rows import fitted_rows
+from peft_lntune.routing.stacks import LayerTensor
 
 __all__ = ["NormLayer"]
 
@@ -32,6 +34,7 @@ class NormLayer(ReplacementLayer):
         self._offset = norm.offset
         self._axis = norm.axis
         self._own_names = dict(norm.parameters)
+        self._norm_call: NormCall | None = None
 
     def own_name(self, parameter: str) -> str:
         return self._own_names[parameter]
@@ -47,15 +50,19 @@ class NormLayer(ReplacementLayer):
         return call_with(self.base_layer, x, parameters.get("weight"), parameters.get("bias"), *args, **kwargs)
 
     def bind(self, parameters: dict[str, Tensor]) -> Callable[..., Tensor]:
-        return bind(self.base_layer, parameters.get("weight"), parameters.get("bias"))
+        norm: Any = self._modules["base_layer"]
+        if self._norm_call is None or self._norm_call.norm is not norm:
+            self._norm_call = NormCall(norm)
+        return partial(self._norm_call, parameters.get("weight"), parameters.get("bias"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_norm_call": None}
 
     def run_routed(self, *args: Any, **kwargs: Any) -> Tensor:
         x, args, kwargs = split_call(args, kwargs)
-        rows = self._route.rows(id(self), x.shape, self.label)
-        if rows is None or rows.weight is None:
+        weight, bias = fitted_rows(self._route, str(id(self)), self.label, x, self._axis)
+        if weight is None:
             return self.base_layer(x, *args, **kwargs)
-        weight = fit_rows(rows.weight, x, self._axis)
-        bias = None if rows.bias is None else fit_rows(rows.bias, x, self._axis)
         return call_with_rows(self.base_layer, x, weight, bias, *args, **kwargs)
 
     def entries(self) -> Iterator[LayerTensor]:
@@ -67,7 +74,9 @@ class NormLayer(ReplacementLayer):
             if base is None:
                 continue
             deltas = dict(self.deltas(parameter).items())
-            yield LayerTensor(id(self), parameter, partial(self._value, parameter), partial(_sources, base, deltas))
+            # Not by the label: a head's copy in `modules_to_save` holds copies of layers, with the same labels.
+            name = f"{id(self)}.{parameter}"
+            yield LayerTensor(name, partial(self._value, parameter), partial(_sources, base, deltas))
 
     @torch.no_grad()
     def _value(self, parameter: str, adapter: str) -> Tensor:

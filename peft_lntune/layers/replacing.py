@@ -24,12 +24,19 @@ from peft_lntune.routing.route import Route
 __all__ = ["PARAMETERS", "ReplacementLayer"]
 
 
-class Kept(NamedTuple):
-    """Effective parameters, a call with them, and what they are true of. Without any, `call` is None."""
+class EffectiveCall(NamedTuple):
+    """Effective parameters, a forward call with them, and what these were made from.
 
-    adapters: list[str]
-    sources: list[TensorState]
-    sums: dict[str, Tensor]
+    Attributes:
+        adapters: whose deltas are in the parameters.
+        sources: the tensors that they were made from; None where the call may not be cached.
+        parameters: the effective parameters, those that differ from the base's.
+        call: runs the wrapped module with these parameters; None where there are none.
+    """
+
+    adapters: Sequence[str]
+    sources: list[TensorState] | None
+    parameters: dict[str, Tensor]
     call: Callable[..., Tensor] | None
 
 
@@ -59,7 +66,7 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
         self._unmerged: dict[str, Tensor] = {}
         # Layers around modules that share a parameter with this one's, with what it is there.
         self._tied: dict[str, list[tuple[ReplacementLayer, str]]] = {}
-        self._kept: Kept | None = None
+        self._cache: EffectiveCall | None = None
 
     # What a subclass says.
 
@@ -68,7 +75,7 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
         """Run the wrapped module with these parameters in place of its own."""
 
     def bind(self, parameters: dict[str, Tensor]) -> Callable[..., Tensor]:
-        """`run` with parameters that stay; what can be prepared once is."""
+        """`run` with these parameters, prepared; not for operations that are traced."""
         return partial(self.run, parameters)
 
     @abstractmethod
@@ -135,7 +142,7 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
             with onloaded(base_layer):
                 return self._read_loaded(parameter)
         finally:
-            self._kept = None
+            self._cache = None
 
     def _read_loaded(self, parameter: str) -> Tensor:
         base = self.base_parameter(parameter)
@@ -147,8 +154,7 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
             return self.unmerged(parameter)
         if self.merged_adapters:
             return base
-        kept = self._hold(self.active_adapters)
-        sums = self._sums(self._tuned(self.active_adapters)) if kept is None else kept.sums
+        sums = self._effective_call(self.active_adapters).parameters
         return sums[parameter].to(base.dtype) if parameter in sums else base
 
     def _differs(self, parameter: str) -> bool:
@@ -268,47 +274,48 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
             sums[parameter] = delta(sums[parameter] if parameter in sums else getattr(base, self.own_name(parameter)))
         return sums
 
-    def _call(self, adapters: Sequence[str]) -> Callable[..., Tensor] | None:
-        """What to call in place of the wrapped module under these adapters; None where none has a delta here."""
-        kept = self._hold(adapters)
-        if kept is not None:
-            return kept.call
-        sums = self._sums(self._tuned(adapters))
-        return partial(self.run, sums) if sums else None
-
-    def _hold(self, adapters: Sequence[str]) -> Kept | None:
-        """The effective parameters under these adapters, where they may be kept: nothing they came from is trained.
+    def _effective_call(self, adapters: Sequence[str]) -> EffectiveCall:
+        """What runs under these adapters; cached where nothing it was made from is trained.
 
         An adapter that was loaded for inference so costs no operation in a forward pass.
         """
-        if is_traced():
-            if self._kept is not None and not torch.compiler.is_exporting():
-                self._kept = None  # a compiled step may train what it came from
-            return None
-        kept = self._kept
-        if kept is not None and kept.adapters == adapters and all(map(is_valid, kept.sources)):
-            return kept
-        tuned, base = self._tuned(adapters), self.get_base_layer()
-        sources = [state_of(base, self.own_name(parameter)) for parameter, _ in tuned]
-        for _, delta in tuned:
-            sources += states_of(delta)
-        if any(source.tensor is None for source in sources):
-            self._kept = None
+        cache, traced = self._cache, is_traced()
+        if traced:
+            if cache is not None and not torch.compiler.is_exporting():
+                self._cache = None  # a compiled step may train what it came from
+        elif cache is not None and cache.adapters == adapters and is_valid(*cache.sources):  # type: ignore[misc]  # cached
+            return cache
+        tuned = self._tuned(adapters)
+        sources = None if traced else self._sources(tuned)
+        if sources is not None:
+            with torch.inference_mode(False), torch.no_grad():  # what is cached may be needed in a graph later
+                sums = self._sums(tuned)
+                self._cache = EffectiveCall(list(adapters), sources, sums, self.bind(sums) if sums else None)
+            return self._cache
+        if not traced:
+            self._cache = None
             if torch.is_grad_enabled() and not self._route.active:
                 self._route.drop()  # what is stacked for mixed batches came from the same deltas
-            return None
-        with torch.inference_mode(False), torch.no_grad():  # what is kept may be needed in a graph later
-            sums = self._sums(tuned)
-            kept = Kept(list(adapters), sources, sums, self.bind(sums) if sums else None)
-        self._kept = kept
-        return kept
+        sums = self._sums(tuned)
+        call = None if not sums else partial(self.run, sums) if traced else self.bind(sums)
+        return EffectiveCall(adapters, None, sums, call)
+
+    def _sources(self, tuned: list[tuple[str, Any]]) -> list[TensorState] | None:
+        """The tensors that the effective parameters are made from; None where one of them may be trained."""
+        base, sources = self.get_base_layer(), []
+        for parameter, delta in tuned:
+            sources += states_of(delta)
+            if any(source.tensor is None for source in sources):  # usually this one
+                return None
+            sources.append(state_of(base, self.own_name(parameter)))
+        return None if any(source.tensor is None for source in sources) else sources
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes its own sums: kept ones hold on to this layer's tensors.
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_cache": None}
 
     def _forget(self) -> None:
-        self._kept = None
+        self._cache = None
         self._route.drop()
 
     # The state machine.
@@ -323,7 +330,7 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
         try:
             return call_onloaded(base, self._forward, args, kwargs)
         finally:
-            self._kept = None  # it would hold on to what has just been offloaded
+            self._cache = None  # it would hold on to what has just been offloaded
 
     def _forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if self._disable_adapters:
@@ -334,7 +341,7 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(*args, **kwargs)
         if self._route.on():
             return self.run_routed(*args, **kwargs)
-        call = self._call(self.active_adapters) or self.base_layer
+        call = self._effective_call(self.active_adapters).call or self.base_layer
         return call(*args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -1,73 +1,24 @@
 """Compute a norm with other parameters than its own, wider ones, and its own bits where nothing has changed.
 
-The module's own forward runs, with its parameters shadowed, in the one of the ways of `peft_lntune.norms.rounding`
-that fits it. Where one fused call of torch is known to give the same bits, and nothing is attached to the module that
-it would skip, that is taken instead: a fast path, registered by class.
+The module's own forward runs with other parameters, in the rounding mode of `peft_lntune.norms.rounding` that fits it.
+Where its class has a fast path, and nothing is attached to the module that this would skip, the fast path is taken.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_lntune.core.delta import PARAMETERS
+from peft_lntune.core.cache import is_traced
 from peft_lntune.core.detour import forward_of
-from peft_lntune.core.override import call_hooked, is_of_class, runs_own_forward, twin
+from peft_lntune.core.override import call_hooked, copy_with, is_of_class, runs_own_forward
 from peft_lntune.errors import UnsupportedError
-from peft_lntune.norms.layer_norm import layer_norm_rows
+from peft_lntune.norms.fast_paths import fast_path_of
 from peft_lntune.norms.names import own_name
 from peft_lntune.norms.rounding import Rule, by_rule, neutral, parameter, rule_for, widened
 
-__all__ = [
-    "FAST_PATHS",
-    "bind",
-    "call_with",
-    "call_with_rows",
-    "fast_path",
-    "normalize",
-    "output_dtype",
-    "split_call",
-    "with_rows",
-]
-
-FastPath = Callable[[Any, Tensor, Tensor, "Tensor | None"], Tensor]
-FAST_PATHS: dict[type[nn.Module], FastPath] = {}
-_FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {}
-"""The forward of each class that its fast path has the bits of. A kernel may take its place."""
-
-
-def fast_path(cls: type[nn.Module]) -> Callable[[FastPath], FastPath]:
-    """Register `(norm, x, weight, bias) -> y` for norms of exactly this class.
-
-    A fast path is admitted only when a test shows it bit-equal to the module at zero delta, in every dtype.
-
-    Raises:
-        KeyError: the class has a fast path already.
-    """
-
-    def register(function: FastPath) -> FastPath:
-        if cls in FAST_PATHS:
-            raise KeyError(f"{cls.__name__} already has the fast path {FAST_PATHS[cls].__name__}")
-        FAST_PATHS[cls], _FORWARDS[cls] = function, cls.forward
-        return function
-
-    return register
-
-
-def _fast_path_of(norm: nn.Module) -> FastPath | None:
-    """The fast path of a norm, where its class still has the forward that it was written for."""
-    cls = type(norm)
-    return FAST_PATHS[cls] if cls in FAST_PATHS and cls.forward is _FORWARDS[cls] else None
-
-
-@fast_path(nn.LayerNorm)
-def layer_norm(norm: nn.LayerNorm, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """One fused call: torch takes float32 parameters beside an input in half precision, and rounds once."""
-    if weight.dtype != x.dtype and weight.dtype != torch.float32:  # the only pair of dtypes the kernel takes
-        return F.layer_norm(x.to(weight.dtype), norm.normalized_shape, weight, bias, norm.eps).to(x.dtype)
-    return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+__all__ = ["NormCall", "call_with", "call_with_rows", "normalize", "output_dtype", "split_call", "with_rows"]
 
 
 def call_with(
@@ -81,9 +32,10 @@ def call_with(
         norm: the module; afterwards it is as it was, also when its forward raises. Not for two threads at once.
         x: its input, `(B, ..., d)`.
         weight: of the shape of the norm's weight, in float32 or wider; None keeps the norm's own.
-        bias: likewise. A norm that has no bias takes one too: it is added before the output is rounded.
+        bias: of the shape of the norm's bias, in float32 or wider; None keeps the norm's own. A norm that has no bias
+            takes one too: it is added before the output is rounded.
         *args: further arguments of the module's forward, such as a gate.
-        **kwargs: likewise.
+        **kwargs: further arguments by name.
 
     Returns:
         `xhat * (weight + offset) + bias`, bit-equal to `norm(x)` where the parameters are the norm's own, widened.
@@ -100,9 +52,9 @@ def call_with(
     x = _differentiable(norm, x)
     weight = parameter(norm, "weight").to(given.dtype) if weight is None else weight
     bias = own_bias.to(given.dtype) if bias is None and own_bias is not None else bias
-    path = _fast_path_of(norm)
+    path = fast_path_of(norm)
     if path is not None and not args and not kwargs and runs_own_forward(norm):
-        return path(norm, x, weight, bias)
+        return path.forward(norm, x, weight, bias)
     outer_bias = bias is not None and own_bias is None
     rule, own, wider = rule_for(norm, x.device, x.dtype, weight.dtype, outer_bias), forward_of(norm), (weight, bias)
     if runs_own_forward(norm):
@@ -130,64 +82,89 @@ def _differentiable(norm: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
-def bind(norm: nn.Module, weight: Tensor | None, bias: Tensor | None) -> Callable[..., Tensor]:
-    """`call_with` for many calls with the same parameters: what does not depend on the input is done once.
+class NormCall:
+    """`call_with` for many calls of one norm: the rule is looked up once, and as little Python as possible runs.
 
     Args:
-        norm: as in `call_with`; what is attached to it or changed on it later is seen.
-        weight: as in `call_with`.
-        bias: likewise.
-
-    Returns:
-        `(x, *args, **kwargs) -> y`, the same as `call_with(norm, x, weight, bias, *args, **kwargs)`.
+        norm: the module; what is attached to it or changed on it later is seen.
 
     Example:
-        >>> norm = nn.LayerNorm(2)
-        >>> bind(norm, None, torch.ones(2))(torch.zeros(1, 2)).tolist()
+        >>> call = NormCall(nn.LayerNorm(2))
+        >>> call(None, torch.ones(2), torch.zeros(1, 2)).tolist()
         [[1.0, 1.0]]
     """
-    given = {name: value for name, value in (("weight", weight), ("bias", bias)) if value is not None}
-    entries = {own_name(norm, name): value for name, value in given.items()}
-    has_all = weight is not None and given.keys() == {name for name in PARAMETERS if parameter(norm, name) is not None}
-    rules: dict[tuple[object, ...], Rule] = {}
 
-    def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if has_all and weight is not None and runs_own_forward(norm):
-            fused = _fast_path_of(norm)
-            if fused is not None and not args and not kwargs:
-                return fused(norm, x, weight, bias)
-            forward = type(norm).forward
-            key = (forward, x.dtype, x.device, _autocast(x.device.type))
-            if key not in rules:
-                rules[key] = rule_for(norm, x.device, x.dtype, weight.dtype, False)
-            rule = rules[key]
-            if rule.way == "own":
-                y = forward(twin(norm, entries), x, *args, **kwargs)
+    def __init__(self, norm: nn.Module) -> None:
+        self.norm = norm
+        self._weight, self._bias = own_name(norm, "weight"), own_name(norm, "bias")
+        self._rules: dict[tuple[object, ...], Rule] = {}
+
+    def __call__(self, weight: Tensor | None, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Call the norm with these effective parameters in place of its own.
+
+        Args:
+            weight: of the shape of the norm's weight, in float32 or wider; None keeps the norm's own.
+            bias: of the shape of the norm's bias, in float32 or wider; None keeps the norm's own.
+            *args: of the module's forward: the input `(B, ..., d)`, and perhaps others.
+            **kwargs: further arguments by name, the input among them where `args` is empty.
+
+        Returns:
+            The same as `call_with(norm, x, weight, bias, ...)`.
+        """
+        norm = self.norm
+        if weight is not None and self._has_all(bias) and runs_own_forward(norm):
+            path = fast_path_of(norm)
+            if path is not None and len(args) == 1 and not kwargs:
+                return path.forward(norm, args[0], weight, bias)
+            rule = self._rule(args[0] if args else next(iter(kwargs.values())), weight)
+            if rule.mode == "native":
+                entries = {self._weight: weight} if bias is None else {self._weight: weight, self._bias: bias}
+                y: Tensor = type(norm).forward(copy_with(norm, entries), *args, **kwargs)
                 return y if rule.dtype is None or y.dtype is rule.dtype else y.to(rule.dtype)
+        x, args, kwargs = split_call(args, kwargs)
         return call_with(norm, x, weight, bias, *args, **kwargs)
 
-    return call
+    def _has_all(self, bias: Tensor | None) -> bool:
+        """Whether the norm has no parameters but a weight and this bias, and the input is taken as it is."""
+        norm = self.norm
+        if self._bias in norm.__dict__ or (isinstance(norm, nn.GroupNorm) and torch.is_grad_enabled()):
+            return False
+        return (bias is None) is (norm._parameters.get(self._bias) is None)
 
-
-def _autocast(device: str) -> torch.dtype | None:
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    def _rule(self, x: Tensor, weight: Tensor) -> Rule:
+        norm, cast = self.norm, None
+        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+            cast = torch.get_autocast_dtype(x.device.type)
+        own = norm._parameters.get(self._weight)
+        key = (type(norm).forward, x.dtype, x.device, weight.dtype, None if own is None else own.dtype, cast)
+        rule = self._rules.get(key)
+        if rule is None:
+            rule = rule_for(norm, x.device, x.dtype, weight.dtype, False)
+            if own is not None and not is_traced():
+                self._rules[key] = rule
+        return rule
 
 
 def call_with_rows(
     norm: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Call a norm with other parameters for each sample; hooks and output dtype as in `call_with`.
+    """Call a norm with other parameters for each sample.
+
+    The module's forward and its hooks run, and the output has the dtype that the module's own call would have given.
 
     Args:
-        norm: the module, as in `call_with`.
+        norm: the module; afterwards it is as it was, also when its forward raises. Not for two threads at once.
         x: its input, `(B, ..., d)`.
         weight: `weight + offset` of each sample, `(B, 1, ..., d)` or whatever broadcasts over `x`; float32 or wider.
-        bias: likewise, or None where there is none.
+        bias: the bias of each sample, of the shape and dtype of `weight`; None where there is none.
         *args: further arguments of the module's forward, such as a gate.
-        **kwargs: likewise.
+        **kwargs: further arguments by name.
 
     Returns:
         `xhat * weight + bias`.
+
+    Raises:
+        UnsupportedError: the norm's forward could not be tried, so that its xhat is not known.
 
     Example:
         >>> norm, x = nn.LayerNorm(2, bias=False), torch.tensor([[1.0, 3.0], [1.0, 3.0]])
@@ -219,19 +196,26 @@ def with_rows(
     Args:
         norm: the module.
         own: its forward, `forward_of(norm)`.
-        x: as in `call_with_rows`, and so the others.
-        weight: likewise.
-        bias: likewise.
-        *args: likewise.
-        **kwargs: likewise.
+        x: its input, `(B, ..., d)`.
+        weight: `weight + offset` of each sample, `(B, 1, ..., d)` or whatever broadcasts over `x`; float32 or wider.
+        bias: the bias of each sample, of the shape and dtype of `weight`; None where there is none.
+        *args: further arguments of the module's forward, such as a gate.
+        **kwargs: further arguments by name.
+
+    Returns:
+        `xhat * weight + bias`, in the dtype that the module's own call would have given.
+
+    Raises:
+        UnsupportedError: the norm's forward could not be tried, so that its xhat is not known.
 
     Example:
         >>> norm, x = nn.LayerNorm(2, bias=False), torch.tensor([[1.0, 3.0]])
         >>> with_rows(norm, norm.forward, x, torch.tensor([[2.0, 2.0]]), None).round()
         tensor([[-2.,  2.]])
     """
-    if _is_layer_norm(norm) and not args and not kwargs and is_of_class(norm, own):
-        y = layer_norm_rows(x.to(weight.dtype), norm.normalized_shape, weight, bias, norm.eps)
+    path = fast_path_of(norm)
+    if path is not None and not args and not kwargs and is_of_class(norm, own):
+        y = path.rows(norm, x, weight, bias)
         return y.to(output_dtype(norm, x) if torch.is_autocast_enabled(x.device.type) else x.dtype)
     rule = rule_for(norm, x.device, x.dtype, weight.dtype, True)
     if rule.by_sample:
@@ -291,10 +275,10 @@ def normalize(norm: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     bit for bit where the norm computes step by step, within its own rounding where it is fused or gated.
 
     Args:
-        norm: the module; its hooks do not run, see `call_hooked`.
+        norm: the module; its hooks do not run.
         x: its input, `(B, ..., d)`.
         *args: further arguments of the module's forward, such as a gate; what a gate does is part of the result.
-        **kwargs: likewise.
+        **kwargs: further arguments by name.
 
     Returns:
         xhat, of the shape of `x`.
@@ -306,9 +290,9 @@ def normalize(norm: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         >>> normalize(nn.LayerNorm(4), torch.tensor([[0.0, 0.0, 2.0, 2.0]])).round()
         tensor([[-1., -1.,  1.,  1.]])
     """
-    if _is_layer_norm(norm) and not args and not kwargs:
-        wide = torch.promote_types(x.dtype, widened(norm))
-        return F.layer_norm(x.to(wide), norm.normalized_shape, None, None, norm.eps).to(wide)
+    path = fast_path_of(norm)
+    if path is not None and not args and not kwargs:
+        return path.normalize(norm, x)
     rule = rule_for(norm, x.device, x.dtype, widened(norm), True)
     if not rule.is_norm:
         raise UnsupportedError(
@@ -318,12 +302,15 @@ def normalize(norm: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return neutral(norm, rule, forward_of(norm), x, args, kwargs).to(rule.wide)
 
 
-def _is_layer_norm(norm: nn.Module) -> TypeGuard[nn.LayerNorm]:
-    return type(norm) is nn.LayerNorm and nn.LayerNorm.forward is _FORWARDS[nn.LayerNorm]
-
-
 def output_dtype(norm: nn.Module, x: Tensor) -> torch.dtype:
     """The dtype that `norm(x)` would have, here and now (autocast counts), without running the model's module.
+
+    Args:
+        norm: the module.
+        x: its input, `(B, ..., d)`.
+
+    Returns:
+        The dtype; that of `x` where the norm cannot be tried.
 
     Example:
         >>> output_dtype(nn.LayerNorm(4), torch.ones(2, 4))
@@ -334,7 +321,19 @@ def output_dtype(norm: nn.Module, x: Tensor) -> torch.dtype:
 
 
 def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """The input of a norm and its further arguments; a few models pass the input by name."""
+    """The input of a norm and its further arguments; a few models pass the input by name.
+
+    Args:
+        args: of a call of the norm.
+        kwargs: of the same call; the first is the input where `args` is empty.
+
+    Returns:
+        The input, the further arguments, and those by name.
+
+    Example:
+        >>> split_call((), {"hidden_states": 1, "gate": 2})
+        (1, (), {'gate': 2})
+    """
     if args:
         return args[0], args[1:], kwargs
     first, *others = kwargs

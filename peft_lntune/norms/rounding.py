@@ -1,19 +1,20 @@
-"""The ways to compute a norm with wider parameters, and which of them repeats the base's bits.
+"""Rounding modes: where a norm with wider parameters rounds, so that it repeats the base's bits.
 
 A norm is `y = xhat * (weight + offset) + bias`. In half precision it matters where a norm rounds: Llama's rounds xhat
 and then the product, Gemma's only the product, T5's rounds xhat if its weight is in half precision. So each norm is
-called in the first of these ways that repeats the base's bits, learnt by running a small copy once per norm and dtype:
+called in the first of these modes that repeats the base's bits, found by running a small copy once per norm and dtype:
 
-    own         the norm's own forward on the input as it is
-    wide        the norm's own forward on a widened input, tried first where the result must not be rounded yet
-    rounded     the norm's own forward with neutral parameters of its own dtype, then the affine part outside
-    corrected   as wide, plus what the base's output differs from that with unchanged parameters
-    native      the norm's own forward with parameters rounded to its own dtype, where no other way could be tried or
-                repeats the bits: a kernel that takes one dtype only, or a forward that cannot be run on a copy;
-                 and of a norm whose output is no affine tensor (`Facts.by_sample`)
+    native       the norm's own forward on the input as it is
+    upcast       the norm's own forward on a widened input, tried first where the result must not be rounded yet
+    postscale    the norm's own forward with neutral parameters of its own dtype, then the affine part outside
+    compensated  upcast, plus the difference between that with unchanged parameters and the base's output
+    downcast     the norm's own forward with parameters rounded to its own dtype, where no other mode could be tried or
+                 repeats the bits: a kernel that takes one dtype only, a forward that cannot be run on a copy, and a
+                 norm whose output is no affine tensor (`NormFacts.by_sample`)
 
-What is learnt is true of the forward that ran, so a kernel that takes its place is learnt anew. While something traces
-or fakes the operations of this thread, the copy runs in another thread, where they are real, and nothing is remembered.
+A rule is remembered for the forward that ran: for a kernel that takes its place, a new one is found. While something
+traces or fakes the operations of this thread, the copy runs in another thread, where they are real, and nothing is
+remembered.
 """
 
 import math
@@ -22,7 +23,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -38,14 +39,27 @@ from peft_lntune.norms.probe import align
 
 __all__ = ["Rule", "by_rule", "neutral", "parameter", "rule_for", "widened"]
 
-_PROBED_ENTRIES = 4096  # enough that a way which rounds elsewhere cannot agree by chance
+_PROBED_ENTRIES = 4096  # enough that a mode which rounds elsewhere cannot agree by chance
+
+
+Mode = Literal["native", "upcast", "postscale", "compensated", "downcast"]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How to call one norm on one dtype: `dtype` is the output's (None: as it comes), `wide` the parameters'."""
+    """How to call one norm on one dtype.
 
-    way: str
+    Attributes:
+        mode: the rounding mode.
+        dtype: of the output; None: as it comes.
+        wide: dtype of the parameters.
+        axis: see `peft_lntune.norms.find.Norm`.
+        offset: what the norm adds to its weight.
+        is_norm: whether a run has shown that the module is a norm.
+        by_sample: whether only the norm's own forward knows its output.
+    """
+
+    mode: Mode
     dtype: torch.dtype | None
     wide: torch.dtype
     axis: int = -1
@@ -69,10 +83,17 @@ _ALIKE: WeakKeyDictionary[Any, dict[_Key, Rule]] = WeakKeyDictionary()
 
 @torch.compiler.assume_constant_result
 def rule_for(norm: nn.Module, device: torch.device, dtype: torch.dtype, wide: torch.dtype, unrounded: bool) -> Rule:
-    """The rule for inputs of `dtype` on `device` and parameters in `wide`; learnt once, then remembered.
+    """The rule of a norm, found by running a small copy once, then remembered.
 
     Args:
+        norm: the module.
+        device: of the inputs.
+        dtype: of the inputs.
+        wide: dtype of the parameters.
         unrounded: whether something is still done to the result before it is rounded.
+
+    Returns:
+        The rule, true of the forward that runs on the norm now.
     """
     has_autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
     autocast = torch.get_autocast_dtype(device.type) if has_autocast else None
@@ -130,34 +151,36 @@ def _learn_quietly(norm: nn.Module, *what: Any) -> Rule:
 
 
 def _learn(norm: nn.Module, device: torch.device, dtype: torch.dtype, wide: torch.dtype, unrounded: bool) -> Rule:
-    """Try the ways on a small copy, and take the first whose output has the bits of the copy's own."""
+    """Try the modes on a small copy, and take the first whose output has the bits of the copy's own."""
     facts, parameters = probe.measure(norm), probe.parameters_of(norm)
     if facts is None or "weight" not in parameters:  # it cannot be run here
-        return Rule("native", None, wide)
+        return Rule("downcast", None, wide)
     if facts.by_sample:
-        return Rule("native", None, wide, facts.axis, by_sample=True)
+        return Rule("downcast", None, wide, facts.axis, by_sample=True)
     small = {
         name: probe.sample_input(tuple(value.shape), seed).to(device, value.dtype)
         for seed, (name, value) in enumerate(parameters.items(), start=3)
     }
-    native = Rule("native", None, wide, facts.axis, facts.offset, True)
+    downcast = Rule("downcast", None, wide, facts.axis, facts.offset, True)
     copy = probe.blank_copy(norm, small)
     if not put_on_copy(norm, copy):
-        return native
+        return downcast
     copy._buffers.update({name: None if value is None else value.to(device) for name, value in copy._buffers.items()})
     samples = max(16, _PROBED_ENTRIES // math.prod(facts.shape[1:]))
     x = probe.sample_input((samples, *facts.shape[1:])).to(device, dtype)
     try:
         base = probe.run_with(copy, x)
     except Exception:  # the norm does not take this input at all; let its own call say so
-        return native
-    fewest, best = math.inf, Rule("own", base.dtype, wide, facts.axis, facts.offset, True)
+        return downcast
+    fewest, best = math.inf, Rule("native", base.dtype, wide, facts.axis, facts.offset, True)
     wider = small["weight"].to(wide), small["bias"].to(wide) if "bias" in small else None
     if device.type == "meta":  # there are no bits to compare, and none will be
         return best
-    ways = ("wide", "own", "rounded", "corrected") if unrounded else ("own", "wide", "rounded", "corrected")
-    warnings.simplefilter("error")  # torch warns when a fused norm gets two dtypes: that way is not taken
-    for rule in [replace(best, way=way) for way in ways]:
+    modes: list[Mode] = ["native", "upcast", "postscale", "compensated"]
+    if unrounded:
+        modes[:2] = "upcast", "native"
+    warnings.simplefilter("error")  # torch warns when a fused norm gets two dtypes: that mode is not taken
+    for rule in [replace(best, mode=mode) for mode in modes]:
 
         def candidate(x: Tensor, *gate: Tensor, rule: Rule = rule) -> Tensor:
             return by_rule(copy, rule, copy.forward, wider, x, gate, {})
@@ -170,7 +193,7 @@ def _learn(norm: nn.Module, device: torch.device, dtype: torch.dtype, wide: torc
             fewest, best = wrong, rule
         if not wrong:
             break
-    return best if unrounded or not fewest else replace(native, dtype=base.dtype)
+    return best if unrounded or not fewest else replace(downcast, dtype=base.dtype)
 
 
 def by_rule(
@@ -182,29 +205,43 @@ def by_rule(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Tensor:
-    """The norm with the parameters `wider`, computed the rule's way by its forward `own`, in the rule's dtype."""
+    """Compute a norm with other parameters, in the mode and to the dtype of its rule.
+
+    Args:
+        norm: the module; its hooks do not run.
+        rule: see `rule_for`.
+        own: its forward.
+        wider: weight and bias, of the shapes of the norm's and in the rule's `wide`.
+        x: the input, `(B, ..., d)`.
+        args: further arguments of the forward.
+        kwargs: further arguments by name.
+
+    Returns:
+        The output, of the shape of `x`.
+    """
     weight, bias = wider
-    if rule.way == "corrected":
-        # Rounded before the correction, which has the same spacing: the sum is exact where nothing has changed.
-        y = by_rule(norm, replace(rule, way="wide"), own, wider, x, args, kwargs).to(rule.wide)
-        return (y + _correction(norm, rule, own, x, args, kwargs)).to(rule.dtype)
-    if rule.way == "rounded":
+    if rule.mode == "compensated":
+        # Rounded before the difference is added, which has the same spacing: the sum is exact where nothing has
+        # changed.
+        y = by_rule(norm, replace(rule, mode="upcast"), own, wider, x, args, kwargs).to(rule.wide)
+        return (y + _difference(norm, rule, own, x, args, kwargs)).to(rule.dtype)
+    if rule.mode == "postscale":
         y = neutral(norm, rule, own, x, args, kwargs)
         y = y * align(weight + rule.offset if rule.offset else weight, x, rule.axis)
     else:
-        if rule.way == "native":
+        if rule.mode == "downcast":
             weight = weight.to(parameter(norm, "weight").dtype)
             bias = bias if parameter(norm, "bias") is None or bias is None else bias.to(parameter(norm, "bias").dtype)
         entries = {own_name(norm, "weight"): weight}
         if bias is not None and parameter(norm, "bias") is not None:
             entries[own_name(norm, "bias")], bias = bias, None
-        y = forward_with(norm, entries, own, x.to(rule.wide) if rule.way == "wide" else x, *args, **kwargs)
+        y = forward_with(norm, entries, own, x.to(rule.wide) if rule.mode == "upcast" else x, *args, **kwargs)
     y = y if bias is None else y + align(bias, x, rule.axis)
     return y if rule.dtype is None else y.to(rule.dtype)
 
 
 @torch.no_grad()
-def _correction(
+def _difference(
     norm: nn.Module,
     rule: Rule,
     own: Callable[..., Tensor],
@@ -212,10 +249,10 @@ def _correction(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Tensor:
-    """What the norm rounds away on its way, by which its output differs from the same computed wide."""
+    """What the norm rounds away: the difference of its output from the same computed on a widened input."""
     weight, bias = parameter(norm, "weight").to(rule.wide), parameter(norm, "bias")
     wider = weight, None if bias is None else bias.to(rule.wide)
-    wide = by_rule(norm, replace(rule, way="wide"), own, wider, x, args, kwargs)
+    wide = by_rule(norm, replace(rule, mode="upcast"), own, wider, x, args, kwargs)
     return own(x, *args, **kwargs).to(rule.wide) - wide.to(rule.wide)
 
 
@@ -227,16 +264,29 @@ def neutral(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Tensor:
-    """The norm's forward `own` with parameters that change nothing."""
+    """Compute a norm with parameters that change nothing.
+
+    Args:
+        norm: the module; its hooks do not run.
+        rule: see `rule_for`.
+        own: its forward.
+        x: the input, `(B, ..., d)`.
+        args: further arguments of the forward.
+        kwargs: further arguments by name.
+
+    Returns:
+        xhat, of the shape of `x`.
+    """
     weight, bias = parameter(norm, "weight"), parameter(norm, "bias")
-    dtype = weight.dtype if rule.way in ("rounded", "native") else rule.wide
+    dtype = weight.dtype if rule.mode in ("postscale", "downcast") else rule.wide
     entries = {own_name(norm, "weight"): torch.full_like(weight, 1.0 - rule.offset, dtype=dtype)}
     if bias is not None:
         entries[own_name(norm, "bias")] = torch.zeros_like(bias, dtype=dtype)
     return forward_with(
-        norm, entries, own, x.to(rule.wide) if rule.way in ("wide", "corrected") else x, *args, **kwargs
+        norm, entries, own, x.to(rule.wide) if rule.mode in ("upcast", "compensated") else x, *args, **kwargs
     )
 
 
 def widened(norm: nn.Module) -> torch.dtype:
+    """The dtype of a norm's weight, or float32 where that is wider."""
     return torch.promote_types(parameter(norm, "weight").dtype, torch.float32)

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft_lntune.architectures.attention import find_attention
-from peft_lntune.architectures.components import BY_HEAD, find_kinds
+from peft_lntune.architectures.attention import find_attention, lies_by_head
+from peft_lntune.architectures.components import HEAD, find_contents
+from peft_lntune.architectures.table import Component, Contents
 from peft_lntune.core.delta import ParameterSlice
 from peft_lntune.core.module_tree import base_modules
 from peft_lntune.errors import UnsupportedError
@@ -26,7 +27,7 @@ def find_component_parameters(
 
     Args:
         model: the model, plain or with adapters.
-        components: names of `peft_lntune.config.components.COMPONENTS`.
+        components: members of `peft_lntune.architectures.table.Component`, or their values.
         norms: what `find_norms(model)` has found, where that is at hand.
         tune: which parameters of the modules.
 
@@ -53,19 +54,16 @@ def find_component_parameters(
         for parameter in tune
         if isinstance(tensor := module._parameters.get(_own_name(norms.get(name), parameter)), Tensor)
     }
-    kinds = find_kinds(owned, {name: norm.roles for name, norm in norms.items()})
+    contents = find_contents(owned, {name: norm.roles for name, norm in norms.items()})
     found: dict[str, dict[str, ParameterSlice | None]] = {}
     for full, (name, parameter, _) in owned.items():
-        component, parts = kinds[full]
-        if name in norms:
-            parts = ("norm",) if component != "head" else ()
-        if not wanted & set(parts):
+        held = contents[full]
+        parts = (Component.NORM,) if name in norms and held != HEAD else held.components
+        if wanted.isdisjoint(parts):
             continue
-        block = None
-        if len(parts) > 1:
-            by_head = component == BY_HEAD or _is_by_head(modules, name)
-            block = _block(model, name, modules[name], parameter, parts, wanted, by_head)
-        found.setdefault(name, {})[parameter] = block
+        whole = wanted.issuperset(parts)
+        part = None if whole else _slice(model, modules, name, parameter, held, wanted)
+        found.setdefault(name, {})[parameter] = part
     for full, (name, parameter, tensor) in owned.items():
         if found.get(name, {}).get(parameter, ()) is None:
             _check_tied(
@@ -78,25 +76,13 @@ def _own_name(norm: Norm | None, parameter: str) -> str:
     return parameter if norm is None else norm.parameters[parameter]
 
 
-def _is_by_head(modules: Mapping[str, nn.Module], name: str) -> bool:
-    """GPT-BigCode has its queries, keys and values head by head unless all heads share the keys."""
-    return getattr(modules.get(name.rpartition(".")[0]), "multi_query", None) is False
-
-
-def _block(
-    model: nn.Module,
-    name: str,
-    module: nn.Module,
-    parameter: str,
-    fused: tuple[str, ...],
-    wanted: set[str],
-    by_head: bool,
-) -> ParameterSlice | None:
-    """The part of a fused projection that is wanted; None where all of it is."""
-    if wanted >= set(fused):
-        return None
-    if by_head:
-        asked = ", ".join(sorted(wanted & set(fused)))
+def _slice(
+    model: nn.Module, modules: Mapping[str, nn.Module], name: str, parameter: str, held: Contents, wanted: set[str]
+) -> ParameterSlice:
+    """The wanted part of a fused projection."""
+    fused, module = held.components, modules[name]
+    if held.by_head or lies_by_head(modules.get(name.rpartition(".")[0])):
+        asked = ", ".join(sorted(wanted.intersection(fused)))
         raise UnsupportedError(
             f"{name} ({type(module).__name__}) holds {', '.join(fused)} in one matrix, head by head or in an order "
             f"that is not known, so {asked} alone is no part of it that could be tuned. "
@@ -110,9 +96,9 @@ def _block(
     return ParameterSlice(axis, tuple(ranges))
 
 
-def _sizes(model: nn.Module, name: str, size: int, fused: tuple[str, ...]) -> list[int]:
+def _sizes(model: nn.Module, name: str, size: int, fused: tuple[Component, ...]) -> list[int]:
     """How many outputs each part of a fused projection has: keys and values may be fewer than queries."""
-    if fused[0] != "query":
+    if Component.QUERY not in fused:
         return [size // len(fused)] * len(fused)
     try:
         facts = find_attention(model).get(name.rpartition(".")[0])

@@ -9,6 +9,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_lntune.architectures.table import lora_targets
 from peft_lntune.core.module_tree import base_modules
 from peft_lntune.errors import ConfigError
 
@@ -16,19 +17,6 @@ __all__ = [
     "LoraLayer",
     "find_lora_targets",
 ]
-
-
-QUERY_VALUE = (
-    ("q_proj", "v_proj"),
-    ("query", "value"),
-    ("q_lin", "v_lin"),
-    ("q", "v"),
-    ("query_key_value",),
-    ("qkv_proj",),
-    ("c_attn",),
-    ("Wqkv",),
-)
-"""How models call what LoRA tunes by default, the projections to queries and values; for those PEFT has no list of."""
 
 
 def find_lora_targets(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, dict[str, int]]:
@@ -39,8 +27,8 @@ def find_lora_targets(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig,
         config: the part.
 
     Returns:
-        The config with its target modules filled in, by PEFT's list for the model's type or by `QUERY_VALUE`; and for
-        each module that it matches, by name, the number of entries of its two matrices.
+        The config with its target modules filled in, by PEFT's list for the model's type or by our table of
+        architectures; and for each module that it matches, by name, the number of entries of its two matrices.
 
     Raises:
         ConfigError: there are no default target modules for this model, none matches, or a match is no linear map.
@@ -49,14 +37,13 @@ def find_lora_targets(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig,
         reader = LoraModel.__new__(LoraModel)  # the method reads a table of its class; PEFT's init would inject
         known = reader._prepare_adapter_config(replace(config), LoraModel.get_model_config(model))
     except ValueError as error:
-        endings = {name.rpartition(".")[2] for name in base_modules(model)}
-        usual = next((list(names) for names in QUERY_VALUE if endings.issuperset(names)), None)
+        usual = lora_targets(base_modules(model))
         if usual is None:
             raise ConfigError(
                 "neither PEFT nor peft_lntune knows default target modules of LoRA for this model. Name them: "
                 'LoraConfig(target_modules=["q_proj", "v_proj"]).'
             ) from error
-        known = replace(config, target_modules=usual)
+        known = replace(config, target_modules=list(usual))
     known = tuners_utils._maybe_include_all_linear_layers(known, model)
     modules = base_modules(model)
     found = {n: m for n, m in modules.items() if n and LoraModel._check_target_module_exists(known, n)}

@@ -1,8 +1,6 @@
-"""Which row of a batch uses which adapter, and the rows of parameters that follow from it.
+"""Which row of a batch uses which adapter: the names, the layout of the batch, and who entered the route.
 
-One `Route` is shared by all layers of a model; a layer asks it for its own rows. What the rows are made of is in
-`core/stacked.py` and `core/bank.py`, where the samples are in a layer's input in `core/samples.py`, and who may use a
-route that is on in `core/entered.py`. See docs/design.md, "Route".
+One `Route` is shared by all layers of a model; a layer asks it for its own rows. See docs/design.md, "Route".
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,30 +11,11 @@ import torch
 from torch import Tensor
 
 from peft_lntune.errors import RoutingError
-from peft_lntune.routing.layer_stacks import BASE, Gather, Kept, LayerTensor, Rows, gather_of, one_dtype
 from peft_lntune.routing.ownership import Ownership
 from peft_lntune.routing.samples import Fact
+from peft_lntune.routing.stacks import BASE, KeptRows, NormRows, Stack, spread
 
-__all__ = ["BASE", "Gather", "LayerTensor", "Route", "Rows", "expansions_of", "fit_rows", "one_dtype"]
-
-
-def fit_rows(rows: Tensor, x: Tensor, axis: int = -1) -> Tensor:
-    """Rows `(B, 1, *shape)`, or one row for all, as they broadcast over `x`; no operation in the usual case.
-
-    Args:
-        rows: of a norm's weight or bias.
-        x: the norm's input, `(B, ..., *shape)`, or `(B, *shape, ...)` for `axis=1`.
-        axis: as in `peft_lntune.norms.find.Norm`.
-
-    Example:
-        >>> fit_rows(torch.ones(2, 1, 4), torch.ones(2, 3, 5, 4)).shape
-        torch.Size([2, 1, 1, 4])
-    """
-    shape = rows.shape[2 + max(0, rows.dim() - 1 - x.dim()) :]  # `(1, C, 1, 1)`: the first is that of the samples
-    middle = x.dim() - 1 - len(shape)
-    if axis == 1:
-        return rows.reshape(rows.shape[0], *shape, *(1,) * middle)
-    return rows if middle == 1 else rows.reshape(rows.shape[0], *(1,) * middle, *shape)
+__all__ = ["BASE", "Route", "expansions_of"]
 
 
 def expansions_of(model: object, options: Mapping[str, Any]) -> set[int]:
@@ -66,6 +45,8 @@ class Route:
         mixed: whether rows have different adapters.
         count: how many names there are.
         facts: where the samples are in each layer's input, in the way in which the model was called last.
+        known: the same for each way in which the model was called, see `Entries`.
+        kept: rows of a PeftModel's adapters, see `rows_of_layers`.
     """
 
     def __init__(self) -> None:
@@ -78,14 +59,14 @@ class Route:
         self.count = 0
         self.facts: Mapping[str, Fact] = {}
         self.known: dict[object, Mapping[str, Fact]] = {}
-        self._kept: dict[str, Kept] = {}
+        self.kept: KeptRows = {}
         self._ownership = Ownership()
         self._indices: dict[tuple[int, torch.device], Tensor] = {}
         self._index = torch.empty(0, dtype=torch.long)
         self._expansions: set[int] = {1}
         self._tokens = 0
-        self._rows: dict[int, dict[int, Rows]] = {}
-        self._gather: Gather = _nothing
+        self._gathered: Sequence[Stack] = ()
+        self._rows: dict[int, dict[str, NormRows]] = {}
 
     def __deepcopy__(self, memo: dict) -> "Route":
         # A copy of a model routes on its own, and rows are made again on demand.
@@ -96,27 +77,7 @@ class Route:
 
     def drop(self) -> None:
         """Forget the rows that are kept, because a delta or a base parameter changed or may have changed."""
-        self._kept = {}
-
-    @contextmanager
-    def __call__(
-        self, names: Sequence[str] | str, adapters: Sequence[str], entries: Sequence[LayerTensor], expansions: set[int]
-    ) -> Iterator[None]:
-        """Route the forward passes inside this context.
-
-        Args:
-            names: the adapter of each sample, or one string for all samples.
-            adapters: every adapter of the model.
-            entries: every routed parameter of the model.
-            expansions: by which factors generation may repeat the samples.
-
-        Raises:
-            RoutingError: another routed forward of this model is under way.
-        """
-        self.check_idle()
-        gather = gather_of([names] if isinstance(names, str) else names, entries, self._kept)
-        with self.serving(names, gather, expansions, order=(BASE, *adapters)):
-            yield
+        self.kept = {}
 
     def on(self) -> bool:
         """Whether the caller's forward pass is routed.
@@ -135,17 +96,15 @@ class Route:
     def serving(
         self,
         names: Sequence[str] | str,
-        gather: Gather,
-        expansions: set[int],
+        gathered: Sequence[Stack] = (),
         what: str = "`adapter_names`",
         order: Sequence[str] = (),
     ) -> Iterator[None]:
-        """Route the forward passes inside this context by rows that the caller has made.
+        """Route the forward passes inside this context.
 
         Args:
             names: the adapter of each sample, or one string for all samples.
-            gather: gives the rows of every norm.
-            expansions: by which factors generation may repeat the samples.
+            gathered: the rows of every norm, one for each name.
             what: how the user calls `names`, for errors.
             order: of the adapters, for layers that keep stacks of their own.
 
@@ -156,19 +115,18 @@ class Route:
         with self._ownership.entered():
             self.names = [names] if isinstance(names, str) else list(names)
             self.count, self.one, self.mixed = len(self.names), isinstance(names, str), len(set(self.names)) > 1
-            self._expansions = {1} if self.one else expansions
-            self._gather, self.what, self.order = gather, what, tuple(order)
+            self._gathered, self.what, self.order = gathered, what, tuple(order)
             try:
                 if order:  # here and not at the first layer, so that a compiled model finds it as an input of its graph
                     place = {name: number for number, name in enumerate(order)}
                     self._index = torch.tensor([place[name] for name in self.names], dtype=torch.long)
                 # Here and not at the first norm, so that a compiled model finds the rows as inputs of its graph.
-                self._rows = {1: gather(1)}
+                self._rows = {1: spread(gathered)}
                 self.active = True
                 yield
             finally:
                 self.active, self.names, self._rows, self._tokens = False, [], {}, 0
-                self._indices, self._gather = {}, _nothing
+                self._indices, self._gathered = {}, ()
 
     def check_idle(self) -> None:
         """Raise a `RoutingError` where a routed forward of this model is under way."""
@@ -193,16 +151,24 @@ class Route:
         possible = {self.count * factor for factor in self._expansions}
         return next((length for length in lengths if length in possible), None)
 
-    def rows(self, owner: int, shape: Sequence[int], label: str) -> Rows | None:
-        """The rows of one norm for an input of `shape`, `(B, ..., d)`; None where no adapter touches it.
+    def rows(self, owner: str, shape: Sequence[int], label: str) -> NormRows:
+        """The rows of one norm; without any, where no adapter touches it.
+
+        Args:
+            owner: of the rows.
+            shape: of the norm's input, `(B, ..., d)`.
+            label: name of the norm, for errors.
+
+        Returns:
+            Rows for all samples of the input.
 
         Raises:
             RoutingError: the batch has another length than the list of names.
         """
         factor = self.factor(shape, label)
         if factor not in self._rows:
-            self._rows[factor] = self._gather(factor)
-        return self._rows[factor].get(owner)
+            self._rows[factor] = spread(self._gathered, factor)
+        return self._rows[factor].get(owner, NormRows())
 
     def index(self, shape: Sequence[int], label: str, device: torch.device) -> Tensor:
         """The place in `order` of each row's adapter, for layers that keep stacks of their own in that order.
@@ -307,7 +273,3 @@ _UNCLEAR = (
     "more than one axis of its input could be that of the samples, or samples and tokens share one, and it was not "
     "measured which (a compiled model is not measured: run one routed batch before compiling, or another length)"
 )
-
-
-def _nothing(factor: int) -> dict[int, Rows]:
-    return {}

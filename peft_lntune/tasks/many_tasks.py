@@ -14,7 +14,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from peft_lntune.bank.heads import layers_of, within
 from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.core.detour import Detour
 from peft_lntune.core.module_tree import base_modules, called_modules
@@ -22,14 +21,15 @@ from peft_lntune.errors import ConfigError, RoutingError, UnsupportedError
 from peft_lntune.layers import ReplacementLayer, switched_off
 from peft_lntune.routing.base_rows import BaseRows
 from peft_lntune.routing.entries import Entries
+from peft_lntune.routing.heads import HeadRun, layers_of, tensors_within
 from peft_lntune.routing.recomputed import RecomputedDetour
-from peft_lntune.routing.route import Gather, Route, Rows
-from peft_lntune.routing.rows import HeadRun, NormRun, check_free
-from peft_lntune.routing.stacks import spread
+from peft_lntune.routing.route import Route
+from peft_lntune.routing.rows import NormRun, check_free
+from peft_lntune.routing.stacks import Stack
 from peft_lntune.selection.losses import Batch, Head
 from peft_lntune.tasks.losses import RowLoss, default_losses, losses_of_rows, order_of
 from peft_lntune.tasks.optimizer import TaskOptimizer
-from peft_lntune.tasks.trained import TaskParameters
+from peft_lntune.tasks.parameters import TaskParameters
 from peft_lntune.tuner.read_adapter import Adapter, Sources, deltas_in, tensors_of
 
 __all__ = ["ManyTasks", "above", "tuned_in", "write_adapter"]
@@ -41,7 +41,7 @@ class _Routed:
 
     names: list[str]
     one: bool
-    gather: Gather
+    gathered: Sequence[Stack]
     heads: dict[str, dict[str, Tensor]]
     finished: bool = False
 
@@ -112,25 +112,21 @@ class ManyTasks:
 
     def _make_norms(self, adapters: Sequence[Adapter]) -> TaskParameters:
         tuned = {name for adapter in adapters for name in adapter.deltas}
-        places = [name for name in self._sources.norms if tuned & {f"{name}.{p}" for p in PARAMETERS}]
-        self._numbers = {name: number for number, name in enumerate(places)}
-        self._owners = {
-            f"{name}.{parameter}": (number, parameter)
-            for name, number in self._numbers.items()
-            for parameter in PARAMETERS
-            if self._sources.parameter(f"{name}.{parameter}") is not None
-        }
-        zeros = {name: torch.zeros_like(self._sources.parameter(name)) for name in self._owners if name in tuned}
+        every = {norm: [f"{norm}.{parameter}" for parameter in PARAMETERS] for norm in self._sources.norms}
+        self.norms = {norm for norm, names in every.items() if not tuned.isdisjoint(names)}
+        names = [name for norm in every if norm in self.norms for name in every[norm]]
+        self._parameters = [name for name in names if self._sources.parameter(name) is not None]
+        zeros = {name: torch.zeros_like(self._sources.parameter(name)) for name in self._parameters if name in tuned}
         masks = [tuned_in(self.model, name, each) for name, each in zip(self.names, adapters, strict=True)]
-        trained = TaskParameters(zeros, [adapter.deltas for adapter in adapters], masks)
-        offsets = {name: self._sources.offset(name) for name in self._owners}
-        self._base_rows = BaseRows(self._sources.parameter, offsets, trained.source)
-        return trained
+        parameters = TaskParameters(zeros, [adapter.deltas for adapter in adapters], masks)
+        offsets = {name: self._sources.offset(name) for name in self._parameters}
+        self._base_rows = BaseRows(self._sources.parameter, offsets, parameters.source)
+        return parameters
 
     def _make_heads(self, adapters: Sequence[Adapter]) -> dict[str, TaskParameters]:
         heads = {}
         for layer, head in self._head_layers.items():
-            own = [within(each.heads[head], layer, head) if head in each.heads else {} for each in adapters]
+            own = [tensors_within(each.heads[head], layer, head) if head in each.heads else {} for each in adapters]
             masks = [{key: torch.ones(value.shape, dtype=torch.bool) for key, value in task.items()} for task in own]
             heads[layer] = TaskParameters(tensors_of(self._modules, layer), own, masks)
         return heads
@@ -152,11 +148,6 @@ class ManyTasks:
 
     def __len__(self) -> int:
         return len(self.names)
-
-    @property
-    def norms(self) -> set[str]:
-        """The norms of the model that some task trains, by name."""
-        return set(self._numbers)
 
     def __repr__(self) -> str:
         return f"ManyTasks({len(self)} tasks on {type(self._base).__name__}, {self.entries:,} entries each at most)"
@@ -202,7 +193,7 @@ class ManyTasks:
     def _on(self, routed: _Routed, tuners: Sequence[Any]) -> Iterator[None]:
         with ExitStack() as stack:
             names = routed.names[0] if routed.one else routed.names
-            stack.enter_context(self._route.serving(names, routed.gather, {1}, "the names given to `route`"))
+            stack.enter_context(self._route.serving(names, routed.gathered, "the names given to `route`"))
             stack.enter_context(switched_off(tuners))
             for layer, run in self._runs.items():
                 run.rows = routed.heads[layer]
@@ -217,27 +208,23 @@ class ManyTasks:
         slots = self._slots_of([names] if isinstance(names, str) else names)
         index = torch.tensor(slots, dtype=torch.long)
         self._follow()
-        routed = _Routed([self.names[slot] for slot in slots], one, _none, {})
+        routed = _Routed([self.names[slot] for slot in slots], one, [], {})
         finish = partial(setattr, routed, "finished", True)
-        bases, others = self._base_rows.stacked(), self._base_rows.others()
-        rows = [own + base for own, base in zip(self._norms.take(slots, index, finish), bases, strict=True)]
-        fixed: dict[int, dict[str, Tensor]] = {}
-        for name, value in others.items():
-            number, parameter = self._owners[name]
-            fixed.setdefault(number, {})[parameter] = value[None, None]
-        routed.gather = partial(_spread, self._norms, rows, self._owners, fixed)
-        for layer, trained in self._heads.items():
-            blocks = zip(trained.stacks, trained.take(slots, index, finish), strict=True)
+        rows = self._base_rows.add_to(self._norms.gather(slots, index, finish))
+        routed.gathered = [*rows, *self._base_rows.others()]
+        for layer, parameters in self._heads.items():
             routed.heads[layer] = {
-                name: value for (names, _), block in blocks for name, value in zip(names, block.unbind(1), strict=True)
+                name: value
+                for names, block in parameters.gather(slots, index, finish)
+                for name, value in zip(names, block.unbind(1), strict=True)
             }
         return routed
 
     def _follow(self) -> None:
         """Move to where the model is by now."""
-        moved = self._norms.follow({name: self._sources.parameter(name) for name in self._owners})
-        for layer, trained in self._heads.items():
-            moved |= trained.follow(tensors_of(self._modules, layer))
+        moved = self._norms.follow({name: self._sources.parameter(name) for name in self._parameters})
+        for layer, parameters in self._heads.items():
+            moved |= parameters.follow(tensors_of(self._modules, layer))
         if moved and self._optimizers:
             raise RoutingError("the model was moved to another device after tasks.optimizer(...). Move it before.")
 
@@ -333,11 +320,11 @@ class ManyTasks:
         """
         self._follow()
         self._optimizers += 1
-        groups = [("", self._norms), *((f"{layer}.", trained) for layer, trained in self._heads.items())]
+        groups = [("", self._norms), *((f"{layer}.", parameters) for layer, parameters in self._heads.items())]
         free = {
             (group, number)
-            for group, (prefix, trained) in enumerate(groups)
-            for number, (names, _) in enumerate(trained.stacks)
+            for group, (prefix, parameters) in enumerate(groups)
+            for number, (names, _) in enumerate(parameters.stacks)
             if decayed is not None and not all(decayed(prefix + name) for name in names)
         }
         made = TaskOptimizer(self._all(), self.names, optimizer_class, max_grad_norm, options, free)
@@ -364,13 +351,13 @@ class ManyTasks:
                 )
         for slot, name in enumerate(self.names):
             self._norms.write(slot, state[name])
-            for layer, trained in self._heads.items():
-                trained.write(slot, within(state[name], layer, ""))
+            for layer, parameters in self._heads.items():
+                parameters.write(slot, tensors_within(state[name], layer, ""))
 
     def _read(self, slot: int) -> dict[str, Tensor]:
         found = self._norms.read(slot)
-        for layer, trained in self._heads.items():
-            found |= {f"{layer}.{key}": value for key, value in trained.read(slot).items()}
+        for layer, parameters in self._heads.items():
+            found |= {f"{layer}.{key}": value for key, value in parameters.read(slot).items()}
         return found
 
     def write(self) -> None:
@@ -428,7 +415,7 @@ class ManyTasks:
     def _attach(self) -> None:
         route, modules, norms = self._route, self._modules, self._sources.norms
         runs: dict[str, Any] = {
-            name: NormRun(modules[name], norms[name], number, route) for name, number in self._numbers.items()
+            name: NormRun(modules[name], norm, route) for name, norm in norms.items() if name in self.norms
         }
         self._runs = {layer: HeadRun(modules[layer], layer, route) for layer in self._heads}
         runs |= self._runs
@@ -448,18 +435,6 @@ class ManyTasks:
         self._detours = detours
 
 
-def _spread(
-    trained: TaskParameters,
-    rows: Sequence[Tensor],
-    owners: Mapping[str, tuple[int, str]],
-    fixed: Mapping[int, Mapping[str, Tensor]],
-    factor: int,
-) -> dict[int, Rows]:
-    """The rows of each norm; what no task trains of it is one row for all."""
-    found = spread(trained.source, rows, owners, factor)
-    return {number: own._replace(**fixed.get(number, {})) for number, own in found.items()}
-
-
 def _check_untied(base: nn.Module, names: Sequence[str]) -> None:
     layers = [module for module in base.modules() if isinstance(module, ReplacementLayer)]
     for layer in layers:
@@ -469,10 +444,6 @@ def _check_untied(base: nn.Module, names: Sequence[str]) -> None:
                     f"{' and '.join(layer.names_of(parameter))} are one parameter, and a row of many tasks is of one "
                     "module each. Train these adapters one by one, or leave out the norms that share (exclude_modules)."
                 )
-
-
-def _none(factor: int) -> dict[int, Rows]:
-    return {}
 
 
 def _checked_names(peft_model: PeftModel, adapter_names: Sequence[str] | None) -> list[str]:

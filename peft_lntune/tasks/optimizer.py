@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from peft_lntune.errors import ConfigError
-from peft_lntune.tasks.trained import TaskParameters
+from peft_lntune.tasks.parameters import TaskParameters
 
 __all__ = ["TaskOptimizer", "clip_rows_"]
 
 
 @dataclass(eq=False)
 class _Task:
-    """The optimizer of one task, and its tensors by the trained group and the stack in it."""
+    """The optimizer of one task, and its tensors by the number of the `TaskParameters` and of the stack in it."""
 
     optimizer: torch.optim.Optimizer
     schedule: Any
@@ -38,14 +38,14 @@ class TaskOptimizer:
 
     def __init__(
         self,
-        trained: Sequence[TaskParameters],
+        parameters: Sequence[TaskParameters],
         names: Sequence[str],
         optimizer_class: Callable[..., torch.optim.Optimizer],
         max_grad_norm: float | Mapping[str, float | None] | None,
         options: Mapping[str, Any],
         free: Collection[tuple[int, int]] = (),
     ) -> None:
-        self._trained, self._names = trained, list(names)
+        self._parameters, self._names = parameters, list(names)
         for option, value in {"max_grad_norm": max_grad_norm, **options}.items():
             _check_option(option, value, self._names)
         limits = [_own(max_grad_norm, name) for name in names]
@@ -56,7 +56,7 @@ class TaskOptimizer:
         for slot, name in enumerate(names):
             rows = {
                 (group, number): nn.Parameter(values.detach()[slot])
-                for group, each in enumerate(trained)
+                for group, each in enumerate(parameters)
                 for number, (_, values) in enumerate(each.stacks)
                 if each.owns(number, slot)
             }
@@ -117,14 +117,14 @@ class TaskOptimizer:
 
     def step(self) -> None:
         """A step of each task that had rows and was not stopped, clipped by its own norm; then of its schedule."""
-        grads = [values.grad for each in self._trained for _, values in each.stacks if values.grad is not None]
+        grads = [values.grad for each in self._parameters for _, values in each.stacks if values.grad is not None]
         if self._clips and grads:
             self._limits = self._limits.to(grads[0].device)
             self._norms = clip_rows_(grads, self._limits)
         for slot, task in enumerate(self._tasks.values()):
             reached = False
             for (group, number), row in task.rows.items():
-                each = self._trained[group]
+                each = self._parameters[group]
                 grad = each.stacks[number].values.grad
                 found = grad is not None and slot in each.reached[number] and not task.stopped
                 row.grad = grad[slot] if found and grad is not None else None
@@ -137,7 +137,7 @@ class TaskOptimizer:
 
     def zero_grad(self) -> None:
         """Forget the gradients of all tasks, and which tasks had rows."""
-        for each in self._trained:
+        for each in self._parameters:
             each.forget()
         for task in self._tasks.values():
             for row in task.rows.values():

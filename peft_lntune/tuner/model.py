@@ -35,6 +35,7 @@ from peft_lntune.planning.claims import model_type_of
 from peft_lntune.planning.lora import LoraLayer
 from peft_lntune.routing.entries import CONTINUOUS, Entries, refuse_continuous
 from peft_lntune.routing.route import BASE, Route
+from peft_lntune.routing.stacks import rows_of_layers
 from peft_lntune.selection.masks import check_masks
 from peft_lntune.storage.adapter_file import cast_values, dropped_tensors
 from peft_lntune.storage.keys import of_adapter, without_adapter_name
@@ -482,18 +483,20 @@ class LNTuneModel(BaseTuner):
             return
         self._check_route(names)
         layers = [layer for layer in self.tuner_layers() if isinstance(layer, NormLayer)]
-        entries = [entry for layer in layers for entry in layer.entries()]
+        tensors = [tensor for layer in layers for tensor in layer.entries()]
+        route = route_of(self.model)
+        route.check_idle()
+        rows = rows_of_layers([names] if isinstance(names, str) else names, tensors, route.kept)
         with ExitStack() as stack:
-            route = route_of(self.model)
-            stack.enter_context(route(names, list(self.peft_config), entries, {1}))
-            stack.enter_context(routed_heads(self.model, route, names))
+            stack.enter_context(route.serving(names, rows, order=(BASE, *self.peft_config)))
+            heads = stack.enter_context(routed_heads(self.model, route))
             stack.enter_context(routed_lora(self.model, route))
             if not torch.compiler.is_compiling():
-                stack.enter_context(self._entries(route))
+                stack.enter_context(self._entries(route, heads))
             yield
 
     @contextmanager
-    def _entries(self, route: Route) -> Iterator[None]:
+    def _entries(self, route: Route, heads: Mapping[str, nn.Module]) -> Iterator[None]:
         """Inside this context calls of the model, and of its parts, are checked before they run."""
         modules = dict(self.model.named_modules())
         kinds = (*self.tuner_layer_cls, ModulesToSaveWrapper)
@@ -502,7 +505,7 @@ class LNTuneModel(BaseTuner):
         def watched() -> dict[str, nn.Module]:
             """Bottlenecks and prefixes are called by what stands beside them, of which they have the name."""
             labels = {getattr(module, "label", name): module for name, module in places.items()}
-            return {label: modules.get(label) or module for label, module in labels.items()}
+            return {**{label: modules.get(label) or module for label, module in labels.items()}, **heads}
 
         with ExitStack() as stack:
             for detour in Entries(self.model, route, watched, route.known).detours(modules, places):

@@ -4,7 +4,8 @@ import pytest
 import torch
 import transformers
 
-from peft_lntune.architectures.components import STRUCTURES, Place, find_components, find_kinds, group_by_place
+from peft_lntune.architectures.components import ParameterPlace, find_components, find_contents, group_by_place
+from peft_lntune.architectures.table import ARCHITECTURES, UNKNOWN, Contents
 from peft_lntune.errors import UnsupportedError
 from peft_lntune.norms.find import find_norms
 from peft_lntune.planning.components import find_component_parameters
@@ -307,7 +308,7 @@ def test_families(family):
         parameter = "bias" if pattern.endswith(".bias") else "weight"
         for layer in range(LAYERS) if "*" in pattern else (None,):
             alone = next((int(part) for part in pattern.split(".") if part.isdigit()), None)
-            place = Place(component, alone if layer is None else layer, parameter)
+            place = ParameterPlace(component, alone if layer is None else layer, parameter)
             expected[pattern.replace("*", str(layer))] = place
     found = find_components(dict(build(family).named_parameters()))
     assert found == expected
@@ -382,16 +383,18 @@ def test_groups():
     places = find_components(names)
     assert list(group_by_place(places).values()) == [[name] for name in names]
     assert group_by_place(places, layers=False) == {
-        Place("FFN up", None, "weight"): [names[0], names[2]],
-        Place("FFN up", None, "bias"): [names[1]],
+        ParameterPlace("FFN up", None, "weight"): [names[0], names[2]],
+        ParameterPlace("FFN up", None, "bias"): [names[1]],
     }
 
 
-def test_no_two_structures_contradict_each_other():
-    seen: dict[str, str] = {}
-    for table in STRUCTURES.values():
-        for end, component in table.items():
-            assert seen.setdefault(end, component) == component
+def test_no_two_rows_contradict_each_other():
+    seen: dict[str, Contents] = {}
+    for row in ARCHITECTURES.values():
+        for modules in (row.modules, *(span.modules for span in row.sublayers)):
+            for end, contents in modules.items():
+                if contents != UNKNOWN:
+                    assert seen.setdefault(end, contents) == contents
 
 
 KNOWN = ("query", "key", "value", "attention_output", "ffn_up", "ffn_gate", "ffn_down")
@@ -486,4 +489,4 @@ def test_queries_that_lie_one_after_the_other_are(name, ends):
 
 def test_a_path_that_ends_like_a_component_is_none():
     names = ["h.0.mixer.key.weight", "h.0.memory.query.weight", "h.0.mixer.pooler_key.weight", "h.0.router.value.bias"]
-    assert set(find_kinds(names).values()) == {("", ())}
+    assert set(find_contents(names).values()) == {UNKNOWN}

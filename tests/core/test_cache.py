@@ -15,7 +15,7 @@ def fresh(model, batch):
     """The output of a copy that has never kept anything: what the model must say now."""
     twin = deepcopy(model)
     for layer in layers(twin):
-        layer._kept = None
+        layer._cache = None
         layer._route.drop()
     return said(twin, batch).detach()
 
@@ -179,15 +179,15 @@ def test_rows_beside_a_module_follow_a_fused_step(kind):
 def test_only_what_cannot_be_trained_is_kept():
     model, batch = adapt(build("bert")), inputs("bert")
     output(model, batch)
-    assert all(layer._kept is None for layer in layers(model))
+    assert all(layer._cache is None for layer in layers(model))
     output(frozen(model), batch)
-    assert all(layer._kept is not None for layer in layers(model))
+    assert all(layer._cache is not None for layer in layers(model))
     said(model, batch)  # with gradients on too
-    assert all(layer._kept is not None for layer in layers(model))
+    assert all(layer._cache is not None for layer in layers(model))
     for call in (lambda: model.set_adapter("default"), model.train, model.eval, model.cpu):
         output(frozen(model), batch)
         call()
-        assert all(layer._kept is None for layer in layers(model))
+        assert all(layer._cache is None for layer in layers(model))
 
 
 def test_an_attribute_of_a_norm_that_changes_is_seen():

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from peft_lntune.errors import UnsupportedError
-from peft_lntune.norms import affine, probe
-from peft_lntune.norms import rounding as ways
-from peft_lntune.norms.affine import call_with, fast_path, normalize, output_dtype
+from peft_lntune.norms import probe, rounding
+from peft_lntune.norms.affine import call_with, normalize, output_dtype
 from peft_lntune.norms.probe import align
 from tests.cases import NORMS, build_norm, norm_inputs
 from tests.tolerance import assert_close
@@ -239,7 +238,7 @@ def test_an_outer_bias_is_added_before_rounding():
 
 def test_rules_are_learnt_once_for_all_norms_that_are_alike(monkeypatch):
     measured, measure = [], probe.measure
-    monkeypatch.setattr(ways, "_ALIKE", {})
+    monkeypatch.setattr(rounding, "_ALIKE", {})
     monkeypatch.setattr(probe, "measure", lambda module: measured.append(1) or measure(module))
     norm, (x,) = build_norm("Llama", torch.bfloat16), norm_inputs("Llama", torch.bfloat16)
     random = torch.get_rng_state()
@@ -251,19 +250,19 @@ def test_rules_are_learnt_once_for_all_norms_that_are_alike(monkeypatch):
 
 def test_a_rule_is_not_shared_by_what_names_an_object(monkeypatch):
     """An identity may be given to another object once this one is gone."""
-    monkeypatch.setattr(ways, "_ALIKE", {})
+    monkeypatch.setattr(rounding, "_ALIKE", {})
     norm, (x,) = build_norm("Llama", torch.bfloat16), norm_inputs("Llama", torch.bfloat16)
     norm.extra = object()
     call_with(norm, x, *wider(norm))
-    assert not ways._ALIKE
+    assert not rounding._ALIKE
 
 
 def test_rules_do_not_keep_a_norm_alive():
     norm, (x,) = build_norm("Llama"), norm_inputs("Llama")
     call_with(norm, x, *wider(norm))
-    known = len(ways._RULES)
+    known = len(rounding._RULES)
     del norm
-    assert len(ways._RULES) == known - 1
+    assert len(rounding._RULES) == known - 1
 
 
 def test_on_meta():
@@ -296,21 +295,3 @@ def test_align(shape, x, axis, rows, expected):
     assert view.shape == expected
     assert (view * x).shape == x.shape
     assert torch.equal(view.flatten(), parameter.flatten())
-
-
-def test_a_fast_path_is_registered_once():
-    with pytest.raises(KeyError, match="LayerNorm already has the fast path layer_norm"):
-        fast_path(nn.LayerNorm)(lambda norm, x, weight, bias: x)
-
-
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("cls", affine.FAST_PATHS, ids=lambda cls: cls.__name__)
-def test_fast_paths_have_the_bits_of_the_module(cls, dtype):
-    cases = [name for name in NORMS if type(NORMS[name].norm()) is cls]
-    assert cases
-    for case in cases:
-        for seed in range(5):
-            norm, (x,) = build_norm(case, dtype, seed), norm_inputs(case, dtype, batch=64, seed=seed)
-            y = affine.FAST_PATHS[cls](norm, x, *wider(norm))
-            assert y.dtype == norm(x).dtype
-            assert torch.equal(y, norm(x))

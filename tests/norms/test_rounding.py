@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from peft_lntune.norms import rounding as ways
-from peft_lntune.norms.affine import bind, call_with
+from peft_lntune.norms import rounding
+from peft_lntune.norms.affine import NormCall, call_with
 from tests.cases import build_norm, norm_inputs
 
 
 @pytest.fixture(autouse=True)
 def _knows_nothing(monkeypatch):
-    monkeypatch.setattr(ways, "_RULES", weakref.WeakKeyDictionary())
-    monkeypatch.setattr(ways, "_ALIKE", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(rounding, "_RULES", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(rounding, "_ALIKE", weakref.WeakKeyDictionary())
 
 
 def kernel(self, x: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def case() -> tuple[nn.Module, Tensor, Tensor]:
 @pytest.mark.parametrize("called", [False, True], ids=["before the first call", "after it"])
 def test_a_kernel_in_the_instance_is_used_as_it_is(put, run, called):
     norm, x, weight = case()
-    bound = bind(norm, weight, None)
+    bound = partial(NormCall(norm), weight, None)
     if called:
         assert torch.equal(call_with(norm, x, weight, None), norm(x))
         assert torch.equal(bound(x), norm(x))
@@ -78,7 +78,7 @@ def test_a_kernel_in_the_instance_is_used_as_it_is(put, run, called):
 @pytest.mark.parametrize("called", [False, True], ids=["before the first call", "after it"])
 def test_a_kernel_in_the_class_is_used_as_it_is(called, monkeypatch):
     norm, x, weight = case()
-    bound = bind(norm, weight, None)
+    bound = partial(NormCall(norm), weight, None)
     if called:
         call_with(norm, x, weight, None), bound(x)
     monkeypatch.setattr(type(norm), "forward", kernel)
@@ -91,7 +91,7 @@ def test_a_kernel_in_the_class_is_used_as_it_is(called, monkeypatch):
 
 def test_a_kernel_in_the_class_of_torchs_own_norm(monkeypatch):
     norm, x = nn.LayerNorm(8), torch.randn(3, 8)
-    bound = bind(norm, norm.weight, norm.bias)
+    bound = partial(NormCall(norm), norm.weight, norm.bias)
     monkeypatch.setattr(nn.LayerNorm, "forward", lambda self, x: F.layer_norm(x, (8,), self.weight, self.bias) + 1)
     assert torch.equal(call_with(norm, x, norm.weight, norm.bias), norm(x))
     assert torch.equal(bound(x), norm(x))
@@ -155,15 +155,15 @@ TRACERS = {
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")  # a parameter stood in, and went
-@pytest.mark.parametrize("way", TRACERS)
-def test_a_norm_that_never_ran_is_traced(way):
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_a_norm_that_never_ran_is_traced(tracer):
     torch._dynamo.reset()
     layer, (_, x, _) = Layer(), case()
     with torch.no_grad():
-        program = TRACERS[way](layer, x)
-        if way in ("export", "make_fx", "jit.trace", "fake tensors", "make_fx, fake"):
-            assert not ways._RULES  # nothing is remembered that was learnt meanwhile
-            assert not ways._ALIKE
+        program = TRACERS[tracer](layer, x)
+        if tracer in ("export", "make_fx", "jit.trace", "fake tensors", "make_fx, fake"):
+            assert not rounding._RULES  # nothing is remembered that was learnt meanwhile
+            assert not rounding._ALIKE
         traced = program(x)
         eager = layer(x)
         assert torch.equal(eager, Layer()(x))

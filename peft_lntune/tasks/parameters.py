@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from peft_lntune.routing.gather import gather_rows
-from peft_lntune.routing.route import one_dtype
-from peft_lntune.routing.stacks import Stack, Stacks, as_rows
+from peft_lntune.routing.stacks import Stack, Stacks, as_rows, one_dtype
 
 __all__ = ["TaskParameters"]
 
@@ -29,10 +28,10 @@ class TaskParameters:
     Example:
         >>> own = {"a.bias": torch.tensor([1.0, 2.0])}
         >>> masks = [{"a.bias": torch.tensor([True, False])}, {}]
-        >>> trained = TaskParameters({"a.bias": torch.zeros(2)}, [own, {}], masks)
-        >>> [rows] = trained.take([0, 1, 0], torch.tensor([0, 1, 0]))
-        >>> rows.sum().backward()
-        >>> trained.stacks[0].values.grad.tolist(), trained.reached
+        >>> parameters = TaskParameters({"a.bias": torch.zeros(2)}, [own, {}], masks)
+        >>> [rows] = parameters.gather([0, 1, 0], torch.tensor([0, 1, 0]))
+        >>> rows.values.sum().backward()
+        >>> parameters.stacks[0].values.grad.tolist(), parameters.reached
         ([[[2.0, 0.0]], [[0.0, 0.0]]], [{0, 1}])
     """
 
@@ -58,19 +57,23 @@ class TaskParameters:
         """Whether a task trains something in a stack."""
         return not self._own[slot].isdisjoint(self.stacks[number].names)
 
-    def take(self, slots: Sequence[int], index: Tensor, reached: Callable[[], None] | None = None) -> list[Tensor]:
-        """The rows of tasks, `(B, k, *shape)` of each stack.
+    def gather(self, slots: Sequence[int], index: Tensor, reached: Callable[[], None] | None = None) -> list[Stack]:
+        """The rows of a batch, with gradients.
 
         Args:
             slots: the task of each row.
-            index: the same as a tensor, `(B,)`.
+            index: the same as a tensor, `(B,)` int64.
             reached: called in each backward pass that comes down to them.
+
+        Returns:
+            The same stacks with values `(B, k, *shape)`.
         """
-        taken = []
-        for number, (_, values) in enumerate(self.stacks):
+        gathered = []
+        for number, (names, values) in enumerate(self.stacks):
             mark = partial(self._mark, number, frozenset(slots), reached)
-            taken.append(gather_rows(values, index.to(values.device), self._outside[number], mark))
-        return taken
+            rows = gather_rows(values, index.to(values.device), self._outside[number], mark)
+            gathered.append(Stack(names, rows))
+        return gathered
 
     def read(self, slot: int) -> dict[str, Tensor]:
         """Copies of what is a task's own, by name."""

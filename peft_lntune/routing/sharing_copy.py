@@ -1,18 +1,18 @@
-"""A second model over the same tensors, to be run on the side: nothing that it does is seen by the first."""
+"""A copy of a model that shares its tensors, to be run on the side: nothing that it does is seen by the model."""
 
 import copy
 from typing import Any
 
 from torch import nn
 
-__all__ = ["twin_of"]
+__all__ = ["sharing_copy"]
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _WORKING = ("torch", "peft", "peft_lntune", "accelerate")
 """Packages whose hooks are a part of what a module computes; hooks of others watch it, as a rule."""
 
 
-def twin_of(module: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
+def sharing_copy(module: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
     """A copy of a module that shares its parameters and buffers, in evaluation mode and without the hooks of users.
 
     Args:
@@ -26,8 +26,8 @@ def twin_of(module: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
 
     Example:
         >>> norm = nn.LayerNorm(2)
-        >>> twin, inside = twin_of(nn.Sequential(norm))
-        >>> twin[0] is norm, twin[0].weight is norm.weight, inside[id(norm)] is twin[0]
+        >>> copied, inside = sharing_copy(nn.Sequential(norm))
+        >>> copied[0] is norm, copied[0].weight is norm.weight, inside[id(norm)] is copied[0]
         (False, True, True)
     """
     memo: dict[int, Any] = {}
@@ -37,15 +37,15 @@ def twin_of(module: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
         for kind in _HOOKS:
             # Of users' hooks the copy gets the same ones, which are taken away below: they may hold what is large.
             memo |= {id(hook): hook for hook in getattr(each, kind).values() if not _works(hook)}
-    twin = copy.deepcopy(module, memo)
-    for each in twin.modules():
+    copied = copy.deepcopy(module, memo)
+    for each in copied.modules():
         for kind in _HOOKS:
             hooks = getattr(each, kind)
             for key in [key for key, hook in hooks.items() if not _works(hook)]:
                 del hooks[key]
         if "_old_forward" in each.__dict__ and not _works(each.__dict__.get("_hf_hook")):
             each.__dict__["forward"] = each.__dict__["_old_forward"]  # accelerate's hooks, of users' own classes
-    return twin.eval(), memo
+    return copied.eval(), memo
 
 
 def _works(hook: Any) -> bool:
