@@ -4,7 +4,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,7 +34,22 @@ class Facts(NamedTuple):
     meta: bool = False
 
 
-class Checkpoint(Mapping[str, Tensor]):
+class _Named(Mapping[str, Tensor]):
+    """Tensors that are read when they are asked for, under names that are known before."""
+
+    names: Mapping[str, Any]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names  # a Mapping would read the tensor to tell
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class Checkpoint(_Named):
     """The tensors of safetensors files by name, each read when it is asked for, and none kept.
 
     The headers of all files are read at once, so that a file that is cut off or missing is noticed before any work.
@@ -45,6 +60,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     Attributes:
         facts: shape and dtype of each tensor.
+        names: file and key of each tensor.
 
     Raises:
         AdapterFileError: there is no such file, it is no safetensors file, or it is damaged.
@@ -60,14 +76,14 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.facts: dict[str, Facts] = {}
-        self._places: dict[str, tuple[Path, str]] = {}
+        self.names: dict[str, tuple[Path, str]] = {}
         found = [(*place, facts) for place, facts in _headers(Path(path))]
         for file, key, facts in sorted(found, key=lambda one: _counting(one[1])):
             name = _new_name(key)
-            self.facts[name], self._places[name] = facts, (file, key)
+            self.facts[name], self.names[name] = facts, (file, key)
 
     def __getitem__(self, name: str) -> Tensor:
-        file, key = self._places[name]
+        file, key = self.names[name]
         # Opened each time: what an open file has mapped would stay in memory with it.
         try:
             with safe_open(file, framework="pt") as opened:
@@ -75,17 +91,8 @@ class Checkpoint(Mapping[str, Tensor]):
         except (SafetensorError, OSError) as error:
             raise _damaged(file, error) from error
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._places  # a Mapping would read the tensor to tell
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-
-class _View(Mapping[str, Tensor]):
+class _View(_Named):
     """Some tensors of another mapping, under names that may be others."""
 
     def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
@@ -93,15 +100,6 @@ class _View(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[self.names[name]]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 def open_tensors(source: CheckpointSource) -> Mapping[str, Tensor]:

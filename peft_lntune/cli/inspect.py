@@ -1,17 +1,16 @@
 """`peft-lntune inspect`: what is in an adapter directory, without any model."""
 
-import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from torch import Tensor
 
-from peft_lntune.analysis import Checkpoint, Table
-from peft_lntune.analysis.checkpoints import Facts
+from peft_lntune.analysis import Table
 from peft_lntune.architectures.components import find_components
 from peft_lntune.config import LNTuneConfig, SupermaskConfig, parts_of
 from peft_lntune.config.parts import build
@@ -107,7 +106,7 @@ def inspect_adapter(directory: str | Path) -> AdapterReport:
     weights = folder / WEIGHTS_FILE
     if saved.weights != weights:
         raise AdapterFileError(f"{folder} holds pickled weights, which are not read: they may run code.")
-    tensors = Checkpoint(weights)
+    tensors = dict(sorted(saved.tensors.items()))
     try:
         StoredConfig(**saved.own_fields)  # says which fields were changed
         saved.check(config.manifest)
@@ -115,10 +114,10 @@ def inspect_adapter(directory: str | Path) -> AdapterReport:
         problem = str(error)
     masks = {type(part).__name__: source for part in parts_of(config) if (source := _source(part, tensors))}
     sizes = {file.name: file.stat().st_size for file in (folder / CONFIG_FILE, weights)}
-    return AdapterReport(folder, config, _entries(tensors.facts, config.manifest or {}), sizes, masks, problem)
+    return AdapterReport(folder, config, _entries(tensors, config.manifest or {}), sizes, masks, problem)
 
 
-def _source(part: Any, tensors: Checkpoint) -> dict[str, Any] | None:
+def _source(part: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """How the mask of a part was made."""
     if not isinstance(part, SupermaskConfig):
         return getattr(part, "mask_source", None)
@@ -141,25 +140,25 @@ def _supermasks(tensors: Iterable[str]) -> list[str]:
     ]
 
 
-def _entries(facts: dict[str, Facts], manifest: dict[str, Any]) -> Table:
+def _entries(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> Table:
     """Tensors of a file, those of one place in all layers as one row."""
     found: list[tuple[str, str, int, int]] = []  # method, name of a parameter, entries, bytes
-    rest, supermasks = 0, set(_supermasks(facts))
-    for key, fact in facts.items():
-        name, size = key.removeprefix(ROOT), _size(fact)
+    rest, supermasks = 0, set(_supermasks(tensors))
+    for key, tensor in tensors.items():
+        name, size = key.removeprefix(ROOT), tensor.nbytes
         if is_packed([key]):
             rest += size if key.endswith(".mask") else 0
         elif name.endswith(KEEP):
             found.append((*_method(name), 8 * size if key in supermasks else 0, size))
         else:
-            found.append((*_method(name), 0 if name.endswith(".mask") else size // _itemsize(fact), size))
-    packed = next((fact for key, fact in facts.items() if is_packed([key]) and not key.endswith(".mask")), None)
+            found.append((*_method(name), 0 if name.endswith(".mask") else tensor.numel(), size))
+    packed = next((tensor for key, tensor in tensors.items() if is_packed([key]) and not key.endswith(".mask")), None)
     if packed is not None:
         alone = {name for _, name, _, _ in found}
         for name, count in manifest.get("tuned", {}).items():
             parameter = name.replace(f".{PREFIX}", ".")
             if count is not None and parameter not in alone:
-                found.append(("delta", parameter, count, count * _itemsize(packed)))
+                found.append(("delta", parameter, count, count * packed.itemsize))
     places = find_components(name for _, name, _, _ in found)
     rows: dict[tuple[str, str, str], list[tuple[int | None, str, int, int]]] = defaultdict(list)
     for method, name, entries, size in found:
@@ -196,19 +195,6 @@ def _method(name: str) -> tuple[str, str]:
         return "supermask", f"{host}.weight"
     host, _, child = host.rpartition(".")  # a layer beside a module, such as attention_bottleneck or kv_prefix
     return child.rpartition("_")[2], f"{host}.weight"
-
-
-def _itemsize(fact: Facts) -> int:
-    """Bytes of an entry, from a dtype such as F32, BF16, F8_E4M3, BOOL."""
-    bits = re.search(r"\d+", fact.dtype)
-    return int(bits[0]) // 8 if bits else 1
-
-
-def _size(fact: Facts) -> int:
-    count = 1
-    for length in fact.shape:
-        count *= length
-    return count * _itemsize(fact)
 
 
 def _ranges(layers: Iterable[int]) -> str | None:
