@@ -108,6 +108,13 @@ def open_tensors(source: CheckpointSource) -> Mapping[str, Tensor]:
     Of a model these are the parameters it computes with, active adapters merged in. A tensor that a dict holds under
     several names has the first of them; positions and counters, which are integers, are left out.
 
+    Args:
+        source: a model, tensors by name, or the path of a checkpoint: a safetensors file, the index of a sharded one,
+            or a folder.
+
+    Returns:
+        A mapping that reads a tensor of a file each time it is asked for, and keeps none.
+
     Raises:
         AdapterFileError: a path leads to no safetensors file, or to a damaged one.
         ConfigError: a tensor is quantized or on the meta device, so that it has no values to look at.

@@ -113,7 +113,11 @@ def plot_magnitude(table: Table, path: Path, measure: str = "mean_magnitude") ->
 
 
 def plot_score_map(table: Table, path: Path) -> None:
-    """Draw a `score_map` table: components by layers, weight and bias apart; scores on a logarithmic colour scale.
+    """Draw the last column of a `score_map` table: components by layers, weight and bias apart.
+
+    Args:
+        table: of scores, drawn on a logarithmic colour scale, or of masks, drawn on a linear one.
+        path: PNG file, or another ending that matplotlib knows.
 
     Raises:
         ConfigError: the table is not one of `score_map`.
@@ -146,6 +150,10 @@ def plot_sparsity(table: Table, path: Path, measure: str = "sparsity") -> None:
 
 def plot_overlap(table: Table, path: Path) -> None:
     """Draw an `overlap_matrix` or `off_overlap` table: the overlap of each two tasks, and beside it what chance gives.
+
+    Args:
+        table: a row per task.
+        path: PNG file, or another ending that matplotlib knows.
 
     Raises:
         ConfigError: the table is neither of the two.

@@ -20,6 +20,9 @@ def export_peft_ln_tuning(adapter: str, out: str | Path, model: str | None = Non
         model: folder of the base model; None: the one that the adapter's config names. Its norms are needed, since
             PEFT's format holds whole norms, not deltas.
 
+    Returns:
+        The folder.
+
     Raises:
         ConfigError: there is something at `out`, or no model is named.
         AdapterFileError: the adapter is damaged, or one of another model.

@@ -65,6 +65,9 @@ def overlap_with_adapter(model: str, adapter: str, *, deviations: float = DEVIAT
         adapter: directory of an adapter with a mask, such as one of a `FisherLNConfig`.
         deviations: how many standard deviations from the mean of its own vector an outlier begins.
 
+    Returns:
+        The table of `outlier_overlap`.
+
     Raises:
         ConfigError: the adapter has no mask, or `model` is no folder.
         AdapterFileError: the adapter is damaged, or one of another model.

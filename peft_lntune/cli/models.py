@@ -59,6 +59,9 @@ def load_model(model: str, task_type: str | None = None, class_name: str | None 
         task_type: of PEFT; which head the model has. None: the class that the folder was saved from.
         class_name: of transformers; instead of a task.
         options: for `from_pretrained`.
+
+    Returns:
+        The model, in evaluation mode.
     """
     known = getattr(transformers, CLASSES.get(str(task_type), class_name or ""), None)
     kind: Any = known or _own_class(AutoConfig.from_pretrained(model)) or transformers.AutoModel
@@ -73,6 +76,9 @@ def load_adapted(adapter: str, model: str | None = None) -> PeftModel:
     Args:
         adapter: directory of the adapter.
         model: folder of the base model; None: the one that the adapter's config names.
+
+    Returns:
+        The model with the adapter as `"default"`.
 
     Raises:
         ConfigError: no model is named, or the adapter is of another package.

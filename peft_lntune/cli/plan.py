@@ -20,6 +20,9 @@ def plan_model(model: str, config: LNTuneConfig) -> tuple[Plan, int]:
     Args:
         model: folder with a `config.json`, or a name on the Hub.
         config: any config of this package; one that was loaded with an adapter counts what that adapter tunes.
+
+    Returns:
+        The plan, and the number of parameters of the whole model.
     """
     empty = empty_model(model)
     counts = (config.manifest or {}).get("tuned")

@@ -32,7 +32,15 @@ PICKLED_FILE = "adapter_model.bin"
 
 
 def cast_values(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The state dict of an adapter with the values of its own tensors, not of heads, in this dtype; None: as it is."""
+    """The state dict of an adapter with its values in one dtype; heads and masks stay as they are.
+
+    Args:
+        tensors: by name in a file.
+        dtype: of the values; None: as they are.
+
+    Returns:
+        A new dict with the same names.
+    """
     return {
         key: value.to(dtype) if dtype is not None and is_ours(key) and value.is_floating_point() else value
         for key, value in tensors.items()
@@ -44,6 +52,14 @@ def dropped_tensors(model: nn.Module, adapter_name: str, others: Iterable[str]) 
 
     Before it saves an adapter, PEFT drops every tensor with the name of another one in it. Beside an adapter called
     `weight`, `LayerNorm` or `0`, that would be nearly all of ours.
+
+    Args:
+        model: which holds the adapter.
+        adapter_name: the adapter that is saved.
+        others: names of the other adapters.
+
+    Returns:
+        The tensors that would be lost, by their names in the model.
     """
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     own = {key: tensor for key, tensor in named.items() if of_adapter(key, adapter_name)}
@@ -52,7 +68,13 @@ def dropped_tensors(model: nn.Module, adapter_name: str, others: Iterable[str]) 
 
 
 def read_tensors(file: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a weight file: safetensors, or what PEFT has pickled where its name ends in `.bin`.
+    """The tensors of a weight file.
+
+    Args:
+        file: safetensors, or what PEFT has pickled where its name ends in `.bin`.
+
+    Returns:
+        The tensors by name, on the CPU.
 
     Raises:
         AdapterFileError: it cannot be read, or holds something else than named tensors.

@@ -86,7 +86,12 @@ def seal(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, 
 
 
 def seal_file(config_file: Path, weights: Path | None) -> None:
-    """`seal` the manifest in a config file by the weight file beside which it is to stand, if there is one."""
+    """`seal` the manifest in a config file.
+
+    Args:
+        config_file: is written anew, if its config has a manifest.
+        weights: the weight file beside which it is to stand; None: there is none, and nothing is done.
+    """
     config = json.loads(config_file.read_text(encoding="utf-8"))
     if weights is None or not isinstance(config.get("manifest"), dict):
         return
@@ -105,6 +110,9 @@ def changes(config: Mapping[str, Any], known: Iterable[str]) -> list[str]:
     Args:
         config: as JSON has it.
         known: the fields that its kind has; other tools may add fields of their own, which nothing here reads.
+
+    Returns:
+        A text per field that differs, with both values.
 
     Example:
         >>> changes({"scale": 2.0, "manifest": {"fields": {"scale": 1.0}}}, ["scale"])

@@ -90,7 +90,10 @@ class Sources:
 
         Args:
             name: what it will be called, for errors.
-            source: where it is.
+            source: a directory that `save_pretrained` has written, or a model and the name of one of its adapters.
+
+        Returns:
+            Its deltas and heads, in the names of the base model.
 
         Raises:
             UnsupportedError: it tunes something else than norms.
@@ -208,6 +211,9 @@ def deltas_in(called: Mapping[str, nn.Module], adapter_name: str) -> dict[str, D
     Args:
         called: the `called_modules` of a base model.
         adapter_name: the adapter.
+
+    Returns:
+        The modules that hold its values.
     """
     return {
         f"{place}.{parameter}": layer.deltas(parameter)[adapter_name]
