@@ -41,6 +41,7 @@ def is_plain(module: nn.Module, name: str) -> bool:
     tensor = module._parameters.get(name)
     return (
         name not in module.__dict__
+        and tensor is not None
         and type(tensor) in (Tensor, nn.Parameter)
         and not (tensor.is_meta or tensor.is_inference())
     )
