@@ -11,6 +11,7 @@ import types
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -307,6 +308,7 @@ def test_other_errors_of_a_patch_are_not_hidden(monkeypatch: pytest.MonkeyPatch)
 # The table is complete.
 
 
+@cache
 def words(file: Path) -> set[str]:
     """Every identifier in a file: names, attributes, functions, imports and strings that could be one."""
     found: set[str] = set()
