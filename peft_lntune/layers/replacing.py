@@ -29,13 +29,13 @@ class EffectiveCall(NamedTuple):
 
     Attributes:
         adapters: whose deltas are in the parameters.
-        sources: the tensors that they were made from; None where the call may not be cached.
+        sources: the tensors that they were made from; empty where the call may not be cached.
         parameters: the effective parameters, those that differ from the base's.
         call: runs the wrapped module with these parameters; None where there are none.
     """
 
     adapters: Sequence[str]
-    sources: list[TensorState] | None
+    sources: tuple[TensorState, ...]
     parameters: dict[str, Tensor]
     call: Callable[..., Tensor] | None
 
@@ -283,7 +283,7 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
         if traced:
             if cache is not None and not torch.compiler.is_exporting():
                 self._cache = None  # a compiled step may train what it came from
-        elif cache is not None and cache.adapters == adapters and is_valid(*cache.sources):  # type: ignore[misc]  # cached
+        elif cache is not None and cache.adapters == adapters and is_valid(*cache.sources):
             return cache
         tuned = self._tuned(adapters)
         sources = None if traced else self._sources(tuned)
@@ -293,22 +293,22 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
                 self._cache = EffectiveCall(list(adapters), sources, sums, self.bind(sums) if sums else None)
             return self._cache
         if not traced:
-            self._cache = None
+            if cache is not None:
+                self._cache = None
             if torch.is_grad_enabled() and not self._route.active:
                 self._route.drop()  # what is stacked for mixed batches came from the same deltas
         sums = self._sums(tuned)
         call = None if not sums else partial(self.run, sums) if traced else self.bind(sums)
-        return EffectiveCall(adapters, None, sums, call)
+        return EffectiveCall(adapters, (), sums, call)
 
-    def _sources(self, tuned: list[tuple[str, Any]]) -> list[TensorState] | None:
+    def _sources(self, tuned: list[tuple[str, Any]]) -> tuple[TensorState, ...] | None:
         """The tensors that the effective parameters are made from; None where one of them may be trained."""
-        base, sources = self.get_base_layer(), []
-        for parameter, delta in tuned:
-            sources += states_of(delta)
-            if any(source.tensor is None for source in sources):  # usually this one
-                return None
-            sources.append(state_of(base, self.own_name(parameter)))
-        return None if any(source.tensor is None for source in sources) else sources
+        if any(module.weight is not None and module.weight.requires_grad for _, module in tuned):
+            return None
+        base = self.get_base_layer()
+        sources = [state_of(base, self.own_name(parameter)) for parameter, _ in tuned]
+        sources += [state for _, module in tuned for state in states_of(module)]
+        return None if any(state.tensor is None for state in sources) else tuple(sources)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes its own sums: kept ones hold on to this layer's tensors.
@@ -321,6 +321,18 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
     # The state machine.
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        cache = self._cache
+        if (  # the usual call of an adapter that is not trained, with as few steps as it takes to be sure of that
+            cache is not None
+            and not is_traced()
+            and cache.adapters == self._active_adapter
+            and not (self._disable_adapters or self.merged_adapters or "adapter_names" in kwargs)
+            and is_valid(*cache.sources)
+            and not self._route.held()
+            and cache.call is not None
+            and "_hf_hook" not in self.get_base_layer().__dict__
+        ):
+            return cache.call(*args, **kwargs)
         kwargs.pop("adapter_names", None)  # hooks of other tuners pass it on; here the route holds it
         base = self.get_base_layer()
         if offload_hook(base) is None:
