@@ -9,7 +9,7 @@ OLDEST := .venv-oldest
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-oldest lint types unit format clean
+.PHONY: help demo docs test test-full test-oldest lint types unit format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -26,6 +26,9 @@ test-full: test  ## also what takes long: PEFT's own generic test suite, compile
 test-oldest: $(OLDEST)/.test  ## the tests with the oldest versions that pyproject.toml declares, in .venv-oldest
 	$(OFFLINE) $(OLDEST)/bin/python -m pytest -m "not full" -n 2 --dist worksteal
 
+docs: $(VENV)/.docs  ## build the site in docs/_build; a warning or a broken link is an error
+	$(OFFLINE) $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,7 +44,7 @@ format: $(VENV)/.test  ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 clean:  ## remove the virtual environment and what tests leave behind
-	rm -rf $(VENV) $(OLDEST) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis runs
+	rm -rf $(VENV) $(OLDEST) docs/_build docs/api docs/results docs/project .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis runs
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -54,6 +57,10 @@ $(VENV)/.examples: $(VENV)/bin/python pyproject.toml constraints.txt
 $(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@ $(VENV)/.examples
+
+$(VENV)/.docs: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
 
 $(OLDEST)/.test: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)

@@ -30,6 +30,9 @@ _SIZES = {
 HEADED = {
     "bert-classifier": lambda: hf.BertForSequenceClassification(hf.BertConfig(**_SIZES, num_labels=3)),
     "roberta-classifier": lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**_SIZES, num_labels=3)),
+    "electra-classifier": lambda: hf.ElectraForSequenceClassification(
+        hf.ElectraConfig(**_SIZES, embedding_size=8, num_labels=3)
+    ),
     "llama-classifier": lambda: hf.LlamaForSequenceClassification(
         hf.LlamaConfig(**_SIZES, num_key_value_heads=1, num_labels=3, pad_token_id=0)
     ),

@@ -226,9 +226,9 @@ def tune_modules(model: nn.Module, **fields: Any) -> nn.Module:
 
 
 def _all_but(*components: str) -> list[str]:
-    from peft_lntune.config.module_tuning import COMPONENTS
+    from peft_lntune.architectures.table import Component
 
-    return [name for name in COMPONENTS if name not in components]
+    return [component.value for component in Component if component not in components]
 
 
 @arm("l0-close", rate_of="full")

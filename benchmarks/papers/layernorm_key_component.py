@@ -5,9 +5,11 @@ python -m benchmarks.papers.layernorm_key_component --data-dir <folder>
 """
 
 import argparse
+import operator
+import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,15 +30,303 @@ from benchmarks.harness.classification import (
     run_experiment,
     search_first,
 )
-from benchmarks.harness.finals import reported
+from benchmarks.harness.comparison import ABOUT_DIFFERENCES, ABOUT_HEAD, ABOUT_RATES, Bound, Comparison, Side
+from benchmarks.harness.finals import Finals, figures, reported
 from benchmarks.harness.masked import DENSITY
+from benchmarks.harness.plots import Curves, plot_curves
 from benchmarks.harness.rows import Cell, Row, Rows
-from benchmarks.harness.tables import as_row
+from benchmarks.harness.tables import as_row, markdown, mean_and_spread, mean_table
 from benchmarks.harness.tasks import TEXT_COLUMNS, load_task
-from benchmarks.papers.layernorm_key_component_report import Scope, write_report
-from peft_lntune.analysis import parameter_change
+from peft_lntune.analysis import Table, parameter_change, plot_change
+from peft_lntune.analysis.change import MEASURES
+
+OUTPUT_NORM = "FFN norm"  # the paper's output LayerNorm, as the analysis names it
+TOP = 8  # components in a table
+MEASURED = {
+    "mean_change": "raw mean change",
+    "relative_to_mean": "change relative to mean size",
+    "relative_to_std": "change relative to standard deviation",
+}
+CHANGE_NOTES = (
+    "Mean |change| of each component with its layers pooled, weight and bias apart; mean over seeds. Raw means favour "
+    "the weights of norms, which sit near 1 where others sit near 0.05, so the same is given relative to the "
+    "component's mean size and to its standard deviation. The classifier starts anew and has no rank."
+)
+
+
+def output_norm(rows: Sequence[Row]) -> str:
+    """Return the sentence on the paper's claim that full fine-tuning changes the output norm most.
+
+    Args:
+        rows: of `full`, of all tasks.
+    """
+    if not rows:
+        return "The output norm (post-FFN) changes most in full fine-tuning: not measured yet."
+    times = "; ".join(f"{MEASURED[measure]}: in {_times(measure, rows)}" for measure in MEASURES)
+    return f"The output norm (post-FFN), its weight or its bias, changes most in full fine-tuning, by {times}."
+
+
+def write_change(rows: Sequence[Row], results: Path, stem: str) -> Iterator[str]:
+    """Write a task's CSV and picture, and yield the paragraphs of its section.
+
+    Args:
+        rows: of `full`, one a seed.
+        results: folder.
+        stem: name of both files without its ending.
+    """
+    if not rows:
+        yield "Not run."
+        return
+    layers = _mean_table([row["change"]["layers"] for row in rows])
+    layers.to_csv(results / f"{stem}.csv")
+    plot_change(layers, results / f"{stem}.png")
+    together = _ranked(_mean_table([row["change"]["components"] for row in rows]))
+    yield "\n".join(f"- {_on_top(measure, together[measure], rows)}" for measure in MEASURES)
+    lines: list[list[object]] = []
+    for component, parameter in list(together[MEASURES[0]])[:TOP]:
+        line: list[object] = [f"{component} {parameter}"]
+        for measure in MEASURES:
+            rank, value = together[measure].get((component, parameter), (None, None))
+            line.append("-" if rank is None else f"{value:.4f} ({_ordinal(rank)})")
+        lines.append(line)
+    yield markdown(("component", *(MEASURED[measure] for measure in MEASURES)), lines)
+    yield f"Each layer: [{stem}.csv]({stem}.csv), and as a picture:\n\n![Mean change]({stem}.png)"
+
+
+Ranked = dict[str, dict[tuple[str, str], tuple[int, float]]]
+
+
+def _ranked(components: Table) -> Ranked:
+    """Measure -> component and parameter -> rank and value, the most changed first."""
+    found: Ranked = {}
+    for measure in MEASURES:
+        table = components.sorted_by(measure, largest=True)
+        names = zip(table.column("component"), table.column("parameter"), strict=True)
+        values = [
+            (name, value)
+            for name, value in zip(names, table.column(measure), strict=True)
+            if value is not None and name[0] != "head"
+        ]
+        found[measure] = {name: (rank, value) for rank, (name, value) in enumerate(values, start=1)}
+    return found
+
+
+def _on_top(measure: str, ranks: Mapping[tuple[str, str], tuple[int, float]], rows: Sequence[Row]) -> str:
+    """Say whether the output norm changes most, with its ranks and in how many seeds it is so."""
+    first = next(iter(ranks), None)
+    if first is None:
+        return f"{MEASURED[measure]}: nothing to rank."
+    own = [f"{p} {_ordinal(rank)}" for (component, p), (rank, _) in ranks.items() if component == OUTPUT_NORM]
+    said = "changes most" if first[0] == OUTPUT_NORM else "does not change most"
+    return (
+        f"{MEASURED[measure]}: the output norm {said}. First is {' '.join(first)}; the output norm's "
+        f"{', '.join(own) or 'ranks: none'}, of {len(ranks)}; it is first in {_times(measure, rows)}."
+    )
+
+
+def _times(measure: str, rows: Sequence[Row]) -> str:
+    """Say in how many of the runs the output norm changes most."""
+    ranked = [_ranked(_mean_table([row["change"]["components"]]))[measure] for row in rows]
+    return f"{sum(next(iter(ranks), ('',))[0] == OUTPUT_NORM for ranks in ranked)} of {len(rows)} runs"
+
+
+def _mean_table(tables: Sequence[Mapping[str, Any]]) -> Table:
+    """The mean over seeds of tables of changes, without their ranks."""
+    found = mean_table([Table(**table) for table in tables], MEASURES)
+    kept = [number for number, column in enumerate(found.columns) if not column.startswith("rank_")]
+    return Table([found.columns[n] for n in kept], [[row[n] for n in kept] for row in found.rows])
+
+
+def _ordinal(rank: int) -> str:
+    end = "th" if 10 <= rank % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(rank % 10, "th")
+    return f"{rank}{end}"
+
 
 NAME = "layernorm_key_component"
+AT = f"{100 * DENSITY:g} %"
+NEAR_ALL = 1.0  # points of accuracy that a Fisher mask may lose against all norms: the bound set before measuring
+SAID = {
+    "full": "full: everything",
+    "bitfit": "bitfit: every bias",
+    "ln": "ln: all norms",
+    "ln-ffn": "ln-ffn: post-FFN norms",
+    "ln-attention": "ln-attention: post-attention norms",
+    "head": "head: nothing else",
+    "fisher": "most Fisher information",
+    "lowest-fisher": "least Fisher information",
+    "random": "random",
+    "magnitude": "largest magnitude",
+    "change": "largest change (LT-SFT)",
+}
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What is reported.
+
+    Attributes:
+        protocol: of the rows.
+        tasks: in this order.
+        arms: without masks.
+        masks: kinds of masks.
+        densities: of the masks, rising.
+        unions: a task, and the tasks whose masks are joined for it.
+        seeds: planned ones, and others that were run.
+    """
+
+    protocol: Protocol
+    tasks: tuple[str, ...]
+    arms: tuple[str, ...]
+    masks: tuple[str, ...]
+    densities: tuple[float, ...]
+    unions: tuple[tuple[str, tuple[str, ...]], ...]
+    seeds: tuple[int, ...]
+
+
+def write_report(rows: Rows, results: Path, scope: Scope) -> None:
+    """Write the page, its plot, and for each task the table of changes (CSV) and its picture."""
+    found = Finals(rows, scope.protocol, scope.seeds)
+    compared = Comparison(found, scope.tasks, scope.tasks)
+    stem = scope.protocol.stem
+    results.mkdir(parents=True, exist_ok=True)
+    picture = f"{stem(NAME)}.png"
+    parts = [_title(scope), *_held(compared), *_arms(compared, scope), *_masks(compared, scope)]
+    parts += _unions(found, scope)
+    curves = {task: _curves(compared, scope, task) for task in scope.tasks}
+    if any(curves.values()):
+        title = "Accuracy at equal steps: mean, worst and best seed"
+        plot_curves(results / picture, curves, title, bands=[SAID["full"]])
+        parts.append(f"![Accuracy against tuned entries]({picture})")
+    parts += ["## What full fine-tuning changes", CHANGE_NOTES]
+    for task in scope.tasks:
+        parts += [f"### {task}", *write_change(found.of(task, "full"), results, stem(f"layernorm_change_{task}"))]
+    (results / f"{stem(NAME)}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _title(scope: Scope) -> str:
+    protocol = scope.protocol
+    return (
+        "# Which part of LayerNorm matters\n\n"
+        f"Protocol `{protocol.name}`: {protocol.steps} steps of {protocol.batch_size} rows for every arm; accuracy in "
+        f"per cent, mean ± standard deviation over {len(scope.seeds)} seeds. Masks are chosen on "
+        f"{protocol.mask_samples:,} training rows, at the pretrained body with the fresh head of the seed. Questions "
+        "and controls are those of arXiv 2403.20284; models, steps and rates are our own, so nothing here reproduces "
+        "its tables."
+    )
+
+
+# Differences, seed by seed.
+
+
+ALL, FULL, HEAD = Side("all norms", "ln"), Side("full", "full"), Side("head", "head")
+FFN, ATTENTION = Side("post-FFN norms", "ln-ffn"), Side("post-attention norms", "ln-attention")
+FISHER, LOWEST, RANDOM, MAGNITUDE, CHANGE = (
+    Side(f"{said} at {AT}", arm, {"density": DENSITY})
+    for said, arm in (
+        ("Fisher", "fisher"),
+        ("lowest Fisher", "lowest-fisher"),
+        ("random", "random"),
+        ("magnitude", "magnitude"),
+        ("change", "change"),
+    )
+)
+COMPARED = (
+    (ALL, FULL),
+    (ALL, HEAD),
+    (FFN, ALL),
+    (FFN, ATTENTION),
+    (FISHER, ALL),
+    (FISHER, RANDOM),
+    (FISHER, LOWEST),
+    (FISHER, MAGNITUDE),
+    (FISHER, CHANGE),
+)
+
+
+BOUNDS = (
+    Bound(FISHER, ALL, f"within {NEAR_ALL:g} point of all norms", -NEAR_ALL, operator.ge),
+    Bound(FISHER, RANDOM, "above random of equal size"),
+)
+
+
+def _held(compared: Comparison) -> Iterator[str]:
+    """Yield the bounds set beforehand and the table of differences."""
+    yield "## What held"
+    full = [row for task in compared.tasks for row in FULL.rows(compared.found, task)]
+    yield "\n".join([*map(compared.wanted, BOUNDS), f"- {output_norm(full)}"])
+    yield ABOUT_DIFFERENCES.format(also=", for masks of scores the same rows", tasks="the tasks")
+    yield compared.difference_table(COMPARED)
+
+
+# Tables.
+
+
+def _arms(compared: Comparison, scope: Scope) -> Iterator[str]:
+    yield "## Arms"
+    yield markdown(compared.header("arm"), [[SAID[arm], *compared.line(arm)] for arm in scope.arms])
+    yield f"{ABOUT_HEAD} {ABOUT_RATES}"
+
+
+def _masks(compared: Comparison, scope: Scope) -> Iterator[str]:
+    yield "## Masks of equal size"
+    lines: list[list[object]] = []
+    for density in scope.densities:
+        for mask in scope.masks:
+            lines.append([SAID[mask], f"{100 * density:g} %", *compared.line(mask, density=density)])
+    lines.append([SAID["ln"], "100 %", *compared.line("ln")])
+    yield markdown(compared.header("entries of", "density"), lines)
+    yield (
+        f"The rate of each kind of mask was searched at {AT} and serves its other densities, whose best rate may be "
+        "another: fewer entries may want a larger one. Random masks are drawn anew for each task and seed."
+    )
+
+
+def _unions(found: Finals, scope: Scope) -> Iterator[str]:
+    yield "## Masks of other tasks: leave one task out"
+    lines: list[list[object]] = []
+    planned = len(scope.seeds)
+    for task, others in scope.unions:
+        joined = found.of(task, "union", density=DENSITY, mask_tasks=list(others))
+        alone = len(others) == 1
+        control = RANDOM.rows(found, task)
+        if not alone:
+            control = found.of(task, "random-union", density=DENSITY, mask_tasks=list(others))
+        sizes = [row["num_method_params"] for row in joined]
+        whole = [row["num_method_params"] for row in ALL.rows(found, task)]
+        size = f"{statistics.mean(sizes):,.0f}" if sizes else None
+        density = f"{100 * statistics.mean(sizes) / whole[0]:.1f} %" if sizes and whole else None
+        compared = (joined, control, FISHER.rows(found, task), ALL.rows(found, task))
+        scores = [mean_and_spread(figures(rows), planned) for rows in compared]
+        lines.append([task, ", ".join(others), size, density, *scores])
+    header = ("task", "masks of", "tuned entries, mean", "real density", "union", "random of its size")
+    yield markdown((*header, f"own Fisher at {AT}", "all norms"), lines)
+    yield (
+        f"The union of the other tasks' Fisher masks at {AT}, which has seen nothing of the task. Where only one other "
+        "task has a mask, the union is that mask. It takes the rate of the task's own Fisher mask."
+    )
+
+
+# Plot.
+
+
+def _curves(compared: Comparison, scope: Scope, task: str) -> Curves:
+    curves: dict[str, list[tuple[int, list[float]]]] = {}
+    every = compared.point(task, "ln")
+    for mask in scope.masks:
+        points = [compared.point(task, mask, density=density) for density in scope.densities]
+        if any(points):
+            curves[SAID[mask]] = [point for point in (*points, every) if point]
+    for arm in scope.arms:
+        point = compared.point(task, arm)
+        if point:
+            curves[SAID[arm]] = [point]
+    for name, others in scope.unions:
+        point = compared.point(task, "union", density=DENSITY, mask_tasks=list(others))
+        if name == task and point:
+            curves["union of other tasks' masks"] = [point]
+    return curves
+
+
 ARM_NAMES = ("full", "bitfit", "ln", "ln-ffn", "ln-attention", "head")
 FIRST_MASKS, MORE_MASKS = ("fisher", "random", "lowest-fisher"), ("magnitude", "change")
 UNIONS = ("union", "random-union")

@@ -6,8 +6,11 @@ python -m benchmarks.papers.winning_tickets --data-dir <folder> --arms component
 """
 
 import argparse
+import operator
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,16 +34,402 @@ from benchmarks.harness.classification import (
     run_experiment,
     search_first,
 )
-from benchmarks.harness.finals import reported
-from benchmarks.harness.magnitude import mean_magnitude
+from benchmarks.harness.comparison import ABOUT_DIFFERENCES, ABOUT_HEAD, ABOUT_RATES, Bound, Comparison, Side, not_run
+from benchmarks.harness.finals import Finals, certainty, figures, reported, verdict
+from benchmarks.harness.magnitude import COUNT, LARGEST, OTHER_LARGEST, mean_magnitude
 from benchmarks.harness.models import classes
+from benchmarks.harness.plots import Curves, plot_along, plot_curves
 from benchmarks.harness.rows import Cell, Row, Rows
+from benchmarks.harness.tables import NOT_RUN, markdown, mean_and_spread
 from benchmarks.harness.tasks import TEXT_COLUMNS
-from benchmarks.papers.winning_tickets_claims import CONTROLS, LAYER, NORM_WAYS, OTHER_WAYS, Scope, Shape
-from benchmarks.papers.winning_tickets_report import NAME, write_report
+from benchmarks.papers.accuracy import ABOVE_HEAD, NEAR_FULL
 from peft_lntune import LNTuningConfig, ModuleTuningConfig, plan
 from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.errors import NoMatchError, UnsupportedError
+
+CONTROLS = ("ln", "full", "head")
+LAYER = "ln-layer"
+RANDOM, SMALLEST, FARTHEST, OTHER_RANDOM = "norm-random", "norm-smallest", "norm-farthest", "other-random"
+NORM_WAYS = {LARGEST: "largest", SMALLEST: "smallest", RANDOM: "random", FARTHEST: "farthest from the median"}
+OTHER_WAYS = {OTHER_LARGEST: "largest", OTHER_RANDOM: "random"}
+WAYS = {**NORM_WAYS, **OTHER_WAYS}
+SAID = {"weight": "gains", "bias": "biases"}
+OTHERS_SAID = "weights of other modules"
+NORMS, FULL, HEAD = Side("norms", "ln"), Side("full", "full"), Side("head", "head")
+PER = 1000  # entries
+Gains = dict[str, dict[int, float]]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of the experiments a model has room for.
+
+    Attributes:
+        components: that it has, norms aside.
+        layers: how many.
+        norms: `weight` and `bias`, or one of them: how many such entries its norms have together.
+    """
+
+    components: tuple[str, ...]
+    layers: int
+    norms: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What is reported.
+
+    Attributes:
+        protocol: of the rows.
+        tasks: in this order.
+        shape: of the model.
+        counts: of entries, rising.
+        first: counts that the claims are about.
+        seeds: planned ones, and others that were run.
+    """
+
+    protocol: Protocol
+    tasks: tuple[str, ...]
+    shape: Shape
+    counts: tuple[int, ...]
+    first: tuple[int, ...]
+    seeds: tuple[int, ...]
+
+    def others_alone(self) -> list[Side]:
+        """Return every component alone but norms."""
+        return [Side(name.replace("_", " ").replace("ffn", "FFN"), name) for name in self.shape.components]
+
+    def layers_alone(self) -> list[Side]:
+        """Return the norms of each layer."""
+        return [Side(f"layer {number}", LAYER, {"layer": number}) for number in range(self.shape.layers)]
+
+    def parameters_with(self, counts: Sequence[int]) -> Iterator[tuple[str, int]]:
+        """Yield parameters of norms, each with the counts that there are so many entries for."""
+        for parameter, size in self.shape.norms.items():
+            yield from ((parameter, count) for count in counts if count <= size)
+
+    def few(self) -> list[Side]:
+        """Return every choice of few entries."""
+        norms = [of_norms(arm, *at) for at in self.parameters_with(self.counts) for arm in NORM_WAYS]
+        return norms + [of_others(arm, count) for count in self.counts for arm in OTHER_WAYS]
+
+
+def of_norms(arm: str, parameter: str, count: int) -> Side:
+    """Return some gains or biases."""
+    words = (WAYS[arm], SAID[parameter])
+    said = " ".join(reversed(words) if arm == FARTHEST else words)
+    return Side(f"{count:,} {said}", arm, {"count": count, "parameter": parameter})
+
+
+def of_others(arm: str, count: int) -> Side:
+    """Return some weights of other modules."""
+    return Side(f"{count:,} {WAYS[arm]} {OTHERS_SAID}", arm, {"count": count})
+
+
+def claims(compared: Comparison, scope: Scope) -> Iterator[str]:
+    """Yield a line for each claim."""
+    near = (f"within {NEAR_FULL:g} points of full", -NEAR_FULL)
+    above = (f"at least {ABOVE_HEAD:g} points above head", ABOVE_HEAD)
+    layers = scope.layers_alone()
+    yield _extreme(compared, [NORMS, *scope.others_alone()], FULL, "every component alone", "worst", *near)
+    yield _per_entry(compared, scope.others_alone())
+    yield _extreme(compared, layers, FULL, "norms of a single layer", "best", *near)
+    yield _extreme(compared, layers, HEAD, "norms of any single layer", "worst", *above)
+    yield from map(compared.wanted, bounds(scope))
+
+
+def _extreme(
+    compared: Comparison, sides: Sequence[Side], against: Side, said: str, which: str, wanted: str, bound: float
+) -> str:
+    """Hold the worst or the best of some arms to a bound."""
+    ranked, missing = compared.ranked(sides, against)
+    if not ranked:
+        return f"- Wanted: {said} {wanted}. Not measured yet."
+    chosen = ranked[-1] if which == "best" else ranked[0]
+    named = replace(chosen, said=f"{said} (the {which} is {chosen.said}{not_run(missing)})")
+    return compared.wanted(Bound(named, against, wanted, bound, operator.ge))
+
+
+def points_per_entry(compared: Comparison, side: Side) -> Gains:
+    """Return task -> seed -> points above head per `PER` tuned entries; nothing where no entry is tuned."""
+    found: Gains = {}
+    for task, points in compared.differences(side, HEAD).items():
+        entries = {row["num_method_params"] for row in side.rows(compared.found, task)} - {0}
+        found[task] = {seed: PER * value / max(entries) for seed, value in points.items() if entries}
+    return found
+
+
+def _per_entry(compared: Comparison, others: Sequence[Side]) -> str:
+    """Compare what norms gain an entry with what the best of the other components does."""
+    wanted = f"norms gain more points over head per {PER:,} tuned entries than any other component"
+    ours = points_per_entry(compared, NORMS)
+    theirs = {side.said: points_per_entry(compared, side) for side in others}
+    means = {said: statistics.mean(values) for said, gains in theirs.items() if (values := compared.average(gains))}
+    if not means or not compared.average(ours):
+        return f"- Wanted: {wanted}. Not measured yet."
+    rival = max(means, key=lambda said: means[said])
+    values = compared.average(
+        {
+            task: {seed: ours[task][seed] - gain for seed, gain in gains.items() if seed in ours[task]}
+            for task, gains in theirs[rival].items()
+        }
+    )
+    missing = not_run(side for side in others if side.said not in means)
+    if not values:
+        return f"- Wanted: {wanted}. Not measured yet on equal seeds."
+    held = verdict(f"{wanted} ({rival} has most{missing})", values, compared.planned, statistics.mean(values) > 0)
+    return (
+        f"- {held} How sure: {certainty(values, 0.0)}. This ratio favours whatever is small; equal numbers of entries "
+        "are compared below."
+    )
+
+
+def bounds(scope: Scope) -> Iterator[Bound]:
+    """Yield what holds if magnitude is the reason, at the first counts."""
+    at_first = [*scope.parameters_with(scope.first)]
+    for parameter, count in at_first:
+        for way in (RANDOM, SMALLEST):
+            theirs = of_norms(way, parameter, count)
+            yield Bound(of_norms(LARGEST, parameter, count), theirs, f"above {WAYS[way]} ones")
+    for parameter, count in at_first:
+        if parameter == "weight":
+            theirs = of_others(OTHER_LARGEST, count)
+            yield Bound(of_norms(LARGEST, parameter, count), theirs, f"above as many largest {OTHERS_SAID}")
+    for count in scope.first:
+        yield Bound(of_others(OTHER_LARGEST, count), of_others(OTHER_RANDOM, count), "above random ones")
+
+
+def few_pairs(scope: Scope) -> Iterator[tuple[Side, Side]]:
+    """Yield the choices of equal number whose differences are shown."""
+    at_all = [*scope.parameters_with(scope.counts)]
+    for parameter, count in at_all:
+        for ours, theirs in ((LARGEST, RANDOM), (LARGEST, SMALLEST), (FARTHEST, RANDOM), (FARTHEST, LARGEST)):
+            yield of_norms(ours, parameter, count), of_norms(theirs, parameter, count)
+    for parameter, count in at_all:
+        if parameter == "weight":
+            for ours, theirs in ((LARGEST, OTHER_LARGEST), (RANDOM, OTHER_RANDOM)):
+                yield of_norms(ours, parameter, count), of_others(theirs, count)
+    for count in scope.counts:
+        yield of_others(OTHER_LARGEST, count), of_others(OTHER_RANDOM, count)
+
+
+NAME = "winning_tickets"
+EVERY = {"weight": "ln-weight", "bias": "ln-bias"}  # the arms that tune every gain, every bias
+NONE = "-"
+PLOT_TITLE = "Accuracy at equal steps: mean, worst and best seed"
+
+
+def write_report(rows: Rows, results: Path, scope: Scope) -> None:
+    """Write the page and its plots."""
+    compared = Comparison(Finals(rows, scope.protocol, scope.seeds), scope.tasks, scope.tasks)
+    results.mkdir(parents=True, exist_ok=True)
+    parts = [*_title(scope), *_held(compared, scope)]
+    for section in (_components, _layers, _few):
+        parts += section(compared, scope, results)
+    parts += _left_out(compared, scope)
+    (results / f"{scope.protocol.stem(NAME)}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _title(scope: Scope) -> Iterator[str]:
+    protocol = scope.protocol
+    yield "# Which module is a winning ticket, and is it its magnitude?"
+    yield (
+        f"Protocol `{protocol.name}`: {protocol.steps} steps of {protocol.batch_size} rows for every arm; accuracy in "
+        f"per cent, mean ± standard deviation over {len(scope.seeds)} seeds. Questions are those of arXiv 2302.00378; "
+        "models, steps and rates are our own, so nothing here reproduces its tables."
+    )
+
+
+def _held(compared: Comparison, scope: Scope) -> Iterator[str]:
+    yield "## What held"
+    yield "\n".join(claims(compared, scope))
+    yield (
+        "Differences are taken within a seed; `open` says that their spread covers the bound. Which component or layer "
+        "is the best or the worst is told from the same figures, which is kind to the best and hard on the worst."
+    )
+
+
+# Tables.
+
+
+def _components(compared: Comparison, scope: Scope, results: Path) -> Iterator[str]:
+    yield "## One component in all layers"
+    others = scope.others_alone()
+    lines = []
+    for side in (NORMS, *others, FULL, HEAD):
+        per_entry = mean_and_spread(compared.average(points_per_entry(compared, side)), compared.planned, digits=3)
+        entries, rates = compared.entries(side.arm), compared.rates(side.arm)
+        lines.append([side.said, entries, *_scores(compared, side), NONE if side is HEAD else per_entry, rates])
+    *_, rate = compared.header()
+    header = ("component", "tuned entries", *_columns(compared), f"above head per {PER:,} entries", rate)
+    yield markdown(header, lines)
+    yield f"{ABOUT_HEAD} {ABOUT_RATES} Norms are the arm `ln`: every norm of the model, the embeddings' included."
+    yield from _beside(compared, scope, results, [NORMS, *others])
+    yield ABOUT_DIFFERENCES.format(also="", tasks="the tasks")
+    against_full = [(side, FULL) for side in (NORMS, *others)]
+    yield compared.difference_table([*against_full, *((NORMS, side) for side in others)])
+
+
+def _layers(compared: Comparison, scope: Scope, results: Path) -> Iterator[str]:
+    yield "## The norms of one layer"
+    sides = [*scope.layers_alone(), NORMS]
+    lines = [[side.said, compared.entries(side.arm, **side.at), *_scores(compared, side)] for side in sides]
+    yield markdown(("norms of", "tuned entries", *_columns(compared)), lines)
+    yield (
+        "Both norms of the layer; layer 0 is the first, and `norms` are all norms of the model, whose rate the others "
+        "take: none was searched for them, and fewer entries may want a larger one."
+    )
+    yield from _in_a_row(compared, scope, results, sides[:-1])
+
+
+def _few(compared: Comparison, scope: Scope, results: Path) -> Iterator[str]:
+    yield "## Few entries: is it magnitude, or is it the norm?"
+    lines: list[list[object]] = []
+    for side in scope.few():
+        of = SAID.get(side.at.get("parameter", ""), OTHERS_SAID)
+        size = _mean_size(compared, side)
+        lines.append([of, WAYS[side.arm], f"{side.at['count']:,}", size, *_scores(compared, side)])
+    for parameter, count in scope.shape.norms.items():
+        scores = _scores(compared, Side(SAID[parameter], EVERY[parameter]))
+        lines.append([SAID[parameter], "every one", f"{count:,}", NONE, *scores])
+    yield markdown(("entries of", "chosen", "entries", "mean size", *_columns(compared)), lines)
+    yield _about_few(compared)
+    for parameter in scope.shape.norms:
+        yield from _curves(compared, scope, results, parameter)
+    yield compared.difference_table(few_pairs(scope))
+
+
+def _about_few(compared: Comparison) -> str:
+    norms, others = (compared.rates(arm) or NOT_RUN for arm in (LARGEST, OTHER_LARGEST))
+    return (
+        "`mean size` is the mean |w| of the chosen entries before training. Entries are ranked over all gains, or over "
+        "all biases, together. The median is that of an entry's own vector, since each norm has a level of its own. "
+        "Chance is drawn anew for each task and seed. Other modules are query to FFN down, their weights without "
+        "biases.\n\n"
+        f"Two rates a task ({'; '.join(compared.tasks)}) serve all of these: norms take that of the {COUNT} largest "
+        f"gains ({norms}), other modules that of their {COUNT} largest weights ({others}). A rate suits what it was "
+        "searched for, so a lead of the largest gains may in part be the rate's, and other counts and biases may want "
+        "another. `every one` has a rate of its own."
+    )
+
+
+def _columns(compared: Comparison) -> tuple[str, ...]:
+    return (*compared.tasks, "on average", "minus full", "minus head")
+
+
+def _scores(compared: Comparison, side: Side) -> list[object]:
+    """Return scores by task and on average, and how far that is from full and from head."""
+    cells = compared.scores(side.arm, **side.at)
+    for control in (FULL, HEAD):
+        values = compared.average(compared.differences(side, control))
+        cells.append(NONE if side is control else mean_and_spread(values, compared.planned))
+    return cells
+
+
+def _mean_size(compared: Comparison, side: Side) -> str | None:
+    rows = [row for task in compared.tasks for row in side.rows(compared.found, task)]
+    return f"{statistics.mean(row['mean_magnitude'] for row in rows):.3g}" if rows else None
+
+
+# Pictures; each yields the line that shows it, where there is anything to draw.
+
+
+def _beside(compared: Comparison, scope: Scope, results: Path, sides: Sequence[Side]) -> Iterator[str]:
+    """Draw each arm by itself, beside the others."""
+    curves = {side.said: {place: side} for place, side in enumerate(sides)}
+    name, said = scope.protocol.stem(f"{NAME}_components"), "component, alone in all layers"
+    yield from _along(compared, results / f"{name}.png", curves, [FULL, HEAD], said, [*curves])
+
+
+def _in_a_row(compared: Comparison, scope: Scope, results: Path, sides: Sequence[Side]) -> Iterator[str]:
+    """Draw arms that follow each other as one line."""
+    name, said = scope.protocol.stem(f"{NAME}_layers"), "layer of which the norms are tuned"
+    curves = {"norms of one layer": dict(enumerate(sides))}
+    yield from _along(compared, results / f"{name}.png", curves, [FULL, HEAD, NORMS], said)
+
+
+def _along(
+    compared: Comparison,
+    path: Path,
+    curves: Mapping[str, Mapping[int, Side]],
+    across: Sequence[Side],
+    said: str,
+    ticks: Sequence[str] = (),
+) -> Iterator[str]:
+    """Draw curves of arms at their places, with the arms that they are compared with across the panel."""
+    panels: dict[str, Curves] = {}
+    for task in compared.tasks:
+        points = {name: _points(compared, task, places) for name, places in curves.items()}
+        bands = {side.said: _points(compared, task, {0: side}) for side in across}
+        if any(points.values()):
+            panels[task] = {name: found for name, found in {**points, **bands}.items() if found}
+    if panels:
+        names = [side.said for side in across]
+        plot_along(path, panels, PLOT_TITLE, said, bands=names, ticks=ticks)
+        yield f"![Accuracy: {said}]({path.name})"
+
+
+def _points(compared: Comparison, task: str, places: Mapping[int, Side]) -> list[tuple[int, list[float]]]:
+    scores = {place: figures(side.rows(compared.found, task)) for place, side in places.items()}
+    return [(place, values) for place, values in scores.items() if values]
+
+
+def _curves(compared: Comparison, scope: Scope, results: Path, parameter: str) -> Iterator[str]:
+    """Draw accuracy against the number of entries, a line a way; a norm's ends in every one of its entries."""
+    sides = [side for side in scope.few() if side.at.get("parameter", "weight") == parameter]
+    panels: dict[str, Curves] = {}
+    for task in compared.tasks:
+        curves: dict[str, list[tuple[int, list[float]]]] = {}
+        for side in sides:
+            point = compared.point(task, side.arm, **side.at)
+            if point:
+                way = WAYS[side.arm] if side.arm in NORM_WAYS else f"{WAYS[side.arm]} {OTHERS_SAID}"
+                curves.setdefault(way, []).append(point)
+        if not curves:
+            continue
+        every = compared.point(task, EVERY[parameter])
+        for way in NORM_WAYS.values():
+            if way in curves and every:
+                curves[way].append(every)
+        controls = {side.said: compared.point(task, side.arm) for side in (FULL, HEAD)}
+        panels[task] = curves | {said: [point] for said, point in controls.items() if point}
+    if panels:
+        name = f"{scope.protocol.stem(f'{NAME}_{SAID[parameter]}')}.png"
+        title = f"{SAID[parameter].capitalize()} of norms. {PLOT_TITLE}"
+        plot_curves(results / name, panels, title, bands=[FULL.said, HEAD.said])
+        yield f"![Accuracy against the number of {SAID[parameter]}]({name})"
+
+
+def _left_out(compared: Comparison, scope: Scope) -> Iterator[str]:
+    """Name every arm without rows, and what there is no arm for."""
+    yield "## Not run here"
+    groups = {
+        "components": [NORMS, *scope.others_alone(), FULL, HEAD],
+        "layers": scope.layers_alone(),
+        "few entries": scope.few(),
+    }
+    lines = [f"- {name}, {said}" for name, sides in groups.items() for said in _missing(compared, sides)]
+    lines += [
+        f"- {count:,} {SAID[parameter]}: the norms of this model have {size:,}."
+        for parameter, size in scope.shape.norms.items()
+        for count in scope.counts
+        if count > size
+    ]
+    lines.append("- The pooler alone: every arm trains it with the classifier, so it is the arm `head`.")
+    yield "\n".join(lines)
+
+
+def _missing(compared: Comparison, sides: Sequence[Side]) -> Iterator[str]:
+    """Yield for each task what has no row, and what has too few."""
+    for task in compared.tasks:
+        runs = {side.said: len(side.rows(compared.found, task)) for side in sides}
+        none = [said for said, count in runs.items() if not count]
+        some = [f"{said} (some seeds)" for said, count in runs.items() if 0 < count < compared.planned]
+        if len(none) == len(sides):
+            yield f"{task}: all of them."
+        elif none or some:
+            yield f"{task}: {', '.join((*none, *some))}."
+
 
 DTYPE = "float32"
 # What a protocol runs where the command line says nothing: a Hub id (None: MiniLM), and tasks.

@@ -6,16 +6,25 @@ that other packages may add to.
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from peft_lntune.architectures.table import Component, contents_by_path
 from peft_lntune.core.module_tree import base_modules
 from peft_lntune.errors import UnsupportedError
 
-__all__ = ["FUNCTIONS", "IMPLEMENTATION", "AttentionFacts", "Interface", "find_attention", "survey_attention"]
+__all__ = [
+    "FUNCTIONS",
+    "IMPLEMENTATION",
+    "AttentionFacts",
+    "Interface",
+    "find_attention",
+    "lies_by_head",
+    "survey_attention",
+]
 
 IMPLEMENTATION = "lntune_prefix"
 """The name of our function among transformers' attention functions; `plugin/attention.py` registers it."""
@@ -23,7 +32,7 @@ IMPLEMENTATION = "lntune_prefix"
 # How modeling files call the table of attention functions, and the end of the name of the one that is in no table.
 FUNCTIONS, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
 
-_KEY_LEAVES = ("k_proj", "key", "k_lin", "k", "linear_k", "to_k")
+_KEY_LEAVES = ("linear_k", "to_k")  # beside those of the table
 _HEAD_DIMS = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
 _KEY_HEADS = ("num_key_value_heads", "kv_heads")
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads")
@@ -104,17 +113,25 @@ def find_attention(model: nn.Module) -> dict[str, AttentionFacts]:
         >>> facts.heads, facts.head_dim, facts.role
         (2, 4, 'attention')
     """
-    found, left_out = survey_attention(model)
+    modules = base_modules(model)
+    found, left_out = survey_attention(modules)
     if not found:
-        raise UnsupportedError(_nothing(base_modules(model), left_out))
+        raise UnsupportedError(_nothing(modules, left_out))
     return found
 
 
-def survey_attention(model: nn.Module) -> tuple[dict[str, AttentionFacts], dict[str, str]]:
-    """The attention modules of a model, and those whose keys are not known, with the reason; see `find_attention`."""
+def survey_attention(modules: Mapping[str, nn.Module]) -> tuple[dict[str, AttentionFacts], dict[str, str]]:
+    """The attention modules of a model, and those whose keys are not known, with the reason; see `find_attention`.
+
+    Args:
+        modules: the `base_modules` of the model.
+
+    Raises:
+        UnsupportedError: transformers' table of attention functions lacks ours.
+    """
     found: dict[str, AttentionFacts] = {}
     left_out: dict[str, str] = {}
-    for name, module in base_modules(model).items():
+    for name, module in modules.items():
         interface = Interface.of(type(module))
         if interface is None or not hasattr(module, "config"):
             continue
@@ -138,7 +155,8 @@ def _sizes(module: Any) -> tuple[int, int] | str:
     value_dim, key_dim = getattr(module, "v_head_dim", None), getattr(module, "qk_head_dim", head_dim)
     if value_dim is not None and value_dim != key_dim:
         return f"its keys have {key_dim} entries a head and its values {value_dim}"
-    leaves = (getattr(module, leaf, None) for leaf in _KEY_LEAVES)
+    known = (path for path, held in contents_by_path().items() if held.components == (Component.KEY,))
+    leaves = (getattr(module, path.rpartition(".")[2], None) for path in (*known, *_KEY_LEAVES))
     width = next((w for w in (getattr(leaf, "out_features", None) for leaf in leaves) if isinstance(w, int)), None)
     config = _config_of(module)
     heads = _first(module, _HEADS) or _first(config, _HEADS)
@@ -184,6 +202,11 @@ def _role(name: str, module: nn.Module) -> str:
     within = re.sub(r".*\.\d+\.", "", name)
     cross = getattr(module, "is_cross_attention", False) or _CROSS.search(f"{within} {type(module).__name__}")
     return "cross_attention" if cross else "attention"
+
+
+def lies_by_head(attention: nn.Module | None) -> bool:
+    """Whether a module says that its queries, keys and values lie head by head, as GPT-BigCode's do."""
+    return getattr(attention, "multi_query", None) is False
 
 
 def _nothing(modules: dict[str, nn.Module], left_out: dict[str, str]) -> str:

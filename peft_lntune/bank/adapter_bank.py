@@ -1,11 +1,10 @@
-"""Many adapters of one model, in stacks of which a batch takes its rows. The tensors are in `core/bank.py`."""
+"""Many adapters of one model, in stacks of which a batch takes its rows."""
 
 import os
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +13,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from peft_lntune.bank.files import BLOCK, BankFile
+from peft_lntune.bank.bank_file import BLOCK, BankFile, save_bank
 from peft_lntune.bank.heads import Heads
-from peft_lntune.bank.saving import Saved, save_bank
 from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.core.detour import Detour
 from peft_lntune.core.module_tree import called_modules
@@ -24,9 +22,9 @@ from peft_lntune.errors import AdapterFileError, ConfigError, RoutingError, Unsu
 from peft_lntune.layers import switched_off
 from peft_lntune.routing.base_rows import BaseRows
 from peft_lntune.routing.entries import Entries
-from peft_lntune.routing.route import BASE, Gather, Route
+from peft_lntune.routing.route import BASE, Route
 from peft_lntune.routing.rows import NormRun, check_free
-from peft_lntune.routing.stacks import Stacks, as_rows, spread
+from peft_lntune.routing.stacks import Stack, Stacks, as_rows
 from peft_lntune.tuner.read_adapter import Adapter, AdapterSource, Sources
 from peft_lntune.tuner.restoring import told_by_us
 
@@ -82,19 +80,13 @@ class AdapterBank:
             raise ConfigError(f"dtype={dtype!r} is no floating dtype of torch. Use torch.float32, or leave it out.")
         self._base: Any = _base_of(model)
         self._sources = Sources(self._base)
-        self._norms = list(self._sources.norms.items())
-        self._owners = {
-            f"{name}.{parameter}": (number, parameter)
-            for number, (name, _) in enumerate(self._norms)
-            for parameter in PARAMETERS
-            if self._sources.parameter(f"{name}.{parameter}") is not None
-        }
-        if not self._owners:
+        places = [f"{norm}.{parameter}" for norm in self._sources.norms for parameter in PARAMETERS]
+        like = {name: value for name in places if (value := self._sources.parameter(name)) is not None}
+        if not like:
             raise UnsupportedError("this model has no norm with a weight, so there is nothing that a bank could hold.")
-        like = {name: self._sources.parameter(name) for name in self._owners}
         self._stacks = Stacks(like, capacity + 1, dtype, None if device is None else torch.device(device))
         self._stacks.write([0], as_rows(self._stacks, [{}]))
-        offsets = {name: self._sources.offset(name) for name in self._owners}
+        offsets = {name: self._sources.offset(name) for name in like}
         self._base_rows = BaseRows(self._sources.parameter, offsets, self._stacks)
         self._route = Route()
         self._heads = Heads(self._sources, self._route)
@@ -103,7 +95,7 @@ class AdapterBank:
         self._names: dict[int, str] = {0: BASE}
         self._free: deque[int] = deque()
         self._next = 1
-        self._saved: Saved | None = None
+        self._saved: BankFile | None = None
         self._detours: list[Detour] = []
 
     # What is in the bank.
@@ -160,7 +152,9 @@ class AdapterBank:
             sources: for each name what `add` takes.
 
         Raises:
-            ConfigError, UnsupportedError, AdapterFileError: see `add`.
+            ConfigError: a name is taken or not possible, or a source is neither a directory nor a model and a name.
+            UnsupportedError: an adapter tunes something else than norms.
+            AdapterFileError: an adapter is damaged, torn or foreign, or does not fit this model.
         """
         self._check_names(sources)
         names = list(sources)
@@ -184,6 +178,9 @@ class AdapterBank:
 
     def remove(self, name: str) -> None:
         """Forget an adapter; its place is used again. A route that is open keeps the rows it has gathered.
+
+        Args:
+            name: of the adapter.
 
         Raises:
             ConfigError: there is no such adapter.
@@ -214,7 +211,13 @@ class AdapterBank:
             return torch.tensor(self._slots_of(names), dtype=torch.long)
 
     def deltas(self, name: str) -> dict[str, Tensor]:
-        """The deltas of an adapter, dense, by the names of the base model's parameters; copies.
+        """The deltas of an adapter.
+
+        Args:
+            name: of the adapter.
+
+        Returns:
+            Copies, dense, by the names of the base model's parameters.
 
         Raises:
             ConfigError: there is no such adapter.
@@ -225,10 +228,16 @@ class AdapterBank:
             return self._stacks.read(self._slots[name])
 
     def heads(self, name: str) -> dict[str, dict[str, Tensor]]:
-        """The heads of an adapter, by module and by the names of the tensors in it; copies. Norms in them are deltas.
+        """The heads of an adapter.
 
         For heads of another shape than the model's own, which no route can run: run the model's body in a route, and
         each row of what it gives through its own head.
+
+        Args:
+            name: of the adapter.
+
+        Returns:
+            Copies of their tensors, by the name of the head and by the names in it; norms in heads have deltas.
 
         Raises:
             ConfigError: there is no such adapter.
@@ -261,8 +270,8 @@ class AdapterBank:
         Args:
             path: of the file.
             model: the model that the bank was made for.
-            capacity: as in `AdapterBank`, at least the number of adapters in the file.
-            device: likewise.
+            capacity: how many adapters there is room for at first; at least as many as the file has.
+            device: of the rows; None: that of each norm.
 
         Returns:
             A bank with the dtype of the file.
@@ -271,7 +280,7 @@ class AdapterBank:
             AdapterFileError: the file is damaged, cut off, no bank, or of another model.
         """
         with told_by_us(path, lambda: True):
-            saved = Saved(BankFile(path))
+            saved = BankFile(path)
             bank = cls(model, max(capacity, len(saved.names)), saved.dtype, device)
             saved.check(bank._stacks, bank._sources)
             bank._check_names(saved.names)
@@ -308,9 +317,9 @@ class AdapterBank:
             if self._detours:
                 return
             modules = self._sources.modules
-            check_free(modules[name] for name, _ in self._norms)
-            for number, (name, norm) in enumerate(self._norms):
-                self._put(Detour(modules[name], self._route, NormRun(modules[name], norm, number, self._route)))
+            check_free(modules[name] for name in self._sources.norms)
+            for name, norm in self._sources.norms.items():
+                self._put(Detour(modules[name], self._route, NormRun(modules[name], norm, self._route)))
             for detour in Entries(self._base, self._route, self._watched).detours(
                 called_modules(self._base), self._sources.norms
             ):
@@ -364,10 +373,9 @@ class AdapterBank:
                 self._route.check_idle()
                 named, slots = self._resolve(names)
                 self._load(named)
-                gather = self._gather(slots)
                 what = "the names or index given to `route`"
                 one = isinstance(names, str)
-                stack.enter_context(self._route.serving(named[0] if one else named, gather, {1}, what))
+                stack.enter_context(self._route.serving(named[0] if one else named, self._gather(slots), what))
                 stack.enter_context(self._heads.serving(named, slots))
             stack.enter_context(switched_off(tuners))
             yield
@@ -392,12 +400,10 @@ class AdapterBank:
             raise RoutingError("cannot route when there are merged adapters, please call `unmerge_adapter` first.")
         return tuners
 
-    def _gather(self, slots: Sequence[int]) -> Gather:
+    def _gather(self, slots: Sequence[int]) -> list[Stack]:
         """Rows of the effective parameters; copies, whatever happens to the stacks afterwards."""
         with torch.inference_mode(False), torch.no_grad():
-            deltas = self._stacks.gather(torch.tensor(slots, dtype=torch.long))
-            rows = [own.to(base.device) + base for own, base in zip(deltas, self._base_rows.stacked(), strict=True)]
-        return partial(spread, self._stacks, rows, self._owners)
+            return self._base_rows.add_to(self._stacks.gather(torch.tensor(slots, dtype=torch.long)))
 
     # Names and slots; with the lock.
 
@@ -485,11 +491,11 @@ class AdapterBank:
         """Copy rows from the file where that has not been done yet."""
         if self._saved is None or not self._saved.pending:
             return
-        for block in self._saved.take(names):
-            slots = [self._slots[name] for name in block.names]
-            self._stacks.write(slots, block.rows)
-            self._heads.write(slots, block.heads)
-            for name in block.names:
+        for block, rows, heads in self._saved.take(names):
+            slots = [self._slots[name] for name in block]
+            self._stacks.write(slots, rows)
+            self._heads.write(slots, heads)
+            for name in block:
                 del self._saved.pending[name]
 
 

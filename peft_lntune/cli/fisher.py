@@ -13,9 +13,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from peft_lntune.analysis import Table, score_map
-from peft_lntune.cli.rows import encode_labels, read_rows
-from peft_lntune.cli.tables import csv_option, show
+from peft_lntune.analysis import Table, plot_score_map, score_map
+from peft_lntune.cli.data import (
+    NAME_COLUMNS,
+    TEXT_COLUMNS,
+    count_cut,
+    find_columns,
+    find_labels,
+    read_table,
+    read_texts,
+)
+from peft_lntune.cli.tables import csv_option, plot_option, show
 from peft_lntune.errors import DataError
 from peft_lntune.norms.find import find_norms
 from peft_lntune.selection import FisherState, fisher_scores, mask_density, select
@@ -44,7 +52,7 @@ class FisherMasks:
 
 
 def load_classifier(
-    model: str, labels: Sequence[Any], seed: int = 0
+    model: str, labels: Sequence[Any], seed: int = 0, source: str = "the data", regression: bool | None = None
 ) -> tuple[nn.Module, PreTrainedTokenizerBase, list]:
     """A classifier with its tokenizer, and the labels as it takes them.
 
@@ -53,8 +61,10 @@ def load_classifier(
 
     Args:
         model: folder, or a name on the Hub.
-        labels: ints, floats (a regression) or names of classes; strings that are numbers count as such.
+        labels: as `find_labels` takes them.
         seed: of the fresh head.
+        source: where the labels are from, for errors.
+        regression: whether numbers are values; None decides by their look.
 
     Raises:
         DataError: a label that the model's own head does not have.
@@ -62,13 +72,14 @@ def load_classifier(
     config = AutoConfig.from_pretrained(model)
     headed = any("ForSequenceClassification" in name for name in config.architectures or ())
     known = {str(name): number for name, number in (config.label2id or {}).items()} if headed else {}
-    encoded, classes = encode_labels(labels, known)
+    found = find_labels(labels, source, regression, known)
+    classes = len(found.names) or 1
     if headed and config.num_labels < classes:
         raise DataError(
             f"the data has {classes} classes, and the head of {model} {config.num_labels}. Give the model without its "
             "head, or data of its own task."
         )
-    options = {} if headed else {"num_labels": classes}
+    options = {} if headed else {"num_labels": classes, "problem_type": found.problem_type}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         loaded = AutoModelForSequenceClassification.from_pretrained(model, **options)
@@ -77,7 +88,7 @@ def load_classifier(
         tokenizer.pad_token = tokenizer.eos_token
     if loaded.config.pad_token_id is None:
         loaded.config.pad_token_id = tokenizer.pad_token_id
-    return loaded, tokenizer, encoded
+    return loaded, tokenizer, found.encode(labels, source)
 
 
 def fisher_masks(
@@ -153,7 +164,7 @@ def _table(model: nn.Module, scores: Mapping[str, Tensor], masks: Mapping[str, T
     "--data",
     required=True,
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Labelled texts: .jsonl, .csv or .parquet.",
+    help="Labelled texts: .csv, .tsv, .jsonl or .parquet.",
 )
 @click.option(
     "--out",
@@ -172,6 +183,10 @@ def _table(model: nn.Module, scores: Mapping[str, Tensor], masks: Mapping[str, T
 @click.option(
     "--label-column", default="label", show_default=True, metavar="NAME", help="Class numbers, names, or values."
 )
+@click.option(
+    "--regression/--no-regression", default=None, help="Whether numbers are values.  [default: by their look]"
+)
+@click.option("--encoding", default="utf-8-sig", show_default=True, help="Of a text file, such as latin-1.")
 @click.option("--density", type=float, help="Fraction of the entries to choose.  [default: 0.2]")
 @click.option("--count", type=int, help="How many entries to choose; instead of --density.")
 @click.option(
@@ -191,18 +206,22 @@ def _table(model: nn.Module, scores: Mapping[str, Tensor], masks: Mapping[str, T
     "--scores", type=click.Path(path_type=Path, dir_okay=False), help="Write the scores there too, as safetensors."
 )
 @csv_option
+@plot_option
 def command(
     model: str,
     data: Path,
     out: Path,
     text_columns: tuple[str, ...],
     label_column: str,
+    regression: bool | None,
+    encoding: str,
     density: float | None,
     count: int | None,
     seed: int,
     device: str,
     scores: Path | None,
     csv_file: Path | None,
+    plot: Path | None,
     **settings: Any,
 ) -> None:
     """Score every gain and bias of the norms by Fisher information on labelled texts, and write masks of the best.
@@ -221,15 +240,29 @@ def command(
         raise click.UsageError("give --text-column once, or twice for pairs.")
     if density is None and count is None:
         density = 0.2
-    rows = read_rows(data, text_columns, label_column)
-    loaded, tokenizer, labels = load_classifier(model, rows.labels, seed)
+    rows = read_table(data, encoding)
+    choices = [text_columns] if text_columns else TEXT_COLUMNS
+    *columns, _ = find_columns(
+        rows.column_names, [(*names, label_column) for names in choices], str(data), NAME_COLUMNS
+    )
+    texts = [read_texts(rows[column], column, str(data)) for column in columns]
+    loaded, tokenizer, labels = load_classifier(model, rows[label_column][:], seed, str(data), regression)
+    cut = count_cut(tokenizer, texts, settings["max_length"])
+    click.echo(f"{data}: {len(rows):,} rows with {' and '.join(columns)}, {cut:,} of them cut", err=True)
     found = fisher_masks(
-        loaded.to(device), tokenizer, rows.texts, labels, density=density, count=count, seed=seed, **settings
+        loaded.to(device),
+        tokenizer,
+        [*zip(*texts, strict=True)],
+        labels,
+        density=density,
+        count=count,
+        seed=seed,
+        **settings,
     )
     _save(found.masks, out, found.source)
     if scores is not None:
         _save(found.scores, scores, found.source)
-    show(found.table, csv_file)
+    show(found.table, csv_file, plot, plot_score_map)
     tuned = sum(int(mask.sum()) for mask in found.masks.values())
     share, samples = mask_density(found.masks), found.source["samples"]
     click.echo(f"\n{tuned:,} entries ({share:.1%}) chosen by {samples:,} samples; the masks are in {out}.")

@@ -3,21 +3,23 @@
 from dataclasses import dataclass
 from typing import Any
 
-from peft_lntune.config.components import COMPONENTS, check_components
+from peft_lntune.architectures.table import Component
+from peft_lntune.config.base import part_kind
+from peft_lntune.config.components import check_components
 from peft_lntune.config.deltas import DeltaConfig
 from peft_lntune.errors import ConfigError
 
 __all__ = ["PRESETS", "ModuleTuningConfig"]
 
-_BODY = tuple(COMPONENTS)
 PRESETS: dict[str, dict[str, Any]] = {
-    "bitfit": {"components": _BODY, "tune": "bias"},
-    "l0-close": {"components": tuple(name for name in _BODY if name not in ("key", "embedding"))},
+    "bitfit": {"components": tuple(Component), "tune": "bias"},
+    "l0-close": {"components": tuple(part for part in Component if part not in (Component.KEY, Component.EMBEDDING))},
 }
 """Named choices: BitFit (arXiv 2106.10199), every bias; L0-close (arXiv 2004.14129), all but keys and embeddings. The
 layers that the second leaves out as well depend on the model, so give them as `layers_to_exclude`."""
 
 
+@part_kind
 @dataclass(kw_only=True)
 class ModuleTuningConfig(DeltaConfig):
     """Tune chosen modules of the model, whole, as deltas: the adapter of fine-tuning just these parameters.
@@ -64,7 +66,7 @@ class ModuleTuningConfig(DeltaConfig):
             )
         if self.preset is not None:
             self._take_preset()
-        check_components(self, COMPONENTS)
+        check_components(self, Component)
 
     def _take_preset(self) -> None:
         if self.preset not in PRESETS:

@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass
 
-from peft_lntune.config.base import LNTuneConfig, check_type
-from peft_lntune.config.components import MATRICES, check_components
+from peft_lntune.architectures.table import LAYER_MATRICES, MATRICES
+from peft_lntune.config.base import LNTuneConfig, check_type, part_kind
+from peft_lntune.config.components import check_components
 from peft_lntune.errors import ConfigError
 
 __all__ = ["SupermaskConfig"]
 
-_DEFAULT = ("query", "key", "value", "attention_output", "ffn_up", "ffn_gate", "ffn_down")
 
-
+@part_kind
 @dataclass(kw_only=True)
 class SupermaskConfig(LNTuneConfig):
     """Learn which weights to switch off, and change none: sparsified fine-tuning. The adapter is one bit a weight.
@@ -61,7 +61,7 @@ class SupermaskConfig(LNTuneConfig):
         if self.components is not None and self.target_modules is not None:
             raise ConfigError("give one of components and target_modules, or neither, but got both.")
         if self.components is None and self.target_modules is None:
-            self.components = list(_DEFAULT)
+            self.components = list(LAYER_MATRICES)
         check_components(self, MATRICES)
         check_type(self, "save_scores", bool)
         for name in ("initial_sparsity", "initial_score"):
@@ -78,6 +78,10 @@ class SupermaskConfig(LNTuneConfig):
             raise ConfigError(
                 f"initial_score={self.initial_score} should be above 0 and at most 15, where sigmoid still has a slope."
             )
+
+    @property
+    def masks_are_fixed(self) -> bool:
+        return bool(self.inference_mode)
 
     @property
     def parameters(self) -> tuple[str, ...]:

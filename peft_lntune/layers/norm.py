@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from peft_lntune.layers.replacing import PARAMETERS, ReplacementLayer
 from peft_lntune.norms.affine import NormCall, call_with, call_with_rows, split_call
 from peft_lntune.norms.find import Norm
-from peft_lntune.routing.route import BASE, LayerTensor, Route, fit_rows
+from peft_lntune.routing.route import BASE, Route
+from peft_lntune.routing.rows import fitted_rows
+from peft_lntune.routing.stacks import LayerTensor
 
 __all__ = ["NormLayer"]
 
@@ -58,11 +60,9 @@ class NormLayer(ReplacementLayer):
 
     def run_routed(self, *args: Any, **kwargs: Any) -> Tensor:
         x, args, kwargs = split_call(args, kwargs)
-        rows = self._route.rows(id(self), x.shape, self.label)
-        if rows is None or rows.weight is None:
+        weight, bias = fitted_rows(self._route, str(id(self)), self.label, x, self._axis)
+        if weight is None:
             return self.base_layer(x, *args, **kwargs)
-        weight = fit_rows(rows.weight, x, self._axis)
-        bias = None if rows.bias is None else fit_rows(rows.bias, x, self._axis)
         return call_with_rows(self.base_layer, x, weight, bias, *args, **kwargs)
 
     def entries(self) -> Iterator[LayerTensor]:
@@ -74,7 +74,9 @@ class NormLayer(ReplacementLayer):
             if base is None:
                 continue
             deltas = dict(self.deltas(parameter).items())
-            yield LayerTensor(id(self), parameter, partial(self._value, parameter), partial(_sources, base, deltas))
+            # Not by the label: a head's copy in `modules_to_save` holds copies of layers, with the same labels.
+            name = f"{id(self)}.{parameter}"
+            yield LayerTensor(name, partial(self._value, parameter), partial(_sources, base, deltas))
 
     @torch.no_grad()
     def _value(self, parameter: str, adapter: str) -> Tensor:

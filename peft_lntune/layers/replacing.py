@@ -24,12 +24,12 @@ from peft_lntune.routing.route import Route
 __all__ = ["PARAMETERS", "ReplacementLayer"]
 
 
-class EffectiveCall(NamedTuple):
-    """Effective parameters, a forward call with them, and what these were made from.
+class CachedCall(NamedTuple):
+    """Cached forward call and the tensors it was built from.
 
     Attributes:
         adapters: whose deltas are in the parameters.
-        sources: the tensors that they were made from; empty where the call may not be cached.
+        sources: the tensors that the parameters were made from, as they were then.
         parameters: the effective parameters, those that differ from the base's.
         call: runs the wrapped module with these parameters; None where there are none.
     """
@@ -66,7 +66,7 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
         self._unmerged: dict[str, Tensor] = {}
         # Layers around modules that share a parameter with this one's, with what it is there.
         self._tied: dict[str, list[tuple[ReplacementLayer, str]]] = {}
-        self._cache: EffectiveCall | None = None
+        self._cache: CachedCall | None = None
 
     # What a subclass says.
 
@@ -154,7 +154,8 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
             return self.unmerged(parameter)
         if self.merged_adapters:
             return base
-        sums = self._effective_call(self.active_adapters).parameters
+        cached = self._cached(self.active_adapters)
+        sums = self._sums(self._tuned(self.active_adapters)) if cached is None else cached.parameters
         return sums[parameter].to(base.dtype) if parameter in sums else base
 
     def _differs(self, parameter: str) -> bool:
@@ -274,32 +275,38 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
             sums[parameter] = delta(sums[parameter] if parameter in sums else getattr(base, self.own_name(parameter)))
         return sums
 
-    def _effective_call(self, adapters: Sequence[str]) -> EffectiveCall:
-        """What runs under these adapters; cached where nothing it was made from is trained.
+    def _call(self, adapters: Sequence[str]) -> Callable[..., Tensor] | None:
+        """What to call in place of the wrapped module under these adapters; None where none has a delta here."""
+        cached = self._cached(adapters)
+        if cached is not None:
+            return cached.call
+        sums = self._sums(self._tuned(adapters))
+        return None if not sums else partial(self.run, sums) if is_traced() else self.bind(sums)
+
+    def _cached(self, adapters: Sequence[str]) -> CachedCall | None:
+        """The call under these adapters, where it may be cached: nothing it was built from is trained.
 
         An adapter that was loaded for inference so costs no operation in a forward pass.
         """
-        cache, traced = self._cache, is_traced()
-        if traced:
+        cache = self._cache
+        if is_traced():
             if cache is not None and not torch.compiler.is_exporting():
                 self._cache = None  # a compiled step may train what it came from
-        elif cache is not None and cache.adapters == adapters and is_valid(*cache.sources):
+            return None
+        if cache is not None and cache.adapters == adapters and is_valid(*cache.sources):
             return cache
         tuned = self._tuned(adapters)
-        sources = None if traced else self._sources(tuned)
-        if sources is not None:
-            with torch.inference_mode(False), torch.no_grad():  # what is cached may be needed in a graph later
-                sums = self._sums(tuned)
-                self._cache = EffectiveCall(list(adapters), sources, sums, self.bind(sums) if sums else None)
-            return self._cache
-        if not traced:
+        sources = self._sources(tuned)
+        if sources is None:
             if cache is not None:
                 self._cache = None
             if torch.is_grad_enabled() and not self._route.active:
                 self._route.drop()  # what is stacked for mixed batches came from the same deltas
-        sums = self._sums(tuned)
-        call = None if not sums else partial(self.run, sums) if traced else self.bind(sums)
-        return EffectiveCall(adapters, (), sums, call)
+            return None
+        with torch.inference_mode(False), torch.no_grad():  # what is cached may be needed in a graph later
+            sums = self._sums(tuned)
+            self._cache = CachedCall(list(adapters), sources, sums, self.bind(sums) if sums else None)
+        return self._cache
 
     def _sources(self, tuned: list[tuple[str, Any]]) -> tuple[TensorState, ...] | None:
         """The tensors that the effective parameters are made from; None where one of them may be trained."""
@@ -353,7 +360,7 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(*args, **kwargs)
         if self._route.on():
             return self.run_routed(*args, **kwargs)
-        call = self._effective_call(self.active_adapters).call or self.base_layer
+        call = self._call(self.active_adapters) or self.base_layer
         return call(*args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

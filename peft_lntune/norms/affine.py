@@ -111,9 +111,9 @@ class NormCall:
             `(x, *args, **kwargs) -> y`, the same as `call_with(norm, x, weight, bias, *args, **kwargs)`; the input may
             be given by name.
         """
-        norm, names, state = self.norm, self._names, self.norm.__dict__
+        norm, names = self.norm, self._names
         given = {name: value for name, value in zip(names, (weight, bias), strict=True) if value is not None}
-        own = {name for name in names if name in state or norm._parameters.get(name) is not None}
+        own = {name for name in names if name in norm.__dict__ or norm._parameters.get(name) is not None}
         is_direct = weight is not None and given.keys() == own
         if isinstance(norm, nn.GroupNorm) and any(value.requires_grad for value in given.values()):
             is_direct = False  # its input may have to be changed, see `_differentiable`
@@ -127,7 +127,7 @@ class NormCall:
                     return path.forward(norm, args[0], weight, bias)
                 rule = self._rule(forward, args[0] if args else next(iter(kwargs.values())), weight)
                 if rule.mode == "native":
-                    override, values = copy
+                    (override, values), state = copy, norm.__dict__
                     # An attribute that was changed since, such as eps, is another object.
                     if len(values) != len(state) or not all(map(is_, values, state.values())):
                         copy = override, values = copy_with(norm, given), [*state.values()]

@@ -1,15 +1,105 @@
-"""A head with other parameters for each sample: its own forward, vectorized over the samples."""
+"""Heads with other parameters for each row of a batch: taken apart into layers, each of which is vectorized over rows.
 
-from collections.abc import Mapping
+A classification head of several layers is so no harder than a single one: its own forward runs, and each layer in it
+has the parameters of each row.
+"""
+
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peft_lntune.core.detour import forward_of
-from peft_lntune.errors import MixedHeadError
+from peft_lntune.errors import MixedHeadError, UnsupportedError
+from peft_lntune.norms.affine import split_call
+from peft_lntune.norms.find import Norm
+from peft_lntune.routing.route import Route
 
-__all__ = ["HeadForward", "run_head"]
+__all__ = ["HeadForward", "HeadRun", "layers_of", "run_head", "tensors_within"]
+
+
+def layers_of(modules: Mapping[str, nn.Module], norms: Mapping[str, Norm], head: str) -> list[str]:
+    """The modules in a head, or the head itself, that have parameters; not its norms, which have deltas like all norms.
+
+    Args:
+        modules: of the model by name, as `base_modules` gives them.
+        norms: of the model by name.
+        head: name of the head.
+
+    Returns:
+        The names of its layers.
+
+    Raises:
+        UnsupportedError: a module has parameters of its own beside a norm inside it.
+
+    Example:
+        >>> head = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 3))
+        >>> layers_of(dict(head.named_modules(prefix="head")), {}, "head")
+        ['head.0', 'head.2']
+    """
+    if head in norms:
+        return []
+    tensors = (*modules[head]._parameters.values(), *modules[head]._buffers.values())
+    inside = [name for name in modules if name.startswith(f"{head}.")]
+    if any(tensor is not None for tensor in tensors):
+        if any(name in norms for name in inside):
+            raise UnsupportedError(
+                f"{head} ({type(modules[head]).__name__}) is a head with parameters of its own beside a norm in it, "
+                "which a bank cannot take apart. Load the adapter into a PeftModel, and run one batch an adapter."
+            )
+        return [head]
+    children = [name for name in inside if "." not in name.removeprefix(f"{head}.")]
+    return [layer for child in children for layer in layers_of(modules, norms, child)]
+
+
+def tensors_within(tensors: Mapping[str, Tensor], layer: str, head: str) -> dict[str, Tensor]:
+    """The tensors of one layer of a head, by their names in the layer.
+
+    Args:
+        tensors: of the head, by their names in the head.
+        layer: name of the layer in the model, one of `layers_of(..., head)`.
+        head: name of the head in the model.
+
+    Returns:
+        The tensors whose names begin with that of the layer.
+
+    Example:
+        >>> tensors_within({"dense.bias": torch.ones(1), "out.bias": torch.zeros(1)}, "head.dense", "head")
+        {'bias': tensor([1.])}
+    """
+    prefix = f"{layer}.".removeprefix(f"{head}.")
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+class HeadRun:
+    """A layer of a head with the parameters of each row's adapter.
+
+    Attributes:
+        rows: while a route is on, its tensors by name, `(B, *shape)`.
+        refused: while a route is on with an adapter whose head has another shape, what to say of it.
+
+    Args:
+        module: the layer.
+        label: its name in the model.
+        route: shared with the norms.
+    """
+
+    def __init__(self, module: nn.Module, label: str, route: Route) -> None:
+        self.label, self.route = label, route
+        self.call = HeadForward(module)
+        self.rows: dict[str, Tensor] = {}
+        self.refused = ""
+
+    def __call__(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.refused:
+            raise MixedHeadError(self.refused)
+        x, others, named = split_call(args, kwargs)
+        factor = self.route.factor(x.shape, self.label)
+        rows = self.rows
+        if factor > 1:
+            rows = {name: tensor.repeat_interleave(factor, 0) for name, tensor in rows.items()}
+        return run_head(self.call, rows, self.label, x, *others, **named)
 
 
 class HeadForward(nn.Module):

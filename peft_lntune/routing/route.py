@@ -1,57 +1,20 @@
-"""Which row of a batch uses which adapter, and the rows of parameters that follow from it.
+"""Which row of a batch uses which adapter: the names, the layout of the batch, and who entered the route.
 
-One `Route` is shared by all layers of a model; a layer asks it for its own rows. What the rows are made of is in
-`core/stacked.py` and `core/bank.py`, where the samples are in a layer's input in `core/samples.py`, and who may use a
-route that is on in `core/entered.py`. See docs/design.md, "Route".
+One `Route` is shared by all layers of a model; a layer asks it for its own rows. See docs/design.md, "Route".
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from peft_lntune.errors import RoutingError
-from peft_lntune.routing.layer_stacks import BASE, Gather, Kept, LayerTensor, Rows, gather_of, one_dtype
 from peft_lntune.routing.ownership import Ownership
 from peft_lntune.routing.samples import Fact
+from peft_lntune.routing.stacks import BASE, KeptRows, NormRows, Stack, spread
 
-__all__ = ["BASE", "Gather", "LayerTensor", "Route", "Rows", "expansions_of", "fit_rows", "one_dtype"]
-
-
-def fit_rows(rows: Tensor, x: Tensor, axis: int = -1) -> Tensor:
-    """Rows `(B, 1, *shape)`, or one row for all, as they broadcast over `x`; no operation in the usual case.
-
-    Args:
-        rows: of a norm's weight or bias.
-        x: the norm's input, `(B, ..., *shape)`, or `(B, *shape, ...)` for `axis=1`.
-        axis: as in `peft_lntune.norms.find.Norm`.
-
-    Example:
-        >>> fit_rows(torch.ones(2, 1, 4), torch.ones(2, 3, 5, 4)).shape
-        torch.Size([2, 1, 1, 4])
-    """
-    shape = rows.shape[2 + max(0, rows.dim() - 1 - x.dim()) :]  # `(1, C, 1, 1)`: the first is that of the samples
-    middle = x.dim() - 1 - len(shape)
-    if axis == 1:
-        return rows.reshape(rows.shape[0], *shape, *(1,) * middle)
-    return rows if middle == 1 else rows.reshape(rows.shape[0], *(1,) * middle, *shape)
-
-
-def expansions_of(model: object, options: Mapping[str, Any]) -> set[int]:
-    """By which factors `model.generate(**options)` may repeat the samples of a batch: beams, or return sequences.
-
-    Example:
-        >>> sorted(expansions_of(None, {"num_beams": 4, "num_return_sequences": 2}))
-        [1, 2, 4]
-    """
-    configs = [options.get("generation_config"), getattr(model, "generation_config", None)]
-    factors = {1}
-    for name in ("num_beams", "num_return_sequences"):
-        values = [options.get(name), *(getattr(config, name, None) for config in configs)]
-        factors.add(next((value for value in values if value), 1))
-    return factors
+__all__ = ["BASE", "Route"]
 
 
 class Route:
@@ -66,6 +29,8 @@ class Route:
         mixed: whether rows have different adapters.
         count: how many names there are.
         facts: where the samples are in each layer's input, in the way in which the model was called last.
+        known: the same for each way in which the model was called, see `Entries`.
+        kept: rows of a PeftModel's adapters, see `rows_of_layers`.
     """
 
     def __init__(self) -> None:
@@ -78,15 +43,15 @@ class Route:
         self.count = 0
         self.facts: Mapping[str, Fact] = {}
         self.known: dict[object, Mapping[str, Fact]] = {}
-        self._kept: dict[str, Kept] = {}
+        self.kept: KeptRows = {}
         self._ownership = Ownership()
         self.held = self._ownership.held  # `on`, for callers that know that nothing is compiled
         self._indices: dict[tuple[int, torch.device], Tensor] = {}
         self._index = torch.empty(0, dtype=torch.long)
         self._expansions: set[int] = {1}
         self._tokens = 0
-        self._rows: dict[int, dict[int, Rows]] = {}
-        self._gather: Gather = _nothing
+        self._gathered: Sequence[Stack] = ()
+        self._rows: dict[int, dict[str, NormRows]] = {}
 
     def __deepcopy__(self, memo: dict) -> "Route":
         # A copy of a model routes on its own, and rows are made again on demand.
@@ -97,30 +62,10 @@ class Route:
 
     def drop(self) -> None:
         """Forget the rows that are kept, because a delta or a base parameter changed or may have changed."""
-        self._kept = {}
-
-    @contextmanager
-    def __call__(
-        self, names: Sequence[str] | str, adapters: Sequence[str], entries: Sequence[LayerTensor], expansions: set[int]
-    ) -> Iterator[None]:
-        """Route the forward passes inside this context.
-
-        Args:
-            names: the adapter of each sample, or one string for all samples.
-            adapters: every adapter of the model.
-            entries: every routed parameter of the model.
-            expansions: by which factors generation may repeat the samples.
-
-        Raises:
-            RoutingError: another routed forward of this model is under way.
-        """
-        self.check_idle()
-        gather = gather_of([names] if isinstance(names, str) else names, entries, self._kept)
-        with self.serving(names, gather, expansions, order=(BASE, *adapters)):
-            yield
+        self.kept = {}
 
     def on(self) -> bool:
-        """Whether the caller's forward pass is routed.
+        """Whether the caller's forward pass is routed; see `Ownership.held`.
 
         Raises:
             RoutingError: the route is on in another thread or task, or the caller was started in one that has ended.
@@ -129,24 +74,22 @@ class Route:
         return self.active if torch.compiler.is_compiling() else self._ownership.held()
 
     def lent(self) -> AbstractContextManager[None]:
-        """A context in which the caller's thread may use the route of another; for threads of autograd."""
+        """Return a context in which the caller's thread may use the route of another; for threads of autograd."""
         return self._ownership.lent()
 
     @contextmanager
     def serving(
         self,
         names: Sequence[str] | str,
-        gather: Gather,
-        expansions: set[int],
+        gathered: Sequence[Stack] = (),
         what: str = "`adapter_names`",
         order: Sequence[str] = (),
     ) -> Iterator[None]:
-        """Route the forward passes inside this context by rows that the caller has made.
+        """Route the forward passes inside this context.
 
         Args:
             names: the adapter of each sample, or one string for all samples.
-            gather: gives the rows of every norm.
-            expansions: by which factors generation may repeat the samples.
+            gathered: the rows of every norm, one for each name.
             what: how the user calls `names`, for errors.
             order: of the adapters, for layers that keep stacks of their own.
 
@@ -157,19 +100,18 @@ class Route:
         with self._ownership.entered():
             self.names = [names] if isinstance(names, str) else list(names)
             self.count, self.one, self.mixed = len(self.names), isinstance(names, str), len(set(self.names)) > 1
-            self._expansions = {1} if self.one else expansions
-            self._gather, self.what, self.order = gather, what, tuple(order)
+            self._gathered, self.what, self.order = gathered, what, tuple(order)
             try:
                 if order:  # here and not at the first layer, so that a compiled model finds it as an input of its graph
                     place = {name: number for number, name in enumerate(order)}
                     self._index = torch.tensor([place[name] for name in self.names], dtype=torch.long)
                 # Here and not at the first norm, so that a compiled model finds the rows as inputs of its graph.
-                self._rows = {1: gather(1)}
+                self._rows = {1: spread(gathered)}
                 self.active = True
                 yield
             finally:
                 self.active, self.names, self._rows, self._tokens = False, [], {}, 0
-                self._indices, self._gather = {}, _nothing
+                self._indices, self._gathered = {}, ()
 
     def check_idle(self) -> None:
         """Raise a `RoutingError` where a routed forward of this model is under way."""
@@ -181,7 +123,11 @@ class Route:
 
     @contextmanager
     def expanding(self, expansions: set[int]) -> Iterator[None]:
-        """Within a generation that repeats the samples by these factors."""
+        """Inside this context a generation repeats the samples.
+
+        Args:
+            expansions: by which factors it may.
+        """
         before = self._expansions
         self._expansions = before if self.one else expansions
         try:
@@ -190,20 +136,35 @@ class Route:
             self._expansions = before
 
     def size(self, lengths: Sequence[int]) -> int | None:
-        """How many samples a batch has whose tensors have these lengths; None where none of them fits the names."""
+        """How many samples a batch has.
+
+        Args:
+            lengths: of its tensors along the first axis.
+
+        Returns:
+            The first length that fits the names; None where none does.
+        """
         possible = {self.count * factor for factor in self._expansions}
         return next((length for length in lengths if length in possible), None)
 
-    def rows(self, owner: int, shape: Sequence[int], label: str) -> Rows | None:
-        """The rows of one norm for an input of `shape`, `(B, ..., d)`; None where no adapter touches it.
+    def rows(self, owner: str, shape: Sequence[int], label: str) -> NormRows:
+        """The rows of one norm; without any, where no adapter touches it.
+
+        Args:
+            owner: of the rows.
+            shape: of the norm's input, `(B, ..., d)`.
+            label: name of the norm, for errors.
+
+        Returns:
+            Rows for all samples of the input.
 
         Raises:
             RoutingError: the batch has another length than the list of names.
         """
         factor = self.factor(shape, label)
         if factor not in self._rows:
-            self._rows[factor] = self._gather(factor)
-        return self._rows[factor].get(owner)
+            self._rows[factor] = spread(self._gathered, factor)
+        return self._rows[factor].get(owner, NormRows())
 
     def index(self, shape: Sequence[int], label: str, device: torch.device) -> Tensor:
         """The place in `order` of each row's adapter, for layers that keep stacks of their own in that order.
@@ -249,11 +210,14 @@ class Route:
         return torch.cat(outputs)[order.argsort()]
 
     def factor(self, shape: Sequence[int], label: str) -> int:
-        """How many rows of an input belong to one name; 1 where one name is for all rows.
+        """How many rows of an input belong to one name.
 
         Args:
             shape: of a layer's input, `(B, ...)`.
             label: name of the layer, for errors.
+
+        Returns:
+            The number of rows; 1 where one name is for all rows.
 
         Raises:
             RoutingError: the batch has another length than the list of names, or its rows are not those of samples, or
@@ -288,7 +252,15 @@ class Route:
         return factor
 
     def another_length(self, length: int, where: str) -> str:
-        """The message about a batch of another length than the list of names."""
+        """The message about a batch of another length than the list of names.
+
+        Args:
+            length: of the batch.
+            where: it was seen, in words.
+
+        Returns:
+            A message that begins as PEFT's does.
+        """
         return (
             f"Length of {self.what} should be the same as the number of inputs, but got {self.count} and {length} "
             f"respectively. (Seen {where}; where a model reorders or drops tokens before a layer, as experts do, it "
@@ -308,7 +280,3 @@ _UNCLEAR = (
     "more than one axis of its input could be that of the samples, or samples and tokens share one, and it was not "
     "measured which (a compiled model is not measured: run one routed batch before compiling, or another length)"
 )
-
-
-def _nothing(factor: int) -> dict[int, Rows]:
-    return {}

@@ -1,4 +1,4 @@
-"""What stands in place of the forward of a norm, and of a layer of a head, while a bank routes a batch."""
+"""Norms run with other parameters for each row of a batch."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -6,72 +6,82 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft_lntune.core.detour import Detour
-from peft_lntune.errors import MixedHeadError, UnsupportedError
+from peft_lntune.errors import UnsupportedError
 from peft_lntune.norms.affine import split_call, with_rows
 from peft_lntune.norms.find import Norm
-from peft_lntune.routing.heads import HeadForward, run_head
-from peft_lntune.routing.route import Route, fit_rows
+from peft_lntune.routing.route import Route
+from peft_lntune.routing.stacks import NormRows
 
-__all__ = ["HeadRun", "NormRun", "check_free"]
+__all__ = ["NormRun", "check_free", "fitted_rows"]
+
+
+def fitted_rows(route: Route, owner: str, label: str, x: Tensor, axis: int = -1) -> NormRows:
+    """The rows of a norm as they broadcast over its input.
+
+    Args:
+        route: the route in force.
+        owner: under which the route has the rows.
+        label: name of the norm, for errors.
+        x: the norm's input, `(B, ..., *shape)`, or `(B, *shape, ...)` for `axis=1`.
+        axis: as in `peft_lntune.norms.find.Norm`.
+
+    Returns:
+        Rows of weight and bias; None for what no adapter touches.
+
+    Raises:
+        RoutingError: the rows of the input are not those of the names.
+
+    Example:
+        >>> from peft_lntune.routing.stacks import Stack
+        >>> route, x = Route(), torch.randn(2, 3, 5, 4)
+        >>> with route.serving(["a", "b"], [Stack(("norm.weight",), torch.ones(2, 1, 4))]):
+        ...     fitted_rows(route, "norm", "norm", x).weight.shape
+        torch.Size([2, 1, 1, 4])
+    """
+    weight, bias = route.rows(owner, x.shape, label)
+    return NormRows(
+        None if weight is None else _fitted(weight, x, axis), None if bias is None else _fitted(bias, x, axis)
+    )
+
+
+def _fitted(rows: Tensor, x: Tensor, axis: int) -> Tensor:
+    """Rows `(B, 1, *shape)`, or one row for all; no operation in the usual case."""
+    shape = rows.shape[2 + max(0, rows.dim() - 1 - x.dim()) :]  # `(1, C, 1, 1)`: the first is that of the samples
+    middle = x.dim() - 1 - len(shape)
+    if axis == 1:
+        return rows.reshape(rows.shape[0], *shape, *(1,) * middle)
+    return rows if middle == 1 else rows.reshape(rows.shape[0], *(1,) * middle, *shape)
+
+
+class NormRun:
+    """A norm of the base model with the rows that the route has for it; it stands in place of the norm's forward.
+
+    Args:
+        module: the norm.
+        norm: what `find_norms` found out about it; its name is that of the rows.
+        route: shared by all norms of the model.
+    """
+
+    def __init__(self, module: nn.Module, norm: Norm, route: Route) -> None:
+        self.module, self.label, self.axis, self.route = module, norm.name, norm.axis, route
+
+    def __call__(self, own: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        x, args, kwargs = split_call(args, kwargs)
+        weight, bias = fitted_rows(self.route, self.label, self.label, x, self.axis)
+        assert weight is not None
+        return with_rows(self.module, own, x, weight, bias, *args, **kwargs)
 
 
 def check_free(norms: Iterable[nn.Module]) -> None:
-    """Raise an `UnsupportedError` where something else routes these norms."""
+    """Check that nothing else routes these norms.
+
+    Args:
+        norms: of a base model.
+
+    Raises:
+        UnsupportedError: another bank, or many tasks, route one of them.
+    """
     if any(isinstance(norm.__dict__.get("forward"), Detour) for norm in norms):
         raise UnsupportedError(
             "another bank is attached to this model. Call its detach() first; or close(), if it is a ManyTasks."
         )
-
-
-class NormRun:
-    """A norm of the base model with the rows that the route has for it.
-
-    Args:
-        module: the norm.
-        norm: what `find_norms` found out about it.
-        number: under which the route has its rows.
-        route: shared by all norms of the model.
-    """
-
-    def __init__(self, module: nn.Module, norm: Norm, number: int, route: Route) -> None:
-        self.module, self.label, self.axis, self.number = module, norm.name, norm.axis, number
-        self.route = route
-
-    def __call__(self, own: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        x, args, kwargs = split_call(args, kwargs)
-        rows = self.route.rows(self.number, x.shape, self.label)
-        assert rows is not None
-        assert rows.weight is not None
-        weight = fit_rows(rows.weight, x, self.axis)
-        bias = None if rows.bias is None else fit_rows(rows.bias, x, self.axis)
-        return with_rows(self.module, own, x, weight, bias, *args, **kwargs)
-
-
-class HeadRun:
-    """A layer of a head with the parameters of each row's adapter.
-
-    Attributes:
-        rows: while a route is on, its tensors by name, `(B, *shape)`.
-        refused: while a route is on with an adapter whose head has another shape, what to say of it.
-
-    Args:
-        module: the layer.
-        label: its name in the model.
-        route: shared with the norms.
-    """
-
-    def __init__(self, module: nn.Module, label: str, route: Route) -> None:
-        self.label, self.route = label, route
-        self.call = HeadForward(module)
-        self.rows: dict[str, Tensor] = {}
-        self.refused = ""
-
-    def __call__(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self.refused:
-            raise MixedHeadError(self.refused)
-        x, others, named = split_call(args, kwargs)
-        factor = self.route.factor(x.shape, self.label)
-        rows = self.rows
-        if factor > 1:
-            rows = {name: tensor.repeat_interleave(factor, 0) for name, tensor in rows.items()}
-        return run_head(self.call, rows, self.label, x, *others, **named)

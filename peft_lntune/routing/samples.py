@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peft_lntune.routing.twin import twin_of
+from peft_lntune.routing.sharing_copy import sharing_copy
 
 __all__ = ["Fact", "measure_samples", "tensors_in"]
 
@@ -39,8 +39,8 @@ def measure_samples(
 ) -> dict[str, Fact] | None:
     """Find out for each watched layer where it has the samples of a batch.
 
-    Nothing that is seen from outside changes: a twin of the model runs, on copies of the inputs, without gradients, and
-    random states are put back.
+    Nothing that is seen from outside changes: a copy of the model that shares its tensors runs, on copies of the
+    inputs, without gradients, and random states are put back.
 
     Args:
         module: the model, or the part of it that is called.
@@ -103,8 +103,8 @@ def _run(
     watched: Mapping[str, nn.Module],
     sample: int | None,
 ) -> _Run:
-    """Run a twin, with noise in what belongs to one sample; None: without."""
-    twin, inside = twin_of(module)
+    """Run a copy, with noise in what belongs to one sample; None: without."""
+    copied, inside = sharing_copy(module)
     args, kwargs = _copied(args), _copied(dict(kwargs))
     noise = _Noise(size, sample)
     own = {
@@ -126,11 +126,11 @@ def _run(
                 after = inside[id(each)].register_forward_hook(lambda module, args, output: noise.behind(output))
                 stack.callback(note.remove)
                 stack.callback(after.remove)
-        for each in twin.modules():
+        for each in copied.modules():
             if isinstance(each, nn.Embedding):
                 handle = each.register_forward_hook(partial(_embedded, own, noise))
                 stack.callback(handle.remove)
-        twin(*args, **kwargs)
+        copied(*args, **kwargs)
     return _Run({label: found for label, found in calls.items() if found}, noise.added)
 
 
@@ -202,7 +202,19 @@ def _judge(calls: list[_Sums], noisy: list[tuple[list[_Sums], int]], size: int) 
 
 
 def tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors in nested tuples, lists and mappings, each with the key or keys that lead to it."""
+    """Find the tensors in nested tuples, lists and mappings.
+
+    Args:
+        value: where to look.
+        name: what the keys begin with.
+
+    Yields:
+        Each tensor, with the key or keys that lead to it before it.
+
+    Example:
+        >>> [name for name, _ in tensors_in({"a": torch.ones(1), "b": [torch.ones(1)]})]
+        ['.a', '.b']
+    """
     if isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, Mapping):

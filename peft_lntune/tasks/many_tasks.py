@@ -14,7 +14,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from peft_lntune.bank.heads import layers_of, within
 from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.core.detour import Detour
 from peft_lntune.core.module_tree import base_modules, called_modules
@@ -22,17 +21,18 @@ from peft_lntune.errors import ConfigError, RoutingError, UnsupportedError
 from peft_lntune.layers import ReplacementLayer, switched_off
 from peft_lntune.routing.base_rows import BaseRows
 from peft_lntune.routing.entries import Entries
+from peft_lntune.routing.heads import HeadRun, layers_of, tensors_within
 from peft_lntune.routing.recomputed import RecomputedDetour
-from peft_lntune.routing.route import Gather, Route, Rows
-from peft_lntune.routing.rows import HeadRun, NormRun, check_free
-from peft_lntune.routing.stacks import spread
+from peft_lntune.routing.route import Route
+from peft_lntune.routing.rows import NormRun, check_free
+from peft_lntune.routing.stacks import Stack, unstacked
 from peft_lntune.selection.losses import Batch, Head
-from peft_lntune.tasks.losses import RowLoss, default_losses, losses_of_rows, order_of
+from peft_lntune.tasks.losses import RowLoss, default_losses, losses_of_rows
 from peft_lntune.tasks.optimizer import TaskOptimizer
-from peft_lntune.tasks.trained import TaskParameters
+from peft_lntune.tasks.parameters import TaskParameters
 from peft_lntune.tuner.read_adapter import Adapter, Sources, deltas_in, tensors_of
 
-__all__ = ["ManyTasks", "above", "tuned_in", "write_adapter"]
+__all__ = ["ManyTasks"]
 
 
 @dataclass(eq=False)
@@ -41,7 +41,7 @@ class _Routed:
 
     names: list[str]
     one: bool
-    gather: Gather
+    gathered: Sequence[Stack]
     heads: dict[str, dict[str, Tensor]]
     finished: bool = False
 
@@ -112,27 +112,22 @@ class ManyTasks:
 
     def _make_norms(self, adapters: Sequence[Adapter]) -> TaskParameters:
         tuned = {name for adapter in adapters for name in adapter.deltas}
-        places = [name for name in self._sources.norms if tuned & {f"{name}.{p}" for p in PARAMETERS}]
-        self._numbers = {name: number for number, name in enumerate(places)}
-        self._owners = {
-            f"{name}.{parameter}": (number, parameter)
-            for name, number in self._numbers.items()
-            for parameter in PARAMETERS
-            if self._sources.parameter(f"{name}.{parameter}") is not None
-        }
-        zeros = {name: torch.zeros_like(self._sources.parameter(name)) for name in self._owners if name in tuned}
-        masks = [tuned_in(self.model, name, each) for name, each in zip(self.names, adapters, strict=True)]
-        trained = TaskParameters(zeros, [adapter.deltas for adapter in adapters], masks)
-        offsets = {name: self._sources.offset(name) for name in self._owners}
-        self._base_rows = BaseRows(self._sources.parameter, offsets, trained.source)
-        return trained
+        every = {norm: [f"{norm}.{parameter}" for parameter in PARAMETERS] for norm in self._sources.norms}
+        self.norms = {norm for norm, names in every.items() if not tuned.isdisjoint(names)}
+        names = [name for norm in every if norm in self.norms for name in every[norm]]
+        self._parameters = [name for name in names if self._sources.parameter(name) is not None]
+        zeros = {name: torch.zeros_like(self._sources.parameter(name)) for name in self._parameters if name in tuned}
+        masks = [_tuned_in(self.model, name, each) for name, each in zip(self.names, adapters, strict=True)]
+        parameters = TaskParameters(zeros, [adapter.deltas for adapter in adapters], masks)
+        offsets = {name: self._sources.offset(name) for name in self._parameters}
+        self._base_rows = BaseRows(self._sources.parameter, offsets, parameters.stacks)
+        return parameters
 
     def _make_heads(self, adapters: Sequence[Adapter]) -> dict[str, TaskParameters]:
         heads = {}
         for layer, head in self._head_layers.items():
-            own = [within(each.heads[head], layer, head) if head in each.heads else {} for each in adapters]
-            masks = [{key: torch.ones(value.shape, dtype=torch.bool) for key, value in task.items()} for task in own]
-            heads[layer] = TaskParameters(tensors_of(self._modules, layer), own, masks)
+            own = [tensors_within(each.heads[head], layer, head) if head in each.heads else {} for each in adapters]
+            heads[layer] = TaskParameters(tensors_of(self._modules, layer), own)
         return heads
 
     def _layers_in(self, adapters: Sequence[Adapter]) -> dict[str, str]:
@@ -153,11 +148,6 @@ class ManyTasks:
     def __len__(self) -> int:
         return len(self.names)
 
-    @property
-    def norms(self) -> set[str]:
-        """The norms of the model that some task trains, by name."""
-        return set(self._numbers)
-
     def __repr__(self) -> str:
         return f"ManyTasks({len(self)} tasks on {type(self._base).__name__}, {self.entries:,} entries each at most)"
 
@@ -169,7 +159,13 @@ class ManyTasks:
     # Routing.
 
     def index(self, names: Sequence[str]) -> Tensor:
-        """Tasks as numbers, which `route` takes in place of names: `(len(names),)` int64.
+        """Tasks as numbers, which `route` takes in place of names.
+
+        Args:
+            names: of tasks.
+
+        Returns:
+            `(len(names),)` int64.
 
         Raises:
             RoutingError: there is no such task.
@@ -202,7 +198,7 @@ class ManyTasks:
     def _on(self, routed: _Routed, tuners: Sequence[Any]) -> Iterator[None]:
         with ExitStack() as stack:
             names = routed.names[0] if routed.one else routed.names
-            stack.enter_context(self._route.serving(names, routed.gather, {1}, "the names given to `route`"))
+            stack.enter_context(self._route.serving(names, routed.gathered, "the names given to `route`"))
             stack.enter_context(switched_off(tuners))
             for layer, run in self._runs.items():
                 run.rows = routed.heads[layer]
@@ -217,27 +213,19 @@ class ManyTasks:
         slots = self._slots_of([names] if isinstance(names, str) else names)
         index = torch.tensor(slots, dtype=torch.long)
         self._follow()
-        routed = _Routed([self.names[slot] for slot in slots], one, _none, {})
+        routed = _Routed([self.names[slot] for slot in slots], one, [], {})
         finish = partial(setattr, routed, "finished", True)
-        bases, others = self._base_rows.stacked(), self._base_rows.others()
-        rows = [own + base for own, base in zip(self._norms.take(slots, index, finish), bases, strict=True)]
-        fixed: dict[int, dict[str, Tensor]] = {}
-        for name, value in others.items():
-            number, parameter = self._owners[name]
-            fixed.setdefault(number, {})[parameter] = value[None, None]
-        routed.gather = partial(_spread, self._norms, rows, self._owners, fixed)
-        for layer, trained in self._heads.items():
-            blocks = zip(trained.stacks, trained.take(slots, index, finish), strict=True)
-            routed.heads[layer] = {
-                name: value for (names, _), block in blocks for name, value in zip(names, block.unbind(1), strict=True)
-            }
+        rows = self._base_rows.add_to(self._norms.gather(slots, index, finish))
+        routed.gathered = [*rows, *self._base_rows.others()]
+        for layer, parameters in self._heads.items():
+            routed.heads[layer] = unstacked(parameters.gather(slots, index, finish))
         return routed
 
     def _follow(self) -> None:
         """Move to where the model is by now."""
-        moved = self._norms.follow({name: self._sources.parameter(name) for name in self._owners})
-        for layer, trained in self._heads.items():
-            moved |= trained.follow(tensors_of(self._modules, layer))
+        moved = self._norms.follow({name: self._sources.parameter(name) for name in self._parameters})
+        for layer, parameters in self._heads.items():
+            moved |= parameters.follow(tensors_of(self._modules, layer))
         if moved and self._optimizers:
             raise RoutingError("the model was moved to another device after tasks.optimizer(...). Move it before.")
 
@@ -302,7 +290,7 @@ class ManyTasks:
         """
         if self._latest is None:
             raise RoutingError("losses are those of a routed batch. Call the model inside tasks.route(names) first.")
-        order = order_of(self._latest.names)
+        order = {name: number for number, name in enumerate(dict.fromkeys(self._latest.names))}
         groups = [order[name] for name in self._latest.names]
         if loss is not None:
             return losses_of_rows(loss, outputs, batch, order, groups, self._latest.one)
@@ -328,16 +316,19 @@ class ManyTasks:
                 go together, of the norms and of a layer of a head: where one has none, they all have none.
             **options: of the class, such as `lr`; a dict by name gives each task one of its own.
 
+        Returns:
+            What steps all tasks.
+
         Raises:
             ConfigError: a dict lacks a task, or names one that is not there.
         """
         self._follow()
         self._optimizers += 1
-        groups = [("", self._norms), *((f"{layer}.", trained) for layer, trained in self._heads.items())]
+        groups = [("", self._norms), *((f"{layer}.", parameters) for layer, parameters in self._heads.items())]
         free = {
             (group, number)
-            for group, (prefix, trained) in enumerate(groups)
-            for number, (names, _) in enumerate(trained.stacks)
+            for group, (prefix, parameters) in enumerate(groups)
+            for number, (names, _) in enumerate(parameters.stacks)
             if decayed is not None and not all(decayed(prefix + name) for name in names)
         }
         made = TaskOptimizer(self._all(), self.names, optimizer_class, max_grad_norm, options, free)
@@ -347,11 +338,14 @@ class ManyTasks:
     # The way back.
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """What each task trains, by task and by the names of the base model's tensors: deltas of norms, and heads."""
+        """Return what each task trains, by task and by the names of the base model's tensors: deltas, and heads."""
         return {name: self._read(slot) for slot, name in enumerate(self.names)}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take what `state_dict` gave, bit for bit.
+        """Take values bit for bit.
+
+        Args:
+            state: what `state_dict` returned.
 
         Raises:
             ConfigError: it is of other tasks, or of other tensors. Nothing has changed.
@@ -364,13 +358,13 @@ class ManyTasks:
                 )
         for slot, name in enumerate(self.names):
             self._norms.write(slot, state[name])
-            for layer, trained in self._heads.items():
-                trained.write(slot, within(state[name], layer, ""))
+            for layer, parameters in self._heads.items():
+                parameters.write(slot, tensors_within(state[name], layer, ""))
 
     def _read(self, slot: int) -> dict[str, Tensor]:
         found = self._norms.read(slot)
-        for layer, trained in self._heads.items():
-            found |= {f"{layer}.{key}": value for key, value in trained.read(slot).items()}
+        for layer, parameters in self._heads.items():
+            found |= {f"{layer}.{key}": value for key, value in parameters.read(slot).items()}
         return found
 
     def write(self) -> None:
@@ -382,10 +376,14 @@ class ManyTasks:
                 own = {prefix + key: value for key, value in self._heads[layer].read(slot).items()}
                 if own:
                     heads.setdefault(head, {}).update(own)
-            write_adapter(self._sources, self.model, name, Adapter(self._norms.read(slot), heads))
+            _write_adapter(self._sources, self.model, name, Adapter(self._norms.read(slot), heads))
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write the values into the adapters, and save each as `save_pretrained` does, into `directory/<task>`."""
+        """Write the values into the adapters, and save each as `save_pretrained` does, into `directory/<task>`.
+
+        Args:
+            directory: of all tasks.
+        """
         self.write()
         for name in self.names:
             # PEFT puts each adapter into a folder of its name, but for the one that is called "default".
@@ -428,14 +426,14 @@ class ManyTasks:
     def _attach(self) -> None:
         route, modules, norms = self._route, self._modules, self._sources.norms
         runs: dict[str, Any] = {
-            name: NormRun(modules[name], norms[name], number, route) for name, number in self._numbers.items()
+            name: NormRun(modules[name], norm, route) for name, norm in norms.items() if name in self.norms
         }
         self._runs = {layer: HeadRun(modules[layer], layer, route) for layer in self._heads}
         runs |= self._runs
         called = called_modules(self._base)
         tuners = {name for name, module in called.items() if isinstance(module, BaseTunerLayer)}
         detours: list[Detour] = [RecomputedDetour(modules[name], route, run, self._again) for name, run in runs.items()]
-        for name in above(called, {*runs, *tuners}):
+        for name in _above(called, {*runs, *tuners}):
             if not (name in runs and called[name] is modules[name]):
                 detours.append(RecomputedDetour(called[name], route, None, self._again))
         detours.append(RecomputedDetour(self._base, route, None, self._again, partial(self._begin, None)))
@@ -448,18 +446,6 @@ class ManyTasks:
         self._detours = detours
 
 
-def _spread(
-    trained: TaskParameters,
-    rows: Sequence[Tensor],
-    owners: Mapping[str, tuple[int, str]],
-    fixed: Mapping[int, Mapping[str, Tensor]],
-    factor: int,
-) -> dict[int, Rows]:
-    """The rows of each norm; what no task trains of it is one row for all."""
-    found = spread(trained.source, rows, owners, factor)
-    return {number: own._replace(**fixed.get(number, {})) for number, own in found.items()}
-
-
 def _check_untied(base: nn.Module, names: Sequence[str]) -> None:
     layers = [module for module in base.modules() if isinstance(module, ReplacementLayer)]
     for layer in layers:
@@ -469,10 +455,6 @@ def _check_untied(base: nn.Module, names: Sequence[str]) -> None:
                     f"{' and '.join(layer.names_of(parameter))} are one parameter, and a row of many tasks is of one "
                     "module each. Train these adapters one by one, or leave out the norms that share (exclude_modules)."
                 )
-
-
-def _none(factor: int) -> dict[int, Rows]:
-    return {}
 
 
 def _checked_names(peft_model: PeftModel, adapter_names: Sequence[str] | None) -> list[str]:
@@ -489,7 +471,7 @@ def _checked_names(peft_model: PeftModel, adapter_names: Sequence[str] | None) -
     return names
 
 
-def tuned_in(peft_model: PeftModel, name: str, adapter: Adapter) -> dict[str, Tensor]:
+def _tuned_in(peft_model: PeftModel, name: str, adapter: Adapter) -> dict[str, Tensor]:
     """Which entries of its deltas an adapter trains: bool, by the base parameter's name; in a head all of them."""
     deltas = deltas_in(called_modules(peft_model.get_base_model()), name)
     return {
@@ -499,7 +481,7 @@ def tuned_in(peft_model: PeftModel, name: str, adapter: Adapter) -> dict[str, Te
 
 
 @torch.no_grad()
-def write_adapter(sources: Sources, peft_model: PeftModel, name: str, adapter: Adapter) -> None:
+def _write_adapter(sources: Sources, peft_model: PeftModel, name: str, adapter: Adapter) -> None:
     """Put values into an adapter of a model: the inverse of `Sources.read(name, (peft_model, name))`."""
     called = called_modules(peft_model.get_base_model())
     deltas = deltas_in(called, name)
@@ -515,13 +497,8 @@ def write_adapter(sources: Sources, peft_model: PeftModel, name: str, adapter: A
             place.copy_(value)
 
 
-def above(modules: Mapping[str, nn.Module], places: set[str]) -> Iterator[str]:
-    """The names of these places and of all modules that hold one of them, but for the model itself.
-
-    Example:
-        >>> list(above({"": None, "body": None, "body.norm": None, "head": None}, {"body.norm"}))
-        ['body', 'body.norm']
-    """
+def _above(modules: Mapping[str, nn.Module], places: set[str]) -> Iterator[str]:
+    """The names of these places and of all modules that hold one of them, but for the model itself."""
     for name in modules:
         if name and any(f"{place}.".startswith(f"{name}.") for place in places):
             yield name

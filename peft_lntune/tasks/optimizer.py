@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from peft_lntune.errors import ConfigError
-from peft_lntune.tasks.trained import TaskParameters
+from peft_lntune.tasks.parameters import TaskParameters
 
 __all__ = ["TaskOptimizer", "clip_rows_"]
 
 
 @dataclass(eq=False)
 class _Task:
-    """The optimizer of one task, and its tensors by the trained group and the stack in it."""
+    """The optimizer of one task, and its tensors by the number of the `TaskParameters` and of the stack in it."""
 
     optimizer: torch.optim.Optimizer
     schedule: Any
@@ -32,20 +32,28 @@ class TaskOptimizer:
     entry by itself, such as SGD or Adam, does what it would have done alone; one that looks at a tensor as a whole,
     such as Adafactor, does not.
 
-    Attributes:
-        optimizers: by task, of the class that was asked for. Their tensors share memory with what all tasks hold.
+    Args:
+        parameters: what is trained: of the norms, and of each layer of a head.
+        names: the tasks.
+        optimizer_class: of torch, or like torch's.
+        max_grad_norm: the largest norm of a task's gradient, or one for each task by name; None: no limit.
+        options: of the class by name; a dict by task gives each task one of its own.
+        free: the stacks without weight decay, by the number of the parameters and of the stack in them.
+
+    Raises:
+        ConfigError: a dict lacks a task, or names one that is not there.
     """
 
     def __init__(
         self,
-        trained: Sequence[TaskParameters],
+        parameters: Sequence[TaskParameters],
         names: Sequence[str],
         optimizer_class: Callable[..., torch.optim.Optimizer],
         max_grad_norm: float | Mapping[str, float | None] | None,
         options: Mapping[str, Any],
         free: Collection[tuple[int, int]] = (),
     ) -> None:
-        self._trained, self._names = trained, list(names)
+        self._parameters, self._names = parameters, list(names)
         for option, value in {"max_grad_norm": max_grad_norm, **options}.items():
             _check_option(option, value, self._names)
         limits = [_own(max_grad_norm, name) for name in names]
@@ -56,7 +64,7 @@ class TaskOptimizer:
         for slot, name in enumerate(names):
             rows = {
                 (group, number): nn.Parameter(values.detach()[slot])
-                for group, each in enumerate(trained)
+                for group, each in enumerate(parameters)
                 for number, (_, values) in enumerate(each.stacks)
                 if each.owns(number, slot)
             }
@@ -82,12 +90,8 @@ class TaskOptimizer:
 
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """The optimizer of each task. Its tensors share memory with what all tasks hold."""
         return {name: task.optimizer for name, task in self._tasks.items()}
-
-    @property
-    def schedules(self) -> dict[str, Any]:
-        """The schedule of each task that has one."""
-        return {name: task.schedule for name, task in self._tasks.items() if task.schedule is not None}
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -110,21 +114,21 @@ class TaskOptimizer:
         return [name for name, task in self._tasks.items() if not task.stopped]
 
     def grad_norms(self) -> dict[str, float]:
-        """The norm of each task's gradient before it was clipped in the latest step; empty where nothing is clipped."""
+        """Return the norm of each task's gradient before the latest step clipped it; empty where nothing is clipped."""
         if self._norms is None:
             return {}
         return dict(zip(self._names, self._norms.tolist(), strict=True))
 
     def step(self) -> None:
         """A step of each task that had rows and was not stopped, clipped by its own norm; then of its schedule."""
-        grads = [values.grad for each in self._trained for _, values in each.stacks if values.grad is not None]
+        grads = [values.grad for each in self._parameters for _, values in each.stacks if values.grad is not None]
         if self._clips and grads:
             self._limits = self._limits.to(grads[0].device)
             self._norms = clip_rows_(grads, self._limits)
         for slot, task in enumerate(self._tasks.values()):
             reached = False
             for (group, number), row in task.rows.items():
-                each = self._trained[group]
+                each = self._parameters[group]
                 grad = each.stacks[number].values.grad
                 found = grad is not None and slot in each.reached[number] and not task.stopped
                 row.grad = grad[slot] if found and grad is not None else None
@@ -137,14 +141,17 @@ class TaskOptimizer:
 
     def zero_grad(self) -> None:
         """Forget the gradients of all tasks, and which tasks had rows."""
-        for each in self._trained:
+        for each in self._parameters:
             each.forget()
         for task in self._tasks.values():
             for row in task.rows.values():
                 row.grad = None
 
     def stop(self, name: str) -> None:
-        """A task no longer steps. Its rows may still be routed.
+        """Stop the steps of a task. Its rows may still be routed.
+
+        Args:
+            name: of the task.
 
         Raises:
             ConfigError: there is no such task.
@@ -154,7 +161,7 @@ class TaskOptimizer:
         self._tasks[name].stopped = True
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """For each task the state of its optimizer and schedule, its steps, and whether it was stopped."""
+        """Return for each task the state of its optimizer and schedule, its steps, and whether it was stopped."""
         return {
             name: {
                 "optimizer": task.optimizer.state_dict(),
@@ -166,7 +173,10 @@ class TaskOptimizer:
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Go on from what `state_dict` gave.
+        """Go on from a saved state.
+
+        Args:
+            state: what `state_dict` returned.
 
         Raises:
             ConfigError: it is of other tasks. Nothing has changed.

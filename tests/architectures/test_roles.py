@@ -1,9 +1,14 @@
-"""The full table of roles of every family, and what is not known."""
+"""Roles on many architectures, each read off the forward pass of the model's source, and what is not known."""
+
+import importlib.util
 
 import pytest
 from torch import nn
 
-from peft_lntune.architectures.roles import ROLES, STRUCTURES, find_roles
+from benchmarks.harness.architectures import build_small, model_classes
+from peft_lntune.architectures.roles import ROLES, find_roles
+from peft_lntune.architectures.table import ARCHITECTURES
+from peft_lntune.core.module_tree import base_modules
 from peft_lntune.norms.find import find_norms
 from tests.cases import FAMILIES, LAYERS, NORMS, build
 
@@ -50,7 +55,9 @@ def seq2seq(embedding: bool) -> dict[str, str]:
     }
 
 
-# * stands for each layer; two roles are joined by +.
+# By family of `tests.cases`, every norm; by class of transformers, some; by the names of children, some. "*"
+# stands for each layer, two roles are joined by "+", and "-" stands for a role that must stay unknown: the norm serves
+# none of the sub-layers that roles speak of.
 TABLE: dict[str, dict[str, str]] = {
     "bert": {**encoder("bert"), "cls.predictions.transform.LayerNorm": Z},
     "bert-crossed": {
@@ -133,43 +140,156 @@ TABLE: dict[str, dict[str, str]] = {
         "vision_model.encoder.layers.*.layer_norm2": F,
         "vision_model.post_layernorm": Z,
     },
+    # By class
+    # Norms before each sub-layer, behind it, or on both sides
+    "glm4.Glm4Model": {
+        "layers.0.post_self_attn_layernorm": A,
+        "layers.0.post_attention_layernorm": F,
+        "layers.0.post_mlp_layernorm": F,
+    },
+    "afmoe.AfmoeModel": {"layers.0.post_attention_layernorm": A, "layers.0.pre_mlp_layernorm": F},
+    "vaultgemma.VaultGemmaModel": {"layers.0.input_layernorm": A, "layers.0.pre_feedforward_layernorm": F},
+    "mpt.MptModel": {"blocks.0.norm_1": A, "blocks.0.norm_2": F, "norm_f": Z},
+    "xlm.XLMModel": {"layer_norm_emb": E, "layer_norm1.0": A, "layer_norm2.0": F},
+    # One norm before sub-layers side by side
+    "phi.PhiModel": {"layers.0.input_layernorm": f"{A}+{F}", "final_layernorm": Z},
+    "gptj.GPTJModel": {"h.0.ln_1": f"{A}+{F}", "ln_f": Z},
+    "falcon_h1.FalconH1Model": {"layers.0.input_layernorm": f"{A}+{M}", "layers.0.pre_ff_layernorm": F},
+    # Inside attention
+    "deepseek_v3.DeepseekV3Model": {
+        "layers.0.self_attn.q_a_layernorm": QK,
+        "layers.0.self_attn.kv_a_layernorm": QK,
+        "layers.0.input_layernorm": A,
+    },
+    "bitnet.BitNetModel": {"layers.0.self_attn.attn_sub_norm": A, "layers.0.mlp.ffn_sub_norm": F},
+    # State spaces and recurrences, alone and among attention
+    "jamba.JambaModel": {
+        "layers.0.input_layernorm": M,
+        "layers.4.input_layernorm": A,
+        "layers.0.mamba.dt_layernorm": M,
+        "layers.0.pre_ff_layernorm": F,
+    },
+    "nemotron_h.NemotronHModel": {"layers.0.norm": M, "layers.1.norm": F, "layers.2.norm": A},
+    "qwen3_next.Qwen3NextModel": {"layers.0.input_layernorm": M, "layers.0.linear_attn.norm": M},
+    "rwkv.RwkvModel": {"blocks.0.pre_ln": E, "blocks.0.ln1": M, "blocks.0.ln2": F, "ln_out": Z},
+    "lfm2.Lfm2Model": {"layers.0.ffn_norm": F, "embedding_norm": Z},
+    # Post-norm encoders, and those that became pre-norm
+    "xlm_roberta_xl.XLMRobertaXLModel": {
+        "encoder.layer.0.attention.self_attn_layer_norm": A,
+        "encoder.layer.0.LayerNorm": F,
+        "encoder.LayerNorm": Z,
+    },
+    "megatron_bert.MegatronBertModel": {"encoder.layer.0.attention.ln": A, "encoder.layer.0.ln": F, "encoder.ln": Z},
+    "esm.EsmModel": {
+        "encoder.layer.0.attention.LayerNorm": A,
+        "encoder.layer.0.LayerNorm": F,
+        "encoder.emb_layer_norm_after": Z,
+    },
+    "fnet.FNetModel": {"encoder.layer.0.fourier.output.LayerNorm": M, "encoder.layer.0.output.LayerNorm": F},
+    "squeezebert.SqueezeBertModel": {
+        "encoder.layers.0.post_attention.layernorm": A,
+        "encoder.layers.0.output.layernorm": F,
+    },
+    # Encoders with decoders
+    "pix2struct.Pix2StructTextModel": {
+        "layer.0.encoder_decoder_attention.layer_norm": X,
+        "layer.0.mlp.layer_norm": F,
+        "final_layer_norm": Z,
+    },
+    "dia.DiaModel": {
+        "encoder.layers.0.post_sa_norm": F,
+        "decoder.layers.0.pre_ca_norm": X,
+        "decoder.layers.0.pre_mlp_norm": F,
+    },
+    # Vision
+    "swin.SwinModel": {"embeddings.norm": E, "encoder.layers.0.downsample.norm": "-", "layernorm": Z},
+    "convnext.ConvNextModel": {"embeddings.layernorm": E, "layernorm": Z},
+    "focalnet.FocalNetModel": {"encoder.stages.0.layers.0.norm1": M, "encoder.stages.0.layers.0.norm2": F},
+    "poolformer.PoolFormerModel": {"encoder.block.0.0.before_norm": M, "encoder.block.0.0.after_norm": F},
+    "sam.SamModel": {
+        "mask_decoder.transformer.layers.0.layer_norm1": A,
+        "mask_decoder.transformer.layers.0.layer_norm2": X,
+        "mask_decoder.transformer.layers.0.layer_norm3": F,
+        "mask_decoder.transformer.layers.0.layer_norm4": X,
+    },
+    "glm4v.Glm4vVisionModel": {"post_conv_layernorm": E, "post_layernorm": Z},
+    # Vision with language
+    "blip_2.Blip2QFormerModel": {"layernorm": E, "encoder.layer.0.output_query.LayerNorm": F},
+    "lxmert.LxmertModel": {
+        "encoder.x_layers.0.visual_attention.output.LayerNorm": X,
+        "encoder.x_layers.0.visn_self_att.output.LayerNorm": A,
+    },
+    "idefics.IdeficsModel": {
+        "gated_cross_attn_layers.0.input_layernorm": X,
+        "gated_cross_attn_layers.0.post_attention_layernorm": F,
+    },
+    "layoutlmv3.LayoutLMv3Model": {"LayerNorm": E, "norm": E},
+    # Speech
+    "wav2vec2.Wav2Vec2Model": {
+        "feature_projection.layer_norm": E,
+        "encoder.layer_norm": E,
+        "encoder.layers.0.layer_norm": A,
+        "encoder.layers.0.final_layer_norm": F,
+    },
+    "wav2vec2_conformer.Wav2Vec2ConformerModel": {
+        "encoder.layers.0.ffn1_layer_norm": F,
+        "encoder.layers.0.conv_module.layer_norm": M,
+        "encoder.layer_norm": Z,
+    },
+    "moonshine.MoonshineModel": {"encoder.groupnorm": E},
+    "gemma3n.Gemma3nTextModel": {"layers.0.altup.router_norm": "-", "layers.0.laurel.post_laurel_norm": "-"},
+    # By the names of children
+    "input_layernorm self_attention mlp": {"input_layernorm": f"{A}+{F}"},  # Falcon
+    "self_attn q_layernorm k_layernorm": {"q_layernorm": QK},  # Phi, where it normalizes queries
+    "attention ffn full_layer_layer_norm": {"full_layer_layer_norm": F},  # ALBERT
+    "attention norm1 norm2 mlp": {"norm1": A, "norm2": F},  # DINOv2
+    "norm1 attn norm2 mlp": {"norm1": A, "norm2": F},  # timm
+    "patch_embed blocks norm": {"norm": Z},
+    "to_q to_k norm_cross": {"norm_cross": X},  # diffusers
+    "word_embeddings word_embeddings_layernorm h": {"word_embeddings_layernorm": E},  # BLOOM
 }
+CLASSES = [key for key in TABLE if "." in key]
+CHILDREN = [key for key in TABLE if " " in key]
+
+
+def expected(key: str, layers: int = LAYERS) -> dict[str, tuple[str, ...]]:
+    return {
+        pattern.replace("*", str(layer)): () if roles == "-" else tuple(roles.split("+"))
+        for pattern, roles in TABLE[key].items()
+        for layer in range(layers)
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family):
-    expected = {
-        pattern.replace("*", str(layer)): tuple(roles.split("+"))
-        for pattern, roles in TABLE[family].items()
-        for layer in range(LAYERS)
-    }
     found = find_norms(build(family), parameterless=True)
-    assert {name: norm.roles for name, norm in found.items()} == expected
+    assert {name: norm.roles for name, norm in found.items()} == expected(family)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_classes(name):
+    family = name.partition(".")[0]
+    if importlib.util.find_spec(f"transformers.models.{family}") is None:
+        pytest.skip("this version of transformers has no such model")
+    modules = base_modules(build_small(model_classes([family])[name]))
+    assert TABLE[name].keys() <= modules.keys()
+    assert find_roles(modules, TABLE[name]) == expected(name)
 
 
 def names(*children: str) -> list[str]:
     return ["", *children]
 
 
-@pytest.mark.parametrize(
-    ("children", "roles"),
-    [
-        ("ln_1 attn mlp", {"ln_1": ("attention", "ffn")}),  # GPT-J
-        ("input_layernorm self_attention mlp", {"input_layernorm": ("attention", "ffn")}),  # Falcon
-        ("self_attn q_layernorm k_layernorm", {"q_layernorm": ("qk",)}),  # Phi
-        ("mamba feed_forward input_layernorm pre_ff_layernorm", {"input_layernorm": ("mixer",)}),  # Jamba
-        ("self_attn feed_forward input_layernorm pre_ff_layernorm", {"input_layernorm": ("attention",)}),
-        ("mamba feed_forward pre_ff_layernorm", {"pre_ff_layernorm": ("ffn",)}),
-        ("attention ffn full_layer_layer_norm", {"full_layer_layer_norm": ("ffn",)}),  # ALBERT
-        ("attention norm1 norm2 mlp", {"norm1": ("attention",), "norm2": ("ffn",)}),  # DINOv2
-        ("norm1 attn norm2 mlp", {"norm1": ("attention",), "norm2": ("ffn",)}),  # timm
-        ("patch_embed blocks norm", {"norm": ("final",)}),
-        ("to_q to_k norm_cross", {"norm_cross": ("cross_attention",)}),  # diffusers
-        ("word_embeddings word_embeddings_layernorm h", {"word_embeddings_layernorm": ("embedding",)}),  # BLOOM
-    ],
-)
-def test_structures_of_other_models(children, roles):
-    assert find_roles(names(*children.split()), roles) == roles
+@pytest.mark.parametrize("children", CHILDREN)
+def test_children(children):
+    assert find_roles(names(*children.split()), TABLE[children]) == expected(children)
+
+
+def test_the_table_knows_every_role():
+    assert set(TABLE) == {*FAMILIES, *CLASSES, *CHILDREN}
+    known = {role for rows in TABLE.values() for roles in rows.values() for role in roles.split("+")}
+    assert known == {*ROLES, "-"}
+    assert sum(map(len, TABLE.values())) >= 100
 
 
 def test_torchs_own_layers():
@@ -192,6 +312,9 @@ def test_the_same_name_in_another_structure():
     assert find_roles(names(*block, "input_layernorm"), asked) == {asked[0]: ("ffn",)}
     assert find_roles(names(*block, "post_feedforward_layernorm"), asked) == {asked[0]: ("attention",)}
     assert find_roles(names(*block), asked) == {asked[0]: ()}
+    assert find_roles(names("mamba", "feed_forward", "pre_ff_layernorm"), ["pre_ff_layernorm"]) == {
+        "pre_ff_layernorm": ("ffn",)
+    }
 
 
 @pytest.mark.parametrize("case", NORMS)
@@ -204,9 +327,9 @@ def test_unknown(case):
 def test_the_table_is_sound():
     """Each row names known roles, and no two rows are the same question with another answer."""
     seen = {}
-    for row in STRUCTURES:
-        for path, roles in row.roles.items():
+    for place in (place for row in ARCHITECTURES.values() for place in row.norms):
+        for path, roles in place.roles.items():
             assert roles
             assert set(roles) <= set(ROLES)
             assert list(roles) == [role for role in ROLES if role in roles]
-            assert seen.setdefault((row.has, row.lacks, path), roles) == roles
+            assert seen.setdefault((frozenset(place.has), frozenset(place.lacks), path), roles) == roles

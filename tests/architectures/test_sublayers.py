@@ -5,7 +5,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from peft_lntune.architectures.sublayers import STRUCTURES, SUBLAYER_ROLES, Sublayer, find_sublayers
+from peft_lntune.architectures.sublayers import SUBLAYER_ROLES, Sublayer, find_sublayers
+from peft_lntune.architectures.table import ARCHITECTURES
 from peft_lntune.core.module_tree import base_modules
 from tests.cases import FAMILIES, LAYERS, build, inputs
 
@@ -161,6 +162,7 @@ def test_torchs_own_layers_have_an_ffn_and_attention_that_calls_no_leaf():
 
 
 def test_no_two_rows_are_the_same_question():
-    questions = [(row.role, row.entry, row.exit) for row in STRUCTURES]
+    spans = [span for row in ARCHITECTURES.values() for span in row.sublayers]
+    questions = [(span.role, span.entry, span.exit) for span in spans]
     assert len(set(questions)) == len(questions)
-    assert {row.role for row in STRUCTURES} == set(SUBLAYER_ROLES)
+    assert {span.role for span in spans} == set(SUBLAYER_ROLES)

@@ -8,8 +8,8 @@ from torch import nn
 
 from benchmarks.harness.counting import count_operations
 from peft_lntune import AdapterBank, LNTuningConfig
-from peft_lntune.bank.heads import layers_of
 from peft_lntune.errors import RoutingError, UnsupportedError
+from peft_lntune.routing.heads import layers_of
 from tests import adapted
 from tests.adapted import adapt, build, fill, inputs
 from tests.bank.banked import CLOSE, NAMES, routed

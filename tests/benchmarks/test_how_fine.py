@@ -16,7 +16,6 @@ from benchmarks.harness.rows import Rows
 from benchmarks.harness.tables import as_row
 from benchmarks.harness.tasks import load_task
 from benchmarks.harness.training import make_optimizer
-from benchmarks.papers import closeness_report, how_fine_report
 from benchmarks.papers import how_fine as script
 from peft_lntune.analysis import Table
 from peft_lntune.tuner.supermasks import keep_masks, start_masks
@@ -101,7 +100,7 @@ def test_run_resume_and_report(short: list[str], tmp_path: Path, capsys: pytest.
 def test_a_report_without_rows_says_so(short: list[str], tmp_path: Path) -> None:
     script.main([*short, "--report"])
     page = (tmp_path / f"how_fine_{MODEL}.md").read_text()
-    bounds = len(how_fine_report.BOUNDS_OF_MODULES) + len(how_fine_report.BOUNDS_OF_ZEROS)
+    bounds = len(script.BOUNDS_OF_MODULES) + len(script.BOUNDS_OF_ZEROS)
     assert page.count("Not measured yet.") == bounds + 2
     assert page.count("Not run.") == 2
     assert "![" not in page
@@ -118,7 +117,7 @@ LEFT_OUT = {
 }
 
 
-@pytest.mark.parametrize("name", [*how_fine_report.L0, *how_fine_report.CONTROLS])
+@pytest.mark.parametrize("name", [*script.L0, *script.CONTROLS])
 def test_what_is_left_out(name: str, tiny_bert: str) -> None:
     own = own_parameters(find_arm(name).tune(tiny(tiny_bert)))
     assert BODY - sum(parameter.numel() for parameter in own.values()) == LEFT_OUT[name]
@@ -222,10 +221,10 @@ def row_of(angles: dict[int | None, float]) -> dict[str, Any]:
 
 def test_what_is_said_of_distances() -> None:
     near, uneven = row_of({None: 0.05, 0: 0.02, 1: 0.025}), row_of({None: 0.01, 0: 0.02, 1: 0.1})
-    close, layers = closeness_report.distance_bounds({"sst2": [near], "trec": [uneven]})
+    close, layers = script.distance_bounds({"sst2": [near], "trec": [uneven]})
     assert "By angle: 5.0 to 50.0 times, held in part (1 of 2 runs). By mean L1: 5.0" in close
     assert "By angle: 1.2 to 5.0 times, held in part (1 of 2 runs) (moves most: layer 1 in 2)" in layers
-    close, layers = closeness_report.distance_bounds({"sst2": [near]})
+    close, layers = script.distance_bounds({"sst2": [near]})
     assert "10.0 to 25.0 times, held (1 of 1 runs)" in close
     assert "1.2 to 1.2 times, did not hold (0 of 1 runs)" in layers
 
@@ -237,8 +236,8 @@ def test_sampled_masks_are_compared_by_their_own_score(protocol: Protocol, tmp_p
         (cell,) = script._finals(PROTOCOLS["cpu"], "sst2", {"arm": "supermask", "sparsity": 0.2}, [seed])
         metrics = {"metrics": {"accuracy": 0.9}, "masks": masks, "file_size": 9, "num_method_params": 7}
         rows.append({"cell": cell, **metrics, "learning_rate": 0.1})
-    scope = how_fine_report.Scope(PROTOCOLS["cpu"], ("sst2",), (0.2,), (0, 1))
-    how_fine_report.write_report(rows, tmp_path, scope)
+    scope = script.Scope(PROTOCOLS["cpu"], ("sst2",), (0.2,), (0, 1))
+    script.write_report(rows, tmp_path, scope)
     page = (tmp_path / "how_fine.md").read_text()
     (line,) = (line for line in page.splitlines() if "there are many good masks" in line)
     assert "Measured, seed by seed: -7.8 ± 0.4: did not hold." in line

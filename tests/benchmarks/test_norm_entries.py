@@ -12,7 +12,6 @@ from benchmarks.harness.classification import PROTOCOLS, Protocol
 from benchmarks.harness.rows import Rows
 from benchmarks.harness.tasks import load_task
 from benchmarks.papers import norm_entries as script
-from benchmarks.papers import norm_entries_report as report
 
 MODEL = "cpu-tiny_bert0"  # the protocol's name says the model, by the name of its folder
 CPU = torch.device("cpu")
@@ -41,8 +40,8 @@ def test_run_resume_and_report(short: list[str], tmp_path: Path, capsys: pytest.
     *searches, last = Rows(path)
     assert {row["cell"]["phase"] for row in searches} == {"search"}
     assert last["entries"] == {"together": 2 * GAINS, "gains": GAINS, "biases": GAINS}
-    assert set(last["correlations"]["gains"]) == set(report.PAIRS)
-    assert set(last["bins"]["biases"]) == {*report.SCORES, "random"}
+    assert set(last["correlations"]["gains"]) == set(script.PAIRS)
+    assert set(last["bins"]["biases"]) == {*script.SCORES, "random"}
     # The tiny model is fresh: its gains are all 1 and its biases all 0.
     assert last["correlations"]["gains"]["magnitude, Fisher"] is None
     assert last["correlations"]["together"]["magnitude, Fisher"] is not None
@@ -65,7 +64,7 @@ def test_run_resume_and_report(short: list[str], tmp_path: Path, capsys: pytest.
 def test_a_report_without_rows_says_so(short: list[str], tmp_path: Path) -> None:
     script.main([*short, "--report"])
     page = (tmp_path / f"norm_entries_{MODEL}.md").read_text()
-    assert page.count("Not measured yet.") == len(report.WANTED)
+    assert page.count("Not measured yet.") == len(script.WANTED)
     assert "| magnitude, Fisher | not run |" in page
     assert "![" not in page
 
@@ -98,15 +97,15 @@ def test_what_has_not_moved_is_of_no_use(protocol: Protocol, tiny_bert: str, tin
 
 
 def row_of(seed: int, value: float, fisher: float) -> dict[str, Any]:
-    pairs = dict.fromkeys(report.PAIRS, value) | {"Fisher, contribution": fisher}
+    pairs = dict.fromkeys(script.PAIRS, value) | {"Fisher, contribution": fisher}
     one = {"loss": 0.5, "accuracy": 0.75}
-    bins = {score: [[0.25, 0.01], [0.75, 0.02]] for score in (*report.SCORES, "random")}
+    bins = {score: [[0.25, 0.01], [0.75, 0.02]] for score in (*script.SCORES, "random")}
     return {
         "cell": {"seed": seed},
         "answers": {"tuned": one, "reset": one},
         "contributed": 0.25,
-        "correlations": {"together": pairs, "gains": pairs, "biases": dict.fromkeys(report.PAIRS)},
-        "group_correlations": {kind: dict.fromkeys(("contribution", *report.SCORES), 0.5) for kind in report.KINDS},
+        "correlations": {"together": pairs, "gains": pairs, "biases": dict.fromkeys(script.PAIRS)},
+        "group_correlations": {kind: dict.fromkeys(("contribution", *script.SCORES), 0.5) for kind in script.KINDS},
         "bins": {"gains": bins, "biases": bins},
     }
 
@@ -114,7 +113,7 @@ def row_of(seed: int, value: float, fisher: float) -> dict[str, Any]:
 def test_what_is_said(protocol: Protocol, tmp_path: Path) -> None:
     rows = {"sst2": [row_of(0, 0.1, 0.3), row_of(1, 0.2, 0.5)], "trec": [row_of(1, 0.2, 0.3), row_of(0, 0.3, 0.3)]}
     sizes = {"rows": 4, "partitions": 2, "groups": 3, "bins": 2, "points": 2}
-    report.write_report(tmp_path, report.Scope(PROTOCOLS["cpu"], sizes, (0, 1), rows))
+    script.write_report(tmp_path, script.Scope(PROTOCOLS["cpu"], sizes, (0, 1), rows))
     page = (tmp_path / "norm_entries.md").read_text()
     lines = {line.split(":")[1].strip(): line for line in page.splitlines() if line.startswith("- Wanted")}
     # By seed: (0.3 + 0.3) / 2 - (0.1 + 0.3) / 2, and (0.5 + 0.3) / 2 - (0.2 + 0.2) / 2.

@@ -18,7 +18,6 @@ from benchmarks.harness.splits import IGNORED, batches, ordered_batches
 from benchmarks.harness.tasks import load_task, loads
 from benchmarks.harness.training import counts
 from benchmarks.papers import unified_framework as script
-from benchmarks.papers import unified_framework_report as report
 
 MODEL = "cpu-tiny_bert0"  # the protocol's name says the model, by the name of its folder
 CPU = torch.device("cpu")
@@ -100,7 +99,7 @@ def test_run_resume_and_report(short: list[str], tmp_path: Path, capsys: pytest.
 def test_a_report_without_rows_says_so(short: list[str], tmp_path: Path) -> None:
     script.main([*short, "--report"])
     page = (tmp_path / f"unified_framework_{MODEL}.md").read_text()
-    assert page.count("Not measured yet.") == len(report.BOUNDS) + len(report.BOUNDS_OF_NORMS) + 1
+    assert page.count("Not measured yet.") == len(script.BOUNDS) + len(script.BOUNDS_OF_NORMS) + 1
     assert "Not run." in page
     assert "![" not in page
 
@@ -218,10 +217,10 @@ def test_smaller_perplexity_is_better(tmp_path: Path) -> None:
 
 def test_the_best_combination_meets_the_best_of_the_others(tmp_path: Path) -> None:
     rows = Rows(tmp_path / "rows.jsonl")
-    for arm, score in ((report.BEST, 0.8), ("ln", 0.7), ("mam", 0.9), ("full", 0.95)):
+    for arm, score in ((script.BEST, 0.8), ("ln", 0.7), ("mam", 0.9), ("full", 0.95)):
         for cell in final_cells(PROTOCOLS["cpu"], "sst2", arm, "float32", [0, 1]):
             rows.append({"cell": cell, "metrics": {"accuracy": score + cell["seed"] / 100}, "num_method_params": 1})
-    report.write_report(rows, tmp_path, report.Scope(PROTOCOLS["cpu"], ("sst2",), script.ARM_NAMES, (0, 1), None))
+    script.write_report(rows, tmp_path, script.Scope(PROTOCOLS["cpu"], ("sst2",), script.ARM_NAMES, (0, 1), None))
     page = (tmp_path / "unified_framework.md").read_text()
     (line,) = (line for line in page.splitlines() if "every other arm but full" in line)
     assert "of which mam is best here; not run: mha-adapter, " in line

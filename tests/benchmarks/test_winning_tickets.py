@@ -15,13 +15,12 @@ from benchmarks.harness.finals import Finals
 from benchmarks.harness.rows import Cell, Rows
 from benchmarks.harness.tasks import load_task
 from benchmarks.papers import winning_tickets as script
-from benchmarks.papers import winning_tickets_claims as claims
-from benchmarks.papers.winning_tickets_report import write_report
+from benchmarks.papers.winning_tickets import write_report
 from peft_lntune import ModuleTuningConfig
 
 MODEL = "cpu-tiny_bert0"  # the protocol's name says the model, by the name of its folder
 GAINS = 5 * 16
-SHAPE = claims.Shape(("query", "key"), 2, {"weight": GAINS, "bias": GAINS})
+SHAPE = script.Shape(("query", "key"), 2, {"weight": GAINS, "bias": GAINS})
 CONTROLLED = ("norm-largest", "other-largest")
 
 
@@ -64,13 +63,13 @@ def test_run_resume_and_report(short: list[str], tmp_path: Path, capsys: pytest.
     assert [found.index(at) for at in order] == sorted(found.index(at) for at in order)
     assert not any("ffn_gate" in at for at in found)
     assert not [at for at in found if at[0] == "search" and at[1] in ("ln-layer", "norm-random", "other-random")]
-    assert not [at for at in found if 81 in at and at[1] in claims.NORM_WAYS]
+    assert not [at for at in found if 81 in at and at[1] in script.NORM_WAYS]
 
     rows = {coordinates(row["cell"])[1:]: row for row in Rows(path) if row["cell"]["phase"] == "final"}
     assert rows["ln-layer", 0]["learning_rate"] == rows["ln",]["learning_rate"]
     assert rows["norm-random", 2, "bias"]["learning_rate"] == rows["norm-largest", 8, "weight"]["learning_rate"]
     assert rows["ln-layer", 0]["num_method_params"] == 2 * 16 * 2
-    for arm in claims.NORM_WAYS:
+    for arm in script.NORM_WAYS:
         assert rows[arm, 2, "weight"]["num_method_params"] == rows[arm, 2, "bias"]["num_method_params"] == 2
         assert rows[arm, 8, "weight"]["mean_magnitude"] == 1  # fresh gains are ones
     assert rows["other-largest", 8]["mean_magnitude"] > rows["other-random", 8]["mean_magnitude"] > 0
@@ -248,7 +247,7 @@ def report(
         ):
             row = {"cell": cell, "metrics": {"accuracy": score / 100}, "num_method_params": entries}
             rows.append({**row, "mean_magnitude": 0.5})
-    scope = claims.Scope(protocol, ("sst2",), SHAPE, (8,), (8,), (0, 1, 2))
+    scope = script.Scope(protocol, ("sst2",), SHAPE, (8,), (8,), (0, 1, 2))
     write_report(rows, tmp_path, scope)
     return (tmp_path / "winning_tickets.md").read_text()
 
@@ -299,7 +298,7 @@ def test_claims_are_judged_by_paired_differences(tmp_path: Path) -> None:
 def test_every_cell_of_the_plan_is_reported(tmp_path: Path) -> None:
     """A row of each planned cell leaves nothing that is not run."""
     options, protocol = script.parse([]), PROTOCOLS["cpu"]
-    shape = claims.Shape(("query",), 2, {"weight": 4992, "bias": 4992})
+    shape = script.Shape(("query",), 2, {"weight": 4992, "bias": 4992})
     rows = Rows(tmp_path / "rows.jsonl")
     for wave in script.waves(options, protocol, shape):
         for cell in wave:
@@ -312,7 +311,7 @@ def test_every_cell_of_the_plan_is_reported(tmp_path: Path) -> None:
     found = Comparison(Finals(rows, protocol, options.seeds), options.tasks, options.tasks)
     scope = script.scope(options, protocol, shape, rows)
     assert scope.counts == (48, 192, 768, 3072)
-    assert not [said for said in claims.claims(found, scope) if "Not measured" in said]
+    assert not [said for said in script.claims(found, scope) if "Not measured" in said]
     write_report(rows, tmp_path, scope)
     page = (tmp_path / "winning_tickets.md").read_text()
     assert "not run" not in page.partition("## Not run here")[0]

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from peft_lntune import LNTuningConfig, fisher_scores, select
 from peft_lntune.cli.fisher import fisher_masks, load_classifier
-from peft_lntune.cli.rows import read_rows
 from peft_lntune.errors import ConfigError, DataError
 from tests.cli.saved import refused, run, save_model, task, write_rows
 
@@ -30,9 +29,11 @@ def data(tmp_path):
 def test_masks_scores_and_table(model, data, tmp_path):
     out, scores, table = tmp_path / "m.safetensors", tmp_path / "s.safetensors", tmp_path / "t.csv"
     result = run(
-        "fisher", "--model", model, "--data", data, "--density", 0.25, "--out", out, "--scores", scores, "--csv", table
+        *("fisher", "--model", model, "--data", data, "--density", 0.25, "--out", out, "--scores", scores),
+        *("--csv", table, "--plot", tmp_path / "shares.png"),
     )
     assert result.exit_code == 0
+    assert (tmp_path / "shares.png").read_bytes().startswith(b"\x89PNG")
     loaded = hf.AutoModelForSequenceClassification.from_pretrained(model)
     tokens = hf.AutoTokenizer.from_pretrained(model)([row["text"] for row in task()], return_tensors="pt", padding=True)
     wanted = fisher_scores(loaded, [{**tokens, "labels": torch.tensor([row["label"] for row in task()])}])
@@ -91,77 +92,15 @@ def test_settings_reach_the_scores(model):
     assert not torch.allclose(short.scores[name], plain.scores[name], rtol=1e-3, atol=0)
 
 
-# Files.
-
-
-def csv_file(path, rows):
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-def parquet_file(path, rows):
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    return path
-
-
-FILES = {".jsonl": write_rows, ".json": write_rows, ".csv": csv_file, ".parquet": parquet_file}
-
-
-@pytest.mark.parametrize("ending", FILES)
-def test_kinds_of_files(ending, tmp_path, model):
-    rows = read_rows(FILES[ending](tmp_path / f"d{ending}", task()))
-    assert rows.texts == [(row["text"],) for row in task()]
-    assert load_classifier(str(model), rows.labels)[2] == [row["label"] for row in task()]
-
-
-@pytest.mark.parametrize(
-    ("row", "columns", "texts"),
-    [
-        ({"sentence": "a", "label": 0}, (), ("a",)),
-        ({"sentence1": "a", "sentence2": "b", "label": 0}, (), ("a", "b")),
-        ({"premise": "a", "hypothesis": "b", "label": 0}, (), ("a", "b")),
-        ({"one": "a", "two": "b", "label": 0}, ("two", "one"), ("b", "a")),
-    ],
-)
-def test_columns(row, columns, texts, tmp_path):
-    assert read_rows(write_rows(tmp_path / "d.jsonl", [row]), columns).texts == [texts]
-
-
 def test_a_pair_from_the_command_line(model, tmp_path):
     rows = [{"p": "the film", "h": "is good", "gold": row % 2} for row in range(4)]
     data = write_rows(tmp_path / "d.jsonl", rows)
     columns = ["--text-column", "p", "--text-column", "h", "--label-column", "gold"]
     assert run("fisher", "--model", model, "--data", data, *columns, "--out", tmp_path / "m.safetensors").exit_code == 0
-    assert refused(run("fisher", "--model", model, "--data", data), "has no 'text', only p, h, gold. Name the columns")
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "said"),
-    [
-        ("d.txt", "x", r"d.txt should end in one of .jsonl, .json, .csv, .parquet"),
-        ("d.jsonl", "", r"d.jsonl holds no rows"),
-        ("d.jsonl", '{"text": "a", "label": 0}\n{', r"line 2 of .* is no JSON"),
-        ("d.jsonl", "[1]", r"line 1 of .* should be a JSON object, but is list"),
-        ("d.jsonl", '{"text": "a", "label": 0}\n{"text": "b", "label": null}', r"row 1 of .* has no 'label'"),
-        ("d.csv", "text,label\na,0\nb\n", r"row 1 of .* has no 'label'"),
-    ],
-)
-def test_data_that_cannot_be_used(name, text, said, tmp_path):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(DataError, match=said):
-        read_rows(tmp_path / name)
-
-
-def test_parquet_without_pyarrow(tmp_path, monkeypatch):
-    (tmp_path / "d.parquet").write_bytes(b"")
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(ModuleNotFoundError, match="reading Parquet needs pyarrow"):
-        read_rows(tmp_path / "d.parquet")
+    assert refused(
+        run("fisher", "--model", model, "--data", data),
+        "has the columns p, h, gold; wanted are premise, hypothesis, label or",
+    )
 
 
 # Labels.

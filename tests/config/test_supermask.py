@@ -5,13 +5,13 @@ import json
 import pytest
 
 from peft_lntune import SupermaskConfig, UnifiedConfig
-from peft_lntune.config.supermask import _DEFAULT
+from peft_lntune.architectures.table import LAYER_MATRICES
 from peft_lntune.errors import ConfigError
 
 
 def test_alone_it_is_complete():
     config = SupermaskConfig()
-    assert tuple(config.components) == _DEFAULT
+    assert tuple(config.components) == LAYER_MATRICES
     assert (config.initial_sparsity, config.initial_score, config.save_scores) == (0.0, 5.0, False)
     assert config.kind == "SupermaskConfig"
 

@@ -22,7 +22,7 @@ from peft_lntune.core.module_tree import base_modules
 from peft_lntune.errors import ConfigError, RoutingError, UnsupportedError
 from peft_lntune.layers.bottleneck import BottleneckLayer, check_combine, combine_bottlenecks
 from peft_lntune.routing.entries import Entries
-from peft_lntune.routing.route import Route
+from peft_lntune.routing.route import BASE, Route
 from tests.adapted import DTYPES, assert_unchanged, build, inputs, output, said, snapshot
 from tests.cases import FAMILIES, LAYERS
 from tests.tolerance import assert_close
@@ -278,7 +278,7 @@ class TestEveryFamily:
         }
         layers = put(model, **adapters)
         names = ["b", "__base__", "a", "c", "d"]
-        with layers[0]._route(names, [*adapters], [], {1}), measured(model, layers):
+        with layers[0]._route.serving(names, order=[BASE, *adapters]), measured(model, layers):
             mixed = by_sample(model, batch)
         if family == "mixtral":  # an expert's product is of as many rows as it gets, and so depends on the others
             assert_close(mixed[1], base[1])
@@ -299,7 +299,8 @@ def by_sample(model: nn.Module, batch) -> Tensor:
 
 def routed(model: nn.Module, layers: list[BottleneckLayer], batch, names, expansions=(1,), **options) -> Tensor:
     adapters = list(dict.fromkeys(name for layer in layers for name in layer.lntune_down))
-    with layers[0]._route(names, adapters, [], set(expansions)):
+    route = layers[0]._route
+    with route.serving(names, order=[BASE, *adapters]), route.expanding(set(expansions)):
         return output(model, batch, **options)
 
 
@@ -533,7 +534,8 @@ class TestRoute:
         layers = put(model, std=0.6, a=config(position), b=config(position, bottleneck_size=5))
         options = {"num_beams": 2, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
         names = ["b", "a", "__base__"]
-        with layers[0]._route(names, ["a", "b"], [], {1, 2}):
+        route = layers[0]._route
+        with route.serving(names, order=[BASE, "a", "b"]), route.expanding({1, 2}):
             mixed = model.generate(**batch, **options)
         for row, name in enumerate(names):
             activate(layers, *([] if name == "__base__" else [name]))
@@ -561,7 +563,7 @@ class TestRoute:
         x = torch.randn(6, 3, 6)
         counts = []
         for names in (["a", "b"] * 3, list("abcdef")):
-            with layer._route(names, list("abcdef"), [], {1}), torch.no_grad():
+            with layer._route.serving(names, order=[BASE, *"abcdef"]), torch.no_grad():
                 host(x)  # stacks are made
                 with Operations() as counted:
                     host(x)
@@ -592,15 +594,15 @@ class TestRoute:
         host, x = block(), torch.randn(2, 3, 6)
         base = host(x)
         layer = alone(host, config("parallel"), fill_in=True)
-        with layer._route(["other", "__base__"], ["other", "a"], [], {1}):
+        with layer._route.serving(["other", "__base__"], order=[BASE, "other", "a"]):
             assert torch.equal(host(x), base)
         layer.delete_adapter("a")
-        with layer._route(["other", "__base__"], ["other"], [], {1}):
+        with layer._route.serving(["other", "__base__"], order=[BASE, "other"]):
             assert torch.equal(host(x), base)
 
 
 def routed_alone(host: nn.Module, layer: BottleneckLayer, x: Tensor, names: list[str]) -> Tensor:
-    with layer._route(names, list(layer.lntune_down), [], {1}), torch.no_grad():
+    with layer._route.serving(names, order=[BASE, *layer.lntune_down]), torch.no_grad():
         return host(x)
 
 
@@ -635,7 +637,7 @@ class TestCopies:
         assert not torch.equal(changed, before)
         assert torch.equal(output(model, batch), before)
         # Routes are apart, too.
-        with layers[0]._route(["a", "b", "__base__"], ["a", "b"], [], {1}):
+        with layers[0]._route.serving(["a", "b", "__base__"], order=[BASE, "a", "b"]):
             assert torch.equal(output(copied, batch), changed)
         enable(others, False)
         assert torch.equal(output(copied, batch), base)
@@ -773,7 +775,7 @@ class TestWhatIsHeld:
     def test_an_error_in_the_layer_itself(self):
         host = block()
         layer = alone(host, config("parallel"))
-        with layer._route(["a"], ["a"], [], {1}), pytest.raises(RoutingError, match="Seen in end"):
+        with layer._route.serving(["a"], order=[BASE, "a"]), pytest.raises(RoutingError, match="Seen in end"):
             host(torch.randn(2, 3, 6))
         assert layer._held.x is None
         with pytest.raises(UnsupportedError, match=r"end has a parallel bottleneck, .* was not called in this forward"):

@@ -18,10 +18,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from peft_lntune.architectures.attention import IMPLEMENTATION, find_attention
 from peft_lntune.config.prefix import PrefixConfig
 from peft_lntune.errors import RoutingError, UnsupportedError
+from peft_lntune.layers.held import prefixes_of
 from peft_lntune.layers.prefix import ConfigView, PrefixLayer
+from peft_lntune.planning.methods.prefix import folded
 from peft_lntune.plugin.attention import register_attention
 from peft_lntune.routing.route import BASE, Route
-from peft_lntune.tuner.state_dict import fold, folded
 from tests import cases
 from tests.adapted import build, output
 from tests.tolerance import assert_close
@@ -522,8 +523,9 @@ class TestTraining:
         config = PrefixConfig(num_virtual_tokens=P, reparametrize=8)
         layers = put(model, config)
         before = output(model, batch)
-        fold(model, "a")
-        fold(model, "nobody")
+        for prefix in prefixes_of(model, "a"):
+            prefix.fold_()
+        assert prefixes_of(model, "nobody") == []
         for layer in layers:
             layer.update_layer("b", config, stored=True)
             assert [n for n, _ in layer.named_parameters()] == ["lntune_prefix.a.weight", "lntune_prefix.b.weight"]
@@ -532,8 +534,8 @@ class TestTraining:
     def test_what_a_process_without_whole_tensors_holds_is_not_folded(self):
         """ZeRO 3 gives whole tensors to the process that writes, and PEFT asks the others for theirs all the same."""
         names = ["embedding", "down.weight", "down.bias", "up.weight", "up.bias"]
-        shards = {f"attention.lntune_prefix.a.{name}": torch.empty(0) for name in names}
-        assert folded("a", shards) == shards
+        shards = {f"attention.lntune_prefix.{name}": torch.empty(0) for name in names}
+        assert folded(shards) == shards
 
     def test_only_the_active_adapter_is_trained(self):
         layers = put(build("bert"), None, "a", "b")
@@ -605,7 +607,7 @@ class TestRoute:
 
     @staticmethod
     def routed(model, route, names, batch, adapters=("a", "b", "c"), expansions=(1,)):
-        with route(names, adapters, [], set(expansions)):
+        with route.serving(names, order=[BASE, *adapters]), route.expanding(set(expansions)):
             return output(model, batch)
 
     def one_by_one(self, model, layers, names, batch):
@@ -653,7 +655,7 @@ class TestRoute:
         model, layers, route = self.adapted("llama")
         batch = cases.inputs("llama", batch=2)
         options = {"max_new_tokens": 4, "min_new_tokens": 4, "num_beams": 2, "do_sample": False}
-        with route(["b", "a"], ["a", "b", "c"], [], {1, 2}):
+        with route.serving(["b", "a"], order=[BASE, "a", "b", "c"]), route.expanding({1, 2}):
             mixed = model.generate(**batch, **options)
         for row, name in enumerate(["b", "a"]):
             activate(layers, name)
@@ -680,10 +682,10 @@ class TestRoute:
     def test_stacks_made_for_inference_serve_gradients_too(self):
         model, _, route = self.adapted("bert")
         batch = self.batch("bert")
-        with torch.inference_mode(), route(self.NAMES, ["a", "b", "c"], [], {1}):
+        with torch.inference_mode(), route.serving(self.NAMES, order=[BASE, "a", "b", "c"]):
             model(**batch)
         embedded = model.get_input_embeddings()(batch["input_ids"]).requires_grad_()
-        with route(self.NAMES, ["a", "b", "c"], [], {1}):
+        with route.serving(self.NAMES, order=[BASE, "a", "b", "c"]):
             model(inputs_embeds=embedded, attention_mask=batch["attention_mask"])[0].sum().backward()
         assert embedded.grad.any()
 
@@ -708,7 +710,7 @@ def test_one_graph(family, mode):
         with torch.no_grad():
             if mode != "routed":
                 return function(**batch)[0]
-            with layers[0]._route(["a", BASE], ["a"], [], {1}):
+            with layers[0]._route.serving(["a", BASE], order=[BASE, "a"]):
                 return function(**batch)[0]
 
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -753,7 +755,7 @@ class TestOtherImplementations:
         batch = cases.inputs("llama") if left is None else padded("llama", left)
         said = []
         for each in (model, fast):
-            with host_of(each, layers[0]).kv_prefix._route([BASE, "a"], ["a"], [], {1}):
+            with host_of(each, layers[0]).kv_prefix._route.serving([BASE, "a"], order=[BASE, "a"]):
                 said.append(output(each, batch))
         torch.testing.assert_close(said[1], said[0], rtol=1e-5, atol=1e-5)
 

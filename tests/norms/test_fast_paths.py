@@ -1,4 +1,4 @@
-"""Fast paths: every use takes the one registration. LayerNorm by row: values, gradients, and what is kept for them."""
+"""Fast paths: one registration serves every use. LayerNorm by row: values, gradients, and what is kept for them."""
 
 import pytest
 import torch

@@ -6,8 +6,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from peft_lntune import LNTuningConfig
+from benchmarks.harness.counting import count_operations
+from peft_lntune import AdapterBank, LNTuningConfig
 from peft_lntune.errors import RoutingError
+from peft_lntune.tuner import heads as tuner_heads
 from tests.adapted import adapt, build, deltas, fill, inputs, layers, output, said
 from tests.oracles import alone, each_alone, generated_alone
 
@@ -235,14 +237,54 @@ class TestHeads:
         mixed = output(peft_model, batch, adapter_names=NAMES)
         torch.testing.assert_close(mixed, each_alone(peft_model, batch, NAMES), rtol=1e-5, atol=1e-5)
 
-    def test_a_composite_head_is_refused_by_name(self):
-        peft_model = adapt(build("roberta-classifier"), "a", "b", task_type="SEQ_CLS")
+    @pytest.mark.parametrize("family", ["roberta-classifier", "electra-classifier"])
+    def test_a_composite_head_follows_its_row_as_in_a_bank(self, family):
+        peft_model, batch = adapt(build(family), "a", "b", task_type="SEQ_CLS"), inputs(family)
+        expected, before = each_alone(peft_model, batch, NAMES), hooks(peft_model)
+        for active in ("a", "b"):
+            peft_model.set_adapter(active)
+            mixed = output(peft_model, batch, adapter_names=NAMES)
+            torch.testing.assert_close(mixed, expected, rtol=1e-5, atol=1e-5)
+        assert hooks(peft_model) == before
+        assert not any("forward" in module.__dict__ for module in peft_model.modules())
+        bank = AdapterBank(peft_model)
+        bank.add_many({name: (peft_model, name) for name in "ab"})
+        bank.attach()
+        with bank.route(NAMES):
+            torch.testing.assert_close(output(peft_model, batch), expected, rtol=1e-5, atol=1e-5)
+
+    def test_heads_cost_the_same_however_many_adapters(self):
+        peft_model = adapt(build("roberta-classifier"), "a", "b", "c", task_type="SEQ_CLS").requires_grad_(False)
         batch = inputs("roberta-classifier")
-        expected = r"classifier \(RobertaClassificationHead\) is in modules_to_save and cannot be mixed by row"
+        counts = []
+        for names in (["a", "b", "a"], ["c", "b", "a"]):
+            output(peft_model, batch, adapter_names=names)
+            counts.append(count_operations(lambda names=names: output(peft_model, batch, adapter_names=names)))
+        assert counts[0] == counts[1]
+
+    def test_a_large_layer_of_a_head_is_run_adapter_by_adapter(self, monkeypatch):
+        peft_model, batch = adapt(build("roberta-classifier"), "a", "b", task_type="SEQ_CLS"), inputs("bert")
+        monkeypatch.setattr(tuner_heads, "LARGE", 3 * 200)  # `dense` has 256 entries, `out_proj` fewer
+        mixed = output(peft_model, batch, adapter_names=NAMES)
+        torch.testing.assert_close(mixed, each_alone(peft_model, batch, NAMES), rtol=1e-5, atol=1e-5)
+
+    def test_a_head_with_a_tuned_norm_in_it_is_refused_by_name(self):
+        peft_model, batch = adapt(build("bert"), "plain"), inputs("bert")
+        peft_model.add_adapter("headed", LNTuningConfig(modules_to_save=["transform"]))
+        expected = r"transform \(BertPredictionHeadTransform\) is in modules_to_save and cannot be mixed by row"
         before = hooks(peft_model)
         with pytest.raises(RoutingError, match=expected):
-            output(peft_model, batch, adapter_names=NAMES)
+            output(peft_model, batch, adapter_names=["headed", "plain", "__base__"])
         assert hooks(peft_model) == before
+        assert not any("forward" in module.__dict__ for module in peft_model.modules())
+        output(peft_model, batch, adapter_names=["headed"] * 3)
+
+    def test_gradients_reach_the_heads_of_a_mixed_batch(self):
+        """With gradients on, in evaluation."""
+        peft_model, batch = adapt(build("roberta-classifier"), "a", "b", task_type="SEQ_CLS"), inputs("bert")
+        said(peft_model, batch, adapter_names=NAMES).square().sum().backward()
+        head = peft_model.base_model.model.classifier.modules_to_save["a"]
+        assert head.dense.weight.grad.abs().sum() > 0
 
     @pytest.mark.parametrize("names", ["b", ["b"] * 3, "__base__"], ids=str)
     def test_a_composite_head_serves_one_adapter_a_batch(self, names):

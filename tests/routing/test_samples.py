@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from peft_lntune.routing.samples import measure_samples
-from peft_lntune.routing.twin import twin_of
+from peft_lntune.routing.sharing_copy import sharing_copy
 
 
 class Model(nn.Module):
@@ -160,7 +160,7 @@ def test_a_twin_has_the_tensors_and_not_the_hooks():
     model, large = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), {"lock": __import__("threading").Lock()}
     model[0].register_forward_hook(lambda *_: large)
     nn.utils.parametrizations.weight_norm(model[0])
-    twin, inside = twin_of(model.train())
+    twin, inside = sharing_copy(model.train())
     assert inside[id(model[0])] is twin[0]
     assert {id(p) for p in twin.parameters()} == {id(p) for p in model.parameters()}
     assert {id(b) for b in twin.buffers()} == {id(b) for b in model.buffers()}
