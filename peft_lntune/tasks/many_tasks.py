@@ -56,6 +56,10 @@ class ManyTasks:
     The values are in the adapters again after `write`, `save` or `close`; until then the adapters are as they were.
     Inside a route the model's own adapters are off; outside of it the model is what it was.
 
+    Attributes:
+        names: the tasks.
+        norms: the names of the norms that some task trains.
+
     Args:
         peft_model: holds an adapter a task, of LNTuningConfig or FisherLNConfig, with masks where these are wanted.
         adapter_names: the tasks; None: all its adapters.
