@@ -45,8 +45,8 @@ from benchmarks.harness.sparse import DRAWS
 from benchmarks.harness.tables import as_row, markdown, mean_and_spread, mean_table
 from benchmarks.harness.tasks import TEXT_COLUMNS, Task, load_task
 from peft_lntune.analysis import Table, closeness, plot_closeness
-from peft_lntune.analysis.closeness import CONTROLS as DISTANCE_CONTROLS
-from peft_lntune.analysis.closeness import DISTANCES
+from peft_lntune.analysis.distances import CONTROLS as DISTANCE_CONTROLS
+from peft_lntune.analysis.distances import DISTANCES
 
 CLOSER = 10.0  # times closer than two random models are to each other: the bound set before measuring
 UNEVEN = 1.5  # times the layer that moves least: likewise

@@ -1,13 +1,13 @@
 """What supermasks switched off: how much of each tensor, how far from their start, and how alike for several tasks."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
 from peft_lntune.analysis.overlap import overlap_matrix
+from peft_lntune.analysis.pooling import rows_by_place
 from peft_lntune.analysis.tables import Table
-from peft_lntune.architectures.components import find_components, group_by_place
+from peft_lntune.architectures.components import find_components
 from peft_lntune.errors import ConfigError
 from peft_lntune.norms.find import Norm
 from peft_lntune.selection.masks import check_alike, check_bool
@@ -53,12 +53,10 @@ def sparsity(
     if start is not None:
         check_bool(start, "start")
         check_alike(keep, start)
+    places = find_components(keep, {name: norm.roles for name, norm in (norms or {}).items()})
+    columns, groups = rows_by_place(places)
     if by == "tensor":
-        groups: dict[tuple[Any, ...], list[str]] = {(name,): [name] for name in keep}
-    else:
-        places = find_components(keep, {name: norm.roles for name, norm in (norms or {}).items()})
-        groups = {tuple(place): names for place, names in group_by_place(places).items()}
-    columns = ("tensor",) if by == "tensor" else ("component", "layer", "parameter")
+        columns, groups = ("tensor",), {(name,): [name] for name in keep}
     rows = [(*label, *_row(names, keep, start)) for label, names in groups.items()]
     return Table((*columns, "entries", "off", "sparsity", *(FLIPS if start is not None else ())), tuple(rows))
 

@@ -205,16 +205,7 @@ def _role(name: str, module: nn.Module) -> str:
 
 
 def lies_by_head(attention: nn.Module | None) -> bool:
-    """Whether an attention has queries, keys and values head by head in one matrix, told from the module itself.
-
-    GPT-BigCode has unless all heads share the keys.
-
-    Args:
-        attention: the module that holds the matrix, or None.
-
-    Returns:
-        Whether it says so; False where only `peft_lntune.architectures.table.Contents` may tell.
-    """
+    """Whether a module says that its queries, keys and values lie head by head, as GPT-BigCode's do."""
     return getattr(attention, "multi_query", None) is False
 
 

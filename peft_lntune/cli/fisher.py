@@ -13,9 +13,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from peft_lntune.analysis import Table, score_map
-from peft_lntune.cli.data import TEXT_COLUMNS, count_cut, find_columns, find_labels, read_table, read_texts
-from peft_lntune.cli.tables import csv_option, show
+from peft_lntune.analysis import Table, plot_score_map, score_map
+from peft_lntune.cli.data import (
+    NAME_COLUMNS,
+    TEXT_COLUMNS,
+    count_cut,
+    find_columns,
+    find_labels,
+    read_table,
+    read_texts,
+)
+from peft_lntune.cli.tables import csv_option, plot_option, show
 from peft_lntune.errors import DataError
 from peft_lntune.norms.find import find_norms
 from peft_lntune.selection import FisherState, fisher_scores, mask_density, select
@@ -198,6 +206,7 @@ def _table(model: nn.Module, scores: Mapping[str, Tensor], masks: Mapping[str, T
     "--scores", type=click.Path(path_type=Path, dir_okay=False), help="Write the scores there too, as safetensors."
 )
 @csv_option
+@plot_option
 def command(
     model: str,
     data: Path,
@@ -212,6 +221,7 @@ def command(
     device: str,
     scores: Path | None,
     csv_file: Path | None,
+    plot: Path | None,
     **settings: Any,
 ) -> None:
     """Score every gain and bias of the norms by Fisher information on labelled texts, and write masks of the best.
@@ -232,7 +242,9 @@ def command(
         density = 0.2
     rows = read_table(data, encoding)
     choices = [text_columns] if text_columns else TEXT_COLUMNS
-    *columns, _ = find_columns(rows.column_names, [(*names, label_column) for names in choices], str(data))
+    *columns, _ = find_columns(
+        rows.column_names, [(*names, label_column) for names in choices], str(data), NAME_COLUMNS
+    )
     texts = [read_texts(rows[column], column, str(data)) for column in columns]
     loaded, tokenizer, labels = load_classifier(model, rows[label_column][:], seed, str(data), regression)
     cut = count_cut(tokenizer, texts, settings["max_length"])
@@ -250,7 +262,7 @@ def command(
     _save(found.masks, out, found.source)
     if scores is not None:
         _save(found.scores, scores, found.source)
-    show(found.table, csv_file)
+    show(found.table, csv_file, plot, plot_score_map)
     tuned = sum(int(mask.sum()) for mask in found.masks.values())
     share, samples = mask_density(found.masks), found.source["samples"]
     click.echo(f"\n{tuned:,} entries ({share:.1%}) chosen by {samples:,} samples; the masks are in {out}.")

@@ -11,11 +11,12 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from peft_lntune.errors import AdapterFileError, ConfigError
-from peft_lntune.storage.adapter_file import CONFIG_FILE, PEFT_TYPE, find_weights
+from peft_lntune.storage.adapter_file import CONFIG_FILE, PEFT_TYPE
 from peft_lntune.storage.atomic import new_file
-from peft_lntune.storage.manifest import is_sealed, read_config, seal_file
+from peft_lntune.storage.manifest import is_sealed, seal_file
 from peft_lntune.storage.model_card import name_import
 from peft_lntune.storage.renaming import new_name
+from peft_lntune.storage.saved_adapter import SavedAdapter, read_config
 from peft_lntune.version import __version__
 
 __all__ = ["CONFIG_FILE", "FORMAT_VERSION", "PART_KINDS", "PEFT_TYPE", "LNTuneConfig", "part_kind"]
@@ -130,7 +131,7 @@ class LNTuneConfig(PeftConfig):
         with new_file(target / CONFIG_FILE) as written:
             super().save_pretrained(str(written.parent), **kwargs)
             with suppress(AdapterFileError):  # the weights are still to be written, or damaged: then loading says so
-                seal_file(written, find_weights(target, None, {}))
+                seal_file(written, SavedAdapter(target).weights)
 
     @property
     def is_sealed(self) -> bool:
@@ -187,12 +188,11 @@ class LNTuneConfig(PeftConfig):
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """As PEFT's, with an error that names the file where it is no JSON object; see `manifest.read_config`."""
+        """As PEFT's, with an error that names the file where it is no JSON object; see `read_config`."""
         try:
-            config = read_config(path_json_file)
+            return read_config(path_json_file)
         except AdapterFileError as error:
             raise ConfigError(str(error)) from error
-        return without_runtime(config)
 
 
 PART_KINDS: dict[str, type[LNTuneConfig]] = {}
@@ -203,16 +203,6 @@ def part_kind(cls: type[Kind]) -> type[Kind]:
     """Decorate a config class that an adapter, or a part of one, may have; files then find it by its name."""
     PART_KINDS[cls.__name__] = cls
     return cls
-
-
-def without_runtime(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a config file without `runtime_config`, which PEFT too passes over: it belongs to one process.
-
-    Example:
-        >>> without_runtime({"tune": "weight", "runtime_config": {}})
-        {'tune': 'weight'}
-    """
-    return {name: value for name, value in config.items() if name != "runtime_config"}
 
 
 def plain(value: Any, arrays: bool = True) -> Any:

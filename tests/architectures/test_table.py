@@ -25,9 +25,10 @@ from peft_lntune.errors import ConfigError, NoMatchError
 from peft_lntune.norms.find import find_norms
 
 TOY = Architecture(
-    norms=(NormPlace(has=("looker", "thinker"), roles={"one": ("attention",), "two": ("ffn",)}),),
-    sublayers=(attention("looker", "ask tell give say"), ffn("thinker", "wide narrow")),
-    lora=("ask", "give"),
+    NormPlace("looker thinker", {"one": "attention", "two": "ffn"}),
+    attention("looker", "ask tell give say"),
+    ffn("thinker", "wide narrow"),
+    lora="ask give",
 )
 
 

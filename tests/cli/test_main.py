@@ -119,7 +119,7 @@ def test_a_traceback_where_it_is_asked_for(tmp_path):
 
 
 def test_a_mistake_of_ours_is_not_hidden(monkeypatch, tmp_path):
-    monkeypatch.setattr("peft_lntune.cli.inspect._read_config", lambda folder: {}["nothing"])
+    monkeypatch.setattr("peft_lntune.cli.inspect.SavedAdapter", lambda folder: {}["nothing"])
     with pytest.raises(KeyError):
         run("inspect", tmp_path)
 

@@ -26,6 +26,7 @@ from peft_lntune import LNTuningConfig
 from peft_lntune.architectures.attention import IMPLEMENTATION
 from peft_lntune.plugin import install
 from peft_lntune.plugin.optional import PluginWarning, apply_optional
+from peft_lntune.plugin.wrapping import MARK
 from tests import adapted
 
 PACKAGE = Path(peft_lntune.__file__).parent
@@ -80,7 +81,6 @@ OPTIONAL = [
     Name("peft.peft_model:PeftModel.load_adapter", GUARD, ("plugin/loading.py",)),
     Name("peft.peft_model:PeftModel.from_pretrained", GUARD, ("plugin/loading.py",)),
     Name("peft.mixed_model:PeftMixedModel.from_pretrained", GUARD, ("plugin/loading.py",)),
-    Name("peft.config:PeftConfigMixin._get_peft_type", GUARD, ("plugin/loading.py",)),
     Name("peft.utils.save_and_load:load_peft_weights", GUARD, ("plugin/loading.py",)),
     Name("peft.config:PeftConfigMixin.from_json_file", GUARD, ("plugin/loading.py",)),
     Name("peft.auto:AutoPeftModel.from_pretrained", GUARD, ("plugin/loading.py",)),
@@ -256,8 +256,7 @@ def patched(feature: str) -> bool:
         for part in path.split("."):
             place = getattr(place, part, None)
         functions.append(place)
-    marks = ("_lntune_guarded", "_lntune_card", "_lntune_decay", "_lntune_saving")
-    return any(hasattr(function, mark) for function in functions for mark in marks)
+    return any(hasattr(function, MARK) for function in functions)
 
 
 def tune_once() -> None:
