@@ -4,11 +4,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import peft
-from peft_lntune.planning.lora import find_lora_targets
 from torch import nn
 from transformers import PreTrainedModel
 
 from peft_lntune import LNTuningConfig, UnifiedConfig, find_norms
+from peft_lntune.planning.facts import ModelFacts
+from peft_lntune.planning.plan import plan_parts
 
 HEAD_LR = 1e-3
 """The learning rate of a fresh head, whatever is tuned beside it."""
@@ -62,7 +63,7 @@ def attach(model: PreTrainedModel, task: str, make_config: Callable[..., peft.Pe
 
 def attach_lora(model: PreTrainedModel, task: str) -> nn.Module:
     """Attach PEFT's LoRA, at queries and values also where PEFT has no list of them for the model."""
-    targets, _ = find_lora_targets(model, peft.LoraConfig())
+    ((targets, _),) = plan_parts(ModelFacts(model), peft.LoraConfig())
     return attach(model, task, peft.LoraConfig, r=8, lora_alpha=16, target_modules=targets.target_modules)
 
 
