@@ -19,13 +19,22 @@ from torch import Tensor, nn
 from peft_lntune.core.module_tree import base_model
 from peft_lntune.errors import ConfigError, DataError, UnsupportedError
 from peft_lntune.norms.per_sample import PerSample, per_sample
-from peft_lntune.selection.losses import HEADS, Batch, Head, Loss, find_head
+from peft_lntune.selection.losses import LOSS_HEADS, Batch, Head, Loss, find_head
 from peft_lntune.selection.packed import find_packed
 from peft_lntune.selection.parameters import find_parameters, generator
+from peft_lntune.selection.scores import register_score
 
-__all__ = ["KINDS", "MAX_CLASSES", "FisherState", "add_samples", "fisher_scores", "own_share", "several_processes"]
+__all__ = [
+    "FISHER_KINDS",
+    "MAX_CLASSES",
+    "FisherState",
+    "add_samples",
+    "fisher_scores",
+    "own_share",
+    "several_processes",
+]
 
-KINDS = ("empirical", "mc", "exact")
+FISHER_KINDS = ("empirical", "mc", "exact")
 
 MAX_CLASSES = 32
 """The exact kind makes one backward pass a class, up to this many."""
@@ -121,6 +130,7 @@ def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
+@register_score("fisher")
 def fisher_scores(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -146,8 +156,9 @@ def fisher_scores(
         batches: dicts of tensors, with labels, as a `DataLoader` gives them; batch axis first.
         kind: `"empirical"`, `"mc"` or `"exact"`. The last is for regression and heads of few classes (`MAX_CLASSES`).
         parameters: names in the base model; None: weight and bias of every norm.
-        loss: None takes the loss of the model's own head, for tokens the mean of each sample. Or the name of one, such
-            as `"causal_lm_sum"` (see `peft_lntune.selection.losses.HEADS`), or a function `(outputs, batch) -> (B,)`.
+        loss: None takes the loss of the model's own head, for tokens the mean of each sample. Or the name of one, a key
+            of `peft_lntune.selection.losses.LOSS_HEADS` such as `"causal_lm_sum"`, or a function
+            `(outputs, batch) -> (B,)`.
             Where the model's forward takes no `labels` (diffusion models), they are for that function alone.
         seed: of the labels drawn by `"mc"`.
         num_samples: stop after this many; None: all.
@@ -190,10 +201,10 @@ def add_samples(
     progress: bool = True,
 ) -> None:
     """Add the squares of samples to `state`; see `fisher_scores`. There may be none of them."""
-    if kind not in KINDS:
-        raise ConfigError(f"kind={kind!r}: choose one of {', '.join(map(repr, KINDS))}.")
-    if isinstance(loss, str) and loss not in HEADS:
-        raise ConfigError(f"loss={loss!r}: choose one of {', '.join(HEADS)}, or pass a function.")
+    if kind not in FISHER_KINDS:
+        raise ConfigError(f"kind={kind!r}: choose one of {', '.join(map(repr, FISHER_KINDS))}.")
+    if isinstance(loss, str) and loss not in LOSS_HEADS:
+        raise ConfigError(f"loss={loss!r}: choose one of {', '.join(LOSS_HEADS)}, or pass a function.")
     if callable(loss) and kind != "empirical":
         raise ConfigError(f"kind={kind!r} needs to know what the outputs mean, so loss takes a name, not a function.")
     found = find_parameters(model, parameters)
@@ -223,7 +234,7 @@ class _Scorer:
     ) -> None:
         self.model, self.parameters, self.hooks, self.kind, self.seed = model, parameters, hooks, kind, seed
         self.device = next(iter(parameters.values())).device
-        self.head: Head | None = HEADS[loss] if isinstance(loss, str) else None
+        self.head: Head | None = LOSS_HEADS[loss] if isinstance(loss, str) else None
         self.loss: Loss | None = loss if callable(loss) else None
         config = getattr(model, "config", None)
         self.needs_labels = self.loss is not None or getattr(config, "is_encoder_decoder", False)
@@ -457,7 +468,7 @@ def _left(
 
 def _size(batch: Batch) -> int:
     """Samples of a batch: the length of its labels, or else of its first tensor."""
-    names = [name for head in HEADS.values() for name in head.labels if name in batch]
+    names = [name for head in LOSS_HEADS.values() for name in head.labels if name in batch]
     for value in (*(batch[name] for name in names), *batch.values()):
         if isinstance(value, Tensor) and value.dim():
             return len(value)
