@@ -187,8 +187,8 @@ def plot_overlap(table: Table, path: FilePath) -> None:
 
 def _draw_places(table: Table, path: FilePath, column: str, title: str, *, logarithmic: bool) -> None:
     """Draw a column of a table whose rows are places: one panel for weights and one for biases."""
-    places = zip(*map(table.column, ("parameter", "component", "layer")), strict=True)
-    values = dict(zip(places, table.column(column), strict=True))
+    cells = zip(*map(table.column, ("component", "layer", "parameter", column)), strict=True)
+    values = {(parameter, component, layer): value for component, layer, parameter, value in cells}
     _draw_layers(values, path, title, _SAID[column], logarithmic=logarithmic)
 
 
