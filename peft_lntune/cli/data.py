@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ENDINGS",
+    "NAME_COLUMNS",
     "TEXT_COLUMNS",
     "Labels",
     "count_cut",
@@ -43,6 +44,9 @@ TEXT_COLUMNS = (
     ("text",),
 )
 """Text columns that are found where none is named; pairs first, since they contain single ones."""
+
+NAME_COLUMNS = "Name yours: --text-column, --label-column."
+"""Advice where columns are not found."""
 
 MISSING = {"na", "n/a", "null", "none", "-", "?"}
 """What spreadsheets write for a missing number. Beside names it is a class."""
@@ -156,13 +160,16 @@ def _read_arrow(path: Path, encoding: str) -> "Dataset":
             datasets.enable_progress_bars()
 
 
-def find_columns(present: Sequence[str], choices: Sequence[tuple[str, ...]], source: str) -> tuple[str, ...]:
+def find_columns(
+    present: Sequence[str], choices: Sequence[tuple[str, ...]], source: str, advice: str = ""
+) -> tuple[str, ...]:
     """The first choice whose columns are all present.
 
     Args:
         present: the columns of a table.
         choices: tuples of columns, in order of preference.
         source: the table's name, for errors.
+        advice: what to do where no choice fits, for the error.
 
     Returns:
         One of the choices.
@@ -174,10 +181,7 @@ def find_columns(present: Sequence[str], choices: Sequence[tuple[str, ...]], sou
         if set(columns) <= set(present):
             return columns
     wanted = " or ".join(", ".join(columns) for columns in choices)
-    raise DataError(
-        f"{source} has the columns {', '.join(present)}; wanted are {wanted}. Name yours: --text-column, "
-        "--label-column."
-    )
+    raise DataError(f"{source} has the columns {', '.join(present)}; wanted are {wanted}. {advice}".rstrip())
 
 
 def read_texts(values: Iterable[Any], column: str, source: str) -> list[str]:

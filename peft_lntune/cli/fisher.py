@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from peft_lntune.analysis import Table, plot_score_map, score_map
-from peft_lntune.cli.data import TEXT_COLUMNS, count_cut, find_columns, find_labels, read_table, read_texts
+from peft_lntune.cli.data import (
+    NAME_COLUMNS,
+    TEXT_COLUMNS,
+    count_cut,
+    find_columns,
+    find_labels,
+    read_table,
+    read_texts,
+)
 from peft_lntune.cli.tables import csv_option, plot_option, show
 from peft_lntune.errors import DataError
 from peft_lntune.norms.find import find_norms
@@ -234,7 +242,9 @@ def command(
         density = 0.2
     rows = read_table(data, encoding)
     choices = [text_columns] if text_columns else TEXT_COLUMNS
-    *columns, _ = find_columns(rows.column_names, [(*names, label_column) for names in choices], str(data))
+    *columns, _ = find_columns(
+        rows.column_names, [(*names, label_column) for names in choices], str(data), NAME_COLUMNS
+    )
     texts = [read_texts(rows[column], column, str(data)) for column in columns]
     loaded, tokenizer, labels = load_classifier(model, rows[label_column][:], seed, str(data), regression)
     cut = count_cut(tokenizer, texts, settings["max_length"])

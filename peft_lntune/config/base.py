@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftConfig
@@ -19,7 +19,9 @@ from peft_lntune.storage.renaming import new_name
 from peft_lntune.storage.saved_adapter import SavedAdapter, read_config
 from peft_lntune.version import __version__
 
-__all__ = ["CONFIG_FILE", "FORMAT_VERSION", "PEFT_TYPE", "LNTuneConfig"]
+__all__ = ["CONFIG_FILE", "FORMAT_VERSION", "PART_KINDS", "PEFT_TYPE", "LNTuneConfig", "part_kind"]
+
+Kind = TypeVar("Kind", bound="LNTuneConfig")
 
 FORMAT_VERSION = 1
 """Version of the saved files. A file of another version is refused, never guessed at."""
@@ -140,6 +142,16 @@ class LNTuneConfig(PeftConfig):
         """
         return is_sealed(self.manifest)
 
+    @property
+    def deltas(self) -> Any:
+        """The `DeltaConfig` that this config is or contains; None where there is none."""
+        return None
+
+    @property
+    def masks_are_fixed(self) -> bool:
+        """Whether this config is of an adapter that has masks, which training does not change."""
+        return False
+
     def unmasked(self) -> "LNTuneConfig":
         """A copy for a new adapter that tunes every entry, whatever adapter this config is of.
 
@@ -181,6 +193,16 @@ class LNTuneConfig(PeftConfig):
             return read_config(path_json_file)
         except AdapterFileError as error:
             raise ConfigError(str(error)) from error
+
+
+PART_KINDS: dict[str, type[LNTuneConfig]] = {}
+"""The configs by name, as `kind` in a file has it, that stand for one method each; see `part_kind`."""
+
+
+def part_kind(cls: type[Kind]) -> type[Kind]:
+    """Decorate a config class that an adapter, or a part of one, may have; files then find it by its name."""
+    PART_KINDS[cls.__name__] = cls
+    return cls
 
 
 def plain(value: Any, arrays: bool = True) -> Any:

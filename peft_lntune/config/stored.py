@@ -4,22 +4,21 @@ PEFT calls the class registered for a PEFT type with the fields of the JSON. One
 here, so what is registered is a door: calling it builds the kind that the JSON names.
 """
 
+from collections import ChainMap
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from peft_lntune.config.base import LNTuneConfig
-from peft_lntune.config.parts import PART_KINDS, build
+from peft_lntune.config.base import PART_KINDS, LNTuneConfig
+from peft_lntune.config.parts import build
 from peft_lntune.config.unified import UnifiedConfig
 from peft_lntune.errors import AdapterFileError, PeftLNTuneError
 from peft_lntune.storage.manifest import changes
 from peft_lntune.storage.saved_adapter import SavedAdapter
 
-__all__ = [
-    "KINDS",
-    "StoredConfig",
-]
+__all__ = ["KINDS", "StoredConfig"]
 
-KINDS: dict[str, type[LNTuneConfig]] = {**PART_KINDS, UnifiedConfig.__name__: UnifiedConfig}
+KINDS: Mapping[str, type[LNTuneConfig]] = ChainMap(PART_KINDS, {UnifiedConfig.__name__: UnifiedConfig})
 """The kinds of the family by name, as `kind` in the JSON has it."""
 
 

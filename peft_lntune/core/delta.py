@@ -19,7 +19,6 @@ __all__ = [
     "never_narrowed",
     "pack_bits",
     "scatter",
-    "stamp",
     "unpack_bits",
 ]
 
@@ -158,34 +157,43 @@ def scatter(values: Tensor, index: Tensor, shape: torch.Size) -> Tensor:
     return values.new_zeros(shape.numel()).index_copy(0, index, values).view(shape)
 
 
+_EACH_BYTE = 0x0101010101010101
+_BIT_OF_BYTE = 0x8040201008040201 - 2**64  # bit k of byte k, as int64 has it
+
+
 def pack_bits(mask: Tensor) -> Tensor:
-    """A bool mask of n entries as ceil(n / 8) bytes, lowest bit first. Inverse of `unpack_bits`.
+    """A mask at one bit an entry. Inverse of `unpack_bits`.
+
+    Args:
+        mask: bool, any shape of n entries.
+
+    Returns:
+        `(ceil(n / 8),)` uint8, lowest bit first.
 
     Example:
         >>> pack_bits(torch.tensor([True, False, True])).tolist()
         [5]
     """
-    flat = mask.reshape(-1).to(torch.uint8)
-    flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
-    return (flat << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+    flat = torch.nn.functional.pad(mask.reshape(-1), (0, -mask.numel() % 8))
+    # Eight entries are one int64: the product puts byte k of it at bit 56 + k, and nothing else up there.
+    return ((flat.view(torch.int64) * 0x0102040810204080) >> 56).to(torch.uint8)
 
 
 def unpack_bits(packed: Tensor, shape: torch.Size) -> Tensor:
     """The bool mask of `shape` that `pack_bits` turned into bytes.
 
+    Args:
+        packed: `(ceil(n / 8),)` uint8, lowest bit first.
+        shape: of n entries.
+
+    Returns:
+        bool, of `shape`.
+
     Example:
         >>> unpack_bits(torch.tensor([5], dtype=torch.uint8), torch.Size([3])).tolist()
         [True, False, True]
     """
-    bits = (packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
-    return bits.reshape(-1)[: shape.numel()].view(shape).bool()
-
-
-def stamp(tensor: Tensor) -> object:
-    """Changes whenever `tensor` is written to, or its memory exchanged; what is derived from it is kept by this.
-
-    A tensor made under `torch.inference_mode` counts no versions, so it gets a stamp equal to no other; and so does one
-    on meta, whose values may be elsewhere. Writing through `tensor.data` in place is the one change that torch does not
-    count.
-    """
-    return object() if tensor.is_inference() or tensor.is_meta else (tensor.data_ptr(), tensor._version)
+    bytes_of_bits = (packed.to(torch.int64) * _EACH_BYTE) & _BIT_OF_BYTE
+    # From 0 or a power of two to 0 or 1: the sum sets the highest bit of each byte that is not 0.
+    ones = ((bytes_of_bits + 0x7F * _EACH_BYTE) >> 7) & _EACH_BYTE
+    return ones.view(torch.bool)[: shape.numel()].view(shape)

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from peft_lntune.core.cache import TensorState, is_traced, is_valid, state_of
 from peft_lntune.core.delta import ParameterSlice, effective, never_narrowed, pack_bits, scatter, unpack_bits
+from peft_lntune.core.override import runs_own_forward
+from peft_lntune.core.rebuild import is_plain, unwritten
 from peft_lntune.errors import UnsupportedError
 
 __all__ = ["Delta"]
@@ -64,6 +66,21 @@ class Delta(nn.Module):
 
     def forward(self, base: Tensor) -> Tensor:
         return effective(base, self.weight, self.index, self.block)
+
+    def with_rebuild(self, base: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
+        """The effective parameter, and a function of the base that makes its values again in a backward pass.
+
+        Args:
+            base: the base parameter.
+
+        Returns:
+            The function is None where the delta may be sharded, or hooks run around it.
+        """
+        value = self(base)
+        if type(self) is not Delta or not runs_own_forward(self) or not is_plain(self, "weight"):
+            return value, None
+        read, index, block = unwritten(self.weight), self.index, self.block
+        return value, lambda base: effective(base, read(), index, block)
 
     def merged_value(self, base: Tensor) -> Tensor:
         """The effective parameter that merging writes: here that of every call."""

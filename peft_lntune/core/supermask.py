@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from peft_lntune.core.delta import ParameterSlice, never_narrowed, pack_bits, unpack_bits
+from peft_lntune.core.override import runs_own_forward
+from peft_lntune.core.rebuild import is_plain
 
-__all__ = ["Supermask", "initial_scores", "kept", "masked", "smallest"]
+__all__ = ["Supermask", "draw", "initial_scores", "kept", "masked", "smallest"]
 
 
 def smallest(values: Tensor, count: int) -> Tensor:
@@ -83,6 +85,27 @@ def masked(base: Tensor, scores: Tensor, keep: Tensor) -> Tensor:
     return result
 
 
+def draw(chance: Tensor) -> Tensor:
+    """True with a probability for each entry, by torch's own generator.
+
+    Args:
+        chance: the probabilities, any shape.
+
+    Returns:
+        bool, of the shape of `chance`.
+
+    Example:
+        >>> draw(torch.tensor([0.0, 1.0])).tolist()
+        [False, True]
+    """
+    if chance.device.type != "cpu":
+        return torch.bernoulli(chance).bool()
+    # Half of a random int64 for each entry, of which 24 bits count: half the time of torch.bernoulli.
+    random = torch.empty(-(-chance.numel() // 2), dtype=torch.int64).random_(-(2**63), None).view(torch.int32)
+    numbers = random[: chance.numel()].bitwise_right_shift_(8).view(chance.shape)
+    return numbers.float() < chance.float().sub(0.5).mul_(2**24)
+
+
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, base: Tensor, scores: Tensor, keep: Tensor) -> Tensor:
@@ -97,9 +120,9 @@ class _StraightThrough(torch.autograd.Function):
         of_base = torch.where(keep, gradient, 0) if ctx.needs_input_grad[0] else None
         of_scores = None
         if ctx.needs_input_grad[1]:
-            chance = scores.sigmoid()
             # In the scores' own dtype: in float16 the product of two small numbers is zero.
-            of_scores = (gradient.to(scores.dtype) * base * chance * (1 - chance)).to(scores.dtype)
+            wide = gradient.to(scores.dtype) * base
+            of_scores = torch.ops.aten.sigmoid_backward(wide, scores.sigmoid()).to(scores.dtype)
         return of_base, of_scores, None
 
 
@@ -176,20 +199,41 @@ class Supermask(nn.Module):
         return initial_scores(part, self.sparsity, self.score)
 
     def forward(self, base: Tensor) -> Tensor:
-        return self._apply_to(base, self.drawn)
+        return self._apply_to(base, self._draw() if self.drawn else self.mask())
+
+    def with_rebuild(self, base: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
+        """The effective parameter, and a function of the base that makes its values again in a backward pass.
+
+        The function keeps the mask of this call at one bit an entry.
+
+        Args:
+            base: the base parameter.
+
+        Returns:
+            The function is None where the scores may be sharded, or hooks run around the mask.
+        """
+        if type(self) is not Supermask or not runs_own_forward(self) or not is_plain(self, "weight"):
+            return self(base), None
+        keep = self._draw() if self.drawn else self.mask()
+        value, bits, shape = self._apply_to(base, keep), pack_bits(keep), keep.shape
+        return value, lambda base: self._put(base, torch.where(unpack_bits(bits, shape), self._part(base), 0))
 
     def merged_value(self, base: Tensor) -> Tensor:
         """The effective parameter by the mask outside of training, whatever the mode: what merging writes."""
-        return self._apply_to(base, False)
+        return self._apply_to(base, self.mask())
 
-    def _apply_to(self, base: Tensor, draw: bool) -> Tensor:
-        part = base if self.block is None else self.block.of(base)
-        if self.weight is None:
-            part = torch.where(self.mask(), part, 0)
-        else:
-            scores = self.weight
-            keep = torch.bernoulli(scores.detach().sigmoid()).bool() if draw else kept(scores.detach())
-            part = masked(part, scores, keep)
+    def _draw(self) -> Tensor:
+        assert self.weight is not None
+        return draw(self.weight.detach().sigmoid())
+
+    def _apply_to(self, base: Tensor, keep: Tensor) -> Tensor:
+        part = self._part(base)
+        return self._put(base, torch.where(keep, part, 0) if self.weight is None else masked(part, self.weight, keep))
+
+    def _part(self, base: Tensor) -> Tensor:
+        return base if self.block is None else self.block.of(base)
+
+    def _put(self, base: Tensor, part: Tensor) -> Tensor:
         return part if self.block is None else self.block.put(base, part)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Supermask":

@@ -1,6 +1,7 @@
 """The layer around any other module with a floating weight: its full delta, or a mask over its weight."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from peft_lntune.core.delta import ParameterSlice, delta_dtype
 from peft_lntune.core.override import forward_with, overridden, runs_own_forward
+from peft_lntune.core.rebuild import can_rebuild, is_plain, rebuilt_in_backward, unwritten
 from peft_lntune.core.supermask import Supermask
 from peft_lntune.layers.replacing import EffectiveCall, ReplacementLayer
 from peft_lntune.routing.route import BASE, Route
@@ -84,6 +86,17 @@ class ModuleLayer(ReplacementLayer):
         if adapter_name in masks and not getattr(masks[adapter_name], masks[adapter_name].stored).is_meta:
             masks[adapter_name].to(device or self.base_parameter("weight").device)
 
+    def _call(self, adapters: Sequence[str]) -> Callable[..., Tensor] | None:
+        kept = self._hold(adapters)
+        if kept is not None:
+            return kept.call
+        tuned = self._tuned(adapters)
+        masks_and_deltas = [module for parameter, module in tuned if parameter == "weight"]
+        if not masks_and_deltas or not can_rebuild() or not is_plain(self.get_base_layer(), "weight"):
+            return partial(self.run, self._sums(tuned)) if tuned else None
+        sums = self._sums([found for found in tuned if found[0] != "weight"])
+        return partial(self._run_rebuilding, masks_and_deltas, sums)
+
     def run(self, parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         inner = self.get_base_layer()
         rounded = {name: value.to(getattr(inner, name).dtype) for name, value in parameters.items()}
@@ -91,6 +104,28 @@ class ModuleLayer(ReplacementLayer):
             return forward_with(inner, rounded, inner.forward, *args, **kwargs)
         # Hooks run; and so do other tuners' layers in between (LoRA in a mixed model), and find these parameters.
         return overridden(inner, rounded, self.base_layer, *args, **kwargs)
+
+    def _run_rebuilding(
+        self, masks_and_deltas: Sequence[Any], others: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """As `run`, but for the effective weight: the backward pass makes it again, and it is not kept until then."""
+        base: Any = self.get_base_layer().weight
+        read, value, steps = unwritten(base), base, []
+        for module in masks_and_deltas:
+            value, step = module.with_rebuild(value)
+            steps.append(step)
+        parameters = {"weight": value.to(base.dtype), **others}
+        if None in steps:
+            return self.run(parameters, *args, **kwargs)
+
+        def make() -> Tensor:
+            again = read()
+            for step in steps:
+                again = step(again)
+            return again.to(base.dtype)
+
+        with rebuilt_in_backward([(parameters["weight"], make)]):
+            return self.run(parameters, *args, **kwargs)
 
     def run_routed(self, *args: Any, **kwargs: Any) -> Tensor:
         """One pass for each adapter in the batch, as PEFT's LoRA does it: a full delta a row would not fit."""

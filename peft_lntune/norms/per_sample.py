@@ -22,7 +22,7 @@ from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.core.module_tree import base_modules, called_modules
 from peft_lntune.errors import UnsupportedError
 from peft_lntune.norms.affine import normalize, split_call
-from peft_lntune.norms.find import Norm, find_norms
+from peft_lntune.norms.find import Norm, survey
 from peft_lntune.norms.names import role_of
 from peft_lntune.norms.probe import summed
 
@@ -40,7 +40,8 @@ class PerSample:
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
-        bases, norms = base_modules(model), find_norms(model)
+        bases = base_modules(model)
+        norms, _ = survey(bases)
         wanted: dict[int, str] = {}
         for name in names:
             module, _, parameter = name.rpartition(".")

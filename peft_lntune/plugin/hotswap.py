@@ -11,7 +11,7 @@ from peft.utils import hotswap, set_peft_model_state_dict
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
-from peft_lntune.config import LNTuneConfig, delta_part, record_mask
+from peft_lntune.config import LNTuneConfig, record_mask
 from peft_lntune.errors import AdapterFileError, ConfigError
 from peft_lntune.plugin.wrapping import wrap_once
 from peft_lntune.storage.keys import without_adapter_name
@@ -68,6 +68,6 @@ def _swap(model: Any, tensors: Mapping[str, Tensor], adapter_name: str, config: 
             f"{error} A hot swap keeps the places and the number of tuned entries of adapter {adapter_name!r}; load an "
             "adapter with others under another name."
         ) from error
-    norms = delta_part(config)
+    norms = config.deltas
     if norms is not None:
         record_mask(model.peft_config, adapter_name, norms.mask_source)

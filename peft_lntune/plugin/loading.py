@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.integrations.peft import PeftAdapterMixin
 
-from peft_lntune.config import LNTuneConfig, StoredConfig, delta_part, record_mask
+from peft_lntune.config import LNTuneConfig, StoredConfig, record_mask
 from peft_lntune.core.delta import delta_dtype
 from peft_lntune.core.module_tree import base_modules
 from peft_lntune.errors import AdapterFileError, UnsupportedError
@@ -78,7 +78,7 @@ def _guarded_load(original: Callable[..., Any]) -> Callable[..., Any]:
                     check_replacement(self, adapter_name, saved, str(model_id))
             with _dispatched_as_it_is(self, model_id, kwargs):
                 loaded = original(self, model_id, adapter_name, *args, **kwargs)
-        norms = delta_part(saved) if saved is not None else None
+        norms = saved.deltas if saved is not None else None
         if norms is not None:
             record_mask(self.peft_config, adapter_name, norms.mask_source)
         return loaded

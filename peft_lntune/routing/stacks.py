@@ -14,7 +14,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["BASE", "LayerTensor", "NormRows", "Stack", "Stacks", "as_rows", "one_dtype", "rows_of_layers", "spread"]
+__all__ = [
+    "BASE",
+    "LayerTensor",
+    "NormRows",
+    "Stack",
+    "Stacks",
+    "as_rows",
+    "one_dtype",
+    "rows_of_layers",
+    "spread",
+    "unstacked",
+]
 
 BASE = "__base__"
 """The name that stands for the base model in a list of adapter names, as in PEFT."""
@@ -266,6 +277,22 @@ def spread(gathered: Sequence[Stack], factor: int = 1) -> dict[str, NormRows]:
             owner, _, parameter = name.rpartition(".")
             found.setdefault(owner, {})[parameter] = own
     return {owner: NormRows(**parameters) for owner, parameters in found.items()}
+
+
+def unstacked(gathered: Sequence[Stack]) -> dict[str, Tensor]:
+    """Rows of stacks by the names of the tensors.
+
+    Args:
+        gathered: stacks of rows, `(B, k, *shape)`.
+
+    Returns:
+        Rows `(B, *shape)` by name.
+
+    Example:
+        >>> unstacked([Stack(("weight", "bias"), torch.ones(3, 2, 4))])["bias"].shape
+        torch.Size([3, 4])
+    """
+    return {name: rows for names, values in gathered for name, rows in zip(names, values.unbind(1), strict=True)}
 
 
 def one_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -25,14 +25,14 @@ from peft_lntune.routing.heads import HeadRun, layers_of, tensors_within
 from peft_lntune.routing.recomputed import RecomputedDetour
 from peft_lntune.routing.route import Route
 from peft_lntune.routing.rows import NormRun, check_free
-from peft_lntune.routing.stacks import Stack
+from peft_lntune.routing.stacks import Stack, unstacked
 from peft_lntune.selection.losses import Batch, Head
-from peft_lntune.tasks.losses import RowLoss, default_losses, losses_of_rows, order_of
+from peft_lntune.tasks.losses import RowLoss, default_losses, losses_of_rows
 from peft_lntune.tasks.optimizer import TaskOptimizer
 from peft_lntune.tasks.parameters import TaskParameters
 from peft_lntune.tuner.read_adapter import Adapter, Sources, deltas_in, tensors_of
 
-__all__ = ["ManyTasks", "above", "tuned_in", "write_adapter"]
+__all__ = ["ManyTasks"]
 
 
 @dataclass(eq=False)
@@ -117,18 +117,17 @@ class ManyTasks:
         names = [name for norm in every if norm in self.norms for name in every[norm]]
         self._parameters = [name for name in names if self._sources.parameter(name) is not None]
         zeros = {name: torch.zeros_like(self._sources.parameter(name)) for name in self._parameters if name in tuned}
-        masks = [tuned_in(self.model, name, each) for name, each in zip(self.names, adapters, strict=True)]
+        masks = [_tuned_in(self.model, name, each) for name, each in zip(self.names, adapters, strict=True)]
         parameters = TaskParameters(zeros, [adapter.deltas for adapter in adapters], masks)
         offsets = {name: self._sources.offset(name) for name in self._parameters}
-        self._base_rows = BaseRows(self._sources.parameter, offsets, parameters.source)
+        self._base_rows = BaseRows(self._sources.parameter, offsets, parameters.stacks)
         return parameters
 
     def _make_heads(self, adapters: Sequence[Adapter]) -> dict[str, TaskParameters]:
         heads = {}
         for layer, head in self._head_layers.items():
             own = [tensors_within(each.heads[head], layer, head) if head in each.heads else {} for each in adapters]
-            masks = [{key: torch.ones(value.shape, dtype=torch.bool) for key, value in task.items()} for task in own]
-            heads[layer] = TaskParameters(tensors_of(self._modules, layer), own, masks)
+            heads[layer] = TaskParameters(tensors_of(self._modules, layer), own)
         return heads
 
     def _layers_in(self, adapters: Sequence[Adapter]) -> dict[str, str]:
@@ -160,7 +159,13 @@ class ManyTasks:
     # Routing.
 
     def index(self, names: Sequence[str]) -> Tensor:
-        """Tasks as numbers, which `route` takes in place of names: `(len(names),)` int64.
+        """Tasks as numbers, which `route` takes in place of names.
+
+        Args:
+            names: of tasks.
+
+        Returns:
+            `(len(names),)` int64.
 
         Raises:
             RoutingError: there is no such task.
@@ -213,11 +218,7 @@ class ManyTasks:
         rows = self._base_rows.add_to(self._norms.gather(slots, index, finish))
         routed.gathered = [*rows, *self._base_rows.others()]
         for layer, parameters in self._heads.items():
-            routed.heads[layer] = {
-                name: value
-                for names, block in parameters.gather(slots, index, finish)
-                for name, value in zip(names, block.unbind(1), strict=True)
-            }
+            routed.heads[layer] = unstacked(parameters.gather(slots, index, finish))
         return routed
 
     def _follow(self) -> None:
@@ -289,7 +290,7 @@ class ManyTasks:
         """
         if self._latest is None:
             raise RoutingError("losses are those of a routed batch. Call the model inside tasks.route(names) first.")
-        order = order_of(self._latest.names)
+        order = {name: number for number, name in enumerate(dict.fromkeys(self._latest.names))}
         groups = [order[name] for name in self._latest.names]
         if loss is not None:
             return losses_of_rows(loss, outputs, batch, order, groups, self._latest.one)
@@ -315,6 +316,9 @@ class ManyTasks:
                 go together, of the norms and of a layer of a head: where one has none, they all have none.
             **options: of the class, such as `lr`; a dict by name gives each task one of its own.
 
+        Returns:
+            What steps all tasks.
+
         Raises:
             ConfigError: a dict lacks a task, or names one that is not there.
         """
@@ -334,11 +338,14 @@ class ManyTasks:
     # The way back.
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """What each task trains, by task and by the names of the base model's tensors: deltas of norms, and heads."""
+        """Return what each task trains, by task and by the names of the base model's tensors: deltas, and heads."""
         return {name: self._read(slot) for slot, name in enumerate(self.names)}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take what `state_dict` gave, bit for bit.
+        """Take values bit for bit.
+
+        Args:
+            state: what `state_dict` returned.
 
         Raises:
             ConfigError: it is of other tasks, or of other tensors. Nothing has changed.
@@ -369,10 +376,14 @@ class ManyTasks:
                 own = {prefix + key: value for key, value in self._heads[layer].read(slot).items()}
                 if own:
                     heads.setdefault(head, {}).update(own)
-            write_adapter(self._sources, self.model, name, Adapter(self._norms.read(slot), heads))
+            _write_adapter(self._sources, self.model, name, Adapter(self._norms.read(slot), heads))
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write the values into the adapters, and save each as `save_pretrained` does, into `directory/<task>`."""
+        """Write the values into the adapters, and save each as `save_pretrained` does, into `directory/<task>`.
+
+        Args:
+            directory: of all tasks.
+        """
         self.write()
         for name in self.names:
             # PEFT puts each adapter into a folder of its name, but for the one that is called "default".
@@ -422,7 +433,7 @@ class ManyTasks:
         called = called_modules(self._base)
         tuners = {name for name, module in called.items() if isinstance(module, BaseTunerLayer)}
         detours: list[Detour] = [RecomputedDetour(modules[name], route, run, self._again) for name, run in runs.items()]
-        for name in above(called, {*runs, *tuners}):
+        for name in _above(called, {*runs, *tuners}):
             if not (name in runs and called[name] is modules[name]):
                 detours.append(RecomputedDetour(called[name], route, None, self._again))
         detours.append(RecomputedDetour(self._base, route, None, self._again, partial(self._begin, None)))
@@ -460,7 +471,7 @@ def _checked_names(peft_model: PeftModel, adapter_names: Sequence[str] | None) -
     return names
 
 
-def tuned_in(peft_model: PeftModel, name: str, adapter: Adapter) -> dict[str, Tensor]:
+def _tuned_in(peft_model: PeftModel, name: str, adapter: Adapter) -> dict[str, Tensor]:
     """Which entries of its deltas an adapter trains: bool, by the base parameter's name; in a head all of them."""
     deltas = deltas_in(called_modules(peft_model.get_base_model()), name)
     return {
@@ -470,7 +481,7 @@ def tuned_in(peft_model: PeftModel, name: str, adapter: Adapter) -> dict[str, Te
 
 
 @torch.no_grad()
-def write_adapter(sources: Sources, peft_model: PeftModel, name: str, adapter: Adapter) -> None:
+def _write_adapter(sources: Sources, peft_model: PeftModel, name: str, adapter: Adapter) -> None:
     """Put values into an adapter of a model: the inverse of `Sources.read(name, (peft_model, name))`."""
     called = called_modules(peft_model.get_base_model())
     deltas = deltas_in(called, name)
@@ -486,13 +497,8 @@ def write_adapter(sources: Sources, peft_model: PeftModel, name: str, adapter: A
             place.copy_(value)
 
 
-def above(modules: Mapping[str, nn.Module], places: set[str]) -> Iterator[str]:
-    """The names of these places and of all modules that hold one of them, but for the model itself.
-
-    Example:
-        >>> list(above({"": None, "body": None, "body.norm": None, "head": None}, {"body.norm"}))
-        ['body', 'body.norm']
-    """
+def _above(modules: Mapping[str, nn.Module], places: set[str]) -> Iterator[str]:
+    """The names of these places and of all modules that hold one of them, but for the model itself."""
     for name in modules:
         if name and any(f"{place}.".startswith(f"{name}.") for place in places):
             yield name

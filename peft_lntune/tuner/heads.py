@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peft_lntune.core.detour import Detour
 from peft_lntune.core.module_tree import is_tuner_layer
 from peft_lntune.errors import MixedHeadError
+from peft_lntune.norms.affine import split_call
 from peft_lntune.routing.heads import HeadRun, layers_of
 from peft_lntune.routing.route import Route
 
@@ -21,8 +22,8 @@ STACKED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LOOPED = (*STACKED, nn.Embedding)
 """The classes that PEFT mixes by row, one adapter after the other."""
 
-LARGE = 2**22
-"""A layer with more entries is run adapter by adapter: a copy of it for each row would be larger than the model."""
+LARGE = 2**26
+"""A layer whose rows would have more entries than this for a batch is run adapter by adapter: 256 MiB in float32."""
 
 
 @contextmanager
@@ -62,9 +63,10 @@ def routed_heads(model: nn.Module, route: Route) -> Iterator[dict[str, nn.Module
         yield watched
 
 
-def _checked(module: nn.Module, route: Route, label: str, own: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _checked(module: nn.Module, route: Route, label: str, own: Any, *args: Any, **kwargs: Any) -> Any:
+    x, _, _ = split_call(args, kwargs)
     route.factor(x.shape, label)
-    return module(x, *args, **kwargs)
+    return module(*args, **kwargs)
 
 
 def _layers(head: nn.Module, label: str) -> list[str]:
@@ -85,10 +87,11 @@ def _detour(layer: nn.Module, label: str, layers: Mapping[str, nn.Module], route
         route: the route in force.
     """
     tensors = {name: _tensors(each) for name, each in layers.items()}
+    names = route.names
     known = type(layer) in STACKED or not isinstance(layer, LOOPED)  # a class made from these may do something else
-    if known and all(t.numel() <= LARGE and not t.is_meta for own in tensors.values() for t in own.values()):
+    held = [tensor for own in tensors.values() for tensor in own.values()]
+    if known and all(len(names) * tensor.numel() <= LARGE and not tensor.is_meta for tensor in held):
         run = HeadRun(layer, label, route)
-        names = route.names
         run.rows = {key: torch.stack([tensors[name][key] for name in names]) for key in tensors[names[0]]}
         return Detour(layer, route, run)
     if not isinstance(layer, LOOPED):

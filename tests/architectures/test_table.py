@@ -2,6 +2,7 @@
 
 import pytest
 from peft import LoraConfig
+from peft_lntune.planning.lora import find_lora_targets
 from torch import nn
 
 from peft_lntune import BottleneckConfig, ModuleTuningConfig, plan
@@ -22,12 +23,12 @@ from peft_lntune.architectures.table import (
 from peft_lntune.core.module_tree import base_modules
 from peft_lntune.errors import ConfigError, NoMatchError
 from peft_lntune.norms.find import find_norms
-from peft_lntune.planning.lora import find_lora_targets
 
 TOY = Architecture(
-    norms=(NormPlace(has=("looker", "thinker"), roles={"one": ("attention",), "two": ("ffn",)}),),
-    sublayers=(attention("looker", "ask tell give say"), ffn("thinker", "wide narrow")),
-    lora=("ask", "give"),
+    NormPlace("looker thinker", {"one": "attention", "two": "ffn"}),
+    attention("looker", "ask tell give say"),
+    ffn("thinker", "wide narrow"),
+    lora="ask give",
 )
 
 

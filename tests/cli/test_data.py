@@ -6,7 +6,15 @@ import math
 import datasets
 import pytest
 
-from peft_lntune.cli.data import TEXT_COLUMNS, count_cut, find_columns, find_labels, read_table, read_texts
+from peft_lntune.cli.data import (
+    NAME_COLUMNS,
+    TEXT_COLUMNS,
+    count_cut,
+    find_columns,
+    find_labels,
+    read_table,
+    read_texts,
+)
 from peft_lntune.errors import DataError
 
 # Files: bytes, and the columns that they get.
@@ -144,7 +152,7 @@ def test_no_file_and_no_datasets(tmp_path, monkeypatch):
 def test_columns(present, columns):
     assert find_columns(present, TEXT_COLUMNS, "d.csv") == columns
     with pytest.raises(DataError, match=r"d\.csv has the columns .*; wanted are body\. Name yours: --text-column"):
-        find_columns(present, [("body",)], "d.csv")
+        find_columns(present, [("body",)], "d.csv", NAME_COLUMNS)
 
 
 @pytest.mark.parametrize("value", [None, "", " \n", math.nan, ["a"]], ids=repr)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_lntune.core.delta import delta_dtype, effective, pack_bits, scatter, stamp, unpack_bits
+from peft_lntune.core.delta import delta_dtype, effective, pack_bits, scatter, unpack_bits
 from tests.oracles import bytes_of_bits
 
 SHAPES = st.lists(st.integers(1, 6), min_size=1, max_size=3).map(torch.Size)
@@ -91,25 +91,3 @@ def test_gradients_of_a_masked_delta_are_those_of_the_dense_one(shape, seed, dty
 )
 def test_dtype_of_a_delta(base, override, expected):
     assert delta_dtype(base, override) == expected
-
-
-def test_a_stamp_tells_every_write_but_one_through_data():
-    tensor = torch.zeros(3)
-    seen = {stamp(tensor)}
-    for write in (lambda: tensor.add_(1), lambda: tensor[1:].mul_(2), lambda: tensor.copy_(torch.ones(3))):
-        assert stamp(tensor) in seen
-        write()
-        assert stamp(tensor) not in seen
-        seen.add(stamp(tensor))
-    before = stamp(tensor)
-    tensor.data = torch.zeros(3)
-    assert stamp(tensor) != before
-    before = stamp(tensor)
-    tensor.data.add_(1)
-    assert stamp(tensor) == before  # the documented exception
-
-
-def test_a_tensor_of_inference_mode_has_a_new_stamp_each_time():
-    with torch.inference_mode():
-        tensor = torch.zeros(3)
-    assert stamp(tensor) != stamp(tensor)

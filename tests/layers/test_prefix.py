@@ -18,10 +18,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from peft_lntune.architectures.attention import IMPLEMENTATION, find_attention
 from peft_lntune.config.prefix import PrefixConfig
 from peft_lntune.errors import RoutingError, UnsupportedError
+from peft_lntune.layers.held import prefixes_of
 from peft_lntune.layers.prefix import ConfigView, PrefixLayer
+from peft_lntune.planning.methods.prefix import folded
 from peft_lntune.plugin.attention import register_attention
 from peft_lntune.routing.route import BASE, Route
-from peft_lntune.tuner.state_dict import fold, folded
 from tests import cases
 from tests.adapted import build, output
 from tests.tolerance import assert_close
@@ -522,8 +523,9 @@ class TestTraining:
         config = PrefixConfig(num_virtual_tokens=P, reparametrize=8)
         layers = put(model, config)
         before = output(model, batch)
-        fold(model, "a")
-        fold(model, "nobody")
+        for prefix in prefixes_of(model, "a"):
+            prefix.fold_()
+        assert prefixes_of(model, "nobody") == []
         for layer in layers:
             layer.update_layer("b", config, stored=True)
             assert [n for n, _ in layer.named_parameters()] == ["lntune_prefix.a.weight", "lntune_prefix.b.weight"]
@@ -532,8 +534,8 @@ class TestTraining:
     def test_what_a_process_without_whole_tensors_holds_is_not_folded(self):
         """ZeRO 3 gives whole tensors to the process that writes, and PEFT asks the others for theirs all the same."""
         names = ["embedding", "down.weight", "down.bias", "up.weight", "up.bias"]
-        shards = {f"attention.lntune_prefix.a.{name}": torch.empty(0) for name in names}
-        assert folded("a", shards) == shards
+        shards = {f"attention.lntune_prefix.{name}": torch.empty(0) for name in names}
+        assert folded(shards) == shards
 
     def test_only_the_active_adapter_is_trained(self):
         layers = put(build("bert"), None, "a", "b")

@@ -264,7 +264,7 @@ class TestHeads:
 
     def test_a_large_layer_of_a_head_is_run_adapter_by_adapter(self, monkeypatch):
         peft_model, batch = adapt(build("roberta-classifier"), "a", "b", task_type="SEQ_CLS"), inputs("bert")
-        monkeypatch.setattr(tuner_heads, "LARGE", 200)  # `dense` has 256 entries, `out_proj` fewer
+        monkeypatch.setattr(tuner_heads, "LARGE", 3 * 200)  # `dense` has 256 entries, `out_proj` fewer
         mixed = output(peft_model, batch, adapter_names=NAMES)
         torch.testing.assert_close(mixed, each_alone(peft_model, batch, NAMES), rtol=1e-5, atol=1e-5)
 

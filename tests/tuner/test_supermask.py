@@ -22,7 +22,7 @@ from peft_lntune import (
 from peft_lntune.config.supermask import _DEFAULT
 from peft_lntune.errors import ConfigError, NoMatchError, UnsupportedError
 from peft_lntune.interop import to_peft_ln_tuning
-from peft_lntune.tuner.state_dict import supermasks_of
+from peft_lntune.layers.held import supermasks_of
 from peft_lntune.tuner.supermasks import keep_masks, sampled_masks, start_masks
 from tests import adapted
 from tests.oracles import each_alone

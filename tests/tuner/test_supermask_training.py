@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from torch import Tensor, nn
 
 from peft_lntune import LNTuningConfig, SupermaskConfig, UnifiedConfig
-from peft_lntune.tuner.state_dict import supermasks_of
+from peft_lntune.layers.held import supermasks_of
 from peft_lntune.tuner.supermasks import keep_masks
 from tests import adapted
 from tests.tuner.test_training import Sentences
