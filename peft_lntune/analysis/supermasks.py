@@ -2,22 +2,18 @@
 
 from collections.abc import Mapping
 
-from torch import Tensor
-
 from peft_lntune.analysis.overlap import overlap_matrix
 from peft_lntune.analysis.pooling import rows_by_place
 from peft_lntune.analysis.tables import Table
 from peft_lntune.architectures.components import find_components
 from peft_lntune.errors import ConfigError
 from peft_lntune.norms.find import Norm
-from peft_lntune.selection.masks import check_alike, check_bool
+from peft_lntune.selection.masks import Masks, check_alike, check_bool
 
 __all__ = ["FLIPS", "off_overlap", "sparsity"]
 
 FLIPS = ("sparsity_before", "turned_off", "turned_on", "flipped")
 """The columns of `sparsity` that need to know the start."""
-
-Masks = Mapping[str, Tensor]
 
 
 def sparsity(
