@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 import torch
@@ -27,7 +27,6 @@ from peft_lntune.cli.data import (
 )
 from peft_lntune.cli.models import load_model
 from peft_lntune.cli.tables import csv_option, plot_option, show
-from peft_lntune.errors import DataError
 from peft_lntune.norms.find import find_norms
 from peft_lntune.selection import FisherState, find_score, mask_density, select
 from peft_lntune.selection.fisher import FISHER_KINDS
@@ -87,14 +86,8 @@ def load_classifier(
     config = AutoConfig.from_pretrained(model)
     headed = any("ForSequenceClassification" in name for name in config.architectures or ())
     known = {str(name): number for name, number in (config.label2id or {}).items()} if headed else {}
-    found = find_labels(labels, source, regression, known)
-    classes = len(found.names) or 1
-    if headed and config.num_labels < classes:
-        raise DataError(
-            f"the data has {classes} classes, and the head of {model} {config.num_labels}. Give the model without its "
-            "head, or data of its own task."
-        )
-    options = {} if headed else {"num_labels": classes, "problem_type": found.problem_type}
+    found = find_labels(labels, source, True if len(known) == 1 else regression, known)
+    options = {} if headed else {"num_labels": len(found.names) or 1, "problem_type": found.problem_type}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         loaded = AutoModelForSequenceClassification.from_pretrained(model, **options)
@@ -161,7 +154,9 @@ def fisher_masks(
         for start in range(0, len(chosen), batch_size):
             rows = chosen[start : start + batch_size]
             columns = [list(column) for column in zip(*(texts[row] for row in rows), strict=True)]
-            batch = tokenizer(*columns, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+            batch = cast(PreTrainedTokenizerBase, tokenizer)(
+                *columns, padding=True, truncation=True, max_length=max_length, return_tensors="pt"
+            )
             yield {**batch.to(device), "labels": torch.tensor([labels[row] for row in rows], device=device)}
 
     state = FisherState()
