@@ -25,6 +25,7 @@ from training import Run, Task, load_base, make_trainer, quiet
 from transformers import TrainingArguments
 
 from peft_lntune import LNTuningConfig, ManyTasks
+from peft_lntune.analysis import Table
 from peft_lntune.tasks.trainer import TaskTrainer
 
 RATES = [float(f"{rate:.2g}") for rate in np.geomspace(1e-4, 1e-1, 16)]
@@ -110,10 +111,8 @@ def time_alone(task: Task, model: str, args: argparse.Namespace) -> float:
 def format_table(found: Found) -> str:
     """One rate a line."""
     columns = list(next(iter(found.values())))
-    rows = [["learning rate", *columns]]
-    rows += [[f"{rate:g}", *(f"{values[column]:.4f}" for column in columns)] for rate, values in found.items()]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)
+    rows = [[f"{rate:g}", *(f"{values[column]:.4f}" for column in columns)] for rate, values in found.items()]
+    return str(Table(["learning rate", *columns], rows))
 
 
 def plot(found: Found, path: Path) -> None:

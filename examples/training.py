@@ -26,6 +26,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
+from peft_lntune.analysis import Table
 from peft_lntune.errors import DataError, PeftLNTuneError
 from peft_lntune.interop import last_whole_checkpoint
 
@@ -296,9 +297,7 @@ def format_table(results: Sequence[Result]) -> str:
         + [f"{r.seconds:.0f}"]
         for r in results
     ]
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in (header, *rows)]
-    return "\n".join("  ".join(line) for line in lines)
+    return str(Table(header, rows))
 
 
 def quiet() -> None:

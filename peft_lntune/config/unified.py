@@ -85,7 +85,8 @@ class UnifiedConfig(LNTuneConfig):
 
     def with_mask_source(self, source: dict[str, Any] | None) -> "UnifiedConfig":
         """A copy in which `deltas` says how the mask of its adapter was made."""
-        parts = [part.with_mask_source(source) if part is self.deltas else part for part in self.parts or ()]
+        deltas = self.deltas
+        parts = [deltas.with_mask_source(source) if deltas and part is deltas else part for part in self.parts or ()]
         return replace(self, parts=parts)
 
     def unmasked(self) -> "UnifiedConfig":

@@ -47,6 +47,7 @@ def task_of(tiny_bert, data_dir):
     return text_task(read_data(data_dir=data_dir), tiny_bert)
 
 
+@pytest.mark.end_to_end
 def test_every_method_from_the_command_line(tiny_bert, data_dir, tmp_path, capsys):
     out = tmp_path / "out"
     flags = ["--max-steps", "2", "--batch-size", "4", "--model", tiny_bert, "--out", str(out)]
@@ -122,6 +123,7 @@ def test_the_head_has_its_own_rate(tiny_bert, data_dir):
     assert {rate for name, rate in found.items() if "modules_to_save" not in name} == {0.5}
 
 
+@pytest.mark.end_to_end
 def test_equal_seeds_give_equal_adapters(tiny_bert, data_dir, tmp_path):
     task = task_of(tiny_bert, data_dir)
     first, again, other = (
@@ -150,7 +152,9 @@ def test_saved_adapter_reloads(tiny_bert, data_dir, tmp_path):
     assert result.metrics == {"accuracy": pytest.approx(accuracy)}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", ["ln", *(pytest.param(name, marks=pytest.mark.end_to_end) for name in METHODS if name != "ln")]
+)
 def test_every_method_reloads(tiny_bert, data_dir, tmp_path, method, capsys):
     run, task = run_of(tiny_bert, method), task_of(tiny_bert, data_dir)
     train_method(run, task, tmp_path, checkpoints=False)
@@ -158,6 +162,7 @@ def test_every_method_reloads(tiny_bert, data_dir, tmp_path, method, capsys):
     assert f"reloaded {tmp_path}: all 16 validation logits are bit-equal" in capsys.readouterr().out
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("method", ["ln", "head"])
 def test_killed_run_goes_on_where_it_was(tiny_bert, data_dir, tmp_path, monkeypatch, method):
     task, run = task_of(tiny_bert, data_dir), run_of(tiny_bert, method, steps=6)

@@ -11,6 +11,7 @@ import types
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from peft_lntune import LNTuningConfig
 from peft_lntune.architectures.attention import IMPLEMENTATION
 from peft_lntune.plugin import install
 from peft_lntune.plugin.optional import PluginWarning, apply_optional
+from peft_lntune.plugin.wrapping import MARK
 from tests import adapted
 
 PACKAGE = Path(peft_lntune.__file__).parent
@@ -80,7 +82,6 @@ OPTIONAL = [
     Name("peft.peft_model:PeftModel.load_adapter", GUARD, ("plugin/loading.py",)),
     Name("peft.peft_model:PeftModel.from_pretrained", GUARD, ("plugin/loading.py",)),
     Name("peft.mixed_model:PeftMixedModel.from_pretrained", GUARD, ("plugin/loading.py",)),
-    Name("peft.config:PeftConfigMixin._get_peft_type", GUARD, ("plugin/loading.py",)),
     Name("peft.utils.save_and_load:load_peft_weights", GUARD, ("plugin/loading.py",)),
     Name("peft.config:PeftConfigMixin.from_json_file", GUARD, ("plugin/loading.py",)),
     Name("peft.auto:AutoPeftModel.from_pretrained", GUARD, ("plugin/loading.py",)),
@@ -134,6 +135,7 @@ REQUIRED = [
         "disable_adapter, and a bank on a PeftModel",
         ("layers/replacing.py", "layers/inserted.py", "layers/bottleneck.py", "layers/switched.py"),
     ),
+    Name(f"{LAYER}._active_adapter", "which cached values are those of the active adapters", ("layers/replacing.py",)),
     Name(
         f"{LAYER}._move_adapter_to_device_of_base_layer",
         "deltas keep their dtype",
@@ -256,8 +258,7 @@ def patched(feature: str) -> bool:
         for part in path.split("."):
             place = getattr(place, part, None)
         functions.append(place)
-    marks = ("_lntune_guarded", "_lntune_card", "_lntune_decay", "_lntune_saving")
-    return any(hasattr(function, mark) for function in functions for mark in marks)
+    return any(hasattr(function, MARK) for function in functions)
 
 
 def tune_once() -> None:
@@ -308,6 +309,7 @@ def test_other_errors_of_a_patch_are_not_hidden(monkeypatch: pytest.MonkeyPatch)
 # The table is complete.
 
 
+@cache
 def words(file: Path) -> set[str]:
     """Every identifier in a file: names, attributes, functions, imports and strings that could be one."""
     found: set[str] = set()
