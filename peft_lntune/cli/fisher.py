@@ -142,7 +142,7 @@ def fisher_masks(
         DataError: there are no rows, or a loss that is not finite.
 
     Example:
-        >>> masks = fisher_masks(nn.Sequential(nn.LayerNorm(2)), score="random", count=1).masks
+        >>> masks = fisher_masks(nn.Sequential(nn.LayerNorm(2)), score="random", density=None, count=1).masks
         >>> sum(int(mask.sum()) for mask in masks.values())
         1
     """
