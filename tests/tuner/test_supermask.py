@@ -19,7 +19,7 @@ from peft_lntune import (
     fit_fisher_masks,
     plan,
 )
-from peft_lntune.config.supermask import _DEFAULT
+from peft_lntune.architectures.table import LAYER_MATRICES
 from peft_lntune.errors import ConfigError, NoMatchError, UnsupportedError
 from peft_lntune.interop import to_peft_ln_tuning
 from peft_lntune.layers.held import supermasks_of
@@ -60,7 +60,7 @@ class TestWhere:
             ends += ["crossattention.c_proj", "mlp.c_fc", "mlp.c_proj"]
         else:
             rows = TABLE["bert" if family == "roberta" else family]
-            ends = [end for component in _DEFAULT for end in rows.get(component, "").split()]
+            ends = [end for component in LAYER_MATRICES for end in rows.get(component, "").split()]
         heads = ("cls.", "vocab_", "lm_head", "classifier")
         expected = {
             f"{name}.weight"
