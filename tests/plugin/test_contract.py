@@ -11,6 +11,7 @@ import types
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,7 @@ REQUIRED = [
         "disable_adapter, and a bank on a PeftModel",
         ("layers/replacing.py", "layers/inserted.py", "layers/bottleneck.py", "layers/switched.py"),
     ),
+    Name(f"{LAYER}._active_adapter", "which cached values are those of the active adapters", ("layers/replacing.py",)),
     Name(
         f"{LAYER}._move_adapter_to_device_of_base_layer",
         "deltas keep their dtype",
@@ -307,6 +309,7 @@ def test_other_errors_of_a_patch_are_not_hidden(monkeypatch: pytest.MonkeyPatch)
 # The table is complete.
 
 
+@cache
 def words(file: Path) -> set[str]:
     """Every identifier in a file: names, attributes, functions, imports and strings that could be one."""
     found: set[str] = set()

@@ -11,6 +11,7 @@ from peft_lntune import AdapterBank, LNTuningConfig
 from peft_lntune.errors import RoutingError
 from peft_lntune.tuner import heads as tuner_heads
 from tests.adapted import adapt, build, deltas, fill, inputs, layers, output, said
+from tests.cases import QUICK, few
 from tests.oracles import alone, each_alone, generated_alone
 
 FAMILIES = [
@@ -42,7 +43,7 @@ def hooks(model):
 
 
 class TestRows:
-    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("family", few(FAMILIES, (*QUICK, "gemma3", "cohere")))
     def test_row_i_is_what_its_adapter_alone_says(self, family):
         peft_model, batch = adapt(build(family), "a", "b"), inputs(family)
         mixed = output(peft_model, batch, adapter_names=NAMES)

@@ -208,6 +208,7 @@ def trainer_of(directory: Path, steps: int, every: int, **options: Any) -> hf.Tr
 
 
 class TestTrainer:
+    @pytest.mark.end_to_end
     def test_resumed_training_equals_uninterrupted_bit_for_bit(self, tmp_path):
         whole = trainer_of(tmp_path / "whole", 5, 5, save_scores=True)
         whole.train()
