@@ -91,7 +91,7 @@ def read_images(
     say(
         f"data: {' and '.join(f'{len(rows):,} {part} images' for part, rows in parts.items())}; "
         + f"{len(classes)} classes: "
-        + ", ".join(f"{name} {found['train'][number]:,}" for number, name in enumerate(classes))
+        + ", ".join(f"{name} ({found['train'][number]:,})" for number, name in enumerate(classes))
     )
     return parts
 

@@ -145,7 +145,7 @@ def tagging_task(parts: dict[str, datasets.Dataset], model: str, max_length: int
     say(
         f"data: {' and '.join(f'{len(rows):,} {part} rows' for part, rows in parts.items())}, "
         f"{sum(len(ids) > max_length for ids in lengths):,} of them cut at {max_length} tokens; entities to learn: "
-        + ", ".join(f"{kind} {counts[f'B-{kind}']:,}" for kind in types)
+        + ", ".join(f"{kind} ({counts[f'B-{kind}']:,})" for kind in types)
     )
     return Task(
         peft_type="TOKEN_CLS",

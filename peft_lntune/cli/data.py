@@ -284,7 +284,7 @@ class Labels:
         else:
             found = Counter(encoded)
             counts, kind = [found[number] for number in range(len(self.names))], "classes"
-        shown = [f"{name} {count:,}" for name, count in zip(self.names, counts, strict=True)]
+        shown = [f"{name} ({count:,})" for name, count in zip(self.names, counts, strict=True)]
         more = f" and {len(shown) - 10} more" if len(shown) > 10 else ""
         return f"{len(shown)} {kind}: {', '.join(shown[:10])}{more}"
 

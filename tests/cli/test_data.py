@@ -283,7 +283,7 @@ def test_a_class_that_training_does_not_have(labels):
 
 
 def test_what_is_said_of_labels():
-    assert find_labels(["b", "a", "b"], "").describe([1, 0, 1]) == "2 classes: a 1, b 2"
-    assert find_labels([["a"], ["b", "a"]], "").describe([[1, 0], [1, 1]]) == "2 classes, several per row: a 2, b 1"
+    assert find_labels(["b", "a", "b"], "").describe([1, 0, 1]) == "2 classes: a (1), b (2)"
+    assert find_labels([["a"], ["b", "a"]], "").describe([[1, 0], [1, 1]]) == "2 classes, several per row: a (2), b (1)"
     assert find_labels([0.5], "").describe([0.5, 3]) == "values from 0.5 to 3"
-    assert find_labels([*range(12)] * 2, "").describe([*range(12)]).endswith("9 1 and 2 more")
+    assert find_labels([*range(12)] * 2, "").describe([*range(12)]).endswith("9 (1) and 2 more")

@@ -159,7 +159,7 @@ def test_several_classes_train_and_answer(tiny_bert, tmp_path, capsys):
     main(["--data-dir", str(data), "--predict", str(tmp_path / "test.csv"), *flags])
     said = capsys.readouterr()
     assert "data: 12 train rows and 12 validation rows; texts in text, 0 of them cut at 128 tokens" in said.err
-    assert "labels: 2 classes, several per row: x 8, y 4" in said.err
+    assert "labels: 2 classes, several per row: x (8), y (4)" in said.err
     assert "micro_f1  macro_f1  accuracy" in said.out
     answers = pandas.read_csv(out / "ln" / "predictions.csv", keep_default_na=False)
     assert list(answers) == ["id", "text", "prediction", "score_x", "score_y"]
@@ -330,7 +330,7 @@ def test_a_corrupt_image(images, capsys):
     files = [f"{part}/{kind}/{i}.png" for part in PARTS for kind in ("cat", "dog") for i in range(2)]
     folder = images(*files)
     assert read_images(folder, None)["train"]["label"][:] == [0, 0, 1, 1]
-    assert "data: 4 train images and 4 validation images; 2 classes: cat 2, dog 2" in capsys.readouterr().err
+    assert "data: 4 train images and 4 validation images; 2 classes: cat (2), dog (2)" in capsys.readouterr().err
     broken = folder / "train" / "dog" / "1.png"
     broken.write_bytes(broken.read_bytes()[:100])
     with pytest.raises(DataError, match=r"train/dog/1\.png is no image that can be read"):
