@@ -4,11 +4,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import peft
-from peft_lntune.planning.lora import find_lora_targets
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
 
 from peft_lntune import LNTuningConfig, UnifiedConfig, find_norms
+from peft_lntune.architectures.table import lora_targets
 
 HEAD_LR = 1e-3
 """The learning rate of a fresh head, whatever is tuned beside it."""
@@ -62,8 +63,9 @@ def attach(model: PreTrainedModel, task: str, make_config: Callable[..., peft.Pe
 
 def attach_lora(model: PreTrainedModel, task: str) -> nn.Module:
     """Attach PEFT's LoRA, at queries and values also where PEFT has no list of them for the model."""
-    targets, _ = find_lora_targets(model, peft.LoraConfig())
-    return attach(model, task, peft.LoraConfig, r=8, lora_alpha=16, target_modules=targets.target_modules)
+    known = model.config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    targets = None if known else lora_targets(name for name, _ in model.named_modules())
+    return attach(model, task, peft.LoraConfig, r=8, lora_alpha=16, target_modules=targets and list(targets))
 
 
 def preset(name: str) -> Callable[[PreTrainedModel, str], nn.Module]:

@@ -25,7 +25,7 @@ _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNor
 _SMALL = ("I8", "U8", "int8", "uint8")  # what quantized weights are kept in
 
 
-class Facts(NamedTuple):
+class TensorFacts(NamedTuple):
     """What is known of a tensor without its values; the dtype as torch says it, or as safetensors does (`F32`)."""
 
     shape: tuple[int, ...]
@@ -75,7 +75,7 @@ class Checkpoint(_Named):
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
-        self.facts: dict[str, Facts] = {}
+        self.facts: dict[str, TensorFacts] = {}
         self.names: dict[str, tuple[Path, str]] = {}
         found = [(*place, facts) for place, facts in _headers(Path(path))]
         for file, key, facts in sorted(found, key=lambda one: _counting(one[1])):
@@ -192,7 +192,7 @@ def _without(tensors: Mapping[str, Tensor], names: set[str]) -> Mapping[str, Ten
     return _View(tensors, {name: name for name in tensors if name not in names})
 
 
-def check_same(before: Mapping[str, Facts], after: Mapping[str, Facts]) -> None:
+def check_same(before: Mapping[str, TensorFacts], after: Mapping[str, TensorFacts]) -> None:
     """Raise where two sets of tensors have other names or shapes.
 
     Args:
@@ -235,12 +235,12 @@ def _pairs(old: Collection[str], new: Collection[str]) -> dict[str, str]:
     return max((paired(*choice) for choice in choices), key=len)
 
 
-def _such(facts: Mapping[str, Facts]) -> str:
+def _such(facts: Mapping[str, TensorFacts]) -> str:
     first = next(iter(facts), None)
     return f"{len(facts)} tensors" + (f" such as {first} {facts[first].shape}" if first else "")
 
 
-def facts_of(tensors: Mapping[str, Tensor]) -> dict[str, Facts]:
+def facts_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorFacts]:
     """What is known of each tensor; of those in files, from their headers alone."""
     if isinstance(tensors, Checkpoint):
         return tensors.facts
@@ -248,7 +248,7 @@ def facts_of(tensors: Mapping[str, Tensor]) -> dict[str, Facts]:
         known = facts_of(tensors.tensors)
         return {name: known[other] for name, other in tensors.names.items()}
     return {
-        name: Facts(tuple(t.shape), str(t.dtype).removeprefix("torch."), t.is_floating_point(), t.is_meta)
+        name: TensorFacts(tuple(t.shape), str(t.dtype).removeprefix("torch."), t.is_floating_point(), t.is_meta)
         for name, t in tensors.items()
     }
 
@@ -264,7 +264,7 @@ def _untied(tensors: Mapping[str, Tensor]) -> list[str]:
     return list(first.values())
 
 
-def _headers(path: Path) -> Iterator[tuple[tuple[Path, str], Facts]]:
+def _headers(path: Path) -> Iterator[tuple[tuple[Path, str], TensorFacts]]:
     """File and key of each tensor of a checkpoint, and what its header says of it."""
     path = _resolve(path)
     listed = _read_index(path) if path.name.endswith(".json") else {path: None}
@@ -284,7 +284,7 @@ def _headers(path: Path) -> Iterator[tuple[tuple[Path, str], Facts]]:
             )
         for key in found if wanted is None else wanted:
             shape, dtype = found[key]
-            yield (file, key), Facts(shape, dtype, dtype.startswith(("F", "BF")))
+            yield (file, key), TensorFacts(shape, dtype, dtype.startswith(("F", "BF")))
 
 
 def _resolve(path: Path) -> Path:

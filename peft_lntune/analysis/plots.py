@@ -13,7 +13,7 @@ from peft_lntune.errors import ConfigError
 
 __all__ = ["plot_change", "plot_closeness", "plot_magnitude", "plot_overlap", "plot_score_map", "plot_sparsity"]
 
-Path = str | PathLike[str]
+FilePath = str | PathLike[str]
 Grid = Sequence[Sequence[float | None]]
 
 _SAID = {
@@ -42,7 +42,7 @@ _LAYERS = "layer (none: outside the layers; grey: no value)"
 _MOST_TICKS = 26  # layers named on one axis
 
 
-def plot_change(table: Table, path: Path, measure: str = "mean_change") -> None:
+def plot_change(table: Table, path: FilePath, measure: str = "mean_change") -> None:
     """Draw a `parameter_change` table: components by layers, on a logarithmic colour scale, weight and bias apart.
 
     Args:
@@ -59,7 +59,7 @@ def plot_change(table: Table, path: Path, measure: str = "mean_change") -> None:
     _draw_places(table, path, measure, f"{_capital(_SAID[measure])} of each component and layer", logarithmic=True)
 
 
-def plot_closeness(table: Table, path: Path, measure: str = "angle") -> None:
+def plot_closeness(table: Table, path: FilePath, measure: str = "angle") -> None:
     """Draw a `closeness` table by component: the two models, and beside them the controls, on one logarithmic scale.
 
     Args:
@@ -95,7 +95,7 @@ def plot_closeness(table: Table, path: Path, measure: str = "angle") -> None:
     _draw_layers(values, path, title, _DISTANCES[measure], logarithmic=True, layered=layered)
 
 
-def plot_magnitude(table: Table, path: Path, measure: str = "mean_magnitude") -> None:
+def plot_magnitude(table: Table, path: FilePath, measure: str = "mean_magnitude") -> None:
     """Draw a `magnitude` table: components by layers, on a logarithmic colour scale, weight and bias apart.
 
     Args:
@@ -112,7 +112,7 @@ def plot_magnitude(table: Table, path: Path, measure: str = "mean_magnitude") ->
     _draw_places(table, path, measure, f"{_capital(_SAID[measure])}, by component and layer", logarithmic=True)
 
 
-def plot_score_map(table: Table, path: Path) -> None:
+def plot_score_map(table: Table, path: FilePath) -> None:
     """Draw the last column of a `score_map` table: components by layers, weight and bias apart.
 
     Args:
@@ -130,7 +130,7 @@ def plot_score_map(table: Table, path: Path) -> None:
     _draw_places(table, path, quantity, title, logarithmic="score" in quantity)
 
 
-def plot_sparsity(table: Table, path: Path, measure: str = "sparsity") -> None:
+def plot_sparsity(table: Table, path: FilePath, measure: str = "sparsity") -> None:
     """Draw a `sparsity` table: components by layers, on a linear colour scale.
 
     Args:
@@ -148,7 +148,7 @@ def plot_sparsity(table: Table, path: Path, measure: str = "sparsity") -> None:
     _draw_places(table, path, measure, f"{_capital(_SAID[measure])}, by component and layer", logarithmic=False)
 
 
-def plot_overlap(table: Table, path: Path) -> None:
+def plot_overlap(table: Table, path: FilePath) -> None:
     """Draw an `overlap_matrix` or `off_overlap` table: the overlap of each two tasks, and beside it what chance gives.
 
     Args:
@@ -185,16 +185,16 @@ def plot_overlap(table: Table, path: Path) -> None:
     drawing.savefig(path, dpi=120)
 
 
-def _draw_places(table: Table, path: Path, column: str, title: str, *, logarithmic: bool) -> None:
+def _draw_places(table: Table, path: FilePath, column: str, title: str, *, logarithmic: bool) -> None:
     """Draw a column of a table whose rows are places: one panel for weights and one for biases."""
-    places = zip(*map(table.column, ("parameter", "component", "layer")), strict=True)
-    values = dict(zip(places, table.column(column), strict=True))
+    cells = zip(*map(table.column, ("component", "layer", "parameter", column)), strict=True)
+    values = {(parameter, component, layer): value for component, layer, parameter, value in cells}
     _draw_layers(values, path, title, _SAID[column], logarithmic=logarithmic)
 
 
 def _draw_layers(
     values: Mapping[tuple[str, str, int | None], float | None],
-    path: Path,
+    path: FilePath,
     title: str,
     quantity: str,
     *,

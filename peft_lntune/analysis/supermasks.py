@@ -17,11 +17,13 @@ __all__ = ["FLIPS", "off_overlap", "sparsity"]
 FLIPS = ("sparsity_before", "turned_off", "turned_on", "flipped")
 """The columns of `sparsity` that need to know the start."""
 
-Masks = Mapping[str, Tensor]
-
 
 def sparsity(
-    keep: Masks, start: Masks | None = None, norms: Mapping[str, Norm] | None = None, *, by: str = "tensor"
+    keep: Mapping[str, Tensor],
+    start: Mapping[str, Tensor] | None = None,
+    norms: Mapping[str, Norm] | None = None,
+    *,
+    by: str = "tensor",
 ) -> Table:
     """The share of entries that masks switch off, and how many changed their state since the start.
 
@@ -61,7 +63,7 @@ def sparsity(
     return Table((*columns, "entries", "off", "sparsity", *(FLIPS if start is not None else ())), tuple(rows))
 
 
-def off_overlap(keeps: Mapping[str, Masks]) -> Table:
+def off_overlap(keeps: Mapping[str, Mapping[str, Tensor]]) -> Table:
     """How much of what each two tasks switch off is the same: entries off in both, over entries off in either.
 
     Two controls stand beside it: random masks with as many entries off in all, and random masks with as many off in
@@ -105,7 +107,7 @@ def _by_tensor(one: Mapping[str, int], other: Mapping[str, int], sizes: Mapping[
     return both / either if either else 1.0
 
 
-def _row(names: list[str], keep: Masks, start: Masks | None) -> tuple[int | float, ...]:
+def _row(names: list[str], keep: Mapping[str, Tensor], start: Mapping[str, Tensor] | None) -> tuple[int | float, ...]:
     entries = sum(keep[name].numel() for name in names)
     off = sum(int((~keep[name]).sum()) for name in names)
     row: tuple[int | float, ...] = (entries, off, off / max(1, entries))

@@ -315,30 +315,43 @@ def find_labels(
         ('1', '2')
     """
     _check(labels, source)
-    if isinstance(labels[0], (list, tuple)):
-        if _are_vectors(labels):
-            return Labels("multi_label_classification", tuple(map(str, range(len(labels[0])))))
-        return Labels("multi_label_classification", _names([one for label in labels for one in label]))
-    if known and all(str(label) in known for label in labels):
-        return Labels("single_label_classification", tuple(sorted(known, key=lambda name: known[name])))
-    values = [_number(label) for label in labels]
+    several = isinstance(labels[0], (list, tuple))
+    kind = "multi_label_classification" if several else "single_label_classification"
+    flat = [one for label in labels for one in label] if several else labels
+    if known and all(str(one) in known for one in flat):
+        return Labels(kind, tuple(sorted(known, key=lambda name: known[name])))
+    if not flat:
+        raise DataError(f"{source}: no row has a class, so there is nothing to learn.")
+    values = [_number(one) for one in flat]
     numbers = [value for value in values if value is not None]
-    if len(numbers) < len(labels):
-        row, label = next((row, label) for row, label in enumerate(labels) if values[row] is None)
-        if regression or (
-            numbers and {str(labels[i]).strip().lower() for i, v in enumerate(values) if v is None} <= MISSING
-        ):
+    spelled = [(row, one) for row, (one, value) in enumerate(zip(flat, values, strict=True)) if value is None]
+    vectors = several and _are_vectors(labels)
+    if vectors:
+        numbers = [len(labels[0]) - 1.0]  # the last class, whether a row has it or not
+    if spelled:
+        row, label = spelled[0]
+        missing = numbers and not several and all(str(one).strip().lower() in MISSING for _, one in spelled)
+        if regression or missing:
             raise DataError(f"{source}: the label of row {row} is {label!r}: no number, as the others. Remove the row.")
-    elif regression or (regression is None and not all(map(float.is_integer, numbers))):
+        if known:
+            raise DataError(
+                f"the model's head knows {', '.join(known)}, and the data has {', '.join(_names(flat)[:5])}."
+            )
+    elif not several and (regression or (regression is None and not all(map(float.is_integer, numbers)))):
         return Labels("regression")
     elif min(numbers) < 0:
         row = numbers.index(min(numbers))
-        raise DataError(f"{source}: labels of classes are counted from 0, but that of row {row} is {labels[row]!r}.")
-    elif known:
-        return Labels("single_label_classification", tuple(map(str, range(int(max(numbers)) + 1))))
-    names = _names(labels)
+        raise DataError(f"{source}: labels of classes are counted from 0, but that of row {row} is {flat[row]!r}.")
+    elif known and max(numbers) >= len(known):
+        raise DataError(
+            f"the data has {int(max(numbers)) + 1} classes, and the head of the model {len(known)}. Give the model "
+            "without its head, or data of its own task."
+        )
     if known:
-        raise DataError(f"the model's head knows {', '.join(known)}, and the data has {', '.join(names[:5])}.")
+        return Labels(kind, tuple(map(str, range(len(known)))))
+    if several:
+        return Labels(kind, tuple(map(str, range(len(labels[0])))) if vectors else _names(flat))
+    names = _names(labels)
     if len(names) == 1:
         raise DataError(f"{source}: every label is {names[0]!r}, so there is nothing to learn.")
     many = 2 * len(names) > len(labels) > 20
@@ -351,7 +364,7 @@ def find_labels(
             )
     elif many and regression is None:
         raise DataError(f"{source}: {len(names)} classes in {len(labels)} rows. Is this the label column?")
-    return Labels("single_label_classification", names)
+    return Labels(kind, names)
 
 
 def _check(labels: Sequence[Any], source: str) -> None:

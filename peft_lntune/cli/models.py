@@ -81,8 +81,8 @@ def load_adapted(adapter: str, model: str | None = None) -> PeftModel:
         The model with the adapter as `"default"`.
 
     Raises:
-        ConfigError: no model is named, or the adapter is of another package.
-        AdapterFileError: the adapter is damaged, or of another architecture than that model.
+        ConfigError: no model is named, or the config is damaged.
+        AdapterFileError: the adapter is damaged, of another package, or of another architecture than that model.
     """
     config = StoredConfig.from_pretrained(adapter)
     base = model or config.base_model_name_or_path

@@ -246,7 +246,18 @@ def check_counts(counts: Any) -> None:
 
 
 def floating_dtype(config: LNTuneConfig, name: str) -> torch.dtype | None:
-    """The dtype that a field names; None where it is None. Raise a `ConfigError` where it names none."""
+    """The dtype that a field names.
+
+    Args:
+        config: the config.
+        name: of the field.
+
+    Returns:
+        The dtype; None where the field is None.
+
+    Raises:
+        ConfigError: the field names no floating dtype.
+    """
     value = getattr(config, name)
     if value is None:
         return None
@@ -260,7 +271,16 @@ def floating_dtype(config: LNTuneConfig, name: str) -> torch.dtype | None:
 
 
 def check_names(config: LNTuneConfig, name: str, one_string: bool = True) -> None:
-    """Raise a `ConfigError` where a field that holds names holds anything else; one string is for expressions."""
+    """Check a field that holds names of modules.
+
+    Args:
+        config: the config.
+        name: of the field.
+        one_string: whether one string is allowed.
+
+    Raises:
+        ConfigError: the field holds anything but names.
+    """
     value = getattr(config, name)
     if value is None or (one_string and isinstance(value, str)):
         return
@@ -271,7 +291,15 @@ def check_names(config: LNTuneConfig, name: str, one_string: bool = True) -> Non
 
 
 def check_layers(config: LNTuneConfig, name: str) -> None:
-    """Raise a `ConfigError` where a field holds neither a layer index nor a list of them."""
+    """Check a field that holds indices of layers.
+
+    Args:
+        config: the config.
+        name: of the field.
+
+    Raises:
+        ConfigError: the field holds neither an index nor a list of them.
+    """
     value = getattr(config, name)
     if value is None:
         return
@@ -284,7 +312,16 @@ def check_layers(config: LNTuneConfig, name: str) -> None:
 
 
 def check_type(config: LNTuneConfig, name: str, kind: type) -> None:
-    """Raise a `ConfigError` where a field holds another type than `kind`."""
+    """Check a field that holds a value of one type.
+
+    Args:
+        config: the config.
+        name: of the field.
+        kind: the type.
+
+    Raises:
+        ConfigError: the field holds a value of another type.
+    """
     value = getattr(config, name)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         article = "an" if kind is int else "a"
@@ -292,7 +329,16 @@ def check_type(config: LNTuneConfig, name: str, kind: type) -> None:
 
 
 def check_choice(config: LNTuneConfig, name: str, allowed: tuple[str, ...]) -> None:
-    """Raise a `ConfigError` where a field holds none of the allowed values."""
+    """Check a field that holds one of a few values.
+
+    Args:
+        config: the config.
+        name: of the field.
+        allowed: the values.
+
+    Raises:
+        ConfigError: the field holds none of the values.
+    """
     value = getattr(config, name)
     if value not in allowed:
         raise ConfigError(f"{name}={value!r} is not allowed; choose one of {', '.join(map(repr, allowed))}.")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from peft_lntune.config.base import check_choice, check_type, part_kind
 from peft_lntune.config.ln_tuning import LNTuningConfig
 from peft_lntune.errors import ConfigError
-from peft_lntune.selection.fisher import KINDS
+from peft_lntune.selection.fisher import FISHER_KINDS
 from peft_lntune.selection.select import SCOPES
 
 __all__ = ["FisherLNConfig"]
@@ -55,7 +55,7 @@ class FisherLNConfig(LNTuningConfig):
 
     def _check(self) -> None:
         super()._check()
-        check_choice(self, "fisher", KINDS)
+        check_choice(self, "fisher", FISHER_KINDS)
         check_choice(self, "scope", SCOPES)
         for name in ("num_samples", "seed"):
             check_type(self, name, int)

@@ -5,14 +5,15 @@ around the module's own forward. Who asks for a module's forward by `forward_of`
 """
 
 import copy
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import MethodType
 from typing import Any, Protocol
 
 from torch import nn
 
-__all__ = ["Detour", "Switch", "computes", "forward_of", "put_on_copy"]
+__all__ = ["Detour", "Switch", "computes", "forward_of", "patched", "put_on_copy"]
 
 
 class Switch(Protocol):
@@ -112,6 +113,20 @@ class Detour:
 
 def _itself(method: Callable[..., Any]) -> Callable[..., Any]:
     return method
+
+
+@contextmanager
+def patched(detours: Iterable[Detour]) -> Iterator[None]:
+    """Inside this context detours stand in their modules.
+
+    Args:
+        detours: each of another method or module.
+    """
+    with ExitStack() as stack:
+        for detour in detours:
+            detour.patch()
+            stack.callback(detour.restore)
+        yield
 
 
 def forward_of(module: nn.Module) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from peft_lntune.core.delta import ParameterSlice, delta_dtype
 from peft_lntune.core.override import forward_with, overridden, runs_own_forward
 from peft_lntune.core.rebuild import can_rebuild, is_plain, rebuilt_in_backward, unwritten
 from peft_lntune.core.supermask import Supermask
-from peft_lntune.layers.replacing import EffectiveCall, ReplacementLayer
+from peft_lntune.layers.replacing import CachedCall, ReplacementLayer
 from peft_lntune.routing.route import BASE, Route
 
 __all__ = ["ModuleLayer"]
@@ -67,14 +67,12 @@ class ModuleLayer(ReplacementLayer):
         self.lntune_supermask[adapter_name].sampling = sampling  # type: ignore[assignment]  # a module's attribute
         self._forget()
 
-    def _effective_call(self, adapters: Sequence[str]) -> EffectiveCall:
+    def _cached(self, adapters: Sequence[str]) -> CachedCall | None:
         masks: Any = self._modules["lntune_supermask"]._modules  # type: ignore[union-attr]
-        if not any(masks[name].drawn for name in adapters if name in masks):
-            return super()._effective_call(adapters)
-        self._cache = None  # another mask at every call
-        call = super()._effective_call(adapters)
-        self._cache = None
-        return call
+        if any(masks[name].drawn for name in adapters if name in masks):
+            self._cache = None  # another mask at every call
+            return None
+        return super()._cached(adapters)
 
     def _tuned(self, adapters: Any) -> list[tuple[str, Any]]:
         masks = self._modules["lntune_supermask"]._modules  # type: ignore[union-attr]
@@ -87,9 +85,9 @@ class ModuleLayer(ReplacementLayer):
             masks[adapter_name].to(device or self.base_parameter("weight").device)
 
     def _call(self, adapters: Sequence[str]) -> Callable[..., Tensor] | None:
-        kept = self._hold(adapters)
-        if kept is not None:
-            return kept.call
+        cached = self._cached(adapters)
+        if cached is not None:
+            return cached.call
         tuned = self._tuned(adapters)
         masks_and_deltas = [module for parameter, module in tuned if parameter == "weight"]
         if not masks_and_deltas or not can_rebuild() or not is_plain(self.get_base_layer(), "weight"):
@@ -133,5 +131,5 @@ class ModuleLayer(ReplacementLayer):
         return self._route.by_adapter(x, self.label, lambda name, rows: self._run_one(name, rows, *others, **kwargs))
 
     def _run_one(self, adapter: str, *args: Any, **kwargs: Any) -> Tensor:
-        call = self._effective_call([] if adapter == BASE else [adapter]).call or self.base_layer
+        call = self._call([] if adapter == BASE else [adapter]) or self.base_layer
         return call(*args, **kwargs)

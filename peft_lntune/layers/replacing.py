@@ -24,18 +24,18 @@ from peft_lntune.routing.route import Route
 __all__ = ["PARAMETERS", "ReplacementLayer"]
 
 
-class EffectiveCall(NamedTuple):
-    """Effective parameters, a forward call with them, and what these were made from.
+class CachedCall(NamedTuple):
+    """Cached forward call and the tensors it was built from.
 
     Attributes:
         adapters: whose deltas are in the parameters.
-        sources: the tensors that they were made from; None where the call may not be cached.
+        sources: the tensors that the parameters were made from, as they were then.
         parameters: the effective parameters, those that differ from the base's.
         call: runs the wrapped module with these parameters; None where there are none.
     """
 
     adapters: Sequence[str]
-    sources: list[TensorState] | None
+    sources: tuple[TensorState, ...]
     parameters: dict[str, Tensor]
     call: Callable[..., Tensor] | None
 
@@ -66,7 +66,7 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
         self._unmerged: dict[str, Tensor] = {}
         # Layers around modules that share a parameter with this one's, with what it is there.
         self._tied: dict[str, list[tuple[ReplacementLayer, str]]] = {}
-        self._cache: EffectiveCall | None = None
+        self._cache: CachedCall | None = None
 
     # What a subclass says.
 
@@ -154,7 +154,8 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
             return self.unmerged(parameter)
         if self.merged_adapters:
             return base
-        sums = self._effective_call(self.active_adapters).parameters
+        cached = self._cached(self.active_adapters)
+        sums = self._sums(self._tuned(self.active_adapters)) if cached is None else cached.parameters
         return sums[parameter].to(base.dtype) if parameter in sums else base
 
     def _differs(self, parameter: str) -> bool:
@@ -274,41 +275,47 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
             sums[parameter] = delta(sums[parameter] if parameter in sums else getattr(base, self.own_name(parameter)))
         return sums
 
-    def _effective_call(self, adapters: Sequence[str]) -> EffectiveCall:
-        """What runs under these adapters; cached where nothing it was made from is trained.
+    def _call(self, adapters: Sequence[str]) -> Callable[..., Tensor] | None:
+        """What to call in place of the wrapped module under these adapters; None where none has a delta here."""
+        cached = self._cached(adapters)
+        if cached is not None:
+            return cached.call
+        sums = self._sums(self._tuned(adapters))
+        return None if not sums else partial(self.run, sums) if is_traced() else self.bind(sums)
+
+    def _cached(self, adapters: Sequence[str]) -> CachedCall | None:
+        """The call under these adapters, where it may be cached: nothing it was built from is trained.
 
         An adapter that was loaded for inference so costs no operation in a forward pass.
         """
-        cache, traced = self._cache, is_traced()
-        if traced:
+        cache = self._cache
+        if is_traced():
             if cache is not None and not torch.compiler.is_exporting():
                 self._cache = None  # a compiled step may train what it came from
-        elif cache is not None and cache.adapters == adapters and is_valid(*cache.sources):  # type: ignore[misc]  # cached
+            return None
+        if cache is not None and cache.adapters == adapters and is_valid(*cache.sources):
             return cache
         tuned = self._tuned(adapters)
-        sources = None if traced else self._sources(tuned)
-        if sources is not None:
-            with torch.inference_mode(False), torch.no_grad():  # what is cached may be needed in a graph later
-                sums = self._sums(tuned)
-                self._cache = EffectiveCall(list(adapters), sources, sums, self.bind(sums) if sums else None)
-            return self._cache
-        if not traced:
-            self._cache = None
+        sources = self._sources(tuned)
+        if sources is None:
+            if cache is not None:
+                self._cache = None
             if torch.is_grad_enabled() and not self._route.active:
                 self._route.drop()  # what is stacked for mixed batches came from the same deltas
-        sums = self._sums(tuned)
-        call = None if not sums else partial(self.run, sums) if traced else self.bind(sums)
-        return EffectiveCall(adapters, None, sums, call)
+            return None
+        with torch.inference_mode(False), torch.no_grad():  # what is cached may be needed in a graph later
+            sums = self._sums(tuned)
+            self._cache = CachedCall(list(adapters), sources, sums, self.bind(sums) if sums else None)
+        return self._cache
 
-    def _sources(self, tuned: list[tuple[str, Any]]) -> list[TensorState] | None:
+    def _sources(self, tuned: list[tuple[str, Any]]) -> tuple[TensorState, ...] | None:
         """The tensors that the effective parameters are made from; None where one of them may be trained."""
-        base, sources = self.get_base_layer(), []
-        for parameter, delta in tuned:
-            sources += states_of(delta)
-            if any(source.tensor is None for source in sources):  # usually this one
-                return None
-            sources.append(state_of(base, self.own_name(parameter)))
-        return None if any(source.tensor is None for source in sources) else sources
+        if any(module.weight is not None and module.weight.requires_grad for _, module in tuned):
+            return None
+        base = self.get_base_layer()
+        sources = [state_of(base, self.own_name(parameter)) for parameter, _ in tuned]
+        sources += [state for _, module in tuned for state in states_of(module)]
+        return None if any(state.tensor is None for state in sources) else tuple(sources)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes its own sums: kept ones hold on to this layer's tensors.
@@ -321,6 +328,18 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
     # The state machine.
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        cache = self._cache
+        if (  # the usual call of an adapter that is not trained, with as few steps as it takes to be sure of that
+            cache is not None
+            and not is_traced()
+            and cache.adapters == self._active_adapter
+            and not (self._disable_adapters or self.merged_adapters or "adapter_names" in kwargs)
+            and is_valid(*cache.sources)
+            and not self._route.held()
+            and cache.call is not None
+            and "_hf_hook" not in self.get_base_layer().__dict__
+        ):
+            return cache.call(*args, **kwargs)
         kwargs.pop("adapter_names", None)  # hooks of other tuners pass it on; here the route holds it
         base = self.get_base_layer()
         if offload_hook(base) is None:
@@ -341,7 +360,7 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(*args, **kwargs)
         if self._route.on():
             return self.run_routed(*args, **kwargs)
-        call = self._effective_call(self.active_adapters).call or self.base_layer
+        call = self._call(self.active_adapters) or self.base_layer
         return call(*args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

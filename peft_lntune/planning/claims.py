@@ -31,6 +31,11 @@ def check_architecture(config: PeftConfig, model: Any, where: str = "this adapte
 
     Whoever gives a `key_mapping` says that the one is the other under other names.
 
+    Args:
+        config: of the saved adapter.
+        model: the model to load into, or its config.
+        where: what to call the adapter in the message.
+
     Raises:
         AdapterFileError: it was.
     """

@@ -53,7 +53,10 @@ def plan_parts(
     Args:
         facts: of the model.
         config: any config of this package.
-        counts: as `plan` takes them.
+        counts: for each tuned parameter the number of tuned entries, None for all.
+
+    Returns:
+        Each part of the config, resolved, with its plan.
 
     Raises:
         The same as `plan`.
@@ -74,6 +77,10 @@ def plan_parts(
 
 def check_selected(config: LNTuneConfig, selected: int) -> None:
     """Raise where a saved mask was chosen among another number of entries than its config selects in this model.
+
+    Args:
+        config: of the saved adapter.
+        selected: how many entries it selects in this model.
 
     Raises:
         AdapterFileError: it was.

@@ -71,11 +71,11 @@ def _cases(originals: dict[str, Callable[..., Any]]) -> dict[str, Any]:
             return originals["inject_adapter"](self, model, adapter_name, *args, **kw)
 
     def _create_and_replace(
-        self: Any, config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, current_key: str
+        self: Any, config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, **kw: Any
     ) -> None:
-        spot = Spot(target, target_name, parent, current_key)
         if not isinstance(config, LNTuneConfig):
-            return originals["_create_and_replace"](self, config, adapter_name, *spot)
+            return originals["_create_and_replace"](self, config, adapter_name, target, target_name, parent, **kw)
+        spot = Spot(target, target_name, parent, kw["current_key"])
         return self._injection.method.put(self, self._injection, config, adapter_name, spot)
 
     def _prepare_adapter_config(peft_config: Any, model_config: Any) -> Any:

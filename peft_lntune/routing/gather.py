@@ -14,13 +14,13 @@ __all__ = ["gather_rows"]
 
 
 def gather_rows(
-    values: Tensor, index: Tensor, outside: Tensor | None = None, reached: Callable[[], None] | None = None
+    values: Tensor, index: Tensor | None, outside: Tensor | None = None, reached: Callable[[], None] | None = None
 ) -> Tensor:
     """Rows of a stack.
 
     Args:
         values: the stack, `(tasks, *shape)`.
-        index: `(B,)` int64.
+        index: `(B,)` int64; None: each row once, in order.
         outside: bool, `(tasks, *shape)`: entries that are not trained, whose gradient is zero; None: there are none.
         reached: called in each backward pass that comes down to these rows.
 
@@ -40,17 +40,17 @@ def gather_rows(
 
 class _Take(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, index: Tensor, outside: Tensor | None, reached: Any) -> Tensor:
+    def forward(ctx: Any, values: Tensor, index: Tensor | None, outside: Tensor | None, reached: Any) -> Tensor:
         # Attributes and not `save_for_backward`: they must outlive the first backward pass.
         ctx.index, ctx.outside, ctx.reached, ctx.shape = index, outside, reached, values.shape
-        return values.index_select(0, index)
+        return values.clone() if index is None else values.index_select(0, index)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         # Not a product with a matrix of ones and zeros: one task that diverges must leave the others alone.
-        total = grad.new_zeros(ctx.shape).index_add_(0, ctx.index, grad)
+        total = grad if ctx.index is None else grad.new_zeros(ctx.shape).index_add_(0, ctx.index, grad)
         if ctx.outside is not None:
-            total.masked_fill_(ctx.outside, 0)
+            total = total.masked_fill(ctx.outside, 0)
         if ctx.reached is not None:
             ctx.reached()
         return total, None, None, None

@@ -4,8 +4,8 @@ A classification head of several layers is so no harder than a single one: its o
 has the parameters of each row.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from peft_lntune.norms.affine import split_call
 from peft_lntune.norms.find import Norm
 from peft_lntune.routing.route import Route
 
-__all__ = ["HeadForward", "HeadRun", "layers_of", "run_head", "tensors_within"]
+__all__ = ["HeadForward", "HeadRun", "RowGroups", "group_rows", "layers_of", "run_head", "tensors_within"]
 
 
 def layers_of(modules: Mapping[str, nn.Module], norms: Mapping[str, Norm], head: str) -> list[str]:
@@ -72,11 +72,63 @@ def tensors_within(tensors: Mapping[str, Tensor], layer: str, head: str) -> dict
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
+class RowGroups(NamedTuple):
+    """Rows of a batch in groups of one size that share their parameters.
+
+    Attributes:
+        owners: whose rows are in each group; an owner of many rows has several groups.
+        rows: which row is at each place of a group, `(groups, size)` int64. Where an owner has no more, one of its rows
+            again: an owner that diverges must leave the others alone.
+        places: where each row of the batch is among all places, `(B,)` int64.
+    """
+
+    owners: list[int]
+    rows: Tensor
+    places: Tensor
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`F.linear` of `x` `(B, ..., i)` with `weight` `(groups, o, i)` and `bias` `(groups, o)`: `(B, ..., o)`."""
+        grouped = x.index_select(0, self.rows.flatten().to(x.device)).unflatten(0, self.rows.shape)
+        return _linear(grouped, weight, bias).flatten(0, 1).index_select(0, self.places.to(x.device))
+
+    def spread(self, tensor: Tensor) -> Tensor:
+        """From what each group has, `(groups, *shape)`, to what each row has, `(B, *shape)`."""
+        return tensor.index_select(0, (self.places // self.rows.shape[1]).to(tensor.device))
+
+
+def group_rows(owners: Sequence[int]) -> RowGroups:
+    """Groups of rows of one owner each, at most twice as many as there are owners.
+
+    Args:
+        owners: the owner of each row of a batch.
+
+    Returns:
+        The groups, in the order of the owners' first rows.
+
+    Example:
+        >>> groups = group_rows([7, 5, 7, 7])
+        >>> groups.owners, groups.rows.tolist(), groups.places.tolist()
+        ([7, 7, 5], [[0, 2], [3, 3], [1, 1]], [0, 4, 1, 2])
+    """
+    of_owner: dict[int, list[int]] = {}
+    for row, owner in enumerate(owners):
+        of_owner.setdefault(owner, []).append(row)
+    size = len(owners) // len(of_owner)
+    groups = [(owner, rows[i : i + size]) for owner, rows in of_owner.items() for i in range(0, len(rows), size)]
+    filled = [rows + rows[:1] * (size - len(rows)) for _, rows in groups]
+    places = [0] * len(owners)
+    for number, (_, rows) in enumerate(groups):
+        for place, row in enumerate(rows):
+            places[row] = number * size + place
+    return RowGroups([owner for owner, _ in groups], torch.tensor(filled), torch.tensor(places))
+
+
 class HeadRun:
     """A layer of a head with the parameters of each row's adapter.
 
     Attributes:
-        rows: while a route is on, its tensors by name, `(B, *shape)`.
+        rows: while a route is on, its tensors by name, `(B, *shape)`, or `(groups, *shape)`.
+        groups: while a route is on, which rows share their tensors; None: each row has its own.
         refused: while a route is on with an adapter whose head has another shape, what to say of it.
 
     Args:
@@ -89,6 +141,7 @@ class HeadRun:
         self.label, self.route = label, route
         self.call = HeadForward(module)
         self.rows: dict[str, Tensor] = {}
+        self.groups: RowGroups | None = None
         self.refused = ""
 
     def __call__(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -97,7 +150,12 @@ class HeadRun:
         x, others, named = split_call(args, kwargs)
         factor = self.route.factor(x.shape, self.label)
         rows = self.rows
-        if factor > 1:
+        if self.groups is not None:
+            if _is_linear(self.call.head, rows) and not others and not named:
+                y = self.groups.linear(x.unflatten(0, (-1, factor)), **rows)
+                return y.flatten(0, 1)
+            rows = {name: self.groups.spread(tensor) for name, tensor in rows.items()}
+        if factor > 1 and any(len(tensor) > 1 for tensor in rows.values()):
             rows = {name: tensor.repeat_interleave(factor, 0) for name, tensor in rows.items()}
         return run_head(self.call, rows, self.label, x, *others, **named)
 
@@ -146,7 +204,7 @@ def run_head(call: HeadForward, tensors: Mapping[str, Tensor], label: str, *args
             f"{label} ({type(call.head).__name__}) takes {len(inputs)} inputs, and a head is run row by row on one "
             "tensor. Run one batch an adapter."
         )
-    if type(call.head) is nn.Linear and tensors.keys() <= {"weight", "bias"}:
+    if _is_linear(call.head, tensors):
         return _linear(inputs[0], tensors["weight"], tensors.get("bias"))
 
     def one(own: dict[str, Tensor], row: Tensor) -> Tensor:
@@ -159,6 +217,10 @@ def run_head(call: HeadForward, tensors: Mapping[str, Tensor], label: str, *args
             f"{label} ({type(call.head).__name__}) cannot be run with other parameters for each row: {error}. Run one "
             "batch an adapter."
         ) from error
+
+
+def _is_linear(head: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
+    return type(head) is nn.Linear and tensors.keys() <= {"weight", "bias"}
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

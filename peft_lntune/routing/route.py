@@ -45,6 +45,7 @@ class Route:
         self.known: dict[object, Mapping[str, Fact]] = {}
         self.kept: KeptRows = {}
         self._ownership = Ownership()
+        self.held = self._ownership.held  # `on`, for callers that know that nothing is compiled
         self._indices: dict[tuple[int, torch.device], Tensor] = {}
         self._index = torch.empty(0, dtype=torch.long)
         self._expansions: set[int] = {1}

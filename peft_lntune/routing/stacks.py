@@ -292,7 +292,9 @@ def unstacked(gathered: Sequence[Stack]) -> dict[str, Tensor]:
         >>> unstacked([Stack(("weight", "bias"), torch.ones(3, 2, 4))])["bias"].shape
         torch.Size([3, 4])
     """
-    return {name: rows for names, values in gathered for name, rows in zip(names, values.unbind(1), strict=True)}
+    # A backward pass through `unbind` copies.
+    each = ((names, [rows.squeeze(1)] if len(names) == 1 else rows.unbind(1)) for names, rows in gathered)
+    return {name: values for names, parts in each for name, values in zip(names, parts, strict=True)}
 
 
 def one_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -19,13 +19,22 @@ from torch import Tensor, nn
 from peft_lntune.core.module_tree import base_model
 from peft_lntune.errors import ConfigError, DataError, UnsupportedError
 from peft_lntune.norms.per_sample import PerSample, per_sample
-from peft_lntune.selection.losses import HEADS, Batch, Head, Loss, find_head
+from peft_lntune.selection.losses import LOSS_HEADS, Batch, Head, Loss, find_head
 from peft_lntune.selection.packed import find_packed
 from peft_lntune.selection.parameters import find_parameters, generator
+from peft_lntune.selection.scores import register_score
 
-__all__ = ["KINDS", "MAX_CLASSES", "FisherState", "add_samples", "fisher_scores", "own_share", "several_processes"]
+__all__ = [
+    "FISHER_KINDS",
+    "MAX_CLASSES",
+    "FisherState",
+    "add_samples",
+    "fisher_scores",
+    "own_share",
+    "several_processes",
+]
 
-KINDS = ("empirical", "mc", "exact")
+FISHER_KINDS = ("empirical", "mc", "exact")
 
 MAX_CLASSES = 32
 """The exact kind makes one backward pass a class, up to this many."""
@@ -121,6 +130,7 @@ def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
+@register_score("fisher")
 def fisher_scores(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -146,8 +156,9 @@ def fisher_scores(
         batches: dicts of tensors, with labels, as a `DataLoader` gives them; batch axis first.
         kind: `"empirical"`, `"mc"` or `"exact"`. The last is for regression and heads of few classes (`MAX_CLASSES`).
         parameters: names in the base model; None: weight and bias of every norm.
-        loss: None takes the loss of the model's own head, for tokens the mean of each sample. Or the name of one, such
-            as `"causal_lm_sum"` (see `peft_lntune.selection.losses.HEADS`), or a function `(outputs, batch) -> (B,)`.
+        loss: None takes the loss of the model's own head, for tokens the mean of each sample. Or the name of one, a key
+            of `peft_lntune.selection.losses.LOSS_HEADS` such as `"causal_lm_sum"`, or a function
+            `(outputs, batch) -> (B,)`.
             Where the model's forward takes no `labels` (diffusion models), they are for that function alone.
         seed: of the labels drawn by `"mc"`.
         num_samples: stop after this many; None: all.
@@ -190,10 +201,10 @@ def add_samples(
     progress: bool = True,
 ) -> None:
     """Add the squares of samples to `state`; see `fisher_scores`. There may be none of them."""
-    if kind not in KINDS:
-        raise ConfigError(f"kind={kind!r}: choose one of {', '.join(map(repr, KINDS))}.")
-    if isinstance(loss, str) and loss not in HEADS:
-        raise ConfigError(f"loss={loss!r}: choose one of {', '.join(HEADS)}, or pass a function.")
+    if kind not in FISHER_KINDS:
+        raise ConfigError(f"kind={kind!r}: choose one of {', '.join(map(repr, FISHER_KINDS))}.")
+    if isinstance(loss, str) and loss not in LOSS_HEADS:
+        raise ConfigError(f"loss={loss!r}: choose one of {', '.join(LOSS_HEADS)}, or pass a function.")
     if callable(loss) and kind != "empirical":
         raise ConfigError(f"kind={kind!r} needs to know what the outputs mean, so loss takes a name, not a function.")
     found = find_parameters(model, parameters)
@@ -203,8 +214,8 @@ def add_samples(
             f"{away} is on the meta device, as accelerate leaves the parameters of modules that it offloads, so no "
             "gradient can be compared with it. Compute the scores of a model that is loaded, and set_masks from them."
         )
-    with _frozen(model), per_sample(base_model(model), found) as taps:
-        scorer = _Scorer(model, found, taps, kind, loss, seed)
+    with _frozen(model), per_sample(base_model(model), found) as hooks:
+        scorer = _Scorer(model, found, hooks, kind, loss, seed)
         for batch, size in _left(batches, state, num_samples, progress):
             scorer.add(batch, size, state)
 
@@ -216,14 +227,14 @@ class _Scorer:
         self,
         model: nn.Module,
         parameters: Mapping[str, Tensor],
-        taps: PerSample,
+        hooks: PerSample,
         kind: str,
         loss: Loss | str | None,
         seed: int,
     ) -> None:
-        self.model, self.parameters, self.taps, self.kind, self.seed = model, parameters, taps, kind, seed
+        self.model, self.parameters, self.hooks, self.kind, self.seed = model, parameters, hooks, kind, seed
         self.device = next(iter(parameters.values())).device
-        self.head: Head | None = HEADS[loss] if isinstance(loss, str) else None
+        self.head: Head | None = LOSS_HEADS[loss] if isinstance(loss, str) else None
         self.loss: Loss | None = loss if callable(loss) else None
         config = getattr(model, "config", None)
         self.needs_labels = self.loss is not None or getattr(config, "is_encoder_decoder", False)
@@ -244,11 +255,11 @@ class _Scorer:
         if self.head is None and self.loss is None:
             self.head = self._find_head(batch, size)
         if not self.checked:
-            self._check_taps(batch, size, number)
+            self._check_hooks(batch, size, number)
             self.checked = True
         found = self._tapped_squares(batch, size, number)
-        for sample in range(size) if self.taps.loose else ():
-            for name, square in self._loose_squares(_rows(batch, size, sample, sample + 1), number + sample).items():
+        for sample in range(size) if self.hooks.fallback else ():
+            for name, square in self._fallback_squares(_rows(batch, size, sample, sample + 1), number + sample).items():
                 found[name] = found[name] + square if name in found else square
         for name, parameter in self.parameters.items():
             wide = torch.promote_types(parameter.dtype, torch.float32)
@@ -265,7 +276,7 @@ class _Scorer:
             counted = (labels != -100).flatten(1).sum(1)
             sample = int(counted.argmax())  # most tokens: the readings differ most there
         one = _rows(batch, size, sample, sample + 1)
-        self.taps.start(1, _lengths(one, 1))
+        self.hooks.start(1, _lengths(one, 1))
         return find_head(self.model, self.model(**one), one)
 
     def _losses(self, batch: Batch, size: int, number: int) -> list[tuple[Tensor | None, Tensor]]:
@@ -325,41 +336,41 @@ class _Scorer:
             yield
 
     def _tapped_squares(self, batch: Batch, size: int, number: int) -> dict[str, Tensor]:
-        if not self.taps.tapped:
+        if not self.hooks.hooked:
             return {}
-        self.taps.start(size, _lengths(batch, size))
+        self.hooks.start(size, _lengths(batch, size))
         found: dict[str, Tensor] = {}
         for _ in self._send_back(self._losses(batch, size, number)):
-            for name, square in self.taps.squares().items():
+            for name, square in self.hooks.squares().items():
                 found[name] = found[name] + square if name in found else square
         return found
 
-    def _loose_squares(self, one: Batch, number: int) -> dict[str, Tensor]:
+    def _fallback_squares(self, one: Batch, number: int) -> dict[str, Tensor]:
         """The squares of one sample by an ordinary backward pass."""
         found: dict[str, Tensor] = {}
-        with _gradients_of({name: self.parameters[name] for name in self.taps.loose}) as gradients:
-            self.taps.start(1, _lengths(one, 1))
+        with _gradients_of({name: self.parameters[name] for name in self.hooks.fallback}) as gradients:
+            self.hooks.start(1, _lengths(one, 1))
             for _ in self._send_back(self._losses(one, 1, number)):
                 for name, gradient in gradients().items():
                     square = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).square()
                     found[name] = found[name] + square if name in found else square
         return found
 
-    def _check_taps(self, batch: Batch, size: int, number: int) -> None:
-        """Compare the taps with autograd on the first sample, in a batch of two where there are two.
+    def _check_hooks(self, batch: Batch, size: int, number: int) -> None:
+        """Compare the hooks with autograd on the first sample, in a batch of two where there are two.
 
         A parameter that the model uses outside its module's call has another gradient there; it goes the slow way.
         And a loss that reaches the rows of another sample means that the rows are not what they seem.
         """
-        if not self.taps.tapped:
+        if not self.hooks.hooked:
             return
         pair = min(size, 2)
         some = _rows(batch, size, 0, pair)
-        with _gradients_of({name: self.parameters[name] for name in self.taps.tapped}) as gradients:
-            self.taps.start(pair, _lengths(some, pair), whole=True)
+        with _gradients_of({name: self.parameters[name] for name in self.hooks.hooked}) as gradients:
+            self.hooks.start(pair, _lengths(some, pair), whole=True)
             weights, losses = self._losses(some, pair, number)[0]
             for _ in self._send_back([(weights, losses * torch.eye(pair, device=losses.device)[0])]):
-                ours, theirs = self.taps.gradients(), gradients()
+                ours, theirs = self.hooks.gradients(), gradients()
         for name, gradient in ours.items():
             if gradient[1:].any():
                 raise UnsupportedError(
@@ -367,7 +378,7 @@ class _Scorer:
                     "no gradient a sample: the batch axis is not the first there, or samples are mixed. Leave it out "
                     "with parameters=, or give batches of one sample."
                 )
-        self.taps.drop(name for name in self.taps.tapped if not _agree(ours.get(name), theirs.get(name)))
+        self.hooks.drop(name for name in self.hooks.hooked if not _agree(ours.get(name), theirs.get(name)))
 
 
 def _takes(model: nn.Module, name: str) -> bool:
@@ -457,7 +468,7 @@ def _left(
 
 def _size(batch: Batch) -> int:
     """Samples of a batch: the length of its labels, or else of its first tensor."""
-    names = [name for head in HEADS.values() for name in head.labels if name in batch]
+    names = [name for head in LOSS_HEADS.values() for name in head.labels if name in batch]
     for value in (*(batch[name] for name in names), *batch.values()):
         if isinstance(value, Tensor) and value.dim():
             return len(value)

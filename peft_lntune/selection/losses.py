@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peft_lntune.errors import DataError, UnsupportedError
 
 __all__ = [
-    "HEADS",
+    "LOSS_HEADS",
     "Head",
     "LossTerm",
     "causal_lm_loss",
@@ -152,7 +152,7 @@ def find_head(model: nn.Module, outputs: Any, batch: Batch) -> Head:
         UnsupportedError: the model reports no loss, or one that no known head computes.
     """
     own = _field(outputs, "loss")
-    if not any(name in batch for head in HEADS.values() for name in head.labels):
+    if not any(name in batch for head in LOSS_HEADS.values() for name in head.labels):
         raise DataError(
             f"no labels: a batch has {', '.join(batch)}, but a loss needs `labels` (or `start_positions` and "
             "`end_positions`). Keep that column in the data, or pass loss=, a function (outputs, batch) -> (B,)."
@@ -160,18 +160,20 @@ def find_head(model: nn.Module, outputs: Any, batch: Batch) -> Head:
     if own is None:
         raise UnsupportedError(
             f"{type(model).__name__} reports no loss, so what its outputs mean cannot be told. Pass loss=, one of "
-            f"{', '.join(HEADS)}, or a function (outputs, batch) -> (B,)."
+            f"{', '.join(LOSS_HEADS)}, or a function (outputs, batch) -> (B,)."
         )
     if not bool(torch.isfinite(own)):
         raise DataError(f"the model's own loss is {own.item()}. Look at the labels and inputs.")
-    fitting = [head for head in HEADS.values() if all(n in batch for n in head.labels) and head.fits(outputs, batch)]
+    fitting = [
+        head for head in LOSS_HEADS.values() if all(n in batch for n in head.labels) and head.fits(outputs, batch)
+    ]
     # The nearest, not the first near one: a model that knows nothing has nearly the same loss under several readings.
     errors = [abs(whole_loss(head, outputs, batch).item() - own.item()) for head in fitting]
     if fitting and min(errors) <= 1e-3 + 1e-2 * abs(own.item()):
         return fitting[errors.index(min(errors))]
     raise UnsupportedError(
         f"{type(model).__name__} reports a loss of {own.item():.4g}, which is none of the losses known "
-        f"here ({', '.join(HEADS)}). Pass loss=, a function (outputs, batch) -> (B,)."
+        f"here ({', '.join(LOSS_HEADS)}). Pass loss=, a function (outputs, batch) -> (B,)."
     )
 
 
@@ -198,7 +200,7 @@ def grouped_losses(head: Head, outputs: Any, batch: Batch, groups: Tensor, count
 
     Example:
         >>> outputs, batch = {"logits": torch.zeros(3, 2)}, {"labels": torch.tensor([0, 1, 0])}
-        >>> grouped_losses(HEADS["classification"], outputs, batch, torch.tensor([0, 1, 0]), 2)
+        >>> grouped_losses(LOSS_HEADS["classification"], outputs, batch, torch.tensor([0, 1, 0]), 2)
         tensor([0.6931, 0.6931])
     """
     return _grouped(head.parts(outputs, batch), groups, count)
@@ -366,7 +368,7 @@ def _expected_values(outputs: Any) -> list[tuple[Tensor, Tensor]]:
     return [(share, column) for column in logits.unbind(1)]
 
 
-HEADS: dict[str, Head] = {
+LOSS_HEADS: dict[str, Head] = {
     head.name: head
     for head in (
         Head(

@@ -9,10 +9,10 @@ from peft_lntune.errors import ConfigError
 
 __all__ = ["check_alike", "check_bool", "check_masks", "combine_masks", "mask_density", "mask_overlap"]
 
-Masks = Mapping[str, Tensor]
 
-
-def combine_masks(masks: Sequence[Masks], how: str = "union", at_least: int | None = None) -> dict[str, Tensor]:
+def combine_masks(
+    masks: Sequence[Mapping[str, Tensor]], how: str = "union", at_least: int | None = None
+) -> dict[str, Tensor]:
     """Combine the masks of several tasks.
 
     Args:
@@ -46,7 +46,7 @@ def combine_masks(masks: Sequence[Masks], how: str = "union", at_least: int | No
     }
 
 
-def mask_density(masks: Masks) -> float:
+def mask_density(masks: Mapping[str, Tensor]) -> float:
     """Fraction of all entries that are True.
 
     Example:
@@ -56,7 +56,7 @@ def mask_density(masks: Masks) -> float:
     return sum(int(mask.sum()) for mask in masks.values()) / max(1, sum(mask.numel() for mask in masks.values()))
 
 
-def mask_overlap(a: Masks, b: Masks) -> float:
+def mask_overlap(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     """Jaccard index: entries in both, over entries in either. 1 where both are empty.
 
     Example:
@@ -69,7 +69,7 @@ def mask_overlap(a: Masks, b: Masks) -> float:
     return both / either if either else 1.0
 
 
-def check_masks(masks: Masks, shapes: Mapping[str, torch.Size], what: str) -> None:
+def check_masks(masks: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], what: str) -> None:
     """Raise where masks are not bool tensors of these shapes, or choose nothing.
 
     Args:
@@ -100,14 +100,14 @@ def check_masks(masks: Masks, shapes: Mapping[str, torch.Size], what: str) -> No
         raise ConfigError("the masks choose no entry at all, so there would be nothing to train.")
 
 
-def check_bool(masks: Masks, what: str) -> None:
+def check_bool(masks: Mapping[str, Tensor], what: str) -> None:
     """Raise a `ConfigError` where one of these masks is no bool tensor; `what`: whose they are, for the message."""
     for name, mask in masks.items():
         if mask.dtype != torch.bool:
             raise ConfigError(f"{what}: the mask of {name} should be a bool tensor, but is {mask.dtype}.")
 
 
-def check_alike(a: Masks, b: Masks) -> None:
+def check_alike(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
     """Raise a `ConfigError` where two sets of masks are of other parameters, or of other shapes."""
     differing = sorted(a.keys() ^ b.keys()) or [name for name in a if a[name].shape != b[name].shape]
     if differing:

@@ -1,6 +1,10 @@
-"""Scores that need no data: magnitude, distance from the median, change, and chance as the control."""
+"""Scores by name, and those that need no data: magnitude, distance from the median, change, and chance as the control.
 
-from collections.abc import Iterable, Mapping
+A new score is a function here under `register_score`, and its test; `peft-lntune fisher --score NAME` finds it.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -9,11 +13,78 @@ from peft_lntune.errors import ConfigError
 from peft_lntune.selection.effective import effective_parameters
 from peft_lntune.selection.parameters import find_parameters, generator
 
-__all__ = ["change_scores", "magnitude_scores", "median_distance_scores", "random_scores"]
+__all__ = [
+    "SCORES",
+    "change_scores",
+    "find_score",
+    "magnitude_scores",
+    "median_distance_scores",
+    "random_scores",
+    "register_score",
+]
 
-Tensors = Mapping[str, Tensor]
+Score = TypeVar("Score", bound=Callable[..., dict[str, Tensor]])
+
+SCORES: dict[str, Callable[..., dict[str, Tensor]]] = {}
+"""Functions `(model, parameters=None, ...)` to scores by parameter, by the names under which the command line has them.
+
+Of the further arguments, the command line gives those that a function names: `batches`, `kind`, `seed`, `state` and
+`progress`, as of `fisher_scores`.
+"""
 
 
+def register_score(name: str) -> Callable[[Score], Score]:
+    """Make a function known as a score: to `find_score`, and to `peft-lntune fisher --score NAME`.
+
+    Args:
+        name: that no other score has.
+
+    Returns:
+        A decorator, which leaves the function as it is.
+
+    Raises:
+        ConfigError: the name is taken.
+
+    Example:
+        >>> @register_score("size")
+        ... def size_scores(model, parameters=None):
+        ...     return {name: torch.full_like(v, v.numel()) for name, v in find_parameters(model, parameters).items()}
+        >>> find_score("size")(nn.Sequential(nn.LayerNorm(2)))["0.bias"]
+        tensor([2., 2.])
+        >>> del SCORES["size"]
+    """
+
+    def register(function: Score) -> Score:
+        if name in SCORES:
+            raise ConfigError(f"there is a score {name!r} already, {SCORES[name].__qualname__}. Choose another name.")
+        SCORES[name] = function
+        return function
+
+    return register
+
+
+def find_score(name: str) -> Callable[..., dict[str, Tensor]]:
+    """The score of a name.
+
+    Args:
+        name: a key of `SCORES`.
+
+    Returns:
+        The function.
+
+    Raises:
+        ConfigError: no score has this name.
+
+    Example:
+        >>> find_score("magnitude") is magnitude_scores
+        True
+    """
+    if name not in SCORES:
+        raise ConfigError(f"score={name!r}: choose one of {', '.join(map(repr, SCORES))}.")
+    return SCORES[name]
+
+
+@register_score("magnitude")
 def magnitude_scores(model: nn.Module, parameters: Iterable[str] | None = None) -> dict[str, Tensor]:
     """The absolute value of each entry.
 
@@ -28,6 +99,7 @@ def magnitude_scores(model: nn.Module, parameters: Iterable[str] | None = None) 
     return {name: _wide(value).abs() for name, value in find_parameters(model, parameters).items()}
 
 
+@register_score("median-distance")
 def median_distance_scores(model: nn.Module, parameters: Iterable[str] | None = None) -> dict[str, Tensor]:
     """How far each entry lies from the median of its own parameter: `|w - median(w)|`.
 
@@ -59,7 +131,9 @@ def median_distance_scores(model: nn.Module, parameters: Iterable[str] | None = 
 
 
 def change_scores(
-    before: nn.Module | Tensors, after: nn.Module | Tensors, parameters: Iterable[str] | None = None
+    before: nn.Module | Mapping[str, Tensor],
+    after: nn.Module | Mapping[str, Tensor],
+    parameters: Iterable[str] | None = None,
 ) -> dict[str, Tensor]:
     """How far each entry moved in training: `|after - before|`.
 
@@ -90,6 +164,7 @@ def change_scores(
     return {name: (_wide(two[name]).to(value.device) - _wide(value)).abs() for name, value in one.items()}
 
 
+@register_score("random")
 def random_scores(model: nn.Module, parameters: Iterable[str] | None = None, seed: int = 0) -> dict[str, Tensor]:
     """Uniform in [0, 1): the control that any other score has to beat. The same for a seed and a name everywhere.
 
@@ -109,7 +184,7 @@ def random_scores(model: nn.Module, parameters: Iterable[str] | None = None, see
     }
 
 
-def _named(given: nn.Module | Tensors, names: list[str] | None) -> Tensors:
+def _named(given: nn.Module | Mapping[str, Tensor], names: list[str] | None) -> Mapping[str, Tensor]:
     if isinstance(given, nn.Module):
         effective = effective_parameters(given)
         first = {id(base): name for name, base in find_parameters(given, effective).items()}

@@ -21,7 +21,7 @@ from peft_lntune.errors import ConfigError, RoutingError, UnsupportedError
 from peft_lntune.layers import ReplacementLayer, switched_off
 from peft_lntune.routing.base_rows import BaseRows
 from peft_lntune.routing.entries import Entries
-from peft_lntune.routing.heads import HeadRun, layers_of, tensors_within
+from peft_lntune.routing.heads import HeadRun, RowGroups, group_rows, layers_of, tensors_within
 from peft_lntune.routing.recomputed import RecomputedDetour
 from peft_lntune.routing.route import Route
 from peft_lntune.routing.rows import NormRun, check_free
@@ -43,6 +43,7 @@ class _Routed:
     one: bool
     gathered: Sequence[Stack]
     heads: dict[str, dict[str, Tensor]]
+    groups: RowGroups | None = None
     finished: bool = False
 
 
@@ -55,6 +56,10 @@ class ManyTasks:
 
     The values are in the adapters again after `write`, `save` or `close`; until then the adapters are as they were.
     Inside a route the model's own adapters are off; outside of it the model is what it was.
+
+    Attributes:
+        names: the tasks.
+        norms: the names of the norms that some task trains.
 
     Args:
         peft_model: holds an adapter a task, of LNTuningConfig or FisherLNConfig, with masks where these are wanted.
@@ -201,12 +206,12 @@ class ManyTasks:
             stack.enter_context(self._route.serving(names, routed.gathered, "the names given to `route`"))
             stack.enter_context(switched_off(tuners))
             for layer, run in self._runs.items():
-                run.rows = routed.heads[layer]
+                run.rows, run.groups = routed.heads[layer], routed.groups
             try:
                 yield
             finally:
                 for run in self._runs.values():
-                    run.rows = {}
+                    run.rows, run.groups = {}, None
 
     def _take(self, names: Sequence[str] | str | Tensor) -> _Routed:
         one = isinstance(names, str)
@@ -217,6 +222,9 @@ class ManyTasks:
         finish = partial(setattr, routed, "finished", True)
         rows = self._base_rows.add_to(self._norms.gather(slots, index, finish))
         routed.gathered = [*rows, *self._base_rows.others()]
+        if not one:  # a head has more entries than a row has tokens, so the rows of a task share them
+            routed.groups = group_rows(slots)
+            slots, index = routed.groups.owners, torch.tensor(routed.groups.owners)
         for layer, parameters in self._heads.items():
             routed.heads[layer] = unstacked(parameters.gather(slots, index, finish))
         return routed

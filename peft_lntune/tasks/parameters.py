@@ -78,7 +78,8 @@ class TaskParameters:
         gathered = []
         for number, (names, values) in enumerate(self.stacks):
             mark = partial(self._mark, number, frozenset(slots), reached)
-            rows = gather_rows(values, index.to(values.device), self._outside[number], mark)
+            one_each = list(slots) == list(range(len(values)))
+            rows = gather_rows(values, None if one_each else index.to(values.device), self._outside[number], mark)
             gathered.append(Stack(names, rows))
         return gathered
 

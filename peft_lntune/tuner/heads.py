@@ -1,7 +1,7 @@
 """Heads in `modules_to_save`: each row of a batch with the head of its adapter; and heads copied between adapters."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from peft_lntune.core.detour import Detour
+from peft_lntune.core.detour import Detour, patched
 from peft_lntune.core.module_tree import is_tuner_layer
 from peft_lntune.errors import MixedHeadError
 from peft_lntune.norms.affine import split_call
@@ -45,21 +45,19 @@ def routed_heads(model: nn.Module, route: Route) -> Iterator[dict[str, nn.Module
     """
     heads = {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
     watched: dict[str, nn.Module] = {}
-    with ExitStack() as stack:
-        for label, head in heads.items():
-            own = {name: copy for name, copy in head.modules_to_save.items() if name in route.names}
-            copies = dict.fromkeys(route.names, head.original_module) | own
-            alike = len(set(copies.values())) <= 1
-            module = next(iter(copies.values()), head) if alike else head.original_module
-            detours = [Detour(head, route, partial(_checked, module, route, label))]
-            for path in () if alike else _layers(head.original_module, label):
-                name = f"{label}.{path}" if path else label
-                layers = {adapter: copy.get_submodule(path) for adapter, copy in copies.items()}
-                detours.append(_detour(head.original_module.get_submodule(path), name, layers, route))
-                watched[name] = _active(head).get_submodule(path)
-            for detour in detours:
-                detour.patch()
-                stack.callback(detour.restore)
+    detours: list[Detour] = []
+    for label, head in heads.items():
+        own = {name: copy for name, copy in head.modules_to_save.items() if name in route.names}
+        copies = dict.fromkeys(route.names, head.original_module) | own
+        alike = len(set(copies.values())) <= 1
+        module = next(iter(copies.values()), head) if alike else head.original_module
+        detours.append(Detour(head, route, partial(_checked, module, route, label)))
+        for path in () if alike else _layers(head.original_module, label):
+            name = f"{label}.{path}" if path else label
+            layers = {adapter: copy.get_submodule(path) for adapter, copy in copies.items()}
+            detours.append(_detour(head.original_module.get_submodule(path), name, layers, route))
+            watched[name] = _active(head).get_submodule(path)
+    with patched(detours):
         yield watched
 
 

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from peft_lntune.config import BottleneckConfig, LNTuneConfig, LNTuningConfig, UnifiedConfig, parts_of, record_mask
 from peft_lntune.config.deltas import recorded
-from peft_lntune.core.detour import Detour
+from peft_lntune.core.detour import Detour, patched
 from peft_lntune.errors import ConfigError, RoutingError, UnsupportedError
 from peft_lntune.layers import PARAMETERS, InsertedLayer, NormLayer, ReplacementLayer
 from peft_lntune.layers.held import deltas_of, supermasks_of
@@ -486,10 +486,7 @@ class LNTuneModel(BaseTuner):
             labels = {getattr(module, "label", name): module for name, module in places.items()}
             return {**{label: modules.get(label) or module for label, module in labels.items()}, **heads}
 
-        with ExitStack() as stack:
-            for detour in Entries(self.model, route, watched, route.known).detours(modules, places):
-                detour.patch()
-                stack.callback(detour.restore)
+        with patched(Entries(self.model, route, watched, route.known).detours(modules, places)):
             yield
 
     def _check_route(self, names: Sequence[str] | str) -> None:

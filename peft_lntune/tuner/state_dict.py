@@ -57,7 +57,15 @@ def masks_of(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
 
 
 def planned_deltas(facts: ModelFacts, config: PeftConfig) -> dict[str, PlannedModule]:
-    """The modules in which a config tunes deltas, whose entries masks choose, by name."""
+    """Plan the modules in which a config tunes deltas, whose entries masks choose.
+
+    Args:
+        facts: of the model.
+        config: any config of this package.
+
+    Returns:
+        The planned modules by name; empty where the config has no deltas.
+    """
     planned = plan_parts(facts, config)
     return {name: its for part, plan in planned if method_of(part).has_masks for name, its in plan.parts.items()}
 
@@ -72,6 +80,9 @@ def unpack_by(
         config: the config that was saved with the file.
         tensors: the state dict of the file.
         where: the file or adapter, for the message.
+
+    Returns:
+        A new dict.
 
     Raises:
         AdapterFileError: they were not packed from such an adapter of such a model.
@@ -99,6 +110,9 @@ def scores_by(
         trained: whether the adapter will be trained.
         adapter_name: for messages.
 
+    Returns:
+        A new dict.
+
     Raises:
         AdapterFileError: the bits are not those of this model.
     """
@@ -115,6 +129,9 @@ def held_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tens
         model: with the adapter; modules that FSDP has wrapped go by the names they have without it, as in `tensors`.
         adapter_name: which.
         tensors: a state dict of the model.
+
+    Returns:
+        A new dict.
     """
     layers = {without_fsdp(name) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     found = {}
@@ -127,13 +144,29 @@ def held_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tens
 
 
 def own_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """The tensors of an adapter as a model's state dict has them, without heads in `modules_to_save`."""
+    """The tensors of an adapter as a model's state dict has them, without heads in `modules_to_save`.
+
+    Args:
+        model: with the adapter.
+        adapter_name: which.
+
+    Returns:
+        The tensors by name.
+    """
     tensors = {name: value for name, value in model.state_dict().items() if is_part(name, adapter_name)}
     return held_tensors(model, adapter_name, tensors)
 
 
 def under_all_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors, keyed as in the model's state dict, also under the further names of layers that the model shares."""
+    """Give tensors also under the further names of layers that the model shares.
+
+    Args:
+        model: the model.
+        tensors: by name, as in the model's state dict.
+
+    Returns:
+        A new dict.
+    """
     first = {module: name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     found = dict(tensors)
     for name, module in model.named_modules(remove_duplicate=False):
@@ -144,14 +177,30 @@ def under_all_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str
 
 
 def further_names(model: nn.Module, adapter_name: str) -> set[str]:
-    """The names of an adapter's tensors in a model's state dict that come from a layer with an earlier name."""
+    """The names of an adapter's tensors in a model's state dict that come from a layer with an earlier name.
+
+    Args:
+        model: with the adapter.
+        adapter_name: which.
+
+    Returns:
+        The names, which no file holds.
+    """
     return {name for name in model.state_dict() if is_part(name, adapter_name)} - own_tensors(
         model, adapter_name
     ).keys()
 
 
 def as_in_model(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors, keyed as in the model's state dict, in the dtypes that they have among the adapter's `own_tensors`."""
+    """Give tensors the dtypes that an adapter has.
+
+    Args:
+        own: the `own_tensors` of the adapter.
+        tensors: by name, as in the model's state dict.
+
+    Returns:
+        A new dict.
+    """
     return {name: value.to(own[name].dtype if name in own else value.dtype) for name, value in tensors.items()}
 
 
@@ -189,7 +238,12 @@ def check_fit(own: Mapping[str, Tensor], adapter_name: str, tensors: Mapping[str
 def check_shapes(
     expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], adapter_name: str
 ) -> None:
-    """Raise where the tensors of an adapter are not those that are expected, by name and shape.
+    """Raise where the tensors of an adapter are not those that are expected.
+
+    Args:
+        expected: shapes by name.
+        found: shapes by name, of what is to be loaded.
+        adapter_name: for the message.
 
     Raises:
         AdapterFileError: names are missing or unexpected, or shapes differ.

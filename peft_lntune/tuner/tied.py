@@ -56,6 +56,10 @@ def ties_of(
 def check_tied(model: nn.Module, adapter_names: Sequence[str] | None) -> None:
     """Raise where merging these adapters (None: the active ones) would also change modules that they do not tune.
 
+    Args:
+        model: the model.
+        adapter_names: the adapters; None for the active ones.
+
     Raises:
         UnsupportedError: a tuned parameter is tied to one that the adapter does not tune. Nothing has changed.
     """

@@ -239,7 +239,19 @@ def test_negative_classes_and_unknown_names():
         encode_labels(["0", "-1"])
     with pytest.raises(DataError, match="head knows yes, no, and the data has maybe"):
         encode_labels(["maybe"], {"yes": 0, "no": 1})
-    assert encode_labels([0, 5], {"yes": 0, "no": 1}) == ([0, 5], 6)  # by number, and more than the head has
+    assert encode_labels([1, 0], {"yes": 0, "no": 1}) == ([1, 0], 2)
+    with pytest.raises(DataError, match="the data has 6 classes, and the head of the model 2"):
+        encode_labels([0, 5], {"yes": 0, "no": 1})
+
+
+def test_several_classes_of_a_head():
+    known = {"toxic": 0, "insult": 1}  # in the order of the head, not of the names
+    for labels in ([["insult"], ["toxic", "insult"]], [[1], [0, 1]], [[0, 1], [1, 1]]):
+        assert encode_labels(labels, known) == ([[0.0, 1.0], [1.0, 1.0]], 2)
+    with pytest.raises(DataError, match="head knows toxic, insult, and the data has rude"):
+        encode_labels([["rude"]], known)
+    with pytest.raises(DataError, match="the data has 3 classes"):
+        encode_labels([[0, 1, 1]], known)
 
 
 @pytest.mark.parametrize("labels", [[10, 20, 30], [0, 1, 5], ["60", "75.0", "100"], [*range(30)]], ids=str)

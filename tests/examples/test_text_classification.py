@@ -12,12 +12,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from task_data import read_data
 from text_classification import main, text_task
-from training import Run, format_table, load_base, reload, train_method
+from training import Run, format_table, load_base, make_trainer, reload, train_method
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     DistilBertConfig,
     LlamaConfig,
+    MPNetConfig,
     RobertaConfig,
     Trainer,
 )
@@ -103,6 +104,23 @@ def test_head_of_a_family(config, head):
     model = AutoModelForSequenceClassification.from_config(config)
     assert find_head(model) == head
     METHODS["ln"].prepare(model, "SEQ_CLS")
+
+
+def test_lora_on_a_model_that_peft_has_no_list_of():
+    config = MPNetConfig(**SIZES, max_position_embeddings=16)
+    model = METHODS["lora"].prepare(AutoModelForSequenceClassification.from_config(config), "SEQ_CLS")
+    tuned = {name.split(".lora_")[0].rpartition(".")[2] for name, _ in model.named_parameters() if ".lora_" in name}
+    assert tuned == {"q", "v"}
+
+
+def test_the_head_has_its_own_rate(tiny_bert, data_dir):
+    task = task_of(tiny_bert, data_dir)
+    model = METHODS["ln"].prepare(load_base(task, tiny_bert), "SEQ_CLS")
+    optimizer = make_trainer(run_of(tiny_bert, lr=0.5, head_lr=0.25), model, task).create_optimizer()
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    found = {name: rates[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+    assert {rate for name, rate in found.items() if "modules_to_save" in name} == {0.25}
+    assert {rate for name, rate in found.items() if "modules_to_save" not in name} == {0.5}
 
 
 @pytest.mark.end_to_end

@@ -135,6 +135,7 @@ REQUIRED = [
         "disable_adapter, and a bank on a PeftModel",
         ("layers/replacing.py", "layers/inserted.py", "layers/bottleneck.py", "layers/switched.py"),
     ),
+    Name(f"{LAYER}._active_adapter", "which cached values are those of the active adapters", ("layers/replacing.py",)),
     Name(
         f"{LAYER}._move_adapter_to_device_of_base_layer",
         "deltas keep their dtype",

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from peft_lntune.errors import ConfigError, DataError, UnsupportedError
 from peft_lntune.norms.per_sample import per_sample
 from peft_lntune.selection import FisherState, fisher_scores
-from peft_lntune.selection.losses import HEADS, causal_lm_loss
+from peft_lntune.selection.losses import LOSS_HEADS, causal_lm_loss
 from peft_lntune.selection.parameters import find_parameters
 from tests.cases import FAMILIES, NORMS, build, build_norm, inputs, norm_inputs
 from tests.selection.oracles import loop_scores
@@ -78,7 +78,7 @@ def test_every_family_equals_the_loop(family):
 def test_equal_to_the_loop_to_the_last_digits(family):
     model, batch = double(family)
     loss = "causal_lm" if family in ("gpt2", "opt") else "token"
-    expected = loop_scores(model, [batch], loss=HEADS[loss].loss)
+    expected = loop_scores(model, [batch], loss=LOSS_HEADS[loss].loss)
     assert_close(fisher_scores(model, [batch], loss=loss), expected, 1e-10)
     assert_close(fisher_scores(model, [batch]), expected, 1e-10)
 
@@ -156,10 +156,10 @@ def test_every_norm_equals_autograd(case):
         for name, parameter in norm.named_parameters():
             expected[name].append(parameter.grad.clone())
     norm.requires_grad_(False)
-    with per_sample(model, [f"norm.{name}" for name in names]) as taps:
-        taps.start(4, ())
+    with per_sample(model, [f"norm.{name}" for name in names]) as hooks:
+        hooks.start(4, ())
         (norm(*given) * weight).sum().backward()
-        found = taps.gradients()
+        found = hooks.gradients()
     for name in names:
         torch.testing.assert_close(found[f"norm.{name}"], torch.stack(expected[name]), rtol=1e-5, atol=1e-6)
 
@@ -184,7 +184,7 @@ class Shared(nn.Module):
         return (
             {"logits": logits}
             if labels is None
-            else {"logits": logits, "loss": HEADS["token"].loss({"logits": logits}, {"labels": labels})[0]}
+            else {"logits": logits, "loss": LOSS_HEADS["token"].loss({"logits": logits}, {"labels": labels})[0]}
         )
 
 
@@ -225,12 +225,12 @@ def test_a_weight_used_outside_its_module_goes_the_slow_way():
 def test_a_shared_norm_costs_one_backward():
     """All its calls are summed a sample; were one lost, the scores would still be right, but slow."""
     model, batch = shared()
-    loss = HEADS["token"].loss
+    loss = LOSS_HEADS["token"].loss
     model.requires_grad_(False)
-    with per_sample(model, ["norm.weight", "up.weight"]) as taps:
-        taps.start(5, (), whole=True)
+    with per_sample(model, ["norm.weight", "up.weight"]) as hooks:
+        hooks.start(5, (), whole=True)
         loss(model(batch["ids"]), batch).sum().backward()
-        found = taps.gradients()
+        found = hooks.gradients()
     model.requires_grad_(True)
     loss(model(batch["ids"]), batch).sum().backward()
     for name, gradients in found.items():
@@ -241,8 +241,8 @@ def test_linear_weights_of_an_encoder_cost_one_backward():
     model, batch = encoder("SequenceClassification", num_labels=2), {**words(), "labels": torch.arange(5) % 2}
     names = [name for name, _ in model.named_parameters() if "embeddings" not in name or "Norm" in name]
     expected = loop_scores(model, [batch], parameters=names)
-    with per_sample(model, names) as taps:
-        assert taps.loose == []
+    with per_sample(model, names) as hooks:
+        assert hooks.fallback == []
     assert_close(fisher_scores(model, [batch], parameters=names), expected, 1e-9)
 
 
@@ -276,7 +276,7 @@ def test_mc_tends_to_the_expectation(head):
     one = fisher_scores(model, many, kind="mc", seed=0)
     other = fisher_scores(model, many, kind="mc", seed=1)
     assert any((one[name] != other[name]).any() for name in one)
-    limit = fisher_scores(model, [batch], kind="exact") if HEADS[head].expected else other
+    limit = fisher_scores(model, [batch], kind="exact") if LOSS_HEADS[head].expected else other
     total, wanted = (sum(score.sum() for score in found.values()) for found in (one, limit))
     assert 0.7 < total / wanted < 1.4
 
@@ -410,7 +410,7 @@ def test_flattened_rows_are_told_apart():
 
     torch.manual_seed(0)
     model, batch = Flat("").double(), {"x": torch.randn(4, 3, 6).double(), "labels": torch.tensor([0, 1, 0, 1])}
-    expected = loop_scores(model, [batch], loss=HEADS["classification"].loss)
+    expected = loop_scores(model, [batch], loss=LOSS_HEADS["classification"].loss)
     assert_close(fisher_scores(model, [batch], loss="classification"), expected, 1e-10)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from peft_lntune.selection.losses import HEADS, find_head, grouped_losses, whole_loss
+from peft_lntune.selection.losses import LOSS_HEADS, find_head, grouped_losses, whole_loss
 
 
 def case(name):
@@ -28,19 +28,19 @@ def rows(value, some):
     return {name: tensor[some] for name, tensor in value.items()}
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", LOSS_HEADS)
 def test_a_group_of_one_row_has_the_loss_of_the_row(name):
     outputs, batch = case(name)
-    found = grouped_losses(HEADS[name], outputs, batch, torch.arange(5), 5)
-    torch.testing.assert_close(found, HEADS[name].loss(outputs, batch))
+    found = grouped_losses(LOSS_HEADS[name], outputs, batch, torch.arange(5), 5)
+    torch.testing.assert_close(found, LOSS_HEADS[name].loss(outputs, batch))
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", LOSS_HEADS)
 def test_a_group_has_the_loss_of_its_rows_as_a_batch(name):
     outputs, batch = case(name)
     groups = [[0, 2, 4], [1, 3]]
-    found = grouped_losses(HEADS[name], outputs, batch, torch.tensor([0, 1, 0, 1, 0]), 3)
-    alone = [whole_loss(HEADS[name], rows(outputs, some), rows(batch, some)) for some in groups]
+    found = grouped_losses(LOSS_HEADS[name], outputs, batch, torch.tensor([0, 1, 0, 1, 0]), 3)
+    alone = [whole_loss(LOSS_HEADS[name], rows(outputs, some), rows(batch, some)) for some in groups]
     torch.testing.assert_close(found[:2], torch.stack(alone))
     assert found[2] == 0
 
@@ -48,8 +48,8 @@ def test_a_group_has_the_loss_of_its_rows_as_a_batch(name):
 def test_over_tokens_and_positions_it_is_no_mean_of_rows():
     for name in ("token", "causal_lm", "question_answering", "classification"):
         outputs, batch = case(name)
-        whole = whole_loss(HEADS[name], outputs, batch)
-        assert not torch.isclose(whole, HEADS[name].loss(outputs, batch).mean())
+        whole = whole_loss(LOSS_HEADS[name], outputs, batch)
+        assert not torch.isclose(whole, LOSS_HEADS[name].loss(outputs, batch).mean())
 
 
 def test_values_are_not_taken_for_classes():

@@ -22,7 +22,15 @@ class InsertedMethod(Method):
 
     @abstractmethod
     def make_layer(self, injection: Injection, part: PlannedModule) -> InsertedLayer:
-        """A new layer for a planned module, not yet attached."""
+        """Make a layer for a planned module; it is not yet attached.
+
+        Args:
+            injection: the one under way.
+            part: the planned module.
+
+        Returns:
+            The layer.
+        """
 
     def host(self, spot: Spot) -> nn.Module:
         """The module of which the layer becomes a child."""
@@ -49,6 +57,9 @@ class InsertedMethod(Method):
             module: itself.
             place: what is known of it.
             sizes: entries of what is trained there.
+
+        Returns:
+            The plan of the module, with this method's name.
         """
         first = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
         itemsize = delta_dtype(first, config.torch_delta_dtype).itemsize

@@ -89,7 +89,15 @@ class Method(ABC):
     # Before anything changes.
 
     def resolve(self, facts: ModelFacts, config: Any) -> Any:
-        """The config with what it leaves to the model filled in."""
+        """Fill in what a config leaves to the model.
+
+        Args:
+            facts: of the model.
+            config: of this method; it is not changed.
+
+        Returns:
+            The config itself, or a copy.
+        """
         return config
 
     @abstractmethod
@@ -99,7 +107,10 @@ class Method(ABC):
         Args:
             facts: of the model.
             config: a resolved config of this method.
-            counts: see `plan`.
+            counts: for each tuned parameter, `<module>.lntune_<parameter>`, the number of tuned entries, None for all.
+
+        Returns:
+            The plan; every module in it has this method's name.
 
         Raises:
             NoMatchError: the config selects nothing.
@@ -107,17 +118,38 @@ class Method(ABC):
         """
 
     def warn(self, config: Any, plan: Plan) -> None:
-        """Say what a config asks for and its plan has no place for; by itself nothing."""
+        """Warn of what a config asks for and its plan has no place for; by itself of nothing.
+
+        Args:
+            config: a resolved config of this method.
+            plan: its plan.
+        """
         return
 
     def stored_entries(self, config: Any, part: PlannedModule) -> int:
-        """How many elements the tensors of a planned module have in a file, at the least."""
+        """Count the elements that the tensors of a planned module have in a file, at the least.
+
+        Args:
+            config: a resolved config of this method.
+            part: a module of its plan.
+
+        Returns:
+            Their number: a file that holds fewer is not of such an adapter.
+        """
         return sum(tuned for tuned, _ in part.entries.values())
 
     # Putting it in.
 
     def inject(self, tuner: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Let PEFT put an adapter into a model; it comes back to `put` with each module."""
+        """Let PEFT put an adapter into a model; it comes back to `put` with each module.
+
+        Args:
+            tuner: the tuner of the model.
+            model: the model.
+            adapter_name: the new adapter.
+            *args: further arguments of PEFT's `inject_adapter`.
+            **kwargs: further arguments of PEFT's `inject_adapter`.
+        """
         BaseTuner.inject_adapter(tuner, model, adapter_name, *args, **kwargs)
 
     @abstractmethod
@@ -133,17 +165,41 @@ class Method(ABC):
         """
 
     def recorded(self, given: Any, injected: PeftConfig) -> Any:
-        """The part of a `UnifiedConfig` after its injection, with what a saved adapter needs to know of that."""
+        """Note in a part of a `UnifiedConfig` what a saved adapter needs to know of its injection.
+
+        Args:
+            given: the part as the config has it.
+            injected: the part as it was injected.
+
+        Returns:
+            The part that the config is to have from now on.
+        """
         return given
 
     # Files.
 
     def to_file(self, tensors: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-        """The tensors of an adapter, without its name, as they are saved."""
+        """Bring the tensors of an adapter into the form in which they are saved.
+
+        Args:
+            tensors: by name, without the adapter's name.
+            config: the part of the adapter that this method is of.
+
+        Returns:
+            The same, or a new dict.
+        """
         return tensors
 
     def from_file(self, model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The tensors of a file as this adapter of this model takes them; the adapter is made ready for them.
+        """Bring the tensors of a file into the form that an adapter takes, and make the adapter ready for them.
+
+        Args:
+            model: with the adapter.
+            adapter_name: which.
+            tensors: the state dict of the file.
+
+        Returns:
+            The same, or a new dict.
 
         Raises:
             AdapterFileError: they were not saved from such an adapter.
@@ -151,7 +207,17 @@ class Method(ABC):
         return tensors
 
     def mask_shapes(self, facts: ModelFacts, config: Any, plan: Plan, trained: bool) -> dict[str, Any]:
-        """The shape of each supermask, by module, and the score that a bit stands for; None where none is trained."""
+        """Tell what supermasks an adapter would have in a model that does not have it yet.
+
+        Args:
+            facts: of the model.
+            config: a resolved config of this method.
+            plan: its plan.
+            trained: whether the adapter will be trained.
+
+        Returns:
+            By module the shape of the mask, and the score that a saved bit becomes, None where none is trained.
+        """
         return {}
 
     # Sums.
@@ -165,10 +231,22 @@ class Method(ABC):
             parts: the parts of this method, by adapter; one adapter at least has one.
             wanted: the sum.
 
+        Returns:
+            Configs of the parts, to be injected; empty where the adapters hold nothing of this method.
+
         Raises:
             UnsupportedError: there is no such sum.
         """
 
     def sum_into(self, model: nn.Module, wanted: WeightedSum, into: str) -> bool:
-        """Fill adapter `into`, made from `sum_parts`; returns whether it tunes fewer entries than its config says."""
+        """Fill an adapter that was made from `sum_parts`.
+
+        Args:
+            model: holds the adapters.
+            wanted: the sum.
+            into: the adapter to fill.
+
+        Returns:
+            Whether it tunes fewer entries than its config selects, and so has a mask.
+        """
         return False

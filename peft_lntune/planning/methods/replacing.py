@@ -94,6 +94,9 @@ class ReplacingMethod(Method):
             counts: see `plan`.
             only: which of its parameters may be tuned, and which part of each.
 
+        Returns:
+            The plan of the module, with this method's name.
+
         Raises:
             UnsupportedError: the module has no floating weight.
         """
