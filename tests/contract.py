@@ -25,8 +25,7 @@ from tests import adapted, cases
 
 ALL_PARTS = "prefix+mha-adapter+lora+ln"
 
-# CLIP's rows are of each image with each text; tests/layers/test_bottleneck.py has it.
-_OTHERS = tuple(family for family in cases.FAMILIES if family not in (*cases.QUICK, "clip"))
+_OTHERS = tuple(family for family in cases.FAMILIES if family not in cases.QUICK)
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,11 @@ KINDS: dict[str, Kind] = {
 def is_quick(kind: str, family: str) -> bool:
     """Whether `make test` runs this kind on this family."""
     return family in ("bert", "llama") or (family in cases.QUICK and kind in ("ln", ALL_PARTS))
+
+
+def neighbour(family: str) -> PeftConfig:
+    """An adapter of another kind to stand beside: of norms, where they have parameters and see rows."""
+    return BottleneckConfig() if family in ("olmo", "deberta-v2") else LNTuningConfig()
 
 
 def start(kind: str, model: nn.Module, *names: str) -> PeftModel:

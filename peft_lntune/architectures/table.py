@@ -242,7 +242,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "BERT, RoBERTa, ELECTRA": Architecture(
         NormPlace("transform decoder", {"transform.LayerNorm": FINAL}),
-        NormPlace("dense layer_norm decoder", {"layer_norm": FINAL}),
         attention("attention", "self.query self.key self.value output.dense"),
         attention("crossattention", "self.query self.key self.value output.dense", cross=True),
         ffn("", "intermediate.dense output.dense", has="attention"),

@@ -25,7 +25,7 @@ from peft_lntune.routing.entries import Entries
 from peft_lntune.routing.route import BASE, Route
 from peft_lntune.routing.rows import NormRun, check_free
 from peft_lntune.routing.stacks import Stack, Stacks, as_rows
-from peft_lntune.tuner.read_adapter import Adapter, AdapterSource, Sources
+from peft_lntune.tuner.read_adapter import Adapter, AdapterReader, AdapterSource
 from peft_lntune.tuner.restoring import told_by_us
 
 __all__ = ["AdapterBank"]
@@ -79,17 +79,17 @@ class AdapterBank:
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ConfigError(f"dtype={dtype!r} is no floating dtype of torch. Use torch.float32, or leave it out.")
         self._base: Any = _base_of(model)
-        self._sources = Sources(self._base)
-        places = [f"{norm}.{parameter}" for norm in self._sources.norms for parameter in PARAMETERS]
-        like = {name: value for name in places if (value := self._sources.parameter(name)) is not None}
+        self._reader = AdapterReader(self._base)
+        places = [f"{norm}.{parameter}" for norm in self._reader.norms for parameter in PARAMETERS]
+        like = {name: value for name in places if (value := self._reader.parameter(name)) is not None}
         if not like:
             raise UnsupportedError("this model has no norm with a weight, so there is nothing that a bank could hold.")
         self._stacks = Stacks(like, capacity + 1, dtype, None if device is None else torch.device(device))
         self._stacks.write([0], as_rows(self._stacks, [{}]))
-        offsets = {name: self._sources.offset(name) for name in like}
-        self._base_rows = BaseRows(self._sources.parameter, offsets, self._stacks)
+        offsets = {name: self._reader.offset(name) for name in like}
+        self._base_rows = BaseRows(self._reader.parameter, offsets, self._stacks)
         self._route = Route()
-        self._heads = Heads(self._sources, self._route)
+        self._heads = Heads(self._reader, self._route)
         self._lock = threading.RLock()
         self._slots: dict[str, int] = {}
         self._names: dict[int, str] = {0: BASE}
@@ -163,7 +163,7 @@ class AdapterBank:
         try:
             for start in range(0, len(names), BLOCK):
                 block = names[start : start + BLOCK]
-                adapters = [self._sources.read(name, sources[name]) for name in block]
+                adapters = [self._reader.read(name, sources[name]) for name in block]
                 rows = self._checked(block, adapters)
                 with self._lock:
                     self._stacks.write(slots[start : start + BLOCK], rows)
@@ -282,7 +282,7 @@ class AdapterBank:
         with told_by_us(path, lambda: True):
             saved = BankFile(path)
             bank = cls(model, max(capacity, len(saved.names)), saved.dtype, device)
-            saved.check(bank._stacks, bank._sources)
+            saved.check(bank._stacks, bank._reader)
             bank._check_names(saved.names)
             bank._name(saved.names, bank._take(len(saved.names)))
         bank._saved = saved
@@ -316,12 +316,12 @@ class AdapterBank:
         with self._lock:
             if self._detours:
                 return
-            modules = self._sources.modules
-            check_free(modules[name] for name in self._sources.norms)
-            for name, norm in self._sources.norms.items():
+            modules = self._reader.modules
+            check_free(modules[name] for name in self._reader.norms)
+            for name, norm in self._reader.norms.items():
                 self._put(Detour(modules[name], self._route, NormRun(modules[name], norm, self._route)))
             for detour in Entries(self._base, self._route, self._watched).detours(
-                called_modules(self._base), self._sources.norms
+                called_modules(self._base), self._reader.norms
             ):
                 self._put(detour)
             self._heads.attach()
@@ -332,7 +332,7 @@ class AdapterBank:
 
     def _watched(self) -> dict[str, nn.Module]:
         """The modules that follow a route, by name."""
-        return {name: self._sources.modules[name] for name in (*self._sources.norms, *self._heads.layers)}
+        return {name: self._reader.modules[name] for name in (*self._reader.norms, *self._heads.layers)}
 
     def detach(self) -> None:
         """Leave the model as it was before `attach`.

@@ -18,7 +18,7 @@ from peft_lntune.bank.heads import Heads
 from peft_lntune.errors import AdapterFileError
 from peft_lntune.routing.stacks import Stacks
 from peft_lntune.storage.atomic import new_file
-from peft_lntune.tuner.read_adapter import Adapter, Sources
+from peft_lntune.tuner.read_adapter import Adapter, AdapterReader
 from peft_lntune.version import __version__
 
 __all__ = ["BANK_FORMAT", "BLOCK", "BankFile", "save_bank"]
@@ -172,12 +172,12 @@ class BankFile:
             )
         return index
 
-    def check(self, stacks: Stacks, sources: Sources) -> None:
+    def check(self, stacks: Stacks, reader: AdapterReader) -> None:
         """Check the file against the bank that will take its rows.
 
         Args:
             stacks: of the bank.
-            sources: of the bank's model.
+            reader: of the bank's model.
 
         Raises:
             AdapterFileError: the file is of another model, or its tensors are not those of its index.
@@ -190,7 +190,7 @@ class BankFile:
                 f"{self._path} was saved for another model: {other} is {self._shapes.get(other, 'missing')} there "
                 f"and {shapes.get(other, 'missing')} here."
             )
-        unknown = {head for heads in self._heads.values() for head in heads} - sources.modules.keys()
+        unknown = {head for heads in self._heads.values() for head in heads} - reader.modules.keys()
         if unknown:
             raise AdapterFileError(
                 f"{self._path} was saved for another model: it has heads for {min(unknown)}, which this model has not."

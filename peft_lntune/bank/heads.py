@@ -12,7 +12,7 @@ from peft_lntune.errors import UnsupportedError
 from peft_lntune.routing.heads import HeadRun, layers_of, tensors_within
 from peft_lntune.routing.route import Route
 from peft_lntune.routing.stacks import Stacks, as_rows, unstacked
-from peft_lntune.tuner.read_adapter import Adapter, Sources, tensors_of
+from peft_lntune.tuner.read_adapter import Adapter, AdapterReader, tensors_of
 
 __all__ = ["Heads"]
 
@@ -50,12 +50,12 @@ class Heads:
         layers: of all heads, by name.
 
     Args:
-        sources: of the model.
+        reader: of the model.
         route: shared with the norms.
     """
 
-    def __init__(self, sources: Sources, route: Route) -> None:
-        self._sources, self._route = sources, route
+    def __init__(self, reader: AdapterReader, route: Route) -> None:
+        self._reader, self._route = reader, route
         self.layers: dict[str, _Layer] = {}
         self.held: dict[int, dict[str, Mapping[str, Tensor] | None]] = {}
         """For each slot its heads, with their tensors where they are of another shape and so in no stack."""
@@ -183,7 +183,7 @@ class Heads:
         """The tensors of a layer for each row, also where all are the base model's: a compiled graph stays the same."""
         stacks, owners = self.layers[name].stacks, self.layers[name].owners
         rows = [slot if slot in owners else 0 for slot in slots]
-        own = tensors_of(self._sources.modules, name)
+        own = tensors_of(self._reader.modules, name)
         with torch.inference_mode(False), torch.no_grad():
             if 0 in rows:  # read anew each time, as the base's norms are: what was trained tells nothing
                 stacks.write([0], [torch.stack([own[key] for key in names])[None] for names, _ in stacks])
@@ -198,18 +198,18 @@ class Heads:
         nested = [other for other in self.layers if f"{other}.".startswith(f"{name}.") or name.startswith(f"{other}.")]
         if nested:
             raise UnsupportedError(f"{name} and {nested[0]} are heads of adapters in one bank, one inside the other.")
-        run = HeadRun(self._sources.modules[name], name, self._route)
-        self.layers[name] = layer = _Layer(Stacks(tensors_of(self._sources.modules, name), 2), run)
+        run = HeadRun(self._reader.modules[name], name, self._route)
+        self.layers[name] = layer = _Layer(Stacks(tensors_of(self._reader.modules, name), 2), run)
         if self._attached:
             layer.patch()
         return layer
 
     def _layers_of(self, head: str) -> list[str]:
-        return layers_of(self._sources.modules, self._sources.norms, head)
+        return layers_of(self._reader.modules, self._reader.norms, head)
 
     def _shapes(self, head: str) -> dict[str, torch.Size]:
         """The shapes of the model's own head, norms aside."""
-        modules = self._sources.modules
+        modules = self._reader.modules
         return {
             f"{layer}.{name}".removeprefix(f"{head}."): tensor.shape
             for layer in self._layers_of(head)

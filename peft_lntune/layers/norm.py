@@ -25,7 +25,7 @@ class NormLayer(ReplacementLayer):
 
     Args:
         base_layer: the norm.
-        route: see `ReplacementLayer`.
+        route: which row of a batch uses which adapter; one object shared by all layers of a model.
         norm: what `find_norms` found out about it.
     """
 

@@ -72,10 +72,26 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
 
     @abstractmethod
     def run(self, parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Run the wrapped module with these parameters in place of its own."""
+        """Run the wrapped module with these parameters in place of its own.
+
+        Args:
+            parameters: effective weight and bias, of the shapes of the module's; those that it keeps are left out.
+            *args: of the module's forward.
+            **kwargs: of the module's forward.
+
+        Returns:
+            The module's output.
+        """
 
     def bind(self, parameters: dict[str, Tensor]) -> Callable[..., Tensor]:
-        """`run` with these parameters, prepared; not for operations that are traced."""
+        """Prepare `run` for these parameters.
+
+        Args:
+            parameters: effective weight and bias, of the shapes of the module's; those that it keeps are left out.
+
+        Returns:
+            A function of the arguments of the module's forward; not for operations that are traced.
+        """
         return partial(self.run, parameters)
 
     @abstractmethod
@@ -116,17 +132,25 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The weight with which this layer computes now, as merging would write it; see `bias`."""
+        """The weight with which this layer computes now, rounded to the dtype of the base.
+
+        For code that computes with a layer's parameters in place of calling it: fused kernels, torch's fused encoder
+        and attention. Gradients reach the deltas through it. While adapters are disabled or merged it is that of the
+        base.
+
+        Raises:
+            RoutingError: by whatever computes with it while each row of the batch has its own adapter; its shape, dtype
+                and device can be read.
+        """
         return self._read("weight")
 
     @property
     def bias(self) -> Tensor:
-        """The bias with which this layer computes now.
+        """The bias with which this layer computes now, rounded to the dtype of the base.
 
         For code that computes with a layer's parameters in place of calling it: fused kernels, torch's fused encoder
-        and attention. The value is that of the active adapters, rounded to the dtype of the base, and gradients reach
-        the deltas through it. While adapters are disabled or merged it is the base's own. `base_parameter` gives the
-        base's parameter in every state.
+        and attention. Gradients reach the deltas through it. While adapters are disabled or merged it is that of the
+        base.
 
         Raises:
             RoutingError: by whatever computes with it while each row of the batch has its own adapter; its shape, dtype
@@ -171,14 +195,28 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
     # Parameters that other modules share.
 
     def tie(self, parameter: str, other: "ReplacementLayer", its: str) -> None:
-        """Say that a parameter is also that of another layer's module: what tunes both is one delta."""
+        """Say that a parameter is also that of another layer's module: what tunes both is one delta.
+
+        Args:
+            parameter: one of `PARAMETERS`, of this layer's module.
+            other: the layer around the other module.
+            its: which parameter of the other module it is.
+        """
         for layer, name, to in ((self, parameter, (other, its)), (other, its, (self, parameter))):
             known = layer._tied.setdefault(name, [])
             if to not in known:
                 known.append(to)
 
     def tied_to(self, parameter: str, adapter_name: str) -> list["ReplacementLayer"]:
-        """The other layers in which an adapter tunes this very parameter."""
+        """The other layers in which an adapter tunes this very parameter.
+
+        Args:
+            parameter: one of `PARAMETERS`.
+            adapter_name: the adapter.
+
+        Returns:
+            The layers, without this one.
+        """
         return [other for other, its in self._tied.get(parameter, ()) if its in other.tunes(adapter_name)]
 
     def tunes(self, adapter_name: str) -> list[str]:
@@ -191,7 +229,13 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
         return [f"{layer.label}.{layer.own_name(name)}" for layer, name in places]
 
     def put(self, parameter: str, adapter_name: str, delta: Delta | None) -> None:
-        """Set an adapter's delta, or take it away; in all layers that share the parameter and have one."""
+        """Set an adapter's delta, or take it away; in all layers that share the parameter and have one.
+
+        Args:
+            parameter: one of `PARAMETERS`.
+            adapter_name: the adapter.
+            delta: the delta; None takes the adapter's away.
+        """
         others = [(o, its) for o, its in self._tied.get(parameter, ()) if adapter_name in o.deltas(its)]
         for layer, name in [(self, parameter), *others]:
             if delta is None:
@@ -239,7 +283,13 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def set_mask(self, parameter: str, adapter_name: str, mask: Tensor | None) -> None:
-        """Tune only the entries where `mask` is True, keeping their values; without one, drop the delta."""
+        """Tune only some entries of a parameter, keeping their values.
+
+        Args:
+            parameter: one of `PARAMETERS`.
+            adapter_name: an adapter that tunes it.
+            mask: bool, of the shape of the parameter: the entries to tune. None, or a mask of none, drops the delta.
+        """
         if adapter_name not in self.deltas(parameter):  # taken away with that of a layer that shares it
             return
         old = self.deltas(parameter)[adapter_name]
@@ -255,7 +305,15 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
         self.put(parameter, adapter_name, delta)
 
     def effective(self, parameter: str, adapters: Sequence[str]) -> Tensor:
-        """The parameter under these adapters: base plus each delta that there is."""
+        """The parameter under these adapters: base plus each delta that there is.
+
+        Args:
+            parameter: one of `PARAMETERS`.
+            adapters: their names; those without a delta here change nothing.
+
+        Returns:
+            Of the shape of the parameter, in float32 or wider where a delta was added.
+        """
         tuned = [found for found in self._tuned(adapters) if found[0] == parameter]
         with onloaded(self.get_base_layer()):
             return self._sums(tuned).get(parameter, self.base_parameter(parameter))
@@ -390,7 +448,10 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
         self._forget()
 
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
-        """Raise as `merge(safe_merge=True)` would, without merging.
+        """Raise where a merged value would not be finite, without merging.
+
+        Args:
+            adapter_names: which adapters would be merged; None for the active ones.
 
         Raises:
             ValueError: a merged value would be NaN or infinite.
@@ -400,7 +461,14 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
             self._check_finite(self._merged([*self.merged_adapters, *added]), added)
 
     def added(self, adapter_names: Sequence[str] | None = None) -> list[str]:
-        """Those of some adapters (None: the active ones) that `merge` would merge here."""
+        """The adapters that `merge` would merge here.
+
+        Args:
+            adapter_names: of which adapters; None for the active ones.
+
+        Returns:
+            Those that have a delta here and are not merged yet.
+        """
         names = self.active_adapters if adapter_names is None else adapter_names
         return [name for name in names if name not in self.merged_adapters and self._tuned([name])]
 

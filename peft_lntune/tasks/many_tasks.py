@@ -30,7 +30,7 @@ from peft_lntune.selection.losses import Batch, Head
 from peft_lntune.tasks.losses import RowLoss, default_losses, losses_of_rows
 from peft_lntune.tasks.optimizer import TaskOptimizer
 from peft_lntune.tasks.parameters import TaskParameters
-from peft_lntune.tuner.read_adapter import Adapter, Sources, deltas_in, tensors_of
+from peft_lntune.tuner.read_adapter import Adapter, AdapterReader, deltas_in, tensors_of
 
 __all__ = ["ManyTasks"]
 
@@ -95,12 +95,12 @@ class ManyTasks:
         self.names = _checked_names(peft_model, adapter_names)
         self.model = peft_model
         self._base: Any = peft_model.get_base_model()
-        self._sources = Sources(self._base, "training many tasks")
-        self._modules = self._sources.modules
+        self._reader = AdapterReader(self._base, "training many tasks")
+        self._modules = self._reader.modules
         self._tuners()
-        check_free(self._modules[name] for name in self._sources.norms)
+        check_free(self._modules[name] for name in self._reader.norms)
         _check_untied(self._base, self.names)
-        adapters = [self._sources.read(name, (peft_model, name)) for name in self.names]
+        adapters = [self._reader.read(name, (peft_model, name)) for name in self.names]
         peft_model.base_model.warn_of_missing_masks(self.names)
         self._head_layers = self._layers_in(adapters)
         self._route = Route()
@@ -117,15 +117,15 @@ class ManyTasks:
 
     def _make_norms(self, adapters: Sequence[Adapter]) -> TaskParameters:
         tuned = {name for adapter in adapters for name in adapter.deltas}
-        every = {norm: [f"{norm}.{parameter}" for parameter in PARAMETERS] for norm in self._sources.norms}
+        every = {norm: [f"{norm}.{parameter}" for parameter in PARAMETERS] for norm in self._reader.norms}
         self.norms = {norm for norm, names in every.items() if not tuned.isdisjoint(names)}
         names = [name for norm in every if norm in self.norms for name in every[norm]]
-        self._parameters = [name for name in names if self._sources.parameter(name) is not None]
-        zeros = {name: torch.zeros_like(self._sources.parameter(name)) for name in self._parameters if name in tuned}
+        self._parameters = [name for name in names if self._reader.parameter(name) is not None]
+        zeros = {name: torch.zeros_like(self._reader.parameter(name)) for name in self._parameters if name in tuned}
         masks = [_tuned_in(self.model, name, each) for name, each in zip(self.names, adapters, strict=True)]
         parameters = TaskParameters(zeros, [adapter.deltas for adapter in adapters], masks)
-        offsets = {name: self._sources.offset(name) for name in self._parameters}
-        self._base_rows = BaseRows(self._sources.parameter, offsets, parameters.stacks)
+        offsets = {name: self._reader.offset(name) for name in self._parameters}
+        self._base_rows = BaseRows(self._reader.parameter, offsets, parameters.stacks)
         return parameters
 
     def _make_heads(self, adapters: Sequence[Adapter]) -> dict[str, TaskParameters]:
@@ -139,7 +139,7 @@ class ManyTasks:
         """The layers of all heads, and the head that each is in."""
         found: dict[str, str] = {}
         for head in dict.fromkeys(head for adapter in adapters for head in adapter.heads):
-            for layer in layers_of(self._modules, self._sources.norms, head):
+            for layer in layers_of(self._modules, self._reader.norms, head):
                 buffers = [name for name, value in self._modules[layer]._buffers.items() if value is not None]
                 if buffers:
                     raise UnsupportedError(
@@ -231,7 +231,7 @@ class ManyTasks:
 
     def _follow(self) -> None:
         """Move to where the model is by now."""
-        moved = self._norms.follow({name: self._sources.parameter(name) for name in self._parameters})
+        moved = self._norms.follow({name: self._reader.parameter(name) for name in self._parameters})
         for layer, parameters in self._heads.items():
             moved |= parameters.follow(tensors_of(self._modules, layer))
         if moved and self._optimizers:
@@ -384,7 +384,7 @@ class ManyTasks:
                 own = {prefix + key: value for key, value in self._heads[layer].read(slot).items()}
                 if own:
                     heads.setdefault(head, {}).update(own)
-            _write_adapter(self._sources, self.model, name, Adapter(self._norms.read(slot), heads))
+            _write_adapter(self._reader, self.model, name, Adapter(self._norms.read(slot), heads))
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write the values into the adapters, and save each as `save_pretrained` does, into `directory/<task>`.
@@ -432,7 +432,7 @@ class ManyTasks:
         return tuners
 
     def _attach(self) -> None:
-        route, modules, norms = self._route, self._modules, self._sources.norms
+        route, modules, norms = self._route, self._modules, self._reader.norms
         runs: dict[str, Any] = {
             name: NormRun(modules[name], norm, route) for name, norm in norms.items() if name in self.norms
         }
@@ -489,8 +489,8 @@ def _tuned_in(peft_model: PeftModel, name: str, adapter: Adapter) -> dict[str, T
 
 
 @torch.no_grad()
-def _write_adapter(sources: Sources, peft_model: PeftModel, name: str, adapter: Adapter) -> None:
-    """Put values into an adapter of a model: the inverse of `Sources.read(name, (peft_model, name))`."""
+def _write_adapter(reader: AdapterReader, peft_model: PeftModel, name: str, adapter: Adapter) -> None:
+    """Put values into an adapter of a model: the inverse of `AdapterReader.read(name, (peft_model, name))`."""
     called = called_modules(peft_model.get_base_model())
     deltas = deltas_in(called, name)
     for key, delta in deltas.items():
@@ -499,9 +499,9 @@ def _write_adapter(sources: Sources, peft_model: PeftModel, name: str, adapter: 
         wrapper = called[head]
         assert isinstance(wrapper, ModulesToSaveWrapper)
         for key, place in tensors_of(base_modules(wrapper.modules_to_save[name])).items():
-            its_place = sources.place(f"{head}.{key}")
+            its_place = reader.place(f"{head}.{key}")
             norm = adapter.deltas.get(its_place)
-            value = tensors[key] if norm is None else norm + sources.parameter(its_place).to(norm)
+            value = tensors[key] if norm is None else norm + reader.parameter(its_place).to(norm)
             place.copy_(value)
 
 

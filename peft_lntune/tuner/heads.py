@@ -13,7 +13,7 @@ from peft_lntune.core.detour import Detour, patched
 from peft_lntune.core.module_tree import is_tuner_layer
 from peft_lntune.errors import MixedHeadError
 from peft_lntune.norms.affine import split_call
-from peft_lntune.routing.heads import HeadRun, layers_of
+from peft_lntune.routing.heads import HeadRun, group_rows, layers_of
 from peft_lntune.routing.route import Route
 
 __all__ = ["copy_heads", "routed_heads"]
@@ -23,7 +23,7 @@ LOOPED = (*STACKED, nn.Embedding)
 """The classes that PEFT mixes by row, one adapter after the other."""
 
 LARGE = 2**26
-"""A layer whose rows would have more entries than this for a batch is run adapter by adapter: 256 MiB in float32."""
+"""A layer that would have more entries than this for a batch is run adapter by adapter: 256 MiB in float32."""
 
 
 @contextmanager
@@ -85,12 +85,14 @@ def _detour(layer: nn.Module, label: str, layers: Mapping[str, nn.Module], route
         route: the route in force.
     """
     tensors = {name: _tensors(each) for name, each in layers.items()}
-    names = route.names
+    groups = group_rows(route.names)
+    copied = len(groups.owners if type(layer) is nn.Linear else route.names)
     known = type(layer) in STACKED or not isinstance(layer, LOOPED)  # a class made from these may do something else
     held = [tensor for own in tensors.values() for tensor in own.values()]
-    if known and all(len(names) * tensor.numel() <= LARGE and not tensor.is_meta for tensor in held):
+    if known and all(copied * tensor.numel() <= LARGE and not tensor.is_meta for tensor in held):
         run = HeadRun(layer, label, route)
-        run.rows = {key: torch.stack([tensors[name][key] for name in names]) for key in tensors[names[0]]}
+        run.groups = groups
+        run.rows = {key: torch.stack([tensors[name][key] for name in groups.owners]) for key in _tensors(layer)}
         return Detour(layer, route, run)
     if not isinstance(layer, LOOPED):
         raise _refusal(layer, label, "it is too large to have a copy for each row, or is offloaded")

@@ -25,7 +25,7 @@ from peft_lntune.storage.saved_adapter import SavedAdapter
 from peft_lntune.tuner.restoring import told_by_us
 from peft_lntune.tuner.state_dict import check_shapes, unpack_by
 
-__all__ = ["Adapter", "AdapterSource", "Sources", "deltas_in", "tensors_of"]
+__all__ = ["Adapter", "AdapterReader", "AdapterSource", "deltas_in", "tensors_of"]
 
 AdapterSource = str | os.PathLike | tuple[PeftModel, str]
 """A directory that `save_pretrained` has written, or a model and the name of one of its adapters."""
@@ -55,7 +55,7 @@ class Adapter:
     heads: Mapping[str, Mapping[str, Tensor]]
 
 
-class Sources:
+class AdapterReader:
     """Reads adapters for one model.
 
     Args:

@@ -142,6 +142,15 @@ class TestDirectory:
         with pytest.raises(AdapterFileError, match=r"adapter_model.bin is damaged or cut off .*Get a good copy"):
             SavedAdapter(tmp_path).check(None)
 
+    @pytest.mark.parametrize("peft_type", ["LNTUNE", "LORA"])
+    def test_what_belongs_to_one_process_is_passed_over(self, peft_type: str, tmp_path: Path) -> None:
+        fields = {"peft_type": peft_type, "runtime_config": {"ephemeral_gpu_offload": False}}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+        saved = SavedAdapter(tmp_path)
+        assert saved.is_ours == (peft_type == "LNTUNE")
+        # PEFT says so itself of its own adapters.
+        assert saved.fields == ({"peft_type": "LNTUNE"} if saved.is_ours else fields)
+
     def test_what_is_not_here_is_left_to_peft(self) -> None:
         saved = SavedAdapter("somebody/something", {})
         assert saved.fields is None
