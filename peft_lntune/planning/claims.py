@@ -1,4 +1,4 @@
-"""What the config of a saved adapter claims, compared with what its weight file holds, before a module is made."""
+"""Checks what the config of a saved adapter claims against its weight file, before any module is made."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,19 +17,20 @@ from peft_lntune.storage.renaming import is_renamed
 __all__ = ["check_architecture", "check_claims", "model_type_of"]
 
 _SLACK = 1 << 20
-"""Entries that a plan may have beyond the file: parts may be counted a little differently there. Four megabytes."""
+"""How many more entries a plan may have than the file, because parts are counted a little differently: 4 MB."""
 
 
 def model_type_of(model: Any) -> str | None:
-    """What transformers calls the architecture of a model, or of a config; None of any other model."""
+    """The `model_type` that transformers gives a model or a config; None for any other model."""
     found = getattr(getattr(model, "config", model), "model_type", None)
     return found if isinstance(found, str) and found else None
 
 
 def check_architecture(config: PeftConfig, model: Any, where: str = "this adapter") -> None:
-    """Raise where an adapter was saved from another architecture than that of a model, or of a model's config.
+    """Refuse an adapter that was saved from another architecture than the given model's.
 
-    Whoever gives a `key_mapping` says that the one is the other under other names.
+    A `key_mapping` given to the loader says that the two architectures are the same under other names, so the check
+    is then left out.
 
     Args:
         config: of the saved adapter.
@@ -37,7 +38,7 @@ def check_architecture(config: PeftConfig, model: Any, where: str = "this adapte
         where: what to call the adapter in the message.
 
     Raises:
-        AdapterFileError: it was.
+        AdapterFileError: the two architectures differ.
     """
     saved = (getattr(config, "manifest", None) or {}).get("model_type")
     own = model_type_of(model)
@@ -50,17 +51,18 @@ def check_architecture(config: PeftConfig, model: Any, where: str = "this adapte
 
 
 def check_claims(config: LNTuneConfig, facts: ModelFacts, planned: Sequence[tuple[PeftConfig, Plan]]) -> None:
-    """Raise where what is about to be made for a saved adapter is not in its weight file.
+    """Refuse a saved adapter whose config asks for more than its weight file holds.
 
-    A config is small, and a number in it can ask for any amount of memory.
+    A config is small, and one number in it can ask for any amount of memory.
 
     Args:
-        config: of the saved adapter; one that is not about to be loaded from a file passes.
-        facts: of the model to load into.
-        planned: what `plan_parts` has found for it.
+        config: config of the saved adapter. A config that is not loaded from a file passes.
+        facts: facts of the model to load into.
+        planned: the parts of the config with their plans, from `plan_parts`.
 
     Raises:
-        AdapterFileError: it is of another architecture, its parts are larger than the file, or the file lacks a head.
+        AdapterFileError: the adapter is of another architecture, its parts are larger than the file, or the file lacks
+            a head.
     """
     shapes = config.stored_shapes
     if shapes is None:
@@ -77,17 +79,15 @@ def check_claims(config: LNTuneConfig, facts: ModelFacts, planned: Sequence[tupl
 
 
 def _check_heads(config: LNTuneConfig, facts: ModelFacts, shapes: Mapping[str, torch.Size]) -> None:
-    """PEFT copies every module that `modules_to_save` names, before it looks for the tensors of the copies."""
+    """PEFT copies every module that `modules_to_save` names before it looks for the tensors of the copies."""
     endings = tuple(config.modules_to_save or ())
-    modules = facts.modules if endings else {}
-    heads = tuple(f"{name}." for name in modules if name and name.endswith(endings))
-    for name, module in modules.items():
+    heads = tuple(f"{name}." for name in facts.modules if name and name.endswith(endings))
+    for name, module in facts.modules.items():
         if not f"{name}.".startswith(heads):
             continue
         tensors = {**module._parameters, **module._buffers}
-        own = (key for key, value in tensors.items() if value is not None)
-        lacking = [key for key in own if key not in module._non_persistent_buffers_set]
-        lacking = [f"{name}.{key}" for key in lacking if f"{name}.{key}" not in shapes]
+        saved = (key for key in tensors if tensors[key] is not None and key not in module._non_persistent_buffers_set)
+        lacking = [f"{name}.{key}" for key in saved if f"{name}.{key}" not in shapes]
         if lacking:
             raise AdapterFileError(
                 f"the weight file lacks {lacking[0]}, a tensor of a module in modules_to_save. It was saved from "

@@ -11,7 +11,6 @@ from peft_lntune.architectures.components import HEAD, find_contents
 from peft_lntune.architectures.table import Component, Contents
 from peft_lntune.core.delta import ParameterSlice
 from peft_lntune.errors import UnsupportedError
-from peft_lntune.norms.find import Norm
 from peft_lntune.planning.facts import ModelFacts
 
 __all__ = ["find_component_parameters"]
@@ -20,20 +19,20 @@ __all__ = ["find_component_parameters"]
 def find_component_parameters(
     facts: ModelFacts, components: Iterable[str], tune: tuple[str, ...] = ("weight", "bias")
 ) -> dict[str, dict[str, ParameterSlice | None]]:
-    """The parameters of some components, in the order of the model's modules.
+    """Find the parameters of the given components, in the order of the model's modules.
 
     Args:
-        facts: of the model, plain or with adapters.
+        facts: facts of the model, plain or with adapters.
         components: members of `peft_lntune.architectures.table.Component`, or their values.
-        tune: which parameters of the modules.
+        tune: which parameters of the modules to look for.
 
     Returns:
-        For each module by name its parameters, `"weight"` and `"bias"`; with the part that is meant where the module
-        holds other components too, else None. Heads on top of the body are never among them.
+        For each module by name, its parameters (`"weight"`, `"bias"`). A value is the slice that belongs to the
+        components if the parameter holds other components too, else None. Heads on top of the body are left out.
 
     Raises:
-        UnsupportedError: a chosen weight is tied to that of another module, which would not see the delta; or a chosen
-            component is in one matrix with others, in an order that is not known.
+        UnsupportedError: a chosen weight is tied to the weight of another module, which would not see the delta; or a
+            chosen component shares a matrix with others in an unknown order.
 
     Example:
         >>> from transformers import GPT2Config, GPT2Model
@@ -47,7 +46,8 @@ def find_component_parameters(
         f"{name}.{parameter}": (name, parameter, tensor)
         for name, module in modules.items()
         for parameter in tune
-        if isinstance(tensor := module._parameters.get(_own_name(norms.get(name), parameter)), Tensor)
+        for own in [norms[name].parameters[parameter] if name in norms else parameter]
+        if isinstance(tensor := module._parameters.get(own), Tensor)
     }
     contents = find_contents(owned, {name: norm.roles for name, norm in norms.items()})
     found: dict[str, dict[str, ParameterSlice | None]] = {}
@@ -67,10 +67,6 @@ def find_component_parameters(
     return found
 
 
-def _own_name(norm: Norm | None, parameter: str) -> str:
-    return parameter if norm is None else norm.parameters[parameter]
-
-
 def _slice(facts: ModelFacts, name: str, parameter: str, held: Contents, wanted: set[str]) -> ParameterSlice:
     """The wanted part of a fused projection."""
     fused, module = held.components, facts.modules[name]
@@ -78,11 +74,11 @@ def _slice(facts: ModelFacts, name: str, parameter: str, held: Contents, wanted:
         asked = ", ".join(sorted(wanted.intersection(fused)))
         raise UnsupportedError(
             f"{name} ({type(module).__name__}) holds {', '.join(fused)} in one matrix, head by head or in an order "
-            f"that is not known, so {asked} alone is no part of it that could be tuned. "
+            f"that is not known, so {asked} alone cannot be tuned. "
             f"Choose all of {', '.join(map(repr, fused))} or none of them."
         )
     tensor = getattr(module, parameter)
-    # GPT-2's linear maps have their weight the other way round.
+    # The weights of GPT-2's linear maps are transposed.
     axis = 1 if tensor.dim() == 2 and hasattr(module, "nf") else 0
     ends = [0, *accumulate(_sizes(facts, name, tensor.shape[axis], fused))]
     ranges = [place for part, place in zip(fused, pairwise(ends), strict=True) if part in wanted]
@@ -90,17 +86,17 @@ def _slice(facts: ModelFacts, name: str, parameter: str, held: Contents, wanted:
 
 
 def _sizes(facts: ModelFacts, name: str, size: int, fused: tuple[Component, ...]) -> list[int]:
-    """How many outputs each part of a fused projection has: keys and values may be fewer than queries."""
+    """Number of outputs of each part of a fused projection. Keys and values may be fewer than queries."""
     if Component.QUERY not in fused:
         return [size // len(fused)] * len(fused)
     try:
         attention = facts.attention[0].get(name.rpartition(".")[0])
-    except UnsupportedError:  # attention of the model's own, which takes no prefix
+    except UnsupportedError:  # the model has its own kind of attention
         attention = None
     key = size // 3 if attention is None else attention.heads * attention.head_dim
     if attention is None and size % 3:
         raise UnsupportedError(
-            f"{name} holds {', '.join(fused)} in one matrix of {size} outputs, and how many are keys is not known. "
+            f"{name} holds {', '.join(fused)} in one matrix of {size} outputs, and the number of keys is not known. "
             "Choose all of them or none."
         )
     return [size - 2 * key, key, key]
@@ -110,6 +106,6 @@ def _check_tied(full: str, tensor: Tensor, owned: Mapping[str, tuple[str, str, A
     tied = [other for other, (_, _, found) in owned.items() if found is tensor and other != full]
     if tied:
         raise UnsupportedError(
-            f"{full} is tied to {tied[0]}: a delta of the one would not reach the other. Load the model with "
+            f"{full} is tied to {tied[0]}, and a delta on one would not reach the other. Load the model with "
             "tie_word_embeddings=False, or leave out this component."
         )

@@ -1,4 +1,4 @@
-"""What is known of a model while one operation goes on with it."""
+"""Facts about a model, found once per operation."""
 
 from functools import cached_property
 
@@ -14,9 +14,10 @@ __all__ = ["ModelFacts"]
 
 
 class ModelFacts:
-    """The modules, norms, sub-layers and attention of a model: each looked for when first asked for, and once.
+    """The modules, norms, sub-layers and attention of a model. Each is looked up once, when first asked for.
 
-    Whoever starts an operation makes one and hands it down. Nobody keeps it: the next operation may change the model.
+    Each operation makes its own `ModelFacts` and hands it down. Do not keep one: the next operation may change the
+    model.
 
     Args:
         model: the model, plain or with adapters. It is not changed.
@@ -46,7 +47,7 @@ class ModelFacts:
 
     @property
     def all_norms(self) -> dict[str, Norm]:
-        """The norms by name, those without parameters too."""
+        """All norms by name, including norms without parameters."""
         return self._survey[0]
 
     @cached_property
@@ -61,15 +62,15 @@ class ModelFacts:
 
     @cached_property
     def sublayers(self) -> list[Sublayer]:
-        """The sub-layers whose first and last modules are known."""
+        """The sub-layers with a known first and last module."""
         return find_sublayers(self.modules)
 
     @cached_property
     def attention(self) -> tuple[dict[str, AttentionFacts], dict[str, str]]:
-        """The attention modules that take a prefix, by name; and those that take none, with the reason."""
+        """The attention modules that can take a prefix, by name; and the others, by name, with the reason."""
         return survey_attention(self.modules)
 
     @cached_property
     def tied(self) -> dict[tuple[str, str], list[tuple[str, str]]]:
-        """The parameters that several modules share; see `tied_parameters`."""
+        """The parameters that several modules share: for each `(module, parameter)`, the others tied to it."""
         return tied_parameters(self.modules)

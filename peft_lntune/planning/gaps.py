@@ -1,4 +1,4 @@
-"""What a config asks for and does not find: sub-layers without a place, norms without a role, and what is no norm."""
+"""Warnings about what a config asks for and does not find: sub-layers, norms of a role, what only looks like a norm."""
 
 import warnings
 from collections import defaultdict
@@ -14,26 +14,26 @@ from peft_lntune.planning.types import Plan
 __all__ = ["NO_ROLE", "find_gaps", "warn_of_gaps", "warn_of_missed", "warn_of_unknown_roles"]
 
 NO_ROLE = "role unknown"
-"""Why a norm is left out that has no role, where a config chooses by role."""
+"""The reason given for a norm that is left out because the config chooses by role and its role is unknown."""
 
 _SHOWN = 3
-_NAMED = 20  # modules of one kind that the warning of modules which look like norms names
+_NAMED = 20  # how many modules of one kind `warn_of_missed` names
 
 
 def find_gaps(
     modules: Iterable[str], roles: Iterable[str], places: Iterable[tuple[str, str]], reason: str
 ) -> dict[str, str]:
-    """The sub-layers that names tell of, of some roles, for which no place was found.
+    """Find the sub-layers that have one of the roles by their names, but have no place.
 
     Args:
-        modules: the names of all modules of the base model.
-        roles: those that are asked for.
-        places: the role of each place that was found, and the name of a module in it.
-        reason: why the others have none.
+        modules: names of all modules of the base model.
+        roles: the roles asked for.
+        places: for each place that was found, its role and the name of a module in it.
+        reason: the reason to give for sub-layers without a place.
 
     Returns:
-        The reason by the name of the sub-layer's module. A mixer that is no attention is one of them where attention
-        is asked for, and other blocks of the same list have attention with a place.
+        The reason, by the name of the sub-layer's module. If attention is asked for and other blocks of the same list
+        have a place at their attention, token mixers other than attention are listed too.
 
     Example:
         >>> names = ["h", "h.0", "h.0.attn", "h.0.mlp", "h.0.mlp.experts"]
@@ -60,11 +60,11 @@ def _above(name: str) -> list[str]:
 
 
 def warn_of_gaps(config: Any, plan: Plan) -> None:
-    """Name sub-layers that a config asks for and its plan has no place at.
+    """Warn about sub-layers that a config asks for and its plan leaves out.
 
     Args:
-        config: one part of what is injected.
-        plan: its plan.
+        config: config of one part of the adapter.
+        plan: the plan of that part.
     """
     if plan.left_out:
         _warn(
@@ -76,11 +76,11 @@ def warn_of_gaps(config: Any, plan: Plan) -> None:
 
 
 def warn_of_unknown_roles(config: Any, plan: Plan) -> None:
-    """Name norms that a config leaves out because it chooses by role, and theirs is not known.
+    """Warn about norms that are left out because the config chooses by role and their role is not known.
 
     Args:
-        config: one part of what is injected.
-        plan: its plan.
+        config: config of one part of the adapter.
+        plan: the plan of that part.
     """
     if getattr(config, "roles", None) is None:
         return
@@ -95,10 +95,10 @@ def warn_of_unknown_roles(config: Any, plan: Plan) -> None:
 
 
 def warn_of_missed(missed: Mapping[str, Missed]) -> None:
-    """Name modules that a config would tune if they could be tuned as norms, those that are alike with one reason.
+    """Warn about modules that look like norms and are not tuned. Modules of one class and reason are grouped.
 
     Args:
-        missed: by name; nothing is said where there are none.
+        missed: the modules by name; if empty, no warning is given.
     """
     alike: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name, its in missed.items():

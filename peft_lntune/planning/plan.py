@@ -1,6 +1,6 @@
 """What a config would do to a model: which modules, which parameters, at what cost. Decided before anything changes."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 
 from peft import PeftConfig
 from torch import nn
@@ -20,18 +20,18 @@ def plan(model: nn.Module, config: PeftConfig, counts: Mapping[str, int | None] 
     Args:
         model: the model, plain or with adapters, on any device (meta too).
         config: any config of this package.
-        counts: for each tuned parameter the number of tuned entries, None for all, as the manifest of a saved adapter
-            has it; other parameters are then not tuned.
+        counts: for each tuned parameter, `<module>.lntune_<parameter>`, the number of tuned entries, None for all.
+            Parameters that are not named are then not tuned. The manifest of a saved adapter holds this as `"tuned"`.
 
     Returns:
         The plan; `print` it for a table.
 
     Raises:
         NoMatchError: the config selects nothing; the message lists the norms there are.
-        ConfigError: two parts want one place; the message names both.
+        ConfigError: two parts tune the same module; the message names both.
         UnsupportedError: a module named in `target_modules` has no weight that a delta could be added to, or is a norm
-            where a mask is wanted; the model's attention takes no prefix; or a leaf that a bottleneck works on does not
-            say how wide it is.
+            and a supermask was asked for; the model's attention takes no prefix; or the width of a sub-layer is not
+            known.
 
     Example:
         >>> from peft_lntune import LNTuningConfig
@@ -48,21 +48,27 @@ def plan(model: nn.Module, config: PeftConfig, counts: Mapping[str, int | None] 
 def plan_parts(
     facts: ModelFacts, config: PeftConfig, counts: Mapping[str, int | None] | None = None
 ) -> list[tuple[PeftConfig, Plan]]:
-    """The plan of each part of a config, with the part as it can be injected by itself.
+    """Plan each part of a config by itself.
 
     Args:
-        facts: of the model.
+        facts: facts of the model.
         config: any config of this package.
-        counts: for each tuned parameter the number of tuned entries, None for all.
+        counts: for each tuned parameter, `<module>.lntune_<parameter>`, the number of tuned entries, None for all.
 
     Returns:
-        Each part of the config, resolved, with its plan.
+        Each part of the config, completed so that it can be injected by itself, with its plan.
 
     Raises:
-        The same as `plan`.
+        NoMatchError: a part selects nothing.
+        ConfigError: two parts tune the same module.
+        UnsupportedError: a part selects a module that its method does not work on.
     """
     parts = config.effective_parts() if isinstance(config, UnifiedConfig) else [config]
-    planned = [(part, method_of(part).plan(facts, part, counts)) for part in _resolved(facts, parts)]
+    planned = []
+    for part in parts:
+        method = method_of(part)
+        resolved = method.resolve(facts, part)
+        planned.append((resolved, method.plan(facts, resolved, counts)))
     taken: dict[str, PeftConfig] = {}
     for part, its in planned:
         for name in its.parts:
@@ -76,14 +82,14 @@ def plan_parts(
 
 
 def check_selected(config: LNTuneConfig, selected: int) -> None:
-    """Raise where a saved mask was chosen among another number of entries than its config selects in this model.
+    """Refuse a saved mask that was chosen from another number of entries than its config selects in this model.
 
     Args:
-        config: of the saved adapter.
-        selected: how many entries it selects in this model.
+        config: config of the saved adapter.
+        selected: how many entries the config selects in this model.
 
     Raises:
-        AdapterFileError: it was.
+        AdapterFileError: the two numbers differ.
     """
     saved = (config.manifest or {}).get("selected", selected)
     if config.stored_counts and saved != selected:
@@ -91,7 +97,3 @@ def check_selected(config: LNTuneConfig, selected: int) -> None:
             f"the masks of this adapter were chosen among {saved:,} entries, and its config selects {selected:,} in "
             "this model. It was trained on another model; load it into that one."
         )
-
-
-def _resolved(facts: ModelFacts, parts: Iterable[PeftConfig]) -> Iterator[PeftConfig]:
-    return (method_of(part).resolve(facts, part) for part in parts)

@@ -1,4 +1,4 @@
-"""By PEFT's rules, which modules the names and layers of a config choose."""
+"""Which modules the names and layers in a config choose, by PEFT's rules."""
 
 import re
 from collections.abc import Iterable
@@ -10,14 +10,14 @@ __all__ = ["in_layers", "is_chosen", "is_saved", "matches"]
 
 
 def is_chosen(config: Any, name: str) -> bool:
-    """Tell whether a place found by structure is among the target modules, if any are named, and in the layers.
+    """Tell whether a config chooses a module: by `target_modules` (if given), `exclude_modules` and layers.
 
     Args:
         config: any config of this package.
-        name: of the module.
+        name: name of the module.
 
     Returns:
-        Whether it is, and is not excluded.
+        True if the module is chosen and not excluded.
     """
     named = config.target_modules is None or matches(config.target_modules, name)
     return named and not matches(config.exclude_modules, name) and in_layers(config, name)
@@ -28,23 +28,23 @@ def is_saved(config: LNTuneConfig, name: str) -> bool:
 
     Args:
         config: any config of this package.
-        name: of the module.
+        name: name of the module.
 
     Returns:
-        Whether it is.
+        True if the module is saved whole with the adapter.
     """
     return any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save or ())
 
 
 def matches(pattern: Iterable[str] | str | None, name: str) -> bool:
-    """Match a name by PEFT's rule: a string is a regular expression for all of it, a list holds names or endings.
+    """Match a name by PEFT's rule: a string is a regular expression for the whole name, a list holds names or endings.
 
     Args:
-        pattern: the string or the list; None or an empty one matches nothing.
-        name: of a module.
+        pattern: the string or the list. None and empty patterns match nothing.
+        name: name of a module.
 
     Returns:
-        Whether it matches.
+        True if the name matches.
 
     Example:
         >>> matches(["ln_1"], "h.0.ln_1"), matches("ln_1", "h.0.ln_1")
@@ -58,14 +58,14 @@ def matches(pattern: Iterable[str] | str | None, name: str) -> bool:
 
 
 def in_layers(config: LNTuneConfig, name: str) -> bool:
-    """Tell whether a module is in the layers that a config chooses, and in none that it leaves out.
+    """Tell whether a module is in the layers that a config chooses, and in none that it excludes.
 
     Args:
         config: any config of this package.
-        name: of the module.
+        name: name of the module.
 
     Returns:
-        Whether it is.
+        True if the layers of the config include the module.
     """
     chosen, excluded = config.layers_to_transform, getattr(config, "layers_to_exclude", None)
     if excluded is not None and _is_in(config, name, excluded):

@@ -1,4 +1,4 @@
-"""What a plan is: the places that something is done to, as data and as a table."""
+"""A plan: the modules to tune, as data and as a table."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,16 +14,16 @@ __all__ = ["Plan", "PlannedModule"]
 
 @dataclass(frozen=True)
 class PlannedModule:
-    """One module that is tuned, or that something is put beside.
+    """One module that is tuned, or that gets a bottleneck or a prefix.
 
     Attributes:
         name: the module's name in the model.
         module_class: the name of its class.
-        place: what is known of it: as a norm, as the exit of a sub-layer, as attention; None of any other module.
-        entries: for each tuned parameter, how many of its entries are tuned and how many it has.
-        bytes: size of what is tuned, in memory as on disk; of a supermask, that of its bits.
+        place: facts about the module as a norm, the exit of a sub-layer, or attention; None for any other module.
+        entries: for each tuned parameter, the number of tuned entries and the number of all entries.
+        bytes: size of the tuned values in bytes, in memory and on disk; for a supermask, the size of its bits.
         method: `"delta"`, `"supermask"`, `"bottleneck"`, `"prefix"` or `"lora"`.
-        blocks: for each parameter of which only a part is meant, that part.
+        blocks: the slice to tune, for each parameter that is tuned only in part.
     """
 
     name: str
@@ -36,6 +36,7 @@ class PlannedModule:
 
     @property
     def roles(self) -> str:
+        """The roles of the module for the table: joined by `+`, `"unknown"`, or `"-"` for a module without roles."""
         if isinstance(self.place, Norm):
             return "+".join(self.place.roles) or "unknown"
         return "-" if self.place is None else self.place.role
@@ -46,12 +47,12 @@ class PlannedModule:
 
     @property
     def tuned(self) -> "PlannedModule":
-        """The same without the parameters of which no entry is tuned."""
+        """This module without the parameters that have no tuned entry."""
         return replace(self, entries={name: count for name, count in self.entries.items() if count[0]})
 
     @property
     def counts(self) -> dict[str, int | None]:
-        """Tuned entries of each parameter, None for all: what a layer needs to make its deltas."""
+        """Number of tuned entries per parameter, None for all. A layer makes its deltas from this."""
         return {name: None if tuned == size else tuned for name, (tuned, size) in self.entries.items()}
 
 
@@ -62,9 +63,9 @@ class Plan:
     Attributes:
         parts: the modules to tune, by name.
         left_out: norms that the config does not tune, by name, with the reason.
-        selected: entries of the deltas that the config selects, whether or not a mask leaves them out; it tells a saved
-            mask of another model, where all that it tunes happens to be in this one too.
-        missed: modules that look like norms and cannot be tuned as such, by name, but for what the config leaves out.
+        selected: number of entries that the config selects for deltas, before any mask. It reveals a saved mask of
+            another model, even if all tuned parameters exist in this one too.
+        missed: modules that look like norms and cannot be tuned as norms, by name, without those the config excludes.
     """
 
     parts: Mapping[str, PlannedModule]
@@ -79,7 +80,7 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """Size of all deltas."""
+        """Size of all tuned values in bytes."""
         return sum(part.bytes for part in self.parts.values())
 
     def __str__(self) -> str:

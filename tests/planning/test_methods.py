@@ -141,7 +141,7 @@ class TestAnAddedMethod:
 
 
 def test_a_config_that_is_of_no_method_is_refused() -> None:
-    with pytest.raises(ConfigError, match="IA3Config is no config of this package, which knows LNTuningConfig"):
+    with pytest.raises(ConfigError, match="IA3Config is not a config of this package, which knows LNTuningConfig"):
         plan(adapted.build("bert"), IA3Config())
 
 

@@ -518,7 +518,7 @@ class TestRefused:
             "add_weighted_adapter",
             lambda model: model.add_weighted_adapter(["default", "norms"], [0.5, 0.5], "sum"),
             UnsupportedError,
-            r"adapter 'default' has supermasks, and a weighted sum of masks is no mask.*"
+            r"adapter 'default' has supermasks, and a weighted sum of masks is not a mask.*"
             r"peft_model\.base_model\.set_adapter\(\['default', 'norms'\]\)",
         ),
         (

@@ -22,7 +22,7 @@ from tests import adapted
 from tests.plugin.saved import build_base
 
 FAMILY = "bert-classifier"
-ANEW = "loaded to be trained, but .* saved as bits alone: all their scores start anew"
+ANEW = "loaded to be trained, but .* saved as bits alone, so their scores start again"
 
 pytestmark = [
     # PEFT says so of every second adapter that transformers loads by itself.

@@ -223,7 +223,7 @@ class TestTrainer:
     def test_from_bits_it_goes_on_with_a_warning(self, tmp_path):
         trainer_of(tmp_path, 1, 1).train()
         resumed = trainer_of(tmp_path, 2, 2)
-        with pytest.warns(UserWarning, match="all their scores start anew"):
+        with pytest.warns(UserWarning, match="their scores start again at plus or minus initial_score"):
             resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
         again = PeftModel.from_pretrained(adapted.build(FAMILY), tmp_path / "checkpoint-2").eval()
         batch = adapted.inputs(FAMILY)

@@ -1,4 +1,4 @@
-"""The methods of tuning, a file each, and the table that finds the one of a config.
+"""The methods of tuning, one file each, and the table that maps a config to its method.
 
 To add a method: its config in `config/`, its layer in `layers/`, the method here, and its row in `METHODS`.
 """
@@ -34,20 +34,20 @@ METHODS: dict[type[PeftConfig], Method] = {
     PrefixConfig: Prefixes(),
     LoraConfig: Lora(),
 }
-"""The method of each config that a part of an adapter may have."""
+"""The method of each config class that may describe a part of an adapter."""
 
 
 def method_of(config: PeftConfig) -> Method:
-    """The method that a config is for.
+    """Look up the method of a config.
 
     Args:
-        config: of one part of an adapter, of a class in `METHODS` or one that extends it.
+        config: config of one part of an adapter, of a class in `METHODS` or a subclass.
 
     Returns:
         The method.
 
     Raises:
-        ConfigError: this package tunes nothing by such a config.
+        ConfigError: no method is registered for this class.
 
     Example:
         >>> method_of(LNTuningConfig()).name
@@ -56,5 +56,5 @@ def method_of(config: PeftConfig) -> Method:
     found = next((METHODS[kind] for kind in type(config).__mro__ if kind in METHODS), None)
     if found is None:
         known = ", ".join(kind.__name__ for kind in METHODS)
-        raise ConfigError(f"{type(config).__name__} is no config of this package, which knows {known}.")
+        raise ConfigError(f"{type(config).__name__} is not a config of this package, which knows {known}.")
     return found

@@ -33,6 +33,20 @@ class Bottlenecks(InsertedMethod):
     name = "bottleneck"
 
     def plan(self, facts: ModelFacts, config: BottleneckConfig, counts: Counts = None) -> Plan:
+        """Plan a bottleneck at the end of each sub-layer with a chosen role.
+
+        Args:
+            facts: facts of the model.
+            config: says which roles and layers, and how wide a bottleneck is.
+            counts: not used; bottlenecks have no masks.
+
+        Returns:
+            The plan. Sub-layers of a chosen role without a place are in `left_out`.
+
+        Raises:
+            NoMatchError: no sub-layer is chosen.
+            UnsupportedError: the width of every chosen sub-layer is unknown.
+        """
         modules, sublayers = facts.modules, facts.sublayers
         parts, narrow = {}, {}
         for sublayer in sublayers:
@@ -67,14 +81,36 @@ class Bottlenecks(InsertedMethod):
         return Plan(parts, {name: why for name, why in gaps.items() if is_chosen(config, name)})
 
     def host(self, spot: Spot) -> nn.Module:
+        """Return the parent of the sub-layer's last module: the bottleneck becomes its child."""
         return spot.parent
 
     def make_layer(self, injection: Injection, part: PlannedModule) -> BottleneckLayer:
+        """Make the layer for a planned sub-layer, not yet attached.
+
+        Args:
+            injection: the injection under way.
+            part: the planned module.
+
+        Returns:
+            A layer without adapters.
+        """
         place: Any = part.place
         return BottleneckLayer.of(injection.route, place, injection.modules)
 
     def sum_parts(self, facts: ModelFacts, parts: Mapping[str, Sequence[Any]], wanted: WeightedSum) -> list[PeftConfig]:
-        """A part for each role and width: where only one source tunes, the sum is no wider than that source."""
+        """Make a config for each role and width. If only one source tunes a sub-layer, the sum is as wide as it.
+
+        Args:
+            facts: facts of the model that holds the adapters.
+            parts: the bottleneck parts of each adapter, by adapter name.
+            wanted: the sum.
+
+        Returns:
+            One `BottleneckConfig` for each role and width.
+
+        Raises:
+            UnsupportedError: bottlenecks on one sub-layer differ in position or activation.
+        """
         names = list(parts)
         alike: dict[tuple[str, int], list[BottleneckLayer]] = {}
         for layer in facts.model.modules():
@@ -92,12 +128,22 @@ class Bottlenecks(InsertedMethod):
                 bottleneck_size=width,
                 layers_to_transform=_layers_of(layers),
             )
-            # Layers are told by numbers alone, and an encoder's and a decoder's have the same ones.
+            # Layers are chosen by number, and encoder and decoder count from the same number.
             others = sorted(self.plan(facts, config).parts.keys() - {layer.label for layer in layers})
             found.append(replace(config, exclude_modules=others or None))
         return found
 
     def sum_into(self, model: nn.Module, wanted: WeightedSum, into: str) -> bool:
+        """Fill the bottlenecks of an adapter with the joined matrices of its sources.
+
+        Args:
+            model: the model that holds the adapters.
+            wanted: the sum.
+            into: the adapter to fill.
+
+        Returns:
+            False: bottlenecks have no masks.
+        """
         names, weights = list(wanted.totals), list(wanted.totals.values())
         for layer in model.modules():
             if isinstance(layer, BottleneckLayer) and layer.holds(into):

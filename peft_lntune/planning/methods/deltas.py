@@ -1,7 +1,7 @@
-"""Deltas on weights and biases: of norms, of modules that are named, and of components of the model."""
+"""Deltas on weights and biases of norms, of named modules, and of components of the model."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -38,16 +38,30 @@ COMBINATIONS: dict[str, Combination] = {
     "dare_ties": dare_ties,
     "magnitude_prune": lambda deltas, weights, density, sign: magnitude_prune(deltas, weights, density),
 }
-"""How deltas of one parameter become one: `(deltas, weights, density, majority_sign_method) -> delta`."""
+"""How to combine the deltas of one parameter: `(deltas, weights, density, majority_sign_method) -> delta`."""
 
 
 class Deltas(ReplacingMethod):
-    """A delta on each weight and bias of the norms, of components of the model, or of modules that are named."""
+    """A delta on each weight and bias of norms, of named modules, or of components of the model."""
 
     name = "delta"
     has_masks = True
 
     def plan(self, facts: ModelFacts, config: Any, counts: Counts = None) -> Plan:
+        """Plan a delta on each parameter that a config selects.
+
+        Args:
+            facts: facts of the model.
+            config: a `DeltaConfig`.
+            counts: for each tuned parameter, `<module>.lntune_<parameter>`, the number of tuned entries, None for all.
+
+        Returns:
+            The plan. Norms that the config does not tune are in `left_out`.
+
+        Raises:
+            NoMatchError: the config selects nothing.
+            UnsupportedError: a selected module has no floating weight, or a component cannot be separated.
+        """
         components = getattr(config, "components", None)
         if components is None:
             return self._plan_modules(facts, config, counts)
@@ -60,9 +74,9 @@ class Deltas(ReplacingMethod):
         parts, selected = _tuned(every)
         if not parts:
             raise NoMatchError(
-                f"this model has none of the components {components!r} in the chosen layers, with the parameters that "
-                f"tune={config.tune!r} asks for. `parameter_change` names the components it has; or name modules in "
-                "target_modules."
+                f"components {components!r} not found in the chosen layers of this model, with the parameters that "
+                f"tune={config.tune!r} asks for. `parameter_change` lists the components of a model; or name modules "
+                "in target_modules."
             )
         missed, _ = _sorted_out(config, facts.missed) if "norm" in components else ({}, {})
         return Plan(parts, {}, selected, missed)
@@ -86,14 +100,42 @@ class Deltas(ReplacingMethod):
         return Plan(parts, left_out, selected, missed)
 
     def warn(self, config: DeltaConfig, plan: Plan) -> None:
+        """Warn about norms that are left out because their role is not known.
+
+        Args:
+            config: the config.
+            plan: the plan of that config.
+        """
         warn_of_unknown_roles(config, plan)
 
     def update(
         self, layer: ReplacementLayer, adapter_name: str, config: Any, part: PlannedModule, stored: bool
     ) -> None:
+        """Add the deltas of an adapter to a layer.
+
+        Args:
+            layer: the layer around the module.
+            adapter_name: the new adapter.
+            config: a `DeltaConfig`.
+            part: the plan of the module.
+            stored: not used; a delta has the same form for new and saved adapters.
+        """
         layer.update_layer(adapter_name, config, part.counts, part.blocks)
 
     def from_file(self, model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Unpack the masked deltas of a file.
+
+        Args:
+            model: the model with the adapter.
+            adapter_name: the adapter.
+            tensors: the state dict of the file.
+
+        Returns:
+            A new dict, with values and mask of each masked delta under its own name.
+
+        Raises:
+            AdapterFileError: the packed deltas are not those of this adapter.
+        """
         sizes = {
             place.removeprefix(ROOT): (delta.weight.numel(), delta.shape)
             for place, delta in deltas_of(model, adapter_name).items()
@@ -104,10 +146,23 @@ class Deltas(ReplacingMethod):
     def sum_parts(
         self, facts: ModelFacts, parts: Mapping[str, Sequence[DeltaConfig]], wanted: WeightedSum
     ) -> list[PeftConfig]:
-        """An `LNTuningConfig` that names all that a source tunes; `sum_into` leaves out what none of them does."""
+        """Make an `LNTuningConfig` that names every module that a source tunes.
+
+        Args:
+            facts: facts of the model that holds the adapters.
+            parts: the delta parts of each adapter, by adapter name.
+            wanted: the sum.
+
+        Returns:
+            The config; an empty list if the adapters have no deltas. `sum_into` masks entries that no source tunes.
+        """
         layers = [module for module in facts.model.modules() if isinstance(module, ReplacementLayer)]
         held = [
-            (layer, p, layer.deltas(p)[name]) for layer in layers for p in PARAMETERS for name in _held(layer, p, parts)
+            (layer, p, layer.deltas(p)[name])
+            for layer in layers
+            for p in PARAMETERS
+            for name in parts
+            if name in layer.deltas(p)
         ]
         if not held:
             return []
@@ -115,7 +170,7 @@ class Deltas(ReplacingMethod):
         touched = sorted({layer.label for layer, _, _ in held})
         asked = {part.delta_dtype for own in parts.values() for part in own}
         widest = reduce(torch.promote_types, (delta.weight.dtype for _, _, delta in held))
-        # Names in a list are endings of names, too: then say in one expression that just these are meant.
+        # A name in a list also matches as an ending of longer names. An expression matches exactly.
         alike = any(matches(touched, name) and name not in touched for name in facts.modules)
         config = LNTuningConfig(
             target_modules="|".join(map(re.escape, touched)) if alike else touched,
@@ -125,26 +180,36 @@ class Deltas(ReplacingMethod):
         return [config]
 
     def sum_into(self, model: nn.Module, wanted: WeightedSum, into: str) -> bool:
+        """Fill the deltas of an adapter with the combination of its sources.
+
+        Args:
+            model: the model that holds the adapters.
+            wanted: the combination.
+            into: the adapter to fill.
+
+        Returns:
+            True if the adapter tunes fewer entries than its config selects, and so has a mask.
+        """
         layers = [module for module in model.modules() if isinstance(module, ReplacementLayer)]
         narrowed = [_sum_into(layer, parameter, wanted, into) for layer in layers for parameter in PARAMETERS]
         return any(narrowed)
 
 
 def _sorted_out(config: Any, looking: Mapping[str, Missed]) -> tuple[dict[str, Missed], dict[str, str]]:
-    """What looks like a norm: what the config would have tuned if it could be; and what it leaves out, with reasons."""
+    """Split modules that look like norms: those the config would tune, and those it leaves out, with the reason."""
     reasons = {name: _reason_to_leave(config, name, one) for name, one in looking.items()}
     missed = {name: one for name, one in looking.items() if reasons[name] is None}
     return missed, {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def _tuned(every: Mapping[str, PlannedModule]) -> tuple[dict[str, PlannedModule], int]:
-    """Of what a config selects: the modules of which something is tuned, and how many entries are selected in all."""
+    """The modules with at least one tuned entry, and the number of entries selected in all."""
     parts = {name: tuned for name, part in every.items() if (tuned := part.tuned).entries}
     return parts, sum(total for part in every.values() for _, total in part.entries.values())
 
 
 def _reason_to_leave(config: Any, name: str, norm: Norm | Missed | None) -> str | None:
-    """Why this module is not tuned; None where it is to be."""
+    """Why a module is not tuned; None if it is tuned."""
     if not name:
         return "it is the model itself"
     if config.target_modules is not None:
@@ -182,20 +247,16 @@ def _nothing(
         return (
             f"no norm was found among the {len(modules)} modules of this model. "
             + (f"These look like norms, and cannot be tuned as such:\n{looking}\n" if looking else "")
-            + "If it has one that is written into another module's forward, give that a module of its own; or name "
-            "other modules in target_modules."
+            + "If a norm is written into another module's forward, give it a module of its own; or name other modules "
+            "in target_modules."
         )
     listed = "\n".join(f"  {name}: {reason}" for name, reason in left_out.items())
     listed += f"\nThese look like norms, and cannot be tuned as such:\n{looking}" if looking else ""
     return f"this config selects none of the {len(norms)} norms of this model:\n{listed}\nWiden the config."
 
 
-def _held(layer: ReplacementLayer, parameter: str, names: Iterable[str]) -> list[str]:
-    return [name for name in names if name in layer.deltas(parameter)]
-
-
 def _sum_into(layer: ReplacementLayer, parameter: str, wanted: WeightedSum, into: str) -> bool:
-    """Fill one delta; what is tuned is the union of what its sources tune. Whether that leaves entries out."""
+    """Fill one delta, which tunes the union of what its sources tune. Returns whether entries are left out."""
     deltas = layer.deltas(parameter)
     if into not in deltas:
         return False

@@ -36,13 +36,20 @@ class Lora(Method):
     name = "lora"
 
     def resolve(self, facts: ModelFacts, config: LoraConfig) -> LoraConfig:
-        """The config with target modules: by PEFT's list for the model's type, or by the table of architectures.
+        """Fill in the target modules: from PEFT's list for the model's type, or from the table of architectures.
+
+        Args:
+            facts: facts of the model.
+            config: the config of the LoRA part; it is not changed.
+
+        Returns:
+            A copy with `target_modules` and `fan_in_fan_out` filled in.
 
         Raises:
-            ConfigError: there are no default target modules for this model.
+            ConfigError: no default target modules are known for this model.
         """
         try:
-            reader = LoraModel.__new__(LoraModel)  # the method reads a table of its class; PEFT's init would inject
+            reader = LoraModel.__new__(LoraModel)  # not __init__, which would inject
             known = reader._prepare_adapter_config(replace(config), LoraModel.get_model_config(facts.model))
         except ValueError as error:
             usual = lora_targets(facts.modules)
@@ -56,27 +63,35 @@ class Lora(Method):
         if any(isinstance(module, Conv1D) for module in facts.modules.values()) and all(
             isinstance(module, Conv1D) for _, module in _matched(facts, known)
         ):
-            known = replace(known, fan_in_fan_out=True)  # GPT-2's linear maps have their weight the other way round
+            known = replace(known, fan_in_fan_out=True)  # the weights of GPT-2's linear maps are transposed
         return known
 
     def plan(self, facts: ModelFacts, config: LoraConfig, counts: Counts = None) -> Plan:
-        """The modules that LoRA matches, with the entries of its two matrices.
+        """Plan the modules that LoRA matches, with the entries of its two matrices.
+
+        Args:
+            facts: facts of the model.
+            config: the config of the LoRA part, with target modules.
+            counts: not used; LoRA has no masks.
+
+        Returns:
+            The plan.
 
         Raises:
-            ConfigError: none matches, or a match is no linear map.
+            ConfigError: no module matches, or a match has no weight matrix.
         """
         found = dict(_matched(facts, config))
         if not found:
             raise ConfigError(
-                f"the LoRA part's target_modules={config.target_modules!r} match no module of this model. Name some "
-                'that it has, or use target_modules="all-linear".'
+                f"the LoRA part's target_modules={config.target_modules!r} match no module of this model. Name "
+                'modules of this model, or use target_modules="all-linear".'
             )
         parts = {}
         for name, module in found.items():
             sides, kind = _sides(module), type(module).__name__
             if not sides:
                 raise ConfigError(
-                    f"the LoRA part matches {name} ({kind}), which is no linear map, embedding or convolution. Name "
+                    f"the LoRA part matches {name} ({kind}), which is not a linear map, embedding or convolution. Name "
                     "the modules inside it, or leave it out with exclude_modules."
                 )
             size = _rank(config, name) * sides
@@ -84,16 +99,55 @@ class Lora(Method):
         return Plan(parts)
 
     def inject(self, tuner: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Let PEFT's LoRA tuner put its layers into the model.
+
+        Args:
+            tuner: the tuner of the model.
+            model: the model.
+            adapter_name: the new adapter.
+            *args: further arguments of PEFT's `inject_adapter`.
+            **kwargs: further arguments of PEFT's `inject_adapter`.
+        """
         LoraPart(tuner).inject_adapter(model, adapter_name, *args, **kwargs)
 
     def put(self, tuner: BaseTuner, injection: Injection, config: Any, adapter_name: str, spot: Spot) -> None:
+        """Never called: PEFT's LoRA tuner makes its own layers in `inject`.
+
+        Args:
+            tuner: not used.
+            injection: not used.
+            config: not used.
+            adapter_name: not used.
+            spot: not used.
+        """
         raise AssertionError("PEFT puts its LoRA in by itself, see LoraPart")
 
     def recorded(self, given: LoraConfig, injected: Any) -> LoraConfig:
-        """With what was chosen as targets by the model's type, so that loading need not choose again."""
+        """Record the target modules that were filled in, so that loading need not look them up again.
+
+        Args:
+            given: the part as given in the `UnifiedConfig`.
+            injected: the part as it was injected.
+
+        Returns:
+            A copy of `given` with `target_modules` and `fan_in_fan_out` of `injected`.
+        """
         return replace(given, target_modules=injected.target_modules, fan_in_fan_out=injected.fan_in_fan_out)
 
     def sum_parts(self, facts: ModelFacts, parts: Mapping[str, Sequence[Any]], wanted: WeightedSum) -> list[PeftConfig]:
+        """Make a `LoraConfig` whose rank at each module is the sum of the ranks of the sources.
+
+        Args:
+            facts: facts of the model that holds the adapters.
+            parts: the LoRA parts of each adapter, by adapter name.
+            wanted: the sum.
+
+        Returns:
+            One config.
+
+        Raises:
+            UnsupportedError: a part uses DoRA, which is not additive.
+        """
         for name, own in parts.items():
             if any(part.use_dora for part in own):
                 raise UnsupportedError(f"adapter {name!r} has a LoRA part with use_dora=True, which is not additive.")
@@ -108,6 +162,16 @@ class Lora(Method):
         return [LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(ranks), **how)]
 
     def sum_into(self, model: nn.Module, wanted: WeightedSum, into: str) -> bool:
+        """Fill an adapter with the concatenated matrices of its sources.
+
+        Args:
+            model: the model that holds the adapters.
+            wanted: the sum.
+            into: the adapter to fill.
+
+        Returns:
+            False: LoRA has no masks.
+        """
         for layer in model.modules():
             if isinstance(layer, LoraLayer) and into in _ranks(layer):
                 _concatenate(layer, wanted.totals, into)
@@ -115,14 +179,14 @@ class Lora(Method):
 
 
 class LoraPart(LoraModel):
-    """PEFT's LoRA tuner for a moment, at work in the model of another tuner. It owns nothing and replaces nothing.
+    """PEFT's LoRA tuner, made for one injection into the model of another tuner.
 
     Args:
-        tuner: the other one.
+        tuner: the tuner of that model.
     """
 
     def __init__(self, tuner: Any) -> None:
-        nn.Module.__init__(self)  # PEFT's own would inject, and put its configs into the model
+        nn.Module.__init__(self)  # PEFT's own __init__ would inject, and put its configs into the model
         self.model = tuner.model
         self.peft_config = {
             name: next((part for part in parts_of(config) if isinstance(part, LoraConfig)), config)
@@ -133,7 +197,7 @@ class LoraPart(LoraModel):
         self.targeted_parameter_names: list[str] = []
 
     def _create_and_replace(self, config: Any, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any) -> None:
-        with all_onloaded(target):  # PEFT puts an adapter where it finds the base's weight
+        with all_onloaded(target):  # PEFT puts an adapter on the device of the base weight
             super()._create_and_replace(config, adapter_name, target, *args, **kwargs)
 
 
@@ -162,7 +226,7 @@ def _ranks(layer: Any) -> dict[str, int]:
 
 
 def _matrices(layer: Any, name: str) -> tuple[Tensor, Tensor]:
-    """A, with the rank first, and B, with the rank second, of an adapter; also of an embedding and a convolution."""
+    """Matrices A (rank first) and B (rank second) of an adapter, for linear maps, embeddings and convolutions."""
     if name in layer.lora_embedding_A:
         return layer.lora_embedding_A[name], layer.lora_embedding_B[name]
     return layer.lora_A[name].weight, layer.lora_B[name].weight
@@ -174,7 +238,7 @@ def _rank(config: LoraConfig, name: str) -> int:
 
 
 def _sides(module: nn.Module) -> int:
-    """Inputs plus outputs of a module, as LoRA's two matrices count them: kernels belong to the inputs."""
+    """Inputs plus outputs of a module as LoRA's two matrices count them, with kernels among the inputs; 0: unknown."""
     for names in (("in_features", "out_features"), ("num_embeddings", "embedding_dim")):
         sides = [getattr(module, name, None) for name in names]
         if all(isinstance(side, int) for side in sides):

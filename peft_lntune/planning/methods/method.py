@@ -1,4 +1,4 @@
-"""What a method of tuning says of itself: how its config is planned, put into a model, stored and summed."""
+"""The interface of a method of tuning: how its config is planned, injected, stored and summed."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -18,14 +18,21 @@ from peft_lntune.routing.route import Route
 __all__ = ["Counts", "Injection", "Method", "Spot", "Ties", "WeightedSum"]
 
 Counts = Mapping[str, int | None] | None
-"""For each tuned parameter, `<module>.lntune_<parameter>`, its number of tuned entries, None for all; see `plan`."""
+"""For each tuned parameter, `<module>.lntune_<parameter>`, the number of tuned entries, None for all."""
 
 Ties = Mapping[tuple[str, str], Sequence[tuple[str, str]]]
-"""For a tuned parameter, by module and `"weight"` or `"bias"`, the others that it is tied to, in the same form."""
+"""For a tuned parameter, given as `(module, "weight" or "bias")`, the others it is tied to, in the same form."""
 
 
 class Spot(NamedTuple):
-    """A module of a model that PEFT has come to: itself or the layer around it, its name in its holder, and in all."""
+    """A module that PEFT's injection has reached.
+
+    Attributes:
+        target: the module, or the tuner layer around it.
+        target_name: the name of the module within its parent.
+        parent: the parent module.
+        name: the full name of the module in the model.
+    """
 
     target: nn.Module
     target_name: str
@@ -34,7 +41,15 @@ class Spot(NamedTuple):
 
 
 class WeightedSum(NamedTuple):
-    """A weighted sum of adapters: their names, a weight for each, and how deltas are summed."""
+    """A weighted combination of adapters.
+
+    Attributes:
+        adapters: names of the adapters.
+        weights: one weight per name.
+        combination: how deltas are combined, a key of `COMBINATIONS`.
+        density: fraction of entries that the sparse combinations keep; None for `"linear"`.
+        majority_sign_method: `"total"` or `"frequency"`, for the ties combinations.
+    """
 
     adapters: Sequence[str]
     weights: Sequence[float]
@@ -44,25 +59,25 @@ class WeightedSum(NamedTuple):
 
     @property
     def totals(self) -> dict[str, float]:
-        """One weight per adapter, where some are named more than once."""
+        """One weight per adapter: the sum of its weights if it is named more than once."""
         pairs = list(zip(self.adapters, self.weights, strict=True))
         return {name: sum(weight for other, weight in pairs if other == name) for name in self.adapters}
 
 
 @dataclass(frozen=True)
 class Injection:
-    """What the injection of one part of an adapter needs. It lasts as long as the injection, and no config holds it.
+    """What the injection of one part of an adapter needs. It lives as long as the injection, and no config holds it.
 
     Attributes:
-        method: of the part.
-        plan: where the part goes.
-        route: of all layers of the model.
+        method: the method of the part.
+        plan: the plan of the part.
+        route: the route that all layers of the model share.
         modules: the base modules of the model, by name.
         stored: whether the values come from a file.
-        source: the adapter of this model whose masks the new one has, if it is made from the config of one.
-        ties: which tuned parameters are one.
-        places: of each module that will be replaced, where else than under its name the model holds it.
-        layers: those that the adapter has so far, by name; all parts share them.
+        source: the adapter of this model whose masks are copied, if the new adapter is made from its config.
+        ties: for each tuned parameter, the tuned parameters it is tied to.
+        places: for each module to replace, the further places where the model holds it.
+        layers: the layers of the adapter so far, by name; all parts share them.
     """
 
     method: "Method"
@@ -80,37 +95,37 @@ class Method(ABC):
     """A method of tuning. It has no state: one object serves all configs of its kind; see `METHODS`."""
 
     name: ClassVar[str]
-    """As plans show it."""
+    """The name shown in plans."""
     replaces: ClassVar[bool] = False
-    """Whether its layers take the places of modules, so that shared modules and tied parameters matter."""
+    """Whether its layers replace modules, so that shared modules and tied parameters matter."""
     has_masks: ClassVar[bool] = False
-    """Whether `set_masks` chooses among its entries."""
+    """Whether `set_masks` can choose among its entries."""
 
     # Before anything changes.
 
     def resolve(self, facts: ModelFacts, config: Any) -> Any:
-        """Fill in what a config leaves to the model.
+        """Fill in fields that depend on the model.
 
         Args:
-            facts: of the model.
-            config: of this method; it is not changed.
+            facts: facts of the model.
+            config: a config of this method; it is not changed.
 
         Returns:
-            The config itself, or a copy.
+            The config itself, or a completed copy.
         """
         return config
 
     @abstractmethod
     def plan(self, facts: ModelFacts, config: Any, counts: Counts = None) -> Plan:
-        """What a config would do to a model.
+        """Plan what a config would do to a model.
 
         Args:
-            facts: of the model.
+            facts: facts of the model.
             config: a resolved config of this method.
             counts: for each tuned parameter, `<module>.lntune_<parameter>`, the number of tuned entries, None for all.
 
         Returns:
-            The plan; every module in it has this method's name.
+            The plan. Every module in it names this method.
 
         Raises:
             NoMatchError: the config selects nothing.
@@ -118,30 +133,30 @@ class Method(ABC):
         """
 
     def warn(self, config: Any, plan: Plan) -> None:
-        """Warn of what a config asks for and its plan has no place for; by itself of nothing.
+        """Warn about what a config asks for and its plan leaves out. The base class warns about nothing.
 
         Args:
             config: a resolved config of this method.
-            plan: its plan.
+            plan: the plan of that config.
         """
         return
 
     def stored_entries(self, config: Any, part: PlannedModule) -> int:
-        """Count the elements that the tensors of a planned module have in a file, at the least.
+        """Count the elements that a saved adapter holds for a planned module, at least.
 
         Args:
             config: a resolved config of this method.
             part: a module of its plan.
 
         Returns:
-            Their number: a file that holds fewer is not of such an adapter.
+            The number of elements. A file with fewer elements is not from such an adapter.
         """
         return sum(tuned for tuned, _ in part.entries.values())
 
-    # Putting it in.
+    # Injection.
 
     def inject(self, tuner: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Let PEFT put an adapter into a model; it comes back to `put` with each module.
+        """Let PEFT inject an adapter into a model. PEFT's loop calls `put` for each module.
 
         Args:
             tuner: the tuner of the model.
@@ -154,69 +169,69 @@ class Method(ABC):
 
     @abstractmethod
     def put(self, tuner: BaseTuner, injection: Injection, config: Any, adapter_name: str, spot: Spot) -> None:
-        """Give one module what the plan says of it, in a new layer if there is none yet.
+        """Give one planned module the adapter, in a new layer if the module has none yet.
 
         Args:
-            tuner: ours or PEFT's mixed one.
-            injection: the one under way.
-            config: the part that it is of.
+            tuner: the tuner of the model: ours or PEFT's mixed one.
+            injection: the injection under way.
+            config: config of the part.
             adapter_name: the new adapter.
-            spot: the module.
+            spot: the module that PEFT's injection has reached.
         """
 
     def recorded(self, given: Any, injected: PeftConfig) -> Any:
-        """Note in a part of a `UnifiedConfig` what a saved adapter needs to know of its injection.
+        """Record in a part of a `UnifiedConfig` what loading the adapter needs to know about its injection.
 
         Args:
-            given: the part as the config has it.
+            given: the part as given in the config.
             injected: the part as it was injected.
 
         Returns:
-            The part that the config is to have from now on.
+            The part to keep in the config.
         """
         return given
 
     # Files.
 
     def to_file(self, tensors: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-        """Bring the tensors of an adapter into the form in which they are saved.
+        """Convert the tensors of an adapter to the form in which they are saved.
 
         Args:
-            tensors: by name, without the adapter's name.
-            config: the part of the adapter that this method is of.
+            tensors: tensors by name, without the adapter's name.
+            config: the part of the adapter that has this method.
 
         Returns:
-            The same, or a new dict.
+            The same dict, or a new one.
         """
         return tensors
 
     def from_file(self, model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Bring the tensors of a file into the form that an adapter takes, and make the adapter ready for them.
+        """Convert the tensors of a file to the form that an adapter has in a model, and prepare the adapter for them.
 
         Args:
-            model: with the adapter.
-            adapter_name: which.
+            model: the model with the adapter.
+            adapter_name: the adapter.
             tensors: the state dict of the file.
 
         Returns:
-            The same, or a new dict.
+            The same dict, or a new one.
 
         Raises:
-            AdapterFileError: they were not saved from such an adapter.
+            AdapterFileError: the tensors were not saved from such an adapter.
         """
         return tensors
 
     def mask_shapes(self, facts: ModelFacts, config: Any, plan: Plan, trained: bool) -> dict[str, Any]:
-        """Tell what supermasks an adapter would have in a model that does not have it yet.
+        """List the supermasks that an adapter would have in a model, before it is injected.
 
         Args:
-            facts: of the model.
+            facts: facts of the model.
             config: a resolved config of this method.
-            plan: its plan.
+            plan: the plan of that config.
             trained: whether the adapter will be trained.
 
         Returns:
-            By module the shape of the mask, and the score that a saved bit becomes, None where none is trained.
+            For each module, the shape of the mask and the score that a saved bit becomes (None if not trained).
         """
         return {}
 
@@ -224,29 +239,29 @@ class Method(ABC):
 
     @abstractmethod
     def sum_parts(self, facts: ModelFacts, parts: Mapping[str, Sequence[Any]], wanted: WeightedSum) -> list[PeftConfig]:
-        """The parts that a weighted sum of adapters has of this method; nothing is changed.
+        """Make the configs of this method's parts of a weighted sum of adapters. Nothing is changed.
 
         Args:
-            facts: of the model that holds the adapters.
-            parts: the parts of this method, by adapter; one adapter at least has one.
+            facts: facts of the model that holds the adapters.
+            parts: the parts with this method, by adapter; at least one adapter has one.
             wanted: the sum.
 
         Returns:
-            Configs of the parts, to be injected; empty where the adapters hold nothing of this method.
+            Configs to inject; empty if the adapters hold no tensors of this method.
 
         Raises:
-            UnsupportedError: there is no such sum.
+            UnsupportedError: the parts have no such sum.
         """
 
     def sum_into(self, model: nn.Module, wanted: WeightedSum, into: str) -> bool:
-        """Fill an adapter that was made from `sum_parts`.
+        """Fill an adapter that was injected with the configs of `sum_parts`.
 
         Args:
-            model: holds the adapters.
+            model: the model that holds the adapters.
             wanted: the sum.
             into: the adapter to fill.
 
         Returns:
-            Whether it tunes fewer entries than its config selects, and so has a mask.
+            True if the adapter tunes fewer entries than its config selects, and so has a mask.
         """
         return False

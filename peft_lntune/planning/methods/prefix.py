@@ -32,10 +32,24 @@ class Prefixes(InsertedMethod):
     name = "prefix"
 
     def plan(self, facts: ModelFacts, config: PrefixConfig, counts: Counts = None) -> Plan:
+        """Plan a prefix at each chosen attention module.
+
+        Args:
+            facts: facts of the model.
+            config: says which attention modules, and how many keys and values.
+            counts: not used; prefixes have no masks.
+
+        Returns:
+            The plan. Attention modules without a place are in `left_out`.
+
+        Raises:
+            NoMatchError: no attention module is chosen.
+            UnsupportedError: no attention of this model takes a prefix.
+        """
         modules = facts.modules
         found, left_out = facts.attention
         if not found:
-            find_attention(facts.model)  # which says why there is none
+            find_attention(facts.model)  # raises, with the reason
         parts = {}
         for name, place in found.items():
             if (config.roles is None or place.role in config.roles) and is_chosen(config, name):
@@ -54,40 +68,89 @@ class Prefixes(InsertedMethod):
         return Plan(parts, {name: why for name, why in gaps.items() if is_chosen(config, name)})
 
     def stored_entries(self, config: PrefixConfig, part: PlannedModule) -> int:
-        # Planned is the network that it is trained through, if any; saved, and made for a file, are its values.
+        """Count the keys and values of a prefix. A file holds these, and not the network they are trained through.
+
+        Args:
+            config: the config.
+            part: a module of its plan.
+
+        Returns:
+            The number of elements.
+        """
         place: Any = part.place
         return 2 * config.num_virtual_tokens * place.heads * place.head_dim
 
     def make_layer(self, injection: Injection, part: PlannedModule) -> PrefixLayer:
+        """Make the layer for a planned attention module, not yet attached.
+
+        Args:
+            injection: the injection under way.
+            part: the planned module.
+
+        Returns:
+            A layer without adapters.
+        """
         place: Any = part.place
         return PrefixLayer(injection.route, place)
 
     def to_file(self, tensors: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+        """Replace each network that a prefix is trained through by the values it gives.
+
+        Args:
+            tensors: tensors by name, without the adapter's name.
+            config: the prefix part of the adapter.
+
+        Returns:
+            A new dict.
+        """
         return folded(tensors)
 
     def from_file(self, model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Let each prefix of the adapter hold values, as the file does, in place of a network.
+
+        Args:
+            model: the model with the adapter.
+            adapter_name: the adapter.
+            tensors: the state dict of the file.
+
+        Returns:
+            The same tensors.
+        """
         for prefix in prefixes_of(model, adapter_name):
-            prefix.fold_()  # to values in place of the network that gave them
+            prefix.fold_()
         return tensors
 
     def sum_parts(self, facts: ModelFacts, parts: Mapping[str, Sequence[Any]], wanted: WeightedSum) -> list[PeftConfig]:
+        """Refuse: prefixes have no weighted sum.
+
+        Args:
+            facts: facts of the model that holds the adapters.
+            parts: the prefix parts of each adapter, by adapter name.
+            wanted: the sum.
+
+        Returns:
+            Never.
+
+        Raises:
+            UnsupportedError: always.
+        """
         raise UnsupportedError(
-            f"adapter {next(iter(parts))!r} has a prefix, and attention over two prefixes is no weighted sum of "
+            f"adapter {next(iter(parts))!r} has a prefix, and attention over two prefixes is not a weighted sum of "
             f"attention over each. Make both active instead: set_adapter({list(wanted.totals)!r})."
         )
 
 
 def folded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an adapter with each prefix as its values, where it is trained through a network.
+    """Replace the networks that prefixes are trained through by the values they give.
 
-    They come from the tensors given: a model whose parameters are sharded does not have them whole. DeepSpeed's ZeRO 3
-    leaves flat and empty tensors to the processes that write nothing, and these stay as they are.
+    Only the given tensors are used, because a model with sharded parameters does not have them whole. DeepSpeed's
+    ZeRO 3 leaves flat, empty tensors in processes that write nothing; these stay as they are.
 
     Args:
-        tensors: by name, without the adapter's name.
+        tensors: tensors by name, without the adapter's name.
 
     Returns:
-        A new dict.
+        A new dict. Each prefix is one tensor `weight` of shape `(2, tokens, heads * head_dim)`.
 
     Example:
         >>> network = Prefix(2, 4, hidden=3)

@@ -1,4 +1,4 @@
-"""What the methods share whose layers take the places of modules."""
+"""Base of the methods whose layers replace modules."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -8,7 +8,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from peft_lntune.config import LNTuneConfig
 from peft_lntune.core.delta import PARAMETERS, ParameterSlice, delta_dtype
 from peft_lntune.errors import UnsupportedError
 from peft_lntune.layers import ModuleLayer, NormLayer, ReplacementLayer
@@ -22,25 +21,37 @@ __all__ = ["ReplacingMethod"]
 
 
 class ReplacingMethod(Method):
-    """Base of the methods whose layers are put around a module, see `ReplacementLayer`."""
+    """Base of the methods whose layers are put around a module; the layers are `ReplacementLayer`s."""
 
     replaces = True
 
     @abstractmethod
     def update(self, layer: Any, adapter_name: str, config: Any, part: PlannedModule, stored: bool) -> None:
-        """Give a layer the adapter.
+        """Add an adapter to a layer.
 
         Args:
-            layer: around the module.
+            layer: the layer around the module.
             adapter_name: the new adapter.
-            config: its part.
-            part: what the plan says of the module.
+            config: config of the part.
+            part: the plan of the module.
             stored: whether the values come from a file.
         """
 
     def put(self, tuner: BaseTuner, injection: Injection, config: Any, adapter_name: str, spot: Spot) -> None:
+        """Put a layer around the module at a spot, wherever the model holds it, and give it the adapter.
+
+        Args:
+            tuner: the tuner of the model: ours or PEFT's mixed one.
+            injection: the injection under way.
+            config: config of the part.
+            adapter_name: the new adapter.
+            spot: the module that PEFT's injection has reached.
+
+        Raises:
+            UnsupportedError: the module is not in the plan and has no floating weight.
+        """
         target = spot.target
-        # PEFT may come with modules that a state dict names, and not the plan.
+        # PEFT may also inject into modules that a state dict names and the plan does not.
         part = injection.plan.parts.get(spot.name) or self.select(config, spot.name, target).tuned
         if isinstance(target, ReplacementLayer):
             _tie(injection, target, part)
@@ -51,7 +62,7 @@ class ReplacingMethod(Method):
         if isinstance(part.place, Norm):
             layer = NormLayer(target, injection.route, part.place)
         else:
-            # A mixed model injects its second adapter into itself, and so gives names from there.
+            # A mixed model injects its second adapter into itself, so its names begin with PEFT's prefix.
             layer = ModuleLayer(target, injection.route, part.name.removeprefix(ROOT))
         layer.set_adapter(adapter_name)
         _tie(injection, layer, part)
@@ -71,28 +82,28 @@ class ReplacingMethod(Method):
         for container in layer.adapter_layer_names:
             held: Any = getattr(layer, container)
             if adapter_name in held and injection.source in held:
-                # Masks are buffers, and fixed; what is trained starts anew. Not in place: a new buffer may be on meta.
+                # Masks are buffers: copy them. Parameters start anew. Not in place: a new buffer may be on meta.
                 for name, _ in list(held[adapter_name].named_buffers()):
                     setattr(held[adapter_name], name, getattr(held[injection.source], name).clone())
 
     def select(
         self,
-        config: LNTuneConfig,
+        config: Any,
         name: str,
         module: nn.Module,
         norm: Norm | None = None,
         counts: Counts = None,
         only: Mapping[str, ParameterSlice | None] | None = None,
     ) -> PlannedModule:
-        """What a config selects of one module, also parameters of which `counts` leaves nothing.
+        """Describe what a config selects in one module, including parameters of which `counts` tunes no entry.
 
         Args:
-            config: says which parameters.
-            name: of the module.
-            module: itself.
-            norm: what is known of it, where it is a norm.
-            counts: see `plan`.
-            only: which of its parameters may be tuned, and which part of each.
+            config: a config with `parameters`, the parameters to tune.
+            name: name of the module.
+            module: the module.
+            norm: facts about the module if it is a norm.
+            counts: for each tuned parameter, `<module>.lntune_<parameter>`, the number of tuned entries, None for all.
+            only: the parameters that may be tuned, each with the slice to tune (None: whole); None: no restriction.
 
         Returns:
             The plan of the module, with this method's name.
@@ -110,8 +121,7 @@ class ReplacingMethod(Method):
                 f"{name} ({type(module).__name__}) is chosen to be tuned, but that needs a floating "
                 f"`weight`, and it has {has}. Name its submodules instead, or leave it out."
             )
-        wanted: Any = config
-        found = {p: getattr(module, names[p] or p, None) for p in wanted.parameters if only is None or p in only}
+        found = {p: getattr(module, names[p] or p, None) for p in config.parameters if only is None or p in only}
         tuned = {p: t for p, t in found.items() if isinstance(t, torch.Tensor)}
         blocks = {p: block for p, block in (only or {}).items() if block is not None and p in tuned}
         sizes = {p: (blocks[p].shape_in(t.shape) if p in blocks else t.shape).numel() for p, t in tuned.items()}
@@ -129,7 +139,7 @@ def _tie(injection: Injection, layer: ReplacementLayer, part: PlannedModule) -> 
 
 
 def _takes_delta(weight: torch.Tensor) -> bool:
-    """Whether a delta can be added. Quantized tensors may call themselves floating, so a tensor class is tried."""
+    """Whether a delta can be added. Quantized tensors may claim to be floating, so tensor subclasses are tried."""
     if type(weight.data) is torch.Tensor or not weight.is_floating_point():
         return weight.is_floating_point()
     try:
@@ -140,6 +150,6 @@ def _takes_delta(weight: torch.Tensor) -> bool:
 
 
 def _count(counts: Counts, name: str, parameter: str, size: int) -> int:
-    """Tuned entries of one parameter. Where some are listed, one that is not is not tuned."""
+    """Number of tuned entries of one parameter. If `counts` lists any, a parameter it does not list is not tuned."""
     count = counts.get(f"{name}.lntune_{parameter}", 0) if counts else None
     return size if count is None else count
