@@ -1,6 +1,6 @@
-"""What every config of the family shares: where to tune, how deltas are kept, and what was saved with it."""
+"""The base of all configs: where to tune, in which dtype, and the manifest of a saved adapter."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -24,28 +24,33 @@ __all__ = ["CONFIG_FILE", "FORMAT_VERSION", "PART_KINDS", "PEFT_TYPE", "LNTuneCo
 Kind = TypeVar("Kind", bound="LNTuneConfig")
 
 FORMAT_VERSION = 1
-"""Version of the saved files. A file of another version is refused, never guessed at."""
+"""Version of the saved files. A file of another version is refused."""
 
 
 @dataclass(kw_only=True)
 class LNTuneConfig(PeftConfig):
-    """Base of the family. Not used by itself: take one of its kinds, such as `LNTuningConfig`.
+    """Base of all configs. Do not use it directly: use a subclass, such as `LNTuningConfig`.
 
     Args:
         target_modules: names (or endings of names) of the modules to tune, or one regular expression for the whole
-            name; any module with a floating weight. None: what the kind searches for, usually all norms.
-        exclude_modules: modules to leave out, in the same forms.
+            name. Any module with a floating weight can be named. None: what the subclass searches for, usually all
+            norms.
+        exclude_modules: names (or endings of names) of modules to leave out, or one regular expression.
         layers_to_transform: index or indices of the layers to tune. Modules outside numbered layers (embedding and
             final norms) are then left out.
-        layers_pattern: name of the list that holds the layers, where a model has several.
-        modules_to_save: modules to train fully and save beside the adapter, such as a classification head.
-        delta_dtype: dtype of the deltas, as `"float32"`; None: float32, or the base dtype where that is wider.
-        save_dtype: dtype of the values in the file, as `"bfloat16"`, halving it; None: that of the deltas.
+        layers_pattern: name of the list that holds the layers, for models with several lists.
+        modules_to_save: modules to train fully and save with the adapter, such as a classification head.
+        delta_dtype: dtype of the deltas, such as `"float32"`. None: float32, or the base dtype if that is wider.
+        save_dtype: dtype of the values in the file, such as `"bfloat16"`, which halves the file. None: that of the
+            deltas.
         init_weights: True starts as the identity. False starts at random, for tests.
-        kind: which config class this is; filled in.
-        format_version: of the saved files; filled in.
-        peft_lntune_version: which version of this package made it; filled in.
-        manifest: what the weight file saved beside this config holds, so that a torn pair is noticed; filled in.
+        kind: name of the config class; filled in.
+        format_version: version of the saved files; filled in.
+        peft_lntune_version: version of this package that made the config; filled in.
+        manifest: digest and contents of the weight file saved with this config, to notice a mismatch; filled in.
+
+    Raises:
+        ConfigError: a field has a value that is not allowed.
     """
 
     target_modules: list[str] | str | None = None
@@ -63,7 +68,7 @@ class LNTuneConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         for own in fields(self):
-            if own.name != "mask_source":  # which says how numbers came about, and holds no arrays of them
+            if own.name != "mask_source":  # checked by its own class, which refuses arrays
                 setattr(self, own.name, plain(getattr(self, own.name)))
         super().__post_init__()
         self.peft_type = PeftType(PEFT_TYPE)
@@ -76,7 +81,7 @@ class LNTuneConfig(PeftConfig):
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
         if isinstance(self.layers_to_transform, (range, set, tuple)):
-            self.layers_to_transform = list(self.layers_to_transform)  # JSON knows none of the three
+            self.layers_to_transform = list(self.layers_to_transform)  # JSON has only lists
         self._check()
 
     def _check(self) -> None:
@@ -109,19 +114,25 @@ class LNTuneConfig(PeftConfig):
 
     @property
     def torch_delta_dtype(self) -> torch.dtype | None:
-        """`delta_dtype` as torch has it."""
+        """`delta_dtype` as a `torch.dtype`; None if it is not set."""
         return floating_dtype(self, "delta_dtype")
 
     @property
     def torch_save_dtype(self) -> torch.dtype | None:
-        """`save_dtype` as torch has it."""
+        """`save_dtype` as a `torch.dtype`; None if it is not set."""
         return floating_dtype(self, "save_dtype")
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's, but the file appears whole or not at all, and its manifest covers all that it says.
+        """Save the config as `adapter_config.json`. The file appears whole or not at all, with an updated manifest.
 
-        Beside the weights that it was loaded with, a config that was changed in Python is saved as it is now: this is
-        how a field of a saved adapter is changed.
+        To change a field of a saved adapter, load its config, set the field, and save it into the same folder.
+
+        Args:
+            save_directory: the folder; made if it is missing.
+            **kwargs: further arguments of PEFT's `save_pretrained`.
+
+        Raises:
+            AssertionError: `save_directory` is a file.
         """
         target = Path(save_directory)
         if target.is_file():
@@ -130,30 +141,33 @@ class LNTuneConfig(PeftConfig):
         name_import(target)
         with new_file(target / CONFIG_FILE) as written:
             super().save_pretrained(str(written.parent), **kwargs)
-            with suppress(AdapterFileError):  # the weights are still to be written, or damaged: then loading says so
+            with suppress(AdapterFileError):  # no weights yet, or damaged ones, which loading refuses
                 seal_file(written, SavedAdapter(target).weights)
 
     @property
     def is_sealed(self) -> bool:
-        """Whether the adapter was saved with a digest that covers its heads and its config too.
+        """Whether the adapter was saved with a digest that also covers its heads and its config.
 
-        False for one that was not saved yet, and for files of early versions, whose digest covers the tensors of its
-        parts alone; load and save such an adapter once to have it covered.
+        False for an adapter that was not saved yet, and for files of early versions, whose digest covers only the
+        tensors of the parts. Load and save such an adapter once to cover the rest.
         """
         return is_sealed(self.manifest)
 
     @property
     def deltas(self) -> Any:
-        """The `DeltaConfig` that this config is or contains; None where there is none."""
+        """The `DeltaConfig` that this config is or contains; None if it has no deltas."""
         return None
 
     @property
     def masks_are_fixed(self) -> bool:
-        """Whether this config is of an adapter that has masks, which training does not change."""
+        """Whether the adapter of this config has masks that training does not change."""
         return False
 
     def unmasked(self) -> "LNTuneConfig":
-        """A copy for a new adapter that tunes every entry, whatever adapter this config is of.
+        """Copy the config for a new adapter that tunes every entry.
+
+        Returns:
+            A copy without manifest and without `mask_source`.
 
         Example:
             >>> from peft_lntune import LNTuningConfig
@@ -163,32 +177,50 @@ class LNTuneConfig(PeftConfig):
         return replace(self, manifest=None)
 
     def take_sizes(self, saved: "LNTuneConfig") -> None:
-        """Say that the next injection of this config is for the adapter that was saved with `saved`.
+        """Mark this config for loading the adapter that was saved with `saved`.
 
-        Masked deltas then get the sizes they have in the file; until their adapter is made, see `model.prepare`.
+        At the next injection, masked deltas get the sizes they have in the file.
+
+        Args:
+            saved: the config that was saved with the weights.
         """
         self.manifest = saved.manifest
         self.__dict__["stored"] = saved.__dict__.get("stored", True)
 
     def take_shapes(self, shapes: Mapping[str, torch.Size]) -> None:
-        """Say what tensors, by name, the file of the next injection holds: what it may claim is compared with that."""
+        """Record the shapes in the weight file, so that the next injection can check the config against them.
+
+        Args:
+            shapes: shape of each tensor in the file, by name.
+        """
         self.__dict__["stored"] = shapes
 
     @property
     def stored_counts(self) -> dict[str, int | None]:
-        """Tuned entries of each tuned parameter in the file that the next injection is for; empty: all of all."""
+        """Number of tuned entries per parameter in the file about to be loaded; empty if every entry is tuned."""
         counts = (self.manifest or {}).get("tuned", {}) if "stored" in self.__dict__ else {}
         return {new_name(f"{place}.weight").removesuffix(".weight"): count for place, count in counts.items()}
 
     @property
     def stored_shapes(self) -> Mapping[str, torch.Size] | None:
-        """Shapes of the tensors in the file of the next injection, as the model names them; None: not known."""
+        """Shapes of the tensors in the file about to be loaded, by their names in the model; None if not known."""
         stored = self.__dict__.get("stored")
         return {new_name(name): shape for name, shape in stored.items()} if isinstance(stored, Mapping) else None
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """As PEFT's, with an error that names the file where it is no JSON object; see `read_config`."""
+        """Read the fields of a config from a JSON file.
+
+        Args:
+            path_json_file: an `adapter_config.json`.
+            **kwargs: accepted for PEFT, and not used.
+
+        Returns:
+            The fields by name.
+
+        Raises:
+            ConfigError: the file is damaged or not a JSON object; the message names the file.
+        """
         try:
             return read_config(path_json_file)
         except AdapterFileError as error:
@@ -196,21 +228,31 @@ class LNTuneConfig(PeftConfig):
 
 
 PART_KINDS: dict[str, type[LNTuneConfig]] = {}
-"""The configs by name, as `kind` in a file has it, that stand for one method each; see `part_kind`."""
+"""The config classes for one method each, by the name that a file gives as `kind`; filled by `part_kind`."""
 
 
 def part_kind(cls: type[Kind]) -> type[Kind]:
-    """Decorate a config class that an adapter, or a part of one, may have; files then find it by its name."""
+    """Register a config class in `PART_KINDS`, as a decorator, so that files can name it.
+
+    Args:
+        cls: a config class for one method.
+
+    Returns:
+        The class itself.
+    """
     PART_KINDS[cls.__name__] = cls
     return cls
 
 
 def plain(value: Any, arrays: bool = True) -> Any:
-    """Numbers and lists as JSON has them, where they came from numpy or torch; anything else as it is.
+    """Convert numbers and arrays of numpy and torch to those of JSON, also inside lists, tuples, sets and dicts.
 
     Args:
-        value: of a field.
-        arrays: False leaves arrays of more than one number as they are.
+        value: value of a field.
+        arrays: whether to convert arrays of more than one number; if False they stay as they are.
+
+    Returns:
+        The converted value; any other value unchanged.
 
     Example:
         >>> plain([torch.tensor(1), 2])
@@ -226,7 +268,14 @@ def plain(value: Any, arrays: bool = True) -> Any:
 
 
 def check_format(version: Any) -> None:
-    """Raise a `ConfigError` where files of this version are not read here; the one place that says so."""
+    """Refuse a `format_version` that this version of the package cannot read.
+
+    Args:
+        version: `format_version` of a config.
+
+    Raises:
+        ConfigError: the version is not `FORMAT_VERSION`.
+    """
     if version != FORMAT_VERSION:
         raise ConfigError(
             f"this adapter has format_version {version!r}, and peft_lntune {__version__} reads {FORMAT_VERSION}. "
@@ -235,7 +284,14 @@ def check_format(version: Any) -> None:
 
 
 def check_counts(counts: Any) -> None:
-    """Raise a `ConfigError` where `manifest["tuned"]` is not as it was saved."""
+    """Refuse a damaged `manifest["tuned"]`.
+
+    Args:
+        counts: number of tuned entries by parameter, None for all.
+
+    Raises:
+        ConfigError: a count is not a whole number of at least 1, or None.
+    """
     sizes = counts.values() if isinstance(counts, dict) else [counts]
     wrong = [size for size in sizes if size is not None and (type(size) is not int or size < 1)]
     if wrong:
@@ -246,17 +302,17 @@ def check_counts(counts: Any) -> None:
 
 
 def floating_dtype(config: LNTuneConfig, name: str) -> torch.dtype | None:
-    """The dtype that a field names.
+    """Look up the dtype that a field names.
 
     Args:
         config: the config.
-        name: of the field.
+        name: name of the field.
 
     Returns:
-        The dtype; None where the field is None.
+        The dtype; None if the field is None.
 
     Raises:
-        ConfigError: the field names no floating dtype.
+        ConfigError: the field does not name a floating dtype.
     """
     value = getattr(config, name)
     if value is None:
@@ -264,7 +320,7 @@ def floating_dtype(config: LNTuneConfig, name: str) -> torch.dtype | None:
     dtype = getattr(torch, value, None) if isinstance(value, str) else None
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ConfigError(
-            f"{name}={value!r} is no floating dtype of torch. "
+            f"{name}={value!r} is not a floating dtype of torch. "
             'Use "float32", "float64", "bfloat16" or "float16", or leave it out.'
         )
     return dtype
@@ -275,7 +331,7 @@ def check_names(config: LNTuneConfig, name: str, one_string: bool = True) -> Non
 
     Args:
         config: the config.
-        name: of the field.
+        name: name of the field.
         one_string: whether one string is allowed.
 
     Raises:
@@ -295,10 +351,10 @@ def check_layers(config: LNTuneConfig, name: str) -> None:
 
     Args:
         config: the config.
-        name: of the field.
+        name: name of the field.
 
     Raises:
-        ConfigError: the field holds neither an index nor a list of them.
+        ConfigError: the field holds neither an index nor a list of indices.
     """
     value = getattr(config, name)
     if value is None:
@@ -311,12 +367,36 @@ def check_layers(config: LNTuneConfig, name: str) -> None:
         )
 
 
+def check_roles(config: Any, allowed: Collection[str], searched: str) -> None:
+    """Check the field `roles`, and turn it into a list.
+
+    Args:
+        config: a config with the field; one string becomes a list of one.
+        allowed: the roles to choose from.
+        searched: what the roles choose among, for the message.
+
+    Raises:
+        ConfigError: no role is given, a role is unknown, or `target_modules` is given too.
+    """
+    if isinstance(config.roles, str):
+        config.roles = [config.roles]
+    check_names(config, "roles", one_string=False)
+    if not config.roles or not set(config.roles) <= set(allowed):
+        raise ConfigError(f"roles={config.roles!r}: choose one or more of {', '.join(map(repr, allowed))}.")
+    config.roles = sorted(config.roles) if isinstance(config.roles, set) else list(config.roles)
+    if config.target_modules is not None:
+        raise ConfigError(
+            f"roles={config.roles!r} narrows the search for {searched}, but target_modules={config.target_modules!r} "
+            "replaces that search. Give one of the two."
+        )
+
+
 def check_type(config: LNTuneConfig, name: str, kind: type) -> None:
     """Check a field that holds a value of one type.
 
     Args:
         config: the config.
-        name: of the field.
+        name: name of the field.
         kind: the type.
 
     Raises:
@@ -333,11 +413,11 @@ def check_choice(config: LNTuneConfig, name: str, allowed: tuple[str, ...]) -> N
 
     Args:
         config: the config.
-        name: of the field.
+        name: name of the field.
         allowed: the values.
 
     Raises:
-        ConfigError: the field holds none of the values.
+        ConfigError: the field holds another value.
     """
     value = getattr(config, name)
     if value not in allowed:

@@ -1,18 +1,18 @@
-"""Bottleneck adapters: which sub-layers, how narrow, and whether behind the sub-layer or beside it."""
+"""Bottleneck adapters: which sub-layers, how narrow, and whether sequential or parallel."""
 
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft_lntune.architectures.sublayers import SUBLAYER_ROLES
-from peft_lntune.config.base import LNTuneConfig, check_choice, check_names, check_type, part_kind
+from peft_lntune.config.base import LNTuneConfig, check_choice, check_roles, check_type, part_kind
 from peft_lntune.core.bottleneck import ACTIVATIONS
 from peft_lntune.errors import ConfigError
 
 __all__ = ["BottleneckConfig"]
 
 REDUCTION_FACTORS = {"sequential": 16.0, "parallel": 2.0}
-"""The positions, and how many times narrower than the model a bottleneck there is where nothing else is said."""
+"""The positions, each with its default reduction factor: how many times narrower than the model a bottleneck is."""
 
 _LEARNED = "learned"
 
@@ -33,18 +33,21 @@ class BottleneckConfig(LNTuneConfig):
     Source: Houlsby et al. 2019 (arXiv 1902.00751); parallel and scaled: He et al. 2022 (arXiv 2110.04366).
 
     Args:
-        position: `"sequential"`, reading what the sub-layer answers, or `"parallel"`, reading what it is asked.
+        position: `"sequential"`, which reads the output of the sub-layer, or `"parallel"`, which reads its input.
         roles: one or more of `"attention"`, `"cross_attention"`, `"ffn"`: the sub-layers that get a bottleneck.
-        reduction_factor: how many times narrower than the model the bottleneck is. None, where `bottleneck_size` is
-            None too: 16 for sequential ones, 2 for parallel ones.
-        bottleneck_size: instead of a factor, the width of the bottleneck itself.
+        reduction_factor: how many times narrower than the model the bottleneck is. If this and `bottleneck_size` are
+            None: 16 for sequential bottlenecks, 2 for parallel ones.
+        bottleneck_size: width of the bottleneck, instead of a factor.
         activation: f: `"relu"`, `"gelu"`, `"gelu_new"` or `"gelu_tanh"`, `"silu"` or `"swish"`, `"tanh"`, `"identity"`.
-        scale: s, a number other than 0, or `"learned"`: one scalar for each sub-layer, which starts at 1.
-        dropout: behind the activation, in training: the probability to drop a feature of the bottleneck.
-        target_modules: stays None. `roles`, `layers_to_transform` and `exclude_modules` say where.
+        scale: s, a number other than 0, or `"learned"`: one scalar per sub-layer, which starts at 1.
+        dropout: probability to drop a feature of the bottleneck in training, after the activation.
+        target_modules: must be None. `roles`, `layers_to_transform` and `exclude_modules` say where.
 
-    Further arguments: see `LNTuneConfig`. `layers_to_transform` and `exclude_modules` are about the leaf whose output
+    Further arguments: see `LNTuneConfig`. `layers_to_transform` and `exclude_modules` refer to the module whose output
     the bottleneck is added to.
+
+    Raises:
+        ConfigError: a field has a value that is not allowed.
 
     Example:
         >>> config = BottleneckConfig(position="parallel", roles=["ffn"], scale=4.0)
@@ -69,22 +72,12 @@ class BottleneckConfig(LNTuneConfig):
             )
         check_choice(self, "position", tuple(REDUCTION_FACTORS))
         check_choice(self, "activation", tuple(ACTIVATIONS))
-        self._check_roles()
+        check_roles(self, SUBLAYER_ROLES, "sub-layers")
         self._check_size()
         if self.scale != _LEARNED and not (_is_number(self.scale) and self.scale != 0):
             raise ConfigError(f"scale={self.scale!r} should be a number other than 0, or {_LEARNED!r}.")
         if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ConfigError(f"dropout={self.dropout!r} should be a probability, at least 0 and below 1.")
-
-    def _check_roles(self) -> None:
-        if isinstance(self.roles, str):
-            self.roles = [self.roles]
-        if isinstance(self.roles, (tuple, set)):
-            self.roles = sorted(self.roles, key=str)  # JSON knows neither of the two
-        check_names(self, "roles", one_string=False)
-        if not self.roles or not set(self.roles) <= set(SUBLAYER_ROLES):
-            allowed = ", ".join(map(repr, SUBLAYER_ROLES))
-            raise ConfigError(f"roles={self.roles!r}: choose one or more of {allowed}.")
 
     def _check_size(self) -> None:
         if self.bottleneck_size is not None:
@@ -104,11 +97,18 @@ class BottleneckConfig(LNTuneConfig):
 
     @property
     def learns_scale(self) -> bool:
-        """Whether s is trained, one scalar for each sub-layer."""
+        """Whether s is trained, one scalar per sub-layer."""
         return self.scale == _LEARNED
 
     def size_of(self, width: int) -> int:
-        """Width of the bottleneck on a sub-layer of this width; at least 1."""
+        """Compute the width of a bottleneck.
+
+        Args:
+            width: number of features of the sub-layer's output.
+
+        Returns:
+            The number of features of the bottleneck, at least 1.
+        """
         if self.bottleneck_size is not None:
             return self.bottleneck_size
         factor = REDUCTION_FACTORS[self.position] if self.reduction_factor is None else self.reduction_factor

@@ -11,7 +11,7 @@ __all__ = ["check_components"]
 
 
 def check_components(config: Any, known: Iterable[Component]) -> None:
-    """Bring the fields `components` and `layers_to_exclude` of a config into the form that JSON has.
+    """Check the fields `components` and `layers_to_exclude` of a config, and turn them into lists for JSON.
 
     Args:
         config: a config with these fields. A single component becomes a list of one, and members of `Component` become
@@ -19,7 +19,7 @@ def check_components(config: Any, known: Iterable[Component]) -> None:
         known: the components that this kind of config may choose.
 
     Raises:
-        ConfigError: a component is not among those `known`, or none is chosen; or an index is no index.
+        ConfigError: a component is not among `known`, no component is chosen, or a layer index is not valid.
     """
     if isinstance(config.components, str):
         config.components = [config.components]

@@ -16,22 +16,25 @@ __all__ = ["FisherLNConfig"]
 class FisherLNConfig(LNTuningConfig):
     """Tune the entries of the norms that matter most for a task: those with the largest Fisher information.
 
-    An adapter with this config starts as that of `LNTuningConfig`, with every entry; `fit_fisher_masks` then looks at
-    batches of the task and leaves the chosen ones. That is a step of its own, because it needs data and makes new
-    parameters, so it comes before the optimizer. A mask made otherwise can be given with `set_masks` instead.
+    The adapter starts with every entry, as with `LNTuningConfig`. Then `fit_fisher_masks` scores the entries on batches
+    of the task and keeps the best. This is a separate step, because it needs data and makes new parameters: call it
+    before making the optimizer. A mask made in another way can be set with `set_masks` instead.
 
     Source: ValizadehAslani and Liang 2024 (arXiv 2403.20284).
 
     Args:
-        density: the fraction of the entries that is tuned, above 0 and at most 1.
-        fisher: which Fisher information: `"empirical"` takes the labels of the data, `"mc"` draws them from the model,
+        density: fraction of the entries to tune, above 0 and at most 1.
+        fisher: which Fisher information: `"empirical"` uses the labels of the data, `"mc"` draws labels from the model,
             `"exact"` takes the expectation over the model's classes.
-        scope: over what `density` is meant: all entries together (`"global"`), each parameter (`"tensor"`), or each
-            layer (`"layer"`).
+        scope: what `density` applies to: all entries together (`"global"`), each parameter (`"tensor"`), or each layer
+            (`"layer"`).
         num_samples: how many samples to look at.
-        seed: of the labels that `"mc"` draws.
+        seed: seed of the labels that `"mc"` draws.
 
     Further arguments: see `LNTuningConfig` and `LNTuneConfig`.
+
+    Raises:
+        ConfigError: a field has a value that is not allowed.
 
     Example:
         >>> from peft import get_peft_model
@@ -51,6 +54,7 @@ class FisherLNConfig(LNTuningConfig):
 
     @property
     def chooses_entries(self) -> bool:
+        """True: a mask will be fitted."""
         return True
 
     def _check(self) -> None:

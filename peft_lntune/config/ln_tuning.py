@@ -1,11 +1,10 @@
-"""LN-tuning: the gain and bias of norms, all of them or those of some roles and layers."""
+"""LN-tuning: the gain and bias of all norms, or of the norms of some roles and layers."""
 
 from dataclasses import dataclass
 
 from peft_lntune.architectures.roles import ROLES
-from peft_lntune.config.base import check_names, part_kind
+from peft_lntune.config.base import check_roles, part_kind
 from peft_lntune.config.deltas import DeltaConfig
-from peft_lntune.errors import ConfigError
 
 __all__ = ["LNTuningConfig"]
 
@@ -15,9 +14,9 @@ __all__ = ["LNTuningConfig"]
 class LNTuningConfig(DeltaConfig):
     """Tune the normalization layers of a model. `LNTuningConfig()` alone is complete: every norm, gain and bias.
 
-    PEFT has a config of the same name with another mechanism (it copies whole norms, in their own dtype). This one
-    trains float32 deltas, so it learns over a bf16 base, mixes in a batch, adds, merges and unmerges; see
-    docs/methods/ln_tuning.md for when to use which.
+    PEFT has a config of the same name that copies whole norms, in their own dtype. This one trains float32 deltas, so
+    it learns over a bfloat16 base, and its adapters can be mixed in a batch, summed, merged and unmerged.
+    docs/methods/ln_tuning.md says when to use which.
 
     Source: Qi et al. 2022 (arXiv 2211.08682); Zhao et al. 2023 (arXiv 2312.11420).
 
@@ -25,12 +24,15 @@ class LNTuningConfig(DeltaConfig):
         tune: `"weight"` (the gain), `"bias"`, or `"both"`.
         roles: only norms of these roles: `"attention"`, `"cross_attention"`, `"ffn"`, `"mixer"`, `"qk"`,
             `"embedding"`, `"final"`. A norm's role is the sub-layer it feeds (pre-norm) or closes (post-norm).
-            None: norms of every role, and those whose role is unknown.
-        target_modules: instead of the search for norms, these modules, of any class with a floating weight.
-        mask_source: where only some entries are tuned, how their mask was made: the method and its settings, or what it
-            was combined from; never data. Filled in.
+            None: all norms, including norms of unknown role.
+        target_modules: names of modules to tune instead of the norms found, of any class with a floating weight.
+        mask_source: how the mask was made if only some entries are tuned: the method and its settings, or the adapters
+            it was combined from; never data. Filled in.
 
     Further arguments: see `LNTuneConfig`.
+
+    Raises:
+        ConfigError: a field has a value that is not allowed.
 
     Example:
         >>> from peft import get_peft_model
@@ -45,16 +47,5 @@ class LNTuningConfig(DeltaConfig):
 
     def _check(self) -> None:
         super()._check()
-        if self.roles is None:
-            return
-        if isinstance(self.roles, str):
-            self.roles = [self.roles]
-        check_names(self, "roles", one_string=False)
-        unknown = [role for role in self.roles if role not in ROLES]
-        if unknown or not self.roles:
-            raise ConfigError(f"roles={self.roles!r}: choose one or more of {', '.join(map(repr, ROLES))}.")
-        if self.target_modules is not None:
-            raise ConfigError(
-                f"roles={self.roles!r} narrows the search for norms, but target_modules={self.target_modules!r} "
-                "replaces that search. Give one of the two."
-            )
+        if self.roles is not None:
+            check_roles(self, ROLES, "norms")

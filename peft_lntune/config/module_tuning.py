@@ -15,28 +15,28 @@ PRESETS: dict[str, dict[str, Any]] = {
     "bitfit": {"components": tuple(Component), "tune": "bias"},
     "l0-close": {"components": tuple(part for part in Component if part not in (Component.KEY, Component.EMBEDDING))},
 }
-"""Named choices: BitFit (arXiv 2106.10199), every bias; L0-close (arXiv 2004.14129), all but keys and embeddings. The
-layers that the second leaves out as well depend on the model, so give them as `layers_to_exclude`."""
+"""Named choices: BitFit (arXiv 2106.10199), every bias; L0-close (arXiv 2004.14129), all but keys and embeddings.
+L0-close also leaves out some layers. These depend on the model, so give them as `layers_to_exclude`."""
 
 
 @part_kind
 @dataclass(kw_only=True)
 class ModuleTuningConfig(DeltaConfig):
-    """Tune chosen modules of the model, whole, as deltas: the adapter of fine-tuning just these parameters.
+    """Fine-tune chosen modules of the model as deltas, in an adapter.
 
-    Training is that of the same parameters with `requires_grad`, step for step; but the adapter is saved by itself,
-    switched, merged, summed and mixed like any other. A mask (`set_masks`) leaves chosen entries, so that 5 % of the
-    queries, or the n largest weights of the norms, are one line more.
+    Training takes the same steps as training these parameters with `requires_grad`. The adapter is saved by itself,
+    and can be switched, merged, summed and mixed like any other. A mask (`set_masks`) restricts it to chosen entries,
+    such as 5 % of the queries or the n largest weights of the norms.
 
     Source: Akbar-Tajari et al. 2022 (arXiv 2302.00378); Radiya-Dixit and Wang 2020 (arXiv 2004.14129).
 
     Args:
-        components: names out of `"query"`, `"key"`, `"value"`, `"attention_output"`, `"ffn_up"`, `"ffn_gate"`,
-            `"ffn_down"`, `"norm"`, `"embedding"`, `"pooler"`, for models whose modules are known; where a model has two
-            of them in one matrix, as GPT-2 has queries, keys and values, that part of the matrix.
-        preset: `"bitfit"` or `"l0-close"`, instead of `components`; it is turned into fields.
+        components: one or more of `"query"`, `"key"`, `"value"`, `"attention_output"`, `"ffn_up"`, `"ffn_gate"`,
+            `"ffn_down"`, `"norm"`, `"embedding"`, `"pooler"`, for known architectures. If a model holds several in one
+            matrix, such as GPT-2's queries, keys and values, only that part of the matrix is tuned.
+        preset: `"bitfit"` or `"l0-close"`, instead of `components`. It sets `components` and `tune`, and becomes None.
         layers_to_exclude: index or indices of layers to leave out.
-        target_modules: instead of `components`, modules by name, of any class with a floating weight.
+        target_modules: names of modules to tune instead of `components`, of any class with a floating weight.
         tune: `"weight"`, `"bias"`, or `"both"`.
 
     Further arguments: see `DeltaConfig` and `LNTuneConfig`.

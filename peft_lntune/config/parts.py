@@ -1,4 +1,4 @@
-"""What a unified adapter may be made of, and the names by which papers call the combinations."""
+"""The parts of a unified adapter, and presets named after the combinations in papers."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -27,9 +27,9 @@ NAMED_PARTS: dict[str, Callable[[], list[PeftConfig]]] = {
     "ffn-adapter": lambda: [BottleneckConfig(roles=["ffn"])],
     "mam": lambda: [PrefixConfig(), BottleneckConfig(position="parallel", roles=["ffn"], scale=4.0)],
 }
-"""What the names joined by `+` in a preset stand for. `mam`: mix-and-match, He et al. 2022 (arXiv 2110.04366)."""
+"""The parts of each name in a preset. `mam`: mix-and-match, He et al. 2022 (arXiv 2110.04366)."""
 
-# Options of LoRA that reach beyond its own layers, each with the value at which it does not.
+# Options of LoRA that act beyond its own layers, each with its neutral value.
 _LORA_ALONE: dict[str, Any] = {
     "bias": "none",
     "modules_to_save": None,
@@ -46,10 +46,16 @@ _LORA_STARTS = (True, False, "gaussian", "orthogonal")  # the others change the 
 
 
 def parts_of_preset(preset: Any) -> list[PeftConfig]:
-    """The parts that a preset such as `"prefix+mha-adapter+ln"` stands for.
+    """Make the parts of a preset.
+
+    Args:
+        preset: names of `NAMED_PARTS` joined by `+`, such as `"prefix+mha-adapter+ln"`.
+
+    Returns:
+        A new config for each part.
 
     Raises:
-        ConfigError: a name is unknown, or there twice.
+        ConfigError: a name is unknown or given twice.
 
     Example:
         >>> [type(part).__name__ for part in parts_of_preset("mam+ln")]
@@ -59,7 +65,7 @@ def parts_of_preset(preset: Any) -> list[PeftConfig]:
     unknown = [name for name in names if name not in NAMED_PARTS]
     if unknown:
         raise ConfigError(
-            f"preset={preset!r}: {unknown[0]!r} is unknown. Join some of {', '.join(NAMED_PARTS)} by '+', as in "
+            f"preset={preset!r}: {unknown[0]!r} is unknown. Join some of {', '.join(NAMED_PARTS)} by '+', such as "
             "'prefix+mha-adapter+ln'."
         )
     twice = [name for name in names if names.count(name) > 1]
@@ -69,10 +75,16 @@ def parts_of_preset(preset: Any) -> list[PeftConfig]:
 
 
 def read_part(stored: Any) -> PeftConfig:
-    """A part as a config: given as one, or as the dict that JSON holds.
+    """Make a part from a config or from its JSON.
+
+    Args:
+        stored: a config, or the dict that a file holds for a part.
+
+    Returns:
+        A new config.
 
     Raises:
-        ConfigError: it is neither, or of a kind that is no part.
+        ConfigError: `stored` is neither, or its kind cannot be a part.
     """
     if isinstance(stored, Mapping):
         if stored.get("peft_type") == PeftType.LORA:
@@ -85,21 +97,25 @@ def read_part(stored: Any) -> PeftConfig:
         raise ConfigError(
             f"parts holds a {type(part).__name__}; a part is one of {', '.join(PART_KINDS)} or PEFT's LoraConfig."
         )
-    # A copy, because injecting an adapter writes into its config.
+    # A copy, because injection writes into the config.
     return replace(part)
 
 
 def check_part(part: PeftConfig) -> None:
-    """Raise where a config asks for what only a whole adapter can do.
+    """Refuse a part with options that only a whole adapter can have.
+
+    Args:
+        part: config of the part.
 
     Raises:
-        ConfigError: `modules_to_save`, `save_dtype`, or an option of LoRA that reaches beyond its own layers.
+        ConfigError: the part sets `modules_to_save`, `save_dtype`, or an option of LoRA that acts beyond its own
+            layers.
     """
     name = type(part).__name__
     for field in ("modules_to_save", "save_dtype"):
         if (value := getattr(part, field, None)) is not None:
             raise ConfigError(
-                f"the part {name} has {field}={value!r}; an adapter is saved as one, so give that to UnifiedConfig."
+                f"the part {name} has {field}={value!r}; parts are saved together, so give {field} to UnifiedConfig."
             )
     if isinstance(part, LNTuneConfig):
         return
@@ -117,17 +133,20 @@ def check_part(part: PeftConfig) -> None:
 
 
 def build(stored: Mapping[str, Any], kinds: Mapping[str, type[LNTuneConfig]]) -> LNTuneConfig:
-    """Make the config that was saved; fields that its kind does not have are left out, with PEFT's warning.
+    """Make a config from saved fields. Fields that its class does not have are left out, with PEFT's warning.
 
     Args:
         stored: the fields, as JSON has them.
-        kinds: the classes it may be of, by name.
+        kinds: the allowed classes by name.
+
+    Returns:
+        The config.
 
     Raises:
         ConfigError: the kind is unknown, or the format is of another version.
     """
-    name = stored.get("kind", LNTuningConfig.__name__)  # as in a dict written by hand
-    check_format(stored.get("format_version", FORMAT_VERSION))  # first: in a newer format all else may differ
+    name = stored.get("kind", LNTuningConfig.__name__)  # a dict written by hand may lack it
+    check_format(stored.get("format_version", FORMAT_VERSION))  # first, since a newer format may differ in everything
     if not isinstance(name, str) or name not in kinds:
         raise ConfigError(
             f"this adapter is of kind {name!r}, and peft_lntune {__version__} knows {', '.join(sorted(kinds))}. "

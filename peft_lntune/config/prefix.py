@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from peft_lntune.config.base import LNTuneConfig, check_names, check_type, part_kind
+from peft_lntune.config.base import LNTuneConfig, check_roles, check_type, part_kind
 from peft_lntune.errors import ConfigError
 
 __all__ = ["ATTENTION_ROLES", "PrefixConfig"]
 
 ATTENTION_ROLES = ("attention", "cross_attention")
-"""The kinds of attention that a prefix can be at: over the tokens themselves, and over an encoder's output."""
+"""The kinds of attention that can have a prefix: over the tokens themselves, and over an encoder's output."""
 
 
 @part_kind
@@ -24,11 +24,11 @@ class PrefixConfig(LNTuneConfig):
 
     Args:
         num_virtual_tokens: P, the number of keys and values at each attention.
-        reparametrize: hidden size of a tanh network that the prefix comes from while it is trained, such as 512. It
-            trains more stably at high learning rates; it is folded away when the adapter is saved. None: no network.
-        roles: only at `"attention"` or only at `"cross_attention"`; None: at both.
-        target_modules: instead of every attention, the attention modules of these names, in the forms of
-            `LNTuneConfig`.
+        reparametrize: hidden size of a tanh network that gives the prefix during training, such as 512. Training is
+            then more stable at high learning rates. Saving replaces the network by its values. None: no network.
+        roles: only `"attention"` or only `"cross_attention"`; None: both.
+        target_modules: names (or endings of names) of the attention modules, or one regular expression, instead of all
+            attention modules.
 
     Further arguments: see `LNTuneConfig`.
 
@@ -49,19 +49,8 @@ class PrefixConfig(LNTuneConfig):
         self._check_size("num_virtual_tokens", "how many keys and values each attention gets")
         if self.reparametrize is not None:
             self._check_size("reparametrize", "the hidden size of the network, or None for none")
-        if self.roles is None:
-            return
-        if isinstance(self.roles, str):
-            self.roles = [self.roles]
-        check_names(self, "roles", one_string=False)
-        self.roles = list(self.roles)
-        if not self.roles or not set(self.roles) <= set(ATTENTION_ROLES):
-            raise ConfigError(f"roles={self.roles!r}: choose one or more of {', '.join(map(repr, ATTENTION_ROLES))}.")
-        if self.target_modules is not None:
-            raise ConfigError(
-                f"roles={self.roles!r} narrows the search for attention, but target_modules={self.target_modules!r} "
-                "replaces that search. Give one of the two."
-            )
+        if self.roles is not None:
+            check_roles(self, ATTENTION_ROLES, "attention")
 
     def _check_size(self, name: str, meaning: str) -> None:
         check_type(self, name, int)

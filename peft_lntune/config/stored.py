@@ -1,7 +1,7 @@
 """From saved JSON back to the config class that was saved.
 
-PEFT calls the class registered for a PEFT type with the fields of the JSON. One type stands for a family of configs
-here, so what is registered is a door: calling it builds the kind that the JSON names.
+PEFT calls the class registered for a PEFT type with the fields of the JSON. Here one type stands for several config
+classes, so the registered class only builds the class that the JSON names.
 """
 
 from collections import ChainMap
@@ -19,15 +19,18 @@ from peft_lntune.storage.saved_adapter import SavedAdapter
 __all__ = ["KINDS", "StoredConfig"]
 
 KINDS: Mapping[str, type[LNTuneConfig]] = ChainMap(PART_KINDS, {UnifiedConfig.__name__: UnifiedConfig})
-"""The kinds of the family by name, as `kind` in the JSON has it."""
+"""All config classes by name, as `kind` in the JSON gives it."""
 
 
 class StoredConfig(LNTuneConfig):
-    """The class registered with PEFT. It has no instances: a call returns one of `KINDS`.
+    """The class registered with PEFT. It has no instances: calling it returns an instance of one of `KINDS`.
+
+    Args:
+        **stored: the fields of the JSON; `kind` names the class.
 
     Raises:
         ConfigError: the kind is unknown, or the format is of another version.
-        AdapterFileError: a field is not as it was saved.
+        AdapterFileError: a field was changed after saving.
     """
 
     def __new__(cls, **stored: Any) -> LNTuneConfig:
@@ -35,14 +38,14 @@ class StoredConfig(LNTuneConfig):
             config = build(stored, KINDS)
         except PeftLNTuneError:
             raise
-        except Exception as error:  # of PEFT's own checks, or of values of any other type than was saved
+        except Exception as error:  # PEFT's own checks, or a value of the wrong type, may raise anything
             raise AdapterFileError(f"this adapter_config.json is damaged: {error}. Get a good copy of it.") from error
         changed = changes(stored, [field.name for field in fields(config)])
         if changed:
             raise AdapterFileError(
                 f"this adapter_config.json was changed since it was saved: {'; '.join(changed[:3])}"
-                f"{' ...' if changed[3:] else ''}. To load it as it was, undo that. To change a field on purpose, "
-                "undo it too, then: config = PeftConfig.from_pretrained(directory), set the field, "
+                f"{' ...' if changed[3:] else ''}. Undo the change to load it. To change a field on purpose, undo it "
+                "too, then: config = PeftConfig.from_pretrained(directory), set the field, "
                 "config.save_pretrained(directory)."
             )
         config.take_sizes(config)
@@ -50,24 +53,24 @@ class StoredConfig(LNTuneConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """Load the config, and check the weight file beside it before PEFT changes any model.
+        """Load the config of a saved adapter, and check its weight file before PEFT changes any model.
 
         Args:
-            pretrained_model_name_or_path: the directory of the adapter, or its repository on the Hub.
-            subfolder: in it.
-            kwargs: where else on the Hub to look: `revision`, `token`, ...
+            pretrained_model_name_or_path: the folder of the adapter, or its repository on the Hub.
+            subfolder: folder inside that folder or repository.
+            **kwargs: where to look on the Hub: `revision`, `token`, ...
 
         Returns:
-            The config, of the kind that was saved.
+            The config, of the class that was saved.
 
         Raises:
-            AdapterFileError: the adapter is of another PEFT type, or its weights are missing, damaged, torn from this
-                config, foreign or not finite.
+            AdapterFileError: the adapter is of another PEFT type, or its weights are missing, damaged, not finite, or
+                were not saved with this config.
             ConfigError: the config is damaged, or of another format.
         """
         saved = SavedAdapter(pretrained_model_name_or_path, {"subfolder": subfolder, **kwargs})
         config = cls(**saved.own_fields)
         if saved.weights is not None:
             config.take_shapes(saved.check(config.manifest).shapes)
-            _ = config.stored_counts  # from here on `renaming` knows which name of the file each new name was
+            _ = config.stored_counts  # lets `renaming` record the name in the file of each new name
         return config

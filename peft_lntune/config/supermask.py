@@ -13,30 +13,32 @@ __all__ = ["SupermaskConfig"]
 @part_kind
 @dataclass(kw_only=True)
 class SupermaskConfig(LNTuneConfig):
-    """Learn which weights to switch off, and change none: sparsified fine-tuning. The adapter is one bit a weight.
+    """Learn which weights to switch off, without changing any: sparsified fine-tuning. The adapter is 1 bit per weight.
 
         w_eff = w where keep, else 0        keep = Bernoulli(sigmoid(score)) in training, score > 0 otherwise
 
-    There is a trained score for each weight, with a straight-through gradient. Masks are drawn where `model.train()`
-    was said, as dropout is. The scores, their gradients and the optimizer's state are in memory while training (16
-    bytes a weight with AdamW); a saved adapter, and one loaded without `is_trainable=True`, is bits alone. Scores want
-    learning rates of 1e-2 to 3e-1 and no weight decay, which would pull every entry towards a coin toss. A head is
-    tuned densely by `modules_to_save` (or a `task_type`).
+    Each weight has a trained score, with a straight-through gradient. Like dropout, masks are drawn only after
+    `model.train()`. Training keeps the scores, their gradients and the optimizer's state in memory (16 bytes per weight
+    with AdamW). A saved adapter, and an adapter loaded without `is_trainable=True`, holds only bits. Use learning rates
+    of 1e-2 to 3e-1 and no weight decay, which would pull every score towards a probability of 0.5. To train a head
+    densely, use `modules_to_save` (or a `task_type`).
 
     Source: Radiya-Dixit and Wang 2020 (arXiv 2004.14129).
 
     Args:
-        components: names out of `"query"`, `"key"`, `"value"`, `"attention_output"`, `"ffn_up"`, `"ffn_gate"`,
-            `"ffn_down"`, `"embedding"`, `"pooler"`; see `ModuleTuningConfig`. None: all up to `"ffn_down"`.
-        target_modules: instead of `components`, modules by name, of any class with a floating weight but norms.
+        components: one or more of `"query"`, `"key"`, `"value"`, `"attention_output"`, `"ffn_up"`, `"ffn_gate"`,
+            `"ffn_down"`, `"embedding"`, `"pooler"`. If a model holds several in one matrix, only that part of the
+            matrix is masked. None: all up to `"ffn_down"`.
+        target_modules: names of modules to mask instead of `components`, of any class with a floating weight except
+            norms.
         initial_sparsity: fraction of each tensor that starts switched off, the smallest weights first.
-        initial_score: how sure the start is: `sigmoid(initial_score)` is the probability that an entry is drawn as it
-            starts, 0.993 for 5.
+        initial_score: size of the initial scores: `sigmoid(initial_score)` is the probability that an entry is drawn in
+            its initial state, 0.993 for 5.
         layers_to_exclude: index or indices of layers to leave out.
-        save_scores: save the scores too, so that training can go on as if it had not stopped; at `save_dtype`, in
-            float32 thirty-two times the size of the bits. Set it for checkpoints of a run that may be resumed.
+        save_scores: also save the scores, so that training can be resumed without a break. They are saved in
+            `save_dtype`; in float32 they take 32 times the size of the bits.
 
-    Further arguments: see `LNTuneConfig`; `delta_dtype` is that of the scores.
+    Further arguments: see `LNTuneConfig`; `delta_dtype` is the dtype of the scores.
 
     Raises:
         ConfigError: a field has a value that is not allowed.
@@ -81,9 +83,10 @@ class SupermaskConfig(LNTuneConfig):
 
     @property
     def masks_are_fixed(self) -> bool:
+        """Whether the adapter holds only bits, because it was loaded for inference."""
         return bool(self.inference_mode)
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """Names of the parameters that are masked."""
+        """Names of the masked parameters."""
         return ("weight",)

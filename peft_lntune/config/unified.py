@@ -12,10 +12,10 @@ from peft_lntune.errors import ConfigError
 
 __all__ = ["UnifiedConfig", "parts_of", "record_mask"]
 
-# What says where and how to tune belongs to a part; here it would do nothing.
+# Fields that say where and how to tune. They belong to a part, and would have no effect here.
 _OF_PARTS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "delta_dtype")
 
-# Tasks whose heads PEFT names in the config it was given, and only when the adapter is in the model.
+# Tasks for which PEFT adds the head to the given config, after injection.
 _NAMED_LATE = ("TOKEN_CLS", "QUESTION_ANS")
 
 
@@ -25,18 +25,20 @@ class UnifiedConfig(LNTuneConfig):
 
     Give either `parts` or `preset`.
 
-    Source: Qi et al. 2022 (arXiv 2211.08682), who found prefix + attention adapter + LN the best of their combinations,
-    and that an adapter at the FFN and LN together do worse than alone.
+    Source: Qi et al. 2022 (arXiv 2211.08682). They found prefix + attention adapter + LN the best combination, and an
+    FFN adapter together with LN worse than the FFN adapter alone.
 
     Args:
-        parts: configs: `LNTuningConfig`, `FisherLNConfig`, `ModuleTuningConfig`, `SupermaskConfig`, `BottleneckConfig`,
-            `PrefixConfig`, PEFT's `LoraConfig`.
-        preset: names joined by `+`: `"ln"`, `"fisher-ln"`, `"lora"`, `"prefix"`, `"mha-adapter"`, `"ffn-adapter"`,
-            `"mam"`; such as `"prefix+mha-adapter+ln"`. It is turned into `parts`.
-        modules_to_save, save_dtype: see `LNTuneConfig`; for the adapter, not for a part.
+        parts: configs of the classes `LNTuningConfig`, `FisherLNConfig`, `ModuleTuningConfig`, `SupermaskConfig`,
+            `BottleneckConfig`, `PrefixConfig`, and PEFT's `LoraConfig`.
+        preset: names joined by `+`, such as `"prefix+mha-adapter+ln"`, out of `"ln"`, `"fisher-ln"`, `"lora"`,
+            `"prefix"`, `"mha-adapter"`, `"ffn-adapter"`, `"mam"`. It sets `parts` and becomes None.
+        modules_to_save: modules to train fully and save with the adapter. Give it here, not to a part.
+        save_dtype: dtype of the values in the file. Give it here, not to a part.
 
     Raises:
-        ConfigError: both or neither are given, a part is unknown or no part, or a field that belongs to a part.
+        ConfigError: not exactly one of `parts` and `preset` is given, a part is unknown or cannot be a part, or a field
+            that belongs to a part is given here.
 
     Example:
         >>> from peft import get_peft_model
@@ -69,32 +71,53 @@ class UnifiedConfig(LNTuneConfig):
             check_part(part)
 
     def to_dict(self) -> dict[str, Any]:
-        """As PEFT's, with each part as it would be saved by itself."""
+        """Convert the config to a dict for JSON, with each part as a dict.
+
+        Returns:
+            The fields by name.
+        """
         stored: dict[str, Any] = super().to_dict()
         return {**stored, "parts": [_listed(part.to_dict()) for part in self.parts or ()]}
 
     @property
     def deltas(self) -> DeltaConfig | None:
-        """The part that tunes deltas; of several the first with a mask or a way to fit one."""
+        """The part that tunes deltas, None if no part does. If several do: the first with a mask or a way to fit one."""
         found = [part for part in self.parts or () if isinstance(part, DeltaConfig)]
         return next((part for part in found if part.chooses_entries), next(iter(found), None))
 
     @property
     def masks_are_fixed(self) -> bool:
+        """Whether a part has masks that training does not change."""
         return any(getattr(part, "masks_are_fixed", False) for part in self.parts or ())
 
     def with_mask_source(self, source: dict[str, Any] | None) -> "UnifiedConfig":
-        """A copy in which `deltas` says how the mask of its adapter was made."""
+        """Copy the config with another `mask_source` in its `deltas` part.
+
+        Args:
+            source: how the mask was made; None: no mask.
+
+        Returns:
+            The copy.
+        """
         deltas = self.deltas
         parts = [deltas.with_mask_source(source) if deltas and part is deltas else part for part in self.parts or ()]
         return replace(self, parts=parts)
 
     def unmasked(self) -> "UnifiedConfig":
+        """Copy the config for a new adapter that tunes every entry.
+
+        Returns:
+            A copy whose parts have no `mask_source`, without manifest.
+        """
         parts = [part.unmasked() if isinstance(part, LNTuneConfig) else part for part in self.parts or ()]
         return replace(self, manifest=None, parts=parts)
 
     def effective_parts(self) -> list[PeftConfig]:
-        """The parts as configs that can be injected one after the other: with what is said once for all of them."""
+        """Complete the parts with the fields of the whole, so that each can be injected by itself.
+
+        Returns:
+            A new config for each part.
+        """
         shared = {name: getattr(self, name) for name in ("task_type", "inference_mode", "modules_to_save")}
         found = []
         for part in self.parts or ():
@@ -109,26 +132,33 @@ class UnifiedConfig(LNTuneConfig):
 
 
 def parts_of(config: PeftConfig) -> list[PeftConfig]:
-    """The parts of a config; a plain one is its own only part."""
+    """List the parts of a config.
+
+    Args:
+        config: any config; one that is not a `UnifiedConfig` is its own only part.
+
+    Returns:
+        The configs of the parts.
+    """
     return list(config.parts or ()) if isinstance(config, UnifiedConfig) else [config]
 
 
 def record_mask(configs: dict[str, Any], adapter_name: str, source: dict[str, Any] | None) -> None:
-    """Say how the mask of an adapter was made, in a config of its own: users make several adapters from one.
+    """Record how the mask of an adapter was made. The adapter gets its own copy of the config, which others may share.
 
     Args:
-        configs: of a model, by adapter name; changed in place.
+        configs: the configs of a model by adapter name; changed in place.
         adapter_name: the adapter.
-        source: what `mask_source` shall be.
+        source: the new `mask_source`.
     """
     given = configs[adapter_name]
     deltas = given.deltas
     if deltas is None or deltas.mask_source == source:
         return
     if given.modules_to_save is None and given.task_type in _NAMED_LATE:
-        given.modules_to_save = []  # what PEFT writes into this list, the copy has too
+        given.modules_to_save = []  # the copy shares this list, which PEFT adds to
     configs[adapter_name] = given.with_mask_source(source)
-    if "selected" in given.__dict__:  # of an adapter that is in a model, see `inject.prepare`
+    if "selected" in given.__dict__:  # set by `inject.prepare` for an adapter in a model
         configs[adapter_name].__dict__["selected"] = given.__dict__["selected"]
 
 

@@ -1,1 +1,1 @@
-"""What is in an adapter's files, and whether they are whole."""
+"""The files of an adapter: their contents, and checks that they are complete."""

@@ -1,4 +1,4 @@
-"""What is in a weight file: names of tensors, and the tensors themselves, read without trust in the file."""
+"""Weight files: names of tensors, and the tensors themselves, read without trusting the file."""
 
 import os
 import zipfile
@@ -23,20 +23,19 @@ __all__ = [
 ]
 
 PEFT_TYPE = "LNTUNE"
-"""The one PEFT type of this package: every kind of adapter can live in one model and in one batch."""
+"""The one PEFT type of this package, so that every kind of adapter can be used in one model and in one batch."""
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLED_FILE = "adapter_model.bin"
-# PEFT writes and reads it where a user says safe_serialization=False
+PICKLED_FILE = "adapter_model.bin"  # PEFT writes it with safe_serialization=False
 
 
 def cast_values(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The state dict of an adapter with its values in one dtype; heads and masks stay as they are.
+    """Cast the values of an adapter to one dtype. Heads and masks stay as they are.
 
     Args:
-        tensors: by name in a file.
-        dtype: of the values; None: as they are.
+        tensors: tensors by their names in a file.
+        dtype: dtype of the values; None: no cast.
 
     Returns:
         A new dict with the same names.
@@ -48,14 +47,14 @@ def cast_values(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dic
 
 
 def dropped_tensors(model: nn.Module, adapter_name: str, others: Iterable[str]) -> dict[str, Tensor]:
-    """Tensors of an adapter that PEFT takes for those of another one, whose name stands somewhere in theirs.
+    """Collect the tensors of an adapter that PEFT would drop because their names contain the name of another adapter.
 
-    Before it saves an adapter, PEFT drops every tensor with the name of another one in it. Beside an adapter called
-    `weight`, `LayerNorm` or `0`, that would be nearly all of ours.
+    Before saving an adapter, PEFT drops every tensor with the name of another adapter in it. If another adapter is
+    called `weight`, `LayerNorm` or `0`, it would drop nearly all of ours.
 
     Args:
-        model: which holds the adapter.
-        adapter_name: the adapter that is saved.
+        model: the model that holds the adapter.
+        adapter_name: the adapter to save.
         others: names of the other adapters.
 
     Returns:
@@ -68,16 +67,16 @@ def dropped_tensors(model: nn.Module, adapter_name: str, others: Iterable[str]) 
 
 
 def read_tensors(file: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a weight file.
+    """Read the tensors of a weight file.
 
     Args:
-        file: safetensors, or what PEFT has pickled where its name ends in `.bin`.
+        file: a safetensors file, or a file pickled by PEFT if its name ends in `.bin`.
 
     Returns:
         The tensors by name, on the CPU.
 
     Raises:
-        AdapterFileError: it cannot be read, or holds something else than named tensors.
+        AdapterFileError: the file cannot be read, or holds anything but named tensors.
     """
     try:
         if Path(file).suffix == ".bin":
@@ -92,13 +91,13 @@ def read_tensors(file: str | os.PathLike) -> dict[str, Tensor]:
 def _unpickled(file: Path) -> dict[str, Tensor]:
     with zipfile.ZipFile(file) as packed:
         if sum(entry.file_size for entry in packed.infolist()) > file.stat().st_size:
-            raise ValueError("it says that it holds more than its size")
+            raise ValueError("it claims to hold more than its size")
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling damaged bytes may raise anything, and torch advises against its own check
-        raise ValueError(f"it is no pickled state dict of tensors: {type(error).__name__}") from error
+    except Exception as error:  # damaged bytes may raise anything; torch's message advises to turn its check off
+        raise ValueError(f"it is not a pickled state dict of tensors: {type(error).__name__}") from error
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
     ):
-        raise ValueError("it is no state dict of tensors")
+        raise ValueError("it is not a state dict of tensors")
     return tensors

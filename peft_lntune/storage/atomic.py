@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and leave nothing behind where a process was killed while it wrote them."""
+"""Atomic writes: a file appears whole or not at all, and a killed process leaves nothing behind."""
 
 import errno
 import os
@@ -17,19 +17,23 @@ except ImportError:  # Windows
 __all__ = ["STAGING", "new_file", "put", "staging"]
 
 STAGING = ".lntune-writing-"
-"""How the names begin of folders in which files are written that have not taken their places yet."""
+"""Prefix of the names of folders that hold files before they are moved to their places."""
 
 _DAY = 24 * 60 * 60
 
 
 @contextmanager
 def new_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A file to write, of the same name elsewhere, which takes its place at `path` when all of it is written.
+    """Write a file of the same name elsewhere, and move it to `path` when the block ends.
 
-    Who has the old file open keeps it. Where the block raises or the process is killed, the old file stays.
+    A process that has the old file open keeps reading it. If the block raises or the process is killed, the old file
+    stays.
 
     Args:
-        path: of the file; its folder is made if it is missing.
+        path: path of the file; its folder is made if it is missing.
+
+    Yields:
+        The path to write to.
 
     Example:
         >>> import tempfile
@@ -45,10 +49,17 @@ def new_file(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def staging(folder: Path) -> Iterator[Path]:
-    """A folder inside `folder`, made if it is missing, for files that `put` then moves to their places.
+    """Make a temporary folder inside `folder`, for files that `put` then moves to their places.
 
-    It is gone afterwards. Those that killed processes have left are cleared first: each is locked by the process that
-    made it, and a lock ends with its process. Where the file system has no locks, those older than a day are cleared.
+    The temporary folder is removed at the end. Folders left by killed processes are removed first: each is locked by
+    the process that made it, and the lock ends with the process. On a file system without locks, folders older than a
+    day are removed.
+
+    Args:
+        folder: the folder; made if it is missing.
+
+    Yields:
+        The temporary folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for entry in folder.glob(f"{STAGING}*"):
@@ -56,7 +67,7 @@ def staging(folder: Path) -> Iterator[Path]:
     with ExitStack() as stack:
         made = Path(mkdtemp(dir=folder, prefix=STAGING))
         while stack.enter_context(_locked(made)) is False or not made.is_dir():
-            made = Path(mkdtemp(dir=folder, prefix=STAGING))  # another process found that one before it was locked
+            made = Path(mkdtemp(dir=folder, prefix=STAGING))  # another process removed the first before it was locked
         try:
             yield made
         finally:
@@ -64,13 +75,13 @@ def staging(folder: Path) -> Iterator[Path]:
 
 
 def put(made: Path, target: Path) -> None:
-    """Move a finished file to its place, in one step, with the mode that a file has which is simply opened for writing.
+    """Move a finished file to its place in one step, with the mode of an ordinary new file.
 
-    safetensors and `tempfile` make files that nobody else may read.
+    Without this, files made by safetensors and `tempfile` could not be read by other users.
 
     Args:
-        made: the file, inside a folder that `staging` gave.
-        target: its place, on the same file system.
+        made: the file, inside a folder from `staging`.
+        target: its new path, on the same file system.
     """
     with made.open("rb") as file:
         os.fsync(file.fileno())
@@ -79,7 +90,7 @@ def put(made: Path, target: Path) -> None:
 
 
 def _usual_mode(folder: Path) -> int:
-    """Asked of a new file: the umask can only be read by setting it, which other threads would notice."""
+    """Mode of a new file. Reading the umask would mean setting it, which affects other threads."""
     probe = folder / f"{STAGING}mode"
     opened = os.open(probe, os.O_CREAT | os.O_WRONLY, 0o666)
     try:
@@ -94,14 +105,14 @@ def _clear_if_left(entry: Path) -> None:
         try:
             old = time.time() - entry.stat().st_mtime > _DAY
         except OSError:
-            return  # its own process has just finished
+            return  # its process has just removed it
         if held or (held is None and old):
             shutil.rmtree(entry, ignore_errors=True)
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool | None]:
-    """A lock on a folder: True; False where another process has it; None where there are no locks."""
+    """Lock a folder. Yields True; False if another process holds the lock; None if there are no locks."""
     opened = None
     held: bool | None = None
     if fcntl is not None:

@@ -1,8 +1,8 @@
-"""What a config records of the adapter it was saved with, and whether the files are still that adapter.
+"""The manifest in a saved config: what the adapter's files hold, to check that they still belong together.
 
 An adapter is two files, `adapter_config.json` and `adapter_model.safetensors`. Both decide what it computes, so the
-manifest in the config covers both: every tensor by a digest, and every field of the config by a copy that the digest
-covers too. Provenance is left out, because people and Hubs rightly edit it.
+manifest covers both: every tensor by a digest, and every field of the config by a copy that the digest covers too.
+Provenance is left out, because people and the Hub may edit it.
 """
 
 import hashlib
@@ -43,23 +43,23 @@ PROVENANCE = frozenset(
         "manifest",
     }
 )
-"""The fields of a config that do not decide what an adapter computes. All others are covered."""
+"""Fields of a config that do not decide what an adapter computes. All others are covered by the digest."""
 
 FIELDS, FULL, PREVIOUS = "fields", "full_digest", "previous"
-"""Keys of a manifest: the fields as they were saved; the digest of all; the config whose weights are being replaced."""
+"""Keys of a manifest: a copy of the fields; the digest of everything; the config whose weights are being replaced."""
 
 
 def manifest_of(tensors: Mapping[str, Tensor], partial: bool = False) -> dict[str, Any]:
-    """What a config records of the weights saved with it, before its own fields are final; see `seal`.
+    """Describe the weights of an adapter. `seal` later adds the fields of its config.
 
     Args:
         tensors: the adapter's state dict without adapter names, not packed yet.
         partial: whether the adapter may tune fewer parameters than its config alone says.
 
     Returns:
-        `digest`: SHA-256 over name, dtype, shape and bytes of each of our tensors, packed as they are saved. `tuned`,
-        where one is masked or `partial` is said: for each tuned parameter the number of its tuned entries, null for
-        all of them, so that each delta can be made in its final shape before the file is read.
+        A dict with `digest`: SHA-256 over name, dtype, shape and bytes of each tensor of the adapter's parts, packed as
+        in the file. If a delta is masked or `partial` is True, also `tuned`: the number of tuned entries per tuned
+        parameter, None for all, so that each delta can be made in its final shape before the file is read.
     """
     ours = _ours(tensors)
     counts = counts_of(ours)
@@ -68,15 +68,15 @@ def manifest_of(tensors: Mapping[str, Tensor], partial: bool = False) -> dict[st
 
 
 def seal(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The manifest of a config that is about to be written beside these weights, with all that decides the answer.
+    """Complete the manifest of a config that is about to be saved with these weights.
 
     Args:
-        config: as JSON has it, with a manifest.
-        tensors: every tensor of the weight file, heads too.
+        config: the fields of the config, as JSON has them, with a manifest.
+        tensors: every tensor of the weight file, including heads.
 
     Returns:
-        The manifest with `fields`, a copy of the fields that decide what is computed, and `full_digest`, over the
-        manifest itself and the tensors. Where the weights are not those of the manifest, neither is claimed.
+        The manifest with `fields`, a copy of the fields that decide what is computed, and `full_digest`, a digest over
+        the manifest and the tensors. If the weights do not match the manifest, neither is added.
     """
     manifest = {key: value for key, value in config["manifest"].items() if key not in (FIELDS, FULL, PREVIOUS)}
     if manifest.get("digest") != digest_of(_ours(tensors)):
@@ -86,11 +86,14 @@ def seal(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, 
 
 
 def seal_file(config_file: Path, weights: Path | None) -> None:
-    """`seal` the manifest in a config file.
+    """Complete the manifest in a config file for the weights it is saved with.
 
     Args:
-        config_file: is written anew, if its config has a manifest.
-        weights: the weight file beside which it is to stand; None: there is none, and nothing is done.
+        config_file: the config file; rewritten if its config has a manifest.
+        weights: the weight file; None: nothing is done.
+
+    Raises:
+        AdapterFileError: the weight file cannot be read.
     """
     config = json.loads(config_file.read_text(encoding="utf-8"))
     if weights is None or not isinstance(config.get("manifest"), dict):
@@ -100,19 +103,26 @@ def seal_file(config_file: Path, weights: Path | None) -> None:
 
 
 def is_sealed(manifest: Mapping[str, Any] | None) -> bool:
-    """Whether a manifest covers heads and config too; those of early versions cover the tensors of deltas alone."""
+    """Whether a manifest also covers heads and config. Manifests of early versions cover only the tensors of deltas.
+
+    Args:
+        manifest: the manifest of a config, if any.
+
+    Returns:
+        True if everything is covered.
+    """
     return bool(manifest) and FULL in manifest  # type: ignore[operator]
 
 
 def changes(config: Mapping[str, Any], known: Iterable[str]) -> list[str]:
-    """What of a config is not as it was saved, in words; empty also where its manifest does not say how it was.
+    """List the fields of a config that were changed after it was saved.
 
     Args:
-        config: as JSON has it.
-        known: the fields that its kind has; other tools may add fields of their own, which nothing here reads.
+        config: the fields of the config, as JSON has them.
+        known: the fields of its class. Other tools may add fields of their own, which are ignored.
 
     Returns:
-        A text per field that differs, with both values.
+        One text per changed field, with both values; empty if the manifest holds no copy of the fields.
 
     Example:
         >>> changes({"scale": 2.0, "manifest": {"fields": {"scale": 1.0}}}, ["scale"])
@@ -127,15 +137,16 @@ def changes(config: Mapping[str, Any], known: Iterable[str]) -> list[str]:
 
 
 def check_tensors(manifest: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise where a state dict cannot be the adapter that `manifest` describes.
+    """Refuse a state dict that is not the adapter that `manifest` describes.
 
     Args:
-        manifest: as `manifest_of` or `seal` made it; None skips the comparison.
-        tensors: a state dict as loaded, without adapter names.
+        manifest: a manifest from `manifest_of` or `seal`; None skips the comparison.
+        tensors: the state dict of a file, without adapter names.
         where: the file or adapter, for the message.
 
     Raises:
-        AdapterFileError: nothing of ours in it, a wrong dtype, a value that is not finite, or another digest.
+        AdapterFileError: the state dict has no tensor of this package, a dtype is wrong, a value is not finite, or the
+            digest differs.
     """
     ours = _ours(tensors)
     if not ours:
@@ -157,20 +168,20 @@ def check_tensors(manifest: Mapping[str, Any] | None, tensors: Mapping[str, Tens
     if manifest and "digest" in manifest and manifest["digest"] != digest_of(ours):
         raise AdapterFileError(
             f"{where} is not the file that its adapter_config.json was saved with: the digests differ. One of the two "
-            "comes from another save, or was changed since. Get both from one save."
+            "comes from another save, or was changed after saving. Get both from one save."
         )
     if manifest and (FULL in manifest or FIELDS in manifest):
         own = {key: value for key, value in manifest.items() if key not in (FULL, PREVIOUS)}
         if manifest.get(FULL) != _full_digest(own, tensors):
             raise AdapterFileError(
-                f"{where} is not the file that its adapter_config.json was saved with: the digests differ that cover "
-                "heads (modules_to_save) and the manifest in the config. One of the two files was changed since, or "
-                "comes from another save. Get both from one save."
+                f"{where} is not the file that its adapter_config.json was saved with: the digests of heads "
+                "(modules_to_save) and of the manifest in the config differ. One of the two files comes from another "
+                "save, or was changed after saving. Get both from one save."
             )
 
 
 def _covered(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a config, and of its parts, that decide what it computes."""
+    """The fields of a config and of its parts that decide what the adapter computes."""
     kept = {name: value for name, value in config.items() if name not in PROVENANCE}
     if isinstance(kept.get("parts"), list):
         kept["parts"] = [_covered(part) if isinstance(part, Mapping) else part for part in kept["parts"]]
@@ -199,7 +210,14 @@ def _ours(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of tensors, in the order of their names."""
+    """Compute the SHA-256 over names, dtypes, shapes and bytes of tensors, in the order of their names.
+
+    Args:
+        tensors: tensors by name, on any device.
+
+    Returns:
+        The digest in hexadecimal.
+    """
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -208,14 +226,14 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _full_digest(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Over the manifest, in which the digest of our tensors is, and over all other tensors."""
+    """Digest over the manifest (which holds the digest of our tensors) and over all other tensors."""
     others = {name.removeprefix(ROOT): tensor for name, tensor in tensors.items() if not is_ours(name)}
     text = json.dumps([_plain(manifest), digest_of(others)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _plain(value: Any) -> Any:
-    """JSON values with whole numbers as such: some tools that format JSON write 1 for 1.0."""
+    """JSON values with whole floats as integers, because some tools rewrite 1.0 as 1."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -224,5 +242,12 @@ def _plain(value: Any) -> Any:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no entry of a floating tensor is NaN or infinite. Small floats have no `isfinite` of their own."""
+    """Whether no entry of a floating tensor is NaN or infinite, also for 8-bit floats, which have no `isfinite`.
+
+    Args:
+        tensor: a floating tensor.
+
+    Returns:
+        True if every entry is finite.
+    """
     return bool((tensor if tensor.element_size() > 1 else tensor.float()).isfinite().all())

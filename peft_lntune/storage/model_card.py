@@ -1,4 +1,4 @@
-"""The model card says what to import: PEFT alone stops at our adapters with a bare `KeyError: 'LNTUNE'`."""
+"""Model cards that name the import, because PEFT alone fails on our adapters with a bare `KeyError: 'LNTUNE'`."""
 
 import os
 from pathlib import Path
@@ -12,8 +12,8 @@ _NEW_CARD = "---\nlibrary_name: peft\n---\n"
 _SECTION = f"""
 ## How to load this adapter
 
-PEFT learns this adapter's type from another package, and without it stops with `KeyError: 'LNTUNE'`. So install it,
-`pip install peft-lntune`, and put one line before the code that loads the adapter:
+This adapter's type comes from the package peft-lntune; without it, PEFT fails with `KeyError: 'LNTUNE'`. Install it
+with `pip install peft-lntune`, and put one line before the code that loads the adapter:
 
 ```python
 {IMPORT_LINE}
@@ -22,7 +22,11 @@ PEFT learns this adapter's type from another package, and without it stops with 
 
 
 def name_import(directory: str | os.PathLike) -> None:
-    """Let the card in `directory` say `import peft_lntune`; a card is made where there is none. Idempotent."""
+    """Add `import peft_lntune` to the model card in a folder, or make a card. Calling it again changes nothing.
+
+    Args:
+        directory: the folder of the adapter.
+    """
     file = Path(directory, CARD_FILE)
     text = file.read_text(encoding="utf-8") if file.exists() else _NEW_CARD
     if IMPORT_LINE not in text.splitlines():

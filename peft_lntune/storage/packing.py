@@ -1,7 +1,8 @@
-"""Masked deltas as two tensors of a file: the header of a safetensors file takes a hundred bytes for each tensor in it.
+"""Packing: all masked deltas as two tensors of a file, and supermasks as bits.
 
-An adapter that tunes a tenth of a model's norms has some fifty masked parameters of a few values each, so a tensor of
-values and one of bits for each parameter would weigh less than their names.
+The header of a safetensors file takes about a hundred bytes per tensor. An adapter that tunes a tenth of a model's norm
+entries has some fifty masked parameters of a few values each, so two tensors per parameter would be smaller than their
+own names.
 """
 
 from collections import Counter
@@ -30,36 +31,36 @@ __all__ = [
 ]
 
 PREFIX = "lntune_"
-"""What the container of a delta is called, up to the name of its parameter."""
+"""Prefix of the names of containers; for a delta, the name of its parameter follows."""
 
 DELTAS = tuple(f"{PREFIX}{parameter}" for parameter in PARAMETERS)
-"""The containers of deltas; the other parts of an adapter are never masked."""
+"""Names of the containers of deltas. Other parts of an adapter are never masked."""
 
 ROOT = "base_model.model."
-"""What PEFT puts before every name in a file."""
+"""Prefix that PEFT puts before every name in a file."""
 
 PACKED = f"{PREFIX}packed"
-"""The name, in place of a module and a parameter, of the two tensors that hold all masked deltas."""
+"""Name of the two tensors that hold all masked deltas, in place of a module and a parameter."""
 
 SCORES, KEEP = f".{PREFIX}supermask.weight", f".{PREFIX}supermask.keep"
-"""How the names of the scores of a supermask end, and of its bits."""
+"""Endings of the names of a supermask's scores and of its bits."""
 
 _VALUES, _BITS = ".weight", ".mask"
 
 
 def pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Put the masked deltas of an adapter into two tensors. Inverse of `unpack`.
+    """Put the masked deltas of an adapter into two tensors. `unpack` is the inverse.
 
-    The values, `lntune_packed.weight` `(k,)`, and the bits, `lntune_packed.mask` uint8, are those of the masked
-    parameters, one after the other in the order of `sorted` on their names. Dense deltas and heads stay as they are.
-    A tensor has one dtype, so where an adapter has values of several, only those of the most frequent one are packed.
+    The two tensors are the values, `lntune_packed.weight` of shape `(k,)`, and the bits, `lntune_packed.mask` in uint8.
+    They hold the masked parameters one after the other, sorted by name. Dense deltas and heads stay as they are. If
+    values have several dtypes, only those of the most frequent dtype are packed.
 
     Args:
-        tensors: an adapter's state dict without the adapter's name: `<module>.lntune_<parameter>.weight` and, where it
-            is masked, `.mask` beside it. With or without PEFT's `base_model.model.` before all names.
+        tensors: an adapter's state dict without the adapter's name: `<module>.lntune_<parameter>.weight` and, for a
+            masked delta, `.mask`. With or without PEFT's `base_model.model.` before all names.
 
     Returns:
-        A new dict; names have the same prefix. What is packed already stays as it is.
+        A new dict; names have the same prefix. A dict that is packed already is returned unchanged.
 
     Example:
         >>> bits = torch.tensor([3], dtype=torch.uint8)
@@ -83,10 +84,10 @@ def pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def unpack(tensors: Mapping[str, Tensor], sizes: Mapping[str, tuple[int, torch.Size]], where: str) -> dict[str, Tensor]:
-    """Take the masked deltas out of what `pack` made.
+    """Take the masked deltas out of the two tensors that `pack` made.
 
     Args:
-        tensors: the state dict of a file. One in which nothing is packed is returned as it is.
+        tensors: the state dict of a file. If nothing is packed, it is returned unchanged.
         sizes: for each masked parameter, by its name `<module>.lntune_<parameter>`, the number of its tuned entries and
             the shape of the base parameter.
         where: the file or adapter, for the message.
@@ -95,7 +96,7 @@ def unpack(tensors: Mapping[str, Tensor], sizes: Mapping[str, tuple[int, torch.S
         A new dict with `.weight` and `.mask` for each name in `sizes`.
 
     Raises:
-        AdapterFileError: the packed tensors are not those of these parameters.
+        AdapterFileError: the packed tensors do not fit these parameters.
 
     Example:
         >>> packed = {"lntune_packed.weight": torch.ones(2), "lntune_packed.mask": torch.tensor([5]).byte()}
@@ -106,7 +107,7 @@ def unpack(tensors: Mapping[str, Tensor], sizes: Mapping[str, tuple[int, torch.S
         return dict(tensors)
     root = ROOT if any(key.startswith(ROOT + PACKED) for key in tensors) else ""
     values, bits = (tensors.get(root + PACKED + ending) for ending in (_VALUES, _BITS))
-    # In the order of the names that they had when they were packed.
+    # In the order in which they were packed, that of their names in the file.
     names = sorted((name for name in sizes if root + name + _VALUES not in tensors), key=_name_in_file)
     _check_lengths(values, bits, {name: sizes[name] for name in names}, where)
     assert values is not None
@@ -116,20 +117,20 @@ def unpack(tensors: Mapping[str, Tensor], sizes: Mapping[str, tuple[int, torch.S
     unpacked = {key: value for key, value in tensors.items() if not is_packed([key])}
     for name, own, mask in zip(names, values.split(counts), bits.split(lengths), strict=True):
         _check_bits(mask, *sizes[name], name, where)
-        # Copies, since a loader may keep them as they are: a view would keep alive, and save, all the others.
+        # Copies, since a loader may keep them: a view would keep all the others in memory, and save them.
         unpacked[root + name + _VALUES], unpacked[root + name + _BITS] = own.clone(), mask.clone()
     return unpacked
 
 
 def pack_scores(tensors: Mapping[str, Tensor], scores: bool = False) -> dict[str, Tensor]:
-    """Put the bits of each supermask in place of its scores, or beside them. Inverse of `unpack_scores`, up to size.
+    """Replace the scores of each supermask by bits, or add the bits. `unpack_scores` is the inverse, up to sizes.
 
     Args:
         tensors: an adapter's state dict without the adapter's name.
         scores: whether to keep the scores too.
 
     Returns:
-        A new dict with `.keep`, uint8, one bit per score, for each supermask; and all that is of none as it was.
+        A new dict with `.keep` (uint8, one bit per score) for each supermask; all other tensors are unchanged.
 
     Example:
         >>> list(pack_scores({"query.lntune_supermask.weight": torch.ones(2, 4)}))
@@ -149,19 +150,19 @@ def pack_scores(tensors: Mapping[str, Tensor], scores: bool = False) -> dict[str
 def unpack_scores(
     tensors: Mapping[str, Tensor], masks: Mapping[str, tuple[torch.Size, float | None]], where: str
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of a file with what each supermask is made for: scores where it is trained, bits where it is not.
+    """Convert the supermasks of a file to scores if they are trained, else to bits.
 
     Args:
         tensors: the state dict of a file.
-        masks: for each masked module, by its name, the shape of the mask and, where it is trained, how large a score
-            is taken for a bit whose score was not saved.
+        masks: for each masked module by name, the shape of its mask and the size of the score that a saved bit becomes
+            if its score was not saved (None if the mask is not trained).
         where: the file or adapter, for the message.
 
     Returns:
-        A new dict, and the modules whose scores were made from bits.
+        A new dict, and the names of the modules whose scores were made from bits.
 
     Raises:
-        AdapterFileError: there are more or fewer bits than entries, or bits beyond the last one.
+        AdapterFileError: the number of bits does not match the number of entries, or bits beyond the last are set.
 
     Example:
         >>> file = {"query.lntune_supermask.keep": torch.tensor([1]).byte()}
@@ -191,12 +192,25 @@ def unpack_scores(
 
 
 def is_packed(keys: Iterable[str]) -> bool:
-    """Whether one of these names is of a packed tensor."""
+    """Whether any of these names belongs to a packed tensor.
+
+    Args:
+        keys: names of tensors in a file.
+
+    Returns:
+        True if `pack` made one of the tensors.
+    """
     return any(key.removeprefix(ROOT) in (PACKED + _VALUES, PACKED + _BITS) for key in keys)
 
 
 def counts_of(tensors: Mapping[str, Tensor]) -> dict[str, int | None]:
-    """Tuned entries of each tuned parameter, None for all, from a state dict as `pack` takes it.
+    """Count the tuned entries of each tuned parameter.
+
+    Args:
+        tensors: an adapter's state dict without the adapter's name, not packed.
+
+    Returns:
+        The number of tuned entries by `<module>.lntune_<parameter>`, None for all.
 
     Example:
         >>> counts_of({"norm.lntune_bias.weight": torch.ones(3)})
@@ -209,7 +223,7 @@ def counts_of(tensors: Mapping[str, Tensor]) -> dict[str, int | None]:
 
 
 def _named(tensors: Mapping[str, Tensor], ending: str) -> list[str]:
-    """Names `<module>.lntune_<parameter>` of the deltas that have a tensor of their own with this ending."""
+    """Names `<module>.lntune_<parameter>` of the deltas that have an unpacked tensor with this ending."""
     names = [key.removesuffix(ending) for key in tensors if key.endswith(ending) and not is_packed([key])]
     return [name for name in names if name.rpartition(".")[2] in DELTAS]
 
@@ -228,8 +242,8 @@ def _check_lengths(
     if not sizes:
         raise AdapterFileError(
             f"{where} holds masked deltas, but does not fit this model, where all deltas are dense. Choose the same "
-            "entries first (fit_fisher_masks or set_masks), or load it together with its own adapter_config.json "
-            "under a new name: PeftModel.from_pretrained, load_adapter."
+            "entries first (fit_fisher_masks or set_masks), or load it with its own adapter_config.json under a new "
+            "name: PeftModel.from_pretrained, load_adapter."
         )
     expected = {
         PACKED + _VALUES: (values, sum(count for count, _ in sizes.values()), "values"),

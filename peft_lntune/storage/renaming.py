@@ -1,7 +1,7 @@
-"""Names of a saved adapter in a model that calls its modules otherwise: the `key_mapping` of PEFT's loaders.
+"""Renaming for a model that names its modules differently: the `key_mapping` of PEFT's loaders.
 
-PEFT renames the tensors of a file, but masked deltas are one tensor there, and their names stand in the config. So the
-mapping is in force, in the thread that loads, for as long as one call of a loader runs.
+PEFT renames the tensors of a file. Masked deltas are one tensor there, with their names in the config, so the mapping
+must be known wherever the config is read. It is set in the loading thread while a loader runs.
 """
 
 import re
@@ -24,7 +24,14 @@ _CURRENT: ContextVar[_Renaming | None] = ContextVar("lntune_renaming", default=N
 
 @contextmanager
 def renaming(mapping: Mapping[str, str] | None) -> Iterator[None]:
-    """Inside this context names of files are renamed by PEFT's `key_mapping`; None: they are not."""
+    """Rename names of files by PEFT's `key_mapping` inside this context.
+
+    Args:
+        mapping: regular expressions and their replacements; None: no renaming.
+
+    Yields:
+        Nothing.
+    """
     token = _CURRENT.set(None if mapping is None else _Renaming(mapping))
     try:
         yield
@@ -33,12 +40,19 @@ def renaming(mapping: Mapping[str, str] | None) -> Iterator[None]:
 
 
 def is_renamed() -> bool:
-    """Whether the caller of the loader has said how names are mapped."""
+    """Whether the caller of the loader gave a `key_mapping`."""
     return _CURRENT.get() is not None
 
 
 def new_name(name: str) -> str:
-    """The name in the model, from the name in the file, without PEFT's prefix; the first pattern that is found counts.
+    """Turn a name in the file into the name in the model, both without PEFT's prefix. The first pattern that matches
+    is used.
+
+    Args:
+        name: the name in the file.
+
+    Returns:
+        The name in the model.
 
     Example:
         >>> with renaming({"^encoder": "bert.encoder"}):
@@ -55,6 +69,13 @@ def new_name(name: str) -> str:
 
 
 def old_name(name: str) -> str:
-    """The name in the file of what `new_name` has renamed; any other name as it is."""
+    """Turn a name in the model back into the name in the file.
+
+    Args:
+        name: the name in the model.
+
+    Returns:
+        The name that `new_name` renamed to `name`; any other name unchanged.
+    """
     current = _CURRENT.get()
     return name if current is None else current.old.get(name, name)

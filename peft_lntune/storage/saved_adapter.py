@@ -1,4 +1,4 @@
-"""The one reader of saved adapters: two files in a directory or on the Hub, read without trust in what they say."""
+"""The one reader of saved adapters: two files in a folder or on the Hub, read without trusting them."""
 
 import inspect
 import json
@@ -25,20 +25,20 @@ from peft_lntune.storage.packing import PREFIX, ROOT
 
 __all__ = ["SavedAdapter", "current_config", "hub_options", "read_config"]
 
-# Keys by which a config is known for one of this package, whatever its `peft_type` says.
+# Keys that identify a config of this package, whatever its `peft_type` says.
 _MARKS = ("kind", "format_version", "peft_lntune_version", "manifest")
 
 
 class SavedAdapter:
-    """A saved adapter of any PEFT type; each of its files is read when it is first asked for.
+    """A saved adapter of any PEFT type. Each of its files is read when first asked for.
 
     Args:
-        path: the directory, or a repository on the Hub.
-        hub: keyword arguments of a loader, of which those count that say where to look: `subfolder`, `revision`,
-            `token`, ... None: only this machine is looked at.
+        path: the folder, or a repository on the Hub.
+        hub: keyword arguments of a loader. Those that say where to look are used: `subfolder`, `revision`, `token`, ...
+            None: look only on this machine.
 
     Attributes:
-        name: the directory or repository, for errors.
+        name: the folder or repository, for errors.
 
     Example:
         >>> import tempfile
@@ -54,34 +54,38 @@ class SavedAdapter:
 
     @cached_property
     def fields(self) -> dict[str, Any] | None:
-        """The fields of its config, see `read_config`; None where there is no config."""
+        """The fields of the config by name; None if there is no config.
+
+        Raises:
+            AdapterFileError: the config is damaged.
+        """
         file = self._folder / CONFIG_FILE
         if file.is_file():
             return read_config(file)
-        found = self._download(CONFIG_FILE, Exception)  # then the loader itself says what is missing
+        found = self._download(CONFIG_FILE, Exception)  # the loader then reports what is missing
         return None if found is None else read_config(found)
 
     @property
     def is_ours(self) -> bool:
-        """Whether it has a config, and that is of this package."""
+        """Whether it has a config of this package."""
         return self.fields is not None and self.fields.get("peft_type") == PEFT_TYPE
 
     @property
     def seems_ours(self) -> bool:
-        """Whether it is of this package, as far as what is left of its files says."""
+        """Whether it seems to be an adapter of this package, even if a file is damaged or missing."""
         try:
             if self.fields is not None or not self._folder.is_dir():
                 return self.is_ours
         except AdapterFileError:
-            return True  # its config is damaged, and what it was cannot be told
+            return True  # the config is damaged, so its type is not known
         try:
             return any(f".{PREFIX}" in f".{name}" for name in self.tensors)
         except AdapterFileError:
-            return False  # neither of the two files says anything
+            return False  # neither file can be read
 
     @property
     def own_fields(self) -> dict[str, Any]:
-        """The fields of its config, which is of this package.
+        """The fields of the config, which must be of this package.
 
         Raises:
             AdapterFileError: there is no config, or it is of another PEFT type.
@@ -93,8 +97,8 @@ class SavedAdapter:
             raise ConfigError(str(error)) from error
         if fields is None:
             raise AdapterFileError(
-                f"{self.name} holds no {CONFIG_FILE}. Give the directory that save_pretrained has written; one on the "
-                "Hub is fetched by huggingface_hub.snapshot_download."
+                f"{self.name} holds no {CONFIG_FILE}. Give the folder that save_pretrained wrote. To fetch a folder "
+                "from the Hub, use huggingface_hub.snapshot_download."
             )
         if not self.is_ours:
             raise AdapterFileError(
@@ -105,16 +109,16 @@ class SavedAdapter:
 
     @cached_property
     def weights(self) -> Path | None:
-        """Its weight file, as PEFT chooses it: safetensors before pickled; None: neither here nor on the Hub.
+        """The weight file, as PEFT chooses it: safetensors before pickled; None if the Hub has neither.
 
         Raises:
-            AdapterFileError: a local directory holds neither.
+            AdapterFileError: a local folder has neither.
         """
         names = (WEIGHTS_FILE, PICKLED_FILE)
         if self._folder.is_dir() or self._hub is None:
             found = next((self._folder / name for name in names if (self._folder / name).exists()), None)
             if found is None:
-                # PEFT would take the path for the name of a repository on the Hub, and complain about its spelling.
+                # PEFT would take the path for a repository on the Hub, and complain about its spelling.
                 raise AdapterFileError(f"{self.name} holds a config, but no {WEIGHTS_FILE}. Get the whole adapter.")
             return found
         missing = (EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError)
@@ -122,7 +126,7 @@ class SavedAdapter:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of its weight file by name.
+        """The tensors of the weight file by name.
 
         Raises:
             AdapterFileError: there is no weight file, or it is damaged.
@@ -133,20 +137,20 @@ class SavedAdapter:
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
-        """The shapes of its tensors by name, without the prefix that PEFT puts before all names."""
+        """The shapes of the tensors by name, without the prefix that PEFT puts before all names."""
         return {name.removeprefix(ROOT): tensor.shape for name, tensor in self.tensors.items()}
 
     def check(self, manifest: Mapping[str, Any] | None) -> "SavedAdapter":
-        """Compare the weights with the manifest of a config; see `manifest.check_tensors`.
+        """Check the weights: dtypes, finite values, and the digest in the manifest of a config.
 
         Args:
-            manifest: of the config; None: only what the tensors are in themselves is looked at.
+            manifest: manifest of the config; None: only dtypes and values are checked.
 
         Returns:
             The adapter itself.
 
         Raises:
-            AdapterFileError: there are no weights, they cannot be read, or they are not those of the manifest.
+            AdapterFileError: there are no weights, they cannot be read, or they do not match the manifest.
         """
         check_tensors(manifest, self.tensors, str(self.weights))
         return self
@@ -161,13 +165,13 @@ class SavedAdapter:
 
 
 def hub_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a loader's keyword arguments that say where on the Hub to look.
+    """Select the keyword arguments of a loader that say where to look on the Hub.
 
     Args:
         given: any keyword arguments.
 
     Returns:
-        `subfolder`, `revision`, `token` and whatever else `hf_hub_download` takes.
+        `subfolder`, `revision`, `token` and all others that `hf_hub_download` takes.
 
     Example:
         >>> hub_options({"revision": "main", "is_trainable": True})
@@ -178,10 +182,11 @@ def hub_options(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_config(file: str | os.PathLike) -> dict[str, Any]:
-    """The fields of a config file, of any adapter of PEFT.
+    """Read the fields of a config file of any PEFT adapter.
 
-    Where a save was killed between its two files, these are of the config of the weights that are there: the new one,
-    or the one that it was about to replace. `runtime_config` of one of ours is left out: it belongs to one process.
+    If a save was killed between its two files, the fields are those of the config that belongs to the weights: the new
+    one, or the one it was about to replace. `runtime_config` is left out for adapters of this package, because it
+    belongs to one process.
 
     Args:
         file: an `adapter_config.json`.
@@ -190,7 +195,8 @@ def read_config(file: str | os.PathLike) -> dict[str, Any]:
         The fields by name, as JSON has them.
 
     Raises:
-        AdapterFileError: it is damaged, no JSON object, or one of this package that says it is of another PEFT type.
+        AdapterFileError: the file is damaged or not a JSON object, or it is of this package and claims another PEFT
+            type.
     """
     try:
         config = json.loads(Path(file).read_bytes())
@@ -205,8 +211,8 @@ def read_config(file: str | os.PathLike) -> dict[str, Any]:
     marks = [mark for mark in _MARKS if mark in config]
     if len(marks) > 1 and config.get("peft_type") != PEFT_TYPE:
         raise AdapterFileError(
-            f"{file} is damaged: it is of peft_lntune, as {', '.join(marks)} say, but its peft_type is "
-            f"{config.get('peft_type')!r} in place of {PEFT_TYPE!r}. Get a good copy of the adapter."
+            f"{file} is damaged: its fields {', '.join(marks)} are those of peft_lntune, but its peft_type is "
+            f"{config.get('peft_type')!r} instead of {PEFT_TYPE!r}. Get a good copy of the adapter."
         )
     config = _of_weights(config, Path(file).parent)
     if config.get("peft_type") == PEFT_TYPE:
@@ -215,7 +221,14 @@ def read_config(file: str | os.PathLike) -> dict[str, Any]:
 
 
 def current_config(folder: Path) -> dict[str, Any] | None:
-    """The fields of the adapter of ours in a folder; None where there is none that could be loaded."""
+    """Read the config of the adapter of this package in a folder.
+
+    Args:
+        folder: the folder.
+
+    Returns:
+        The fields by name; None if there is no adapter that could be loaded.
+    """
     try:
         config = read_config(folder / CONFIG_FILE)
     except AdapterFileError:
@@ -224,7 +237,7 @@ def current_config(folder: Path) -> dict[str, Any] | None:
 
 
 def _of_weights(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A config as it belongs to the weights in its folder."""
+    """The config that belongs to the weights in its folder: the given one, or the one that it was replacing."""
     manifest = config.get("manifest")
     if not isinstance(manifest, dict) or PREVIOUS not in manifest:
         return config
@@ -234,7 +247,7 @@ def _of_weights(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _fits(config: Mapping[str, Any], folder: Path) -> bool:
-    """Whether the weights in a folder are those of a config, by its digest."""
+    """Whether the weights in a folder match the digest in a config."""
     manifest = config.get("manifest")
     if not isinstance(manifest, dict) or not manifest.get("digest"):
         return False

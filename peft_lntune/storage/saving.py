@@ -1,8 +1,7 @@
-"""An adapter is two files, and a save may be killed between them: what is in a folder is at all times one adapter.
+"""Saving an adapter's two files so that the folder holds a complete adapter at all times, even if the save is killed.
 
-The weights and the config that belongs to them cannot change places in one step. So the new config comes first, with
-the old one inside it; then the weights; then the new config alone. Whoever reads in between takes the config whose
-digest is that of the weights, see `saved_adapter.read_config`.
+Weights and config cannot be replaced together in one step. So the new config is written first, with the old one inside
+it; then the weights; then the new config alone. `saved_adapter.read_config` takes the config that matches the weights.
 """
 
 import json
@@ -23,16 +22,19 @@ _CARD = "README.md"
 
 @contextmanager
 def new_adapters(directory: str | os.PathLike, names: Iterable[str] = ()) -> Iterator[Path]:
-    """A folder to save into, whose files take their places in `directory` when all of them are written.
+    """Make a folder to save into, whose files are moved to `directory` when the block ends.
 
     Args:
-        directory: of one adapter, or of several in folders of their own; made if it is missing.
-        names: of those folders.
+        directory: the folder of one adapter, or of several adapters in subfolders; made if it is missing.
+        names: names of the subfolders.
+
+    Yields:
+        The folder to save into.
     """
     target = Path(directory)
     with staging(target) as folder:
         for name in ("", *names):
-            if (target / name / _CARD).is_file():  # which whoever saves adds to
+            if (target / name / _CARD).is_file():  # saving adds to the card
                 (folder / name).mkdir(exist_ok=True)
                 (folder / name / _CARD).write_bytes((target / name / _CARD).read_bytes())
         yield folder
@@ -53,13 +55,13 @@ def _put_folder(made: Path, target: Path) -> None:
     if (target / CONFIG_FILE).exists():
         _announce(config, target)
     put(weights, target / weights.name)
-    for stale in {WEIGHTS_FILE, PICKLED_FILE} - {weights.name}:  # PEFT would read the one that it likes better
+    for stale in {WEIGHTS_FILE, PICKLED_FILE} - {weights.name}:  # PEFT may prefer the old file
         (target / stale).unlink(missing_ok=True)
     put(config, target / CONFIG_FILE)
 
 
 def _announce(config: Path, target: Path) -> None:
-    """Put the new config in place of the old one, which is kept inside it while the old weights are still there."""
+    """Replace the old config by the new one, with the old one inside it while the old weights are in place."""
     new = json.loads(config.read_text(encoding="utf-8"))
     old = current_config(target)
     if not isinstance(new.get("manifest"), dict):

@@ -79,9 +79,7 @@ def refused(folder, message, error=AdapterFileError, family=FAMILY):
 
 
 def test_no_directory(tmp_path):
-    refused(
-        tmp_path / "nowhere", r"holds no adapter_config\.json\. Give the directory that save_pretrained has written"
-    )
+    refused(tmp_path / "nowhere", r"holds no adapter_config\.json\. Give the folder that save_pretrained wrote")
 
 
 def test_no_weights(copied):

@@ -72,7 +72,7 @@ def test_components_as_users_write_them():
         ({"initial_score": None}, "initial_score takes a number, but got None"),
         ({"save_scores": 1}, "save_scores takes a bool, but got 1"),
         ({"layers_to_exclude": "0"}, "layers_to_exclude takes an index"),
-        ({"delta_dtype": "int8"}, "delta_dtype='int8' is no floating dtype"),
+        ({"delta_dtype": "int8"}, "delta_dtype='int8' is not a floating dtype"),
     ],
 )
 def test_what_is_refused(fields, message):

@@ -64,7 +64,7 @@ def test_replace_keeps_the_parts_apart() -> None:
         ({"parts": [IA3Config()]}, "holds a IA3Config; a part is one of"),
         ({"parts": [UnifiedConfig(preset="ln")]}, "holds a UnifiedConfig"),
         ({"parts": [{"kind": "Nonsense"}]}, "of kind 'Nonsense'"),
-        ({"parts": [LNTuningConfig(modules_to_save=["classifier"])]}, "give that to UnifiedConfig"),
+        ({"parts": [LNTuningConfig(modules_to_save=["classifier"])]}, "give modules_to_save to UnifiedConfig"),
         ({"parts": [LoraConfig(bias="all")]}, "bias='all'"),
         ({"parts": [LoraConfig(layer_replication=[(0, 1)])]}, "layer_replication"),
         ({"parts": [LoraConfig(init_lora_weights="pissa")]}, "changes the weights of the base"),

@@ -258,7 +258,7 @@ def test_two_parts_of_one_matrix_add_up() -> None:
         ({"preset": "adapter"}, "'bitfit', 'l0-close'"),
         ({"preset": "bitfit", "tune": "weight"}, "tunes 'bias', but tune='weight'"),
         ({"components": ["query"], "layers_to_exclude": "0"}, "layers_to_exclude takes an index"),
-        ({"components": ["query"], "save_dtype": "int8"}, "save_dtype='int8' is no floating dtype"),
+        ({"components": ["query"], "save_dtype": "int8"}, "save_dtype='int8' is not a floating dtype"),
     ],
 )
 def test_what_a_config_refuses(options: dict, message: str) -> None:
