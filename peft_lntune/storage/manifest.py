@@ -174,9 +174,9 @@ def check_tensors(manifest: Mapping[str, Any] | None, tensors: Mapping[str, Tens
         own = {key: value for key, value in manifest.items() if key not in (FULL, PREVIOUS)}
         if manifest.get(FULL) != _full_digest(own, tensors):
             raise AdapterFileError(
-                f"{where} is not the file that its adapter_config.json was saved with: the digests of heads "
-                "(modules_to_save) and of the manifest in the config differ. One of the two files comes from another "
-                "save, or was changed after saving. Get both from one save."
+                f"{where} is not the file that its adapter_config.json was saved with: the digests differ for heads "
+                "(modules_to_save) and the manifest in the config. One of the two files comes from another save, or "
+                "was changed after saving. Get both from one save."
             )
 
 

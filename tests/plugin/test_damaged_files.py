@@ -177,10 +177,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         edit_tensors(lambda t: t.update({DELTA: t[DELTA].long()})),
         "lntune_weight.weight should be of a floating dtype, but is torch.int64",
     ),
-    "head-bit": (
-        edit_tensors(lambda t: t[HEAD][0, :1].neg_()),
-        r"the digests of heads \(modules_to_save\) and of the manifest",
-    ),
+    "head-bit": (edit_tensors(lambda t: t[HEAD][0, :1].neg_()), "digests differ for heads"),
     "config-changed": (edit_config(layers_to_transform=[0]), r"was changed since it was saved: layers_to_transform is"),
     "config-array": (write(CONFIG, b"[]"), f"{CONFIG} is damaged: it should hold a JSON object, and holds a list"),
     "config-deep": (write(CONFIG, b"[" * 100_000), f"{CONFIG} is damaged: it is nested too deeply"),
