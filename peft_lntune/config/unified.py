@@ -81,7 +81,7 @@ class UnifiedConfig(LNTuneConfig):
 
     @property
     def deltas(self) -> DeltaConfig | None:
-        """The part that tunes deltas: if several do, the first with a mask or a way to fit one. None if no part does."""
+        """The part that tunes deltas; if several do, the first with a mask or a way to fit one; None if none does."""
         found = [part for part in self.parts or () if isinstance(part, DeltaConfig)]
         return next((part for part in found if part.chooses_entries), next(iter(found), None))
 

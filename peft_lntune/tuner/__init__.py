@@ -1,1 +1,1 @@
-"""The PEFT tuner and its verbs."""
+"""The PEFT tuner, and its operations: inject, merge, combine, save, load."""

@@ -17,20 +17,20 @@ _MAJORITY_SIGNS = ("total", "frequency")
 
 
 def combined_config(facts: ModelFacts, configs: Mapping[str, LNTuneConfig], wanted: WeightedSum) -> LNTuneConfig:
-    """The config of a combined adapter, with parts for each method that one of its sources has.
+    """Make the config of a combined adapter, with parts for each method of its sources.
 
     Args:
-        facts: of the model that holds the sources.
-        configs: of the sources, by name.
+        facts: facts of the model that holds the sources.
+        configs: configs of the sources, by name.
         wanted: the combination.
 
     Returns:
         A new config, not yet injected.
 
     Raises:
-        ConfigError: unknown combination or way to find signs, a density that is missing or out of range, or two sources
-            that save the same module.
-        UnsupportedError: the sources have parts whose combination is no such part. Nothing has changed.
+        ConfigError: the combination or `majority_sign_method` is unknown, the density is missing or out of range, or
+            two sources save the same module.
+        UnsupportedError: the sources have parts that cannot be combined. Nothing has changed.
     """
     if wanted.majority_sign_method not in _MAJORITY_SIGNS:
         allowed = ", ".join(map(repr, _MAJORITY_SIGNS))
@@ -44,7 +44,7 @@ def combined_config(facts: ModelFacts, configs: Mapping[str, LNTuneConfig], want
     if len(saved) > len(set(saved)):
         raise ConfigError(
             "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
-            f"{sorted(saved)}. A head has no delta to sum; combine adapters without heads, then add one."
+            f"{sorted(saved)}. Heads are not summed: combine adapters without heads, then add a head."
         )
     deltas, others = list[PeftConfig](), list[PeftConfig]()
     for method in dict.fromkeys(METHODS.values()):
@@ -55,7 +55,7 @@ def combined_config(facts: ModelFacts, configs: Mapping[str, LNTuneConfig], want
     if others and kind != "linear":
         raise UnsupportedError(
             f"combination_type={kind!r} is for deltas; {', '.join(sorted({type(p).__name__ for p in others}))} parts "
-            'are summed by "linear" alone.'
+            'can only be summed by "linear".'
         )
     first = next(iter(configs.values()))
     shared = {"task_type": first.task_type, "inference_mode": first.inference_mode, "modules_to_save": saved or None}

@@ -1,4 +1,4 @@
-"""The visible second step of `FisherLNConfig`: look at data, choose the entries that matter, and tune only those."""
+"""The second step of a `FisherLNConfig`: score the entries on data, and tune only the best."""
 
 import warnings
 from collections import defaultdict
@@ -27,13 +27,13 @@ __all__ = ["FisherFit", "fit_fisher_masks"]
 
 @dataclass(frozen=True, eq=False)
 class FisherFit:
-    """What `fit_fisher_masks` found and chose. Printing it says where the chosen entries are.
+    """The result of `fit_fisher_masks`. Printing it shows where the chosen entries are.
 
     Attributes:
-        scores: Fisher information of every entry, by parameter name.
-        masks: the chosen entries, bool, True where tuned.
-        samples: how many samples were looked at.
-        roles: the role of each parameter's norm, for the table; `-` where the module is no norm.
+        scores: Fisher information of every entry, by parameter name; each of the parameter's shape.
+        masks: the chosen entries by parameter name, bool, True for tuned entries; each of the parameter's shape.
+        samples: number of samples looked at.
+        roles: role of the norm by parameter name, for the table; `-` if the module is not a norm.
     """
 
     scores: Mapping[str, Tensor]
@@ -69,31 +69,36 @@ def fit_fisher_masks(
     loss: Loss | str | None = None,
     refit: bool = False,
 ) -> FisherFit:
-    """Choose the entries that an adapter with a `FisherLNConfig` tunes, by one pass over batches of its task.
+    """Choose the entries that an adapter with a `FisherLNConfig` tunes, in one pass over batches of its task.
 
-    The deltas become new parameters, one value for each chosen entry, so call it before making the optimizer. The model
-    is scored as it is, with all active adapters in effect, and is otherwise left as it was.
+    The deltas become new parameters with one value per chosen entry, so call this before making the optimizer. The
+    model is scored as it is, with all active adapters in effect, and is otherwise left unchanged.
 
-    Where `torch.distributed` has several processes, all of them call it, each with batches of its own as a prepared
-    `DataLoader` gives them, and before the model is wrapped. They share the samples, and all choose the same entries;
-    an error in one process is an error in all. A process may have no sample.
+    With several processes of `torch.distributed`, call this in all of them, before the model is wrapped, each with its
+    own batches, such as those of a prepared `DataLoader`. The processes share the samples and choose the same entries.
+    An error in one process raises in all. A process may have no samples.
+
+    Source: ValizadehAslani and Liang 2024 (arXiv 2403.20284).
 
     Args:
-        peft_model: a model of `get_peft_model`; the adapter is active and its deltas are zero.
-        batches: dicts of tensors, with labels, as a `DataLoader` gives them. `num_samples` of the config are looked at.
+        peft_model: a model from `get_peft_model`; the adapter is active and its deltas are zero.
+        batches: dicts of tensors with labels, such as those of a `DataLoader`. Only the first `num_samples` samples
+            are used; the config sets that number.
         adapter_name: the adapter.
-        loss: as `fisher_scores` takes it; None: the loss of the model's own head.
-        refit: choose again for an adapter that was trained: it is scored as it is, among all entries that its config
-            selects, and the chosen ones start from zero.
+        loss: a key of `peft_lntune.selection.losses.LOSS_HEADS`, such as `"causal_lm_sum"`, or a function
+            `(outputs, batch) -> (B,)`; None: the loss of the model's own head.
+        refit: choose again for an adapter that was trained. All entries that its config selects are scored with the
+            adapter in effect, and the chosen ones start from zero.
 
     Returns:
-        Scores, masks and their summary: `print` it.
+        Scores, masks and a summary to print.
 
     Raises:
-        ConfigError: the adapter is unknown, not active, of another kind, or trained already; or scores are refused; or
+        ConfigError: the adapter is unknown, not active, of another kind, or already trained; the scores are refused; or
             the processes have different configs.
-        DataError: no batches, no labels, or a loss that is not finite.
-        UnsupportedError: the adapter is merged, or there is no gradient a sample. After an error nothing has changed.
+        DataError: there are no batches or no labels, or a loss is not finite.
+        UnsupportedError: the adapter is merged, or per-sample gradients cannot be computed. After an error nothing has
+            changed.
 
     Example:
         >>> import torch
@@ -111,7 +116,7 @@ def fit_fisher_masks(
         if other != (config, roles):
             raise ConfigError(
                 f"process {number} fits another adapter than process 0: config, model and adapter_name should be the "
-                f"same in all. {config!r} in process 0, {other[0]!r} in process {number}."
+                f"same in all processes. {config!r} in process 0, {other[0]!r} in process {number}."
             )
     first, samples = own_share(config.num_samples)
     state = FisherState(first)
@@ -147,7 +152,7 @@ T = TypeVar("T")
 
 
 def _in_all_processes(work: Callable[[], T]) -> list[T]:
-    """What `work` gives in each process, or an error in all of them where it fails in one."""
+    """The result of `work` in each process. If it fails in one process, raise in all."""
     if not several_processes():
         return [work()]
     found, error = None, None
@@ -174,7 +179,7 @@ def _prepared(peft_model: PeftModel, adapter_name: str, refit: bool) -> tuple[Fi
 
 
 def _fitting(peft_model: PeftModel, adapter_name: str, refit: bool) -> FisherLNConfig:
-    """The config of an adapter whose masks can be fitted now."""
+    """The config of the adapter, checked for whether its masks can be fitted now."""
     tuner = getattr(peft_model, "base_model", None)
     if not isinstance(peft_model, PeftModel) or not isinstance(tuner, LNTuneModel):
         raise ConfigError(

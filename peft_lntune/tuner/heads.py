@@ -1,4 +1,4 @@
-"""Heads in `modules_to_save`: each row of a batch with the head of its adapter; and heads copied between adapters."""
+"""Heads in `modules_to_save`: one per row in a mixed batch, and copies from one adapter to another."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,25 +20,25 @@ __all__ = ["copy_heads", "routed_heads"]
 
 STACKED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LOOPED = (*STACKED, nn.Embedding)
-"""The classes that PEFT mixes by row, one adapter after the other."""
+"""The classes that PEFT can mix by row, one adapter after the other."""
 
 LARGE = 2**26
-"""A layer that would have more entries than this for a batch is run adapter by adapter: 256 MiB in float32."""
+"""A layer whose copies for a batch would have more entries than this (256 MiB in float32) is run per adapter."""
 
 
 @contextmanager
 def routed_heads(model: nn.Module, route: Route) -> Iterator[dict[str, nn.Module]]:
-    """Inside this context every head uses the adapter of its row, or the base model's where the adapter has none.
+    """Run the head of its own adapter for each row, inside this context. Adapters without a head use the base model's.
 
-    A head's own forward runs, and each layer in it with the parameters of each row; layers that are large, and
-    embeddings, one adapter after the other, as PEFT does it.
+    A head's own forward runs, and each layer in it uses the parameters of each row. Large layers and embeddings run one
+    adapter after the other, as in PEFT.
 
     Args:
         model: a model with or without heads in `modules_to_save`.
-        route: the route in force.
+        route: the route that is on.
 
     Yields:
-        By label the layers that now follow the route, as a copy of the model would call them.
+        The layers that follow the route, by label, as a copy of the model would call them.
 
     Raises:
         MixedHeadError: a head cannot be mixed by row; the message names it.
@@ -76,18 +76,24 @@ def _layers(head: nn.Module, label: str) -> list[str]:
 
 
 def _detour(layer: nn.Module, label: str, layers: Mapping[str, nn.Module], route: Route) -> Detour:
-    """Give each row of a layer's input the layer of its adapter.
+    """Make a detour that gives each row of a layer's input the layer of its adapter.
 
     Args:
-        layer: of the base model.
+        layer: the layer of the base model.
         label: name of the layer.
-        layers: for each adapter its copy, or the base model's layer itself.
-        route: the route in force.
+        layers: for each adapter, its copy of the layer, or the layer of the base model.
+        route: the route that is on.
+
+    Returns:
+        The detour, not yet put in place.
+
+    Raises:
+        MixedHeadError: the layer is too large or offloaded, and its class cannot be run per adapter.
     """
     tensors = {name: _tensors(each) for name, each in layers.items()}
     groups = group_rows(route.names)
     copied = len(groups.owners if type(layer) is nn.Linear else route.names)
-    known = type(layer) in STACKED or not isinstance(layer, LOOPED)  # a class made from these may do something else
+    known = type(layer) in STACKED or not isinstance(layer, LOOPED)  # a subclass may do something else
     held = [tensor for own in tensors.values() for tensor in own.values()]
     if known and all(copied * tensor.numel() <= LARGE and not tensor.is_meta for tensor in held):
         run = HeadRun(layer, label, route)
@@ -95,7 +101,7 @@ def _detour(layer: nn.Module, label: str, layers: Mapping[str, nn.Module], route
         run.rows = {key: torch.stack([tensors[name][key] for name in groups.owners]) for key in _tensors(layer)}
         return Detour(layer, route, run)
     if not isinstance(layer, LOOPED):
-        raise _refusal(layer, label, "it is too large to have a copy for each row, or is offloaded")
+        raise _refusal(layer, label, "it is too large for one copy per row, or is offloaded")
     copies = {name: each for name, each in layers.items() if each is not layer}
 
     def loop(own: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -109,7 +115,7 @@ def _tensors(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def _active(head: ModulesToSaveWrapper) -> nn.Module:
-    """What runs where no route is on, as in a copy of the model."""
+    """The module that runs if no route is on, which a copy of the model calls."""
     own = [head.modules_to_save[name] for name in head.active_adapters if name in head.modules_to_save]
     return own[0] if own and not head.disable_adapters else head.original_module
 
@@ -117,17 +123,17 @@ def _active(head: ModulesToSaveWrapper) -> nn.Module:
 def _refusal(module: nn.Module, label: str, why: str) -> MixedHeadError:
     return MixedHeadError(
         f"{label} ({type(module).__name__}) is in modules_to_save and cannot be mixed by row: {why}. Save a plain "
-        "layer inside it instead, or run one batch an adapter."
+        "layer inside it instead, or run one batch per adapter."
     )
 
 
 def copy_heads(model: nn.Module, source: str, target: str) -> None:
-    """Give adapter `target` the heads that adapter `source` has trained.
+    """Copy the heads of one adapter to another. Heads that only one of the two has stay as they are.
 
     Args:
-        model: holds both adapters.
-        source: name of the adapter that is read.
-        target: name of the adapter that is written; heads that only one of the two has stay as they are.
+        model: the model that holds both adapters.
+        source: name of the adapter to read.
+        target: name of the adapter to write.
     """
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper) and {source, target} <= module.modules_to_save.keys():

@@ -1,4 +1,4 @@
-"""Putting a planned adapter into a model, for our tuner and for PEFT's mixed one."""
+"""Injection of a planned adapter into a model, for our tuner and for PEFT's mixed one."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,23 +36,25 @@ def prepare(
     unmasked: bool = False,
     told: Collection[str] = (),
 ) -> list[tuple[PeftConfig, Injection]]:
-    """Plan the injection of an adapter into `model`; raises before the first module is replaced.
+    """Plan the injection of an adapter. Every refusal is raised here, before the first module is replaced.
 
     Args:
-        configs: of all adapters of the model by name, and of the new one.
-        adapter_name: the new one.
+        configs: configs of all adapters of the model by name, including the new one.
+        adapter_name: the new adapter.
         model: the model.
-        unmasked: tune every entry that the config selects, whatever `mask_source` says of it so far.
-        told: modules that look like norms and are not tuned, of which a warning has been given.
+        unmasked: tune every entry that the config selects, and ignore its `mask_source`.
+        told: names of modules that look like norms, for which a warning was given before.
 
     Returns:
         The parts of the config, to be injected one after the other, each with what its injection needs.
 
     Raises:
         AdapterFileError: the config was saved with masks for another model, or asks for more than its file holds.
-        UnsupportedError: a module is also held where no layer can be put.
-        ConfigError: the config is of a masked adapter that is not in this model; and all that `plan` raises.
-        UnsupportedError: `torch.compile` was applied to the model or to modules in it, or blocks are offloaded whole.
+        ConfigError: the config is of a masked adapter that is not in this model, or two parts tune the same module.
+        NoMatchError: a part selects nothing.
+        UnsupportedError: a part selects a module that its method does not work on, or a module is also held where no
+            layer can be put; `torch.compile` was applied to the model or to modules in it; or whole blocks are
+            offloaded.
     """
     _check_not_compiled(model)
     _check_offload(model)
@@ -65,7 +67,7 @@ def prepare(
     selected = sum(plan.selected for _, plan in planned)
     check_selected(config, selected)
     check_claims(config, facts, planned)
-    config.__dict__["selected"] = selected  # for the file: a model that is wrapped by then cannot be planned for again
+    config.__dict__["selected"] = selected  # for the file: the model may be wrapped by then, and cannot be planned
     config.__dict__.pop("stored", None)
     replaced = {name: its for part, plan in planned if method_of(part).replaces for name, its in plan.parts.items()}
     shared: dict[str, Any] = {
@@ -77,7 +79,7 @@ def prepare(
         "places": _places(facts, replaced),
         "layers": {},
     }
-    if not stored:  # of a saved adapter the file says what it tunes
+    if not stored:  # for a saved adapter the file says what it tunes
         warn_of_missed({name: one for _, plan in planned for name, one in plan.missed.items() if name not in told})
     found = []
     for part, plan in planned:
@@ -90,52 +92,60 @@ def prepare(
 
 
 def _places(facts: ModelFacts, names: Iterable[str]) -> dict[nn.Module, list[Place]]:
-    """Where else the model holds the modules that layers will be put around: shared blocks, plain lists.
+    """The further places of modules that layers will be put around, such as shared blocks and plain lists.
 
     Raises:
-        UnsupportedError: a layer cannot be put there.
+        UnsupportedError: no layer can be put at one of the places.
     """
     called, bases = facts.called, facts.modules
     replaced = {called[name]: name for name in names if not isinstance(called[name], ReplacementLayer)}
-    # What another tuner has put its layer around under one name may go on being called under another.
+    # A module inside another tuner's layer may also be called directly, under another name.
     inner = {bases[name]: name for name in names if called[name] is not bases[name]}
     found = find_places(facts.model, [*replaced, *inner])
     for module, places in found.items():
         stuck = [place.name for place in places if place.put is None or module in inner]
         if stuck:
             raise UnsupportedError(
-                f"{inner.get(module) or replaced[module]} is to be tuned, and {' and '.join(stuck)} would go on "
-                "calling it without the adapter. Let the model call the module under its name; or leave it out "
+                f"{inner.get(module) or replaced[module]} is to be tuned, and {' and '.join(stuck)} would still call "
+                "it without the adapter. Let the model call the module under its name, or leave it out "
                 "(exclude_modules)."
             )
     return {module: places for module, places in found.items() if len(places) > 1}
 
 
 def _check_not_compiled(model: nn.Module) -> None:
-    """Raise where `torch.compile` has put a wrapper into the model, whose name would stand in saved names."""
+    """Refuse a model with wrappers of `torch.compile`, whose names would end up in saved names."""
     wrapped = next((name for name, module in model.named_modules() if "_orig_mod" in module._modules), None)
     if wrapped is not None:
         raise UnsupportedError(
             f"torch.compile was applied to {wrapped or 'the model'} before the adapter, so a saved adapter would fit "
-            "compiled models alone. Add the adapter first: torch.compile(get_peft_model(model, config)). "
+            "only compiled models. Add the adapter first: torch.compile(get_peft_model(model, config)). "
             "`model.compile()`, which renames nothing, may come before."
         )
 
 
 def _check_offload(model: nn.Module) -> None:
-    """Raise where a module loads the offloaded parameters of all modules in it: it would look for new ones in vain."""
+    """Refuse a module that loads the offloaded parameters of all modules in it: it would not find those of adapters."""
     for name, module in model.named_modules():
         hook = offload_hook(module)
         if hook is not None and hook.place_submodules:
             raise UnsupportedError(
-                f"{name or 'the model'} is offloaded with all modules in it at once, so an adapter in it would be "
-                "looked for where accelerate keeps the base model. Offload without preload_module_classes."
+                f"{name or 'the model'} is offloaded with all modules in it at once, so accelerate would look for an "
+                "adapter in it among the weights of the base model. Offload without preload_module_classes."
             )
 
 
 @contextmanager
 def injecting(tuner: BaseTuner, injection: Injection) -> Iterator[None]:
-    """Let a tuner know the injection that is under way, and nothing of it afterwards."""
+    """Give a tuner the injection that is under way, and take it away at the end.
+
+    Args:
+        tuner: our tuner or PEFT's mixed one.
+        injection: the injection.
+
+    Yields:
+        Nothing.
+    """
     tuner._injection = injection
     try:
         yield
@@ -145,12 +155,13 @@ def injecting(tuner: BaseTuner, injection: Injection) -> Iterator[None]:
 
 
 def _source(configs: Mapping[str, PeftConfig], adapter_name: str, model: nn.Module) -> str | None:
-    """The adapter whose config a new one is made from, where that adapter has masks; None where the config has none.
+    """The masked adapter whose config a new adapter is made from; None if the config has no masks.
 
-    Trainers make a reference adapter so: `add_adapter("ref", model.peft_config["default"])`, then they copy values.
+    Trainers make a reference adapter in this way: `add_adapter("ref", model.peft_config["default"])`, and then copy
+    values.
 
     Raises:
-        ConfigError: no adapter of this model has the mask that the config tells of, or several have different ones.
+        ConfigError: no adapter of this model has the mask in the config, or several have different ones.
     """
     config: Any = configs[adapter_name]
     if not config.masks_are_fixed:
@@ -163,21 +174,21 @@ def _source(configs: Mapping[str, PeftConfig], adapter_name: str, model: nn.Modu
         return same[0]
     if not masked:
         return None
-    said = f"this config is of an adapter with a mask (mask_source={masked[0].mask_source!r}), and "
+    said = f"this config belongs to an adapter with a mask (mask_source={masked[0].mask_source!r}), and "
     if same:
         raise ConfigError(
-            f"{said}adapters {' and '.join(map(repr, same))} have it with different masks. Make the new one from "
+            f"{said}adapters {' and '.join(map(repr, same))} have it with different masks. Make the new adapter from "
             "config.unmasked(), then choose its entries with set_masks."
         )
     raise ConfigError(
         f"{said}no adapter of this model has that config, so the mask is not known here. To load the adapter, use "
-        "load_adapter or PeftModel.from_pretrained. For a new adapter make it from config.unmasked(), which tunes "
-        "every entry that the config selects, then choose entries with fit_fisher_masks or set_masks."
+        "load_adapter or PeftModel.from_pretrained. Make a new adapter from config.unmasked(), which tunes every entry "
+        "that the config selects, then choose entries with fit_fisher_masks or set_masks."
     )
 
 
 def _masks(model: nn.Module, adapter_name: str) -> dict[str, Tensor | None]:
-    """The masks of an adapter that are fixed: chosen entries of deltas, and supermasks that are bits alone."""
+    """The fixed masks of an adapter: chosen entries of deltas, and supermasks that hold only bits."""
     deltas = {place: delta.mask for place, delta in deltas_of(model, adapter_name).items()}
     return deltas | {name: mask.keep for name, mask in supermasks_of(model, adapter_name).items()}
 
@@ -196,13 +207,22 @@ def _equal(first: Tensor | None, second: Tensor | None) -> bool:
 
 
 def _counts(model: nn.Module, adapter_name: str) -> dict[str, int | None]:
-    """Tuned entries of each delta of an adapter, None for all: what `plan` asks about another with the same masks."""
+    """Number of tuned entries of each delta of an adapter, None for all, as `plan` takes them."""
     deltas = deltas_of(model, adapter_name)
     return {place: None if delta.mask is None else delta.weight.numel() for place, delta in deltas.items()}
 
 
 def is_target(injection: Injection, config: LNTuneConfig, key: str) -> Any:
-    """Whether the plan tunes the module `key`; for one that is left out the falsy answer that PEFT tells apart."""
+    """Whether the plan tunes a module, as PEFT's injection asks.
+
+    Args:
+        injection: the injection under way.
+        config: config of the part.
+        key: name of the module.
+
+    Returns:
+        True if the plan tunes the module. For excluded modules, a falsy object of PEFT that says so.
+    """
     excluded = SimpleNamespace(
         exclude_modules=config.exclude_modules, modules_to_save=config.modules_to_save, target_modules=()
     )
@@ -211,7 +231,13 @@ def is_target(injection: Injection, config: LNTuneConfig, key: str) -> Any:
 
 
 def route_of(model: nn.Module) -> Route:
-    """The route that all layers of this model share; a new one where it has no layers yet."""
-    return (
-        next((m._route for m in model.modules() if isinstance(m, (ReplacementLayer, InsertedLayer))), None) or Route()
-    )
+    """Find the route that all layers of a model share.
+
+    Args:
+        model: the model.
+
+    Returns:
+        The route; a new one if the model has no layers yet.
+    """
+    routes = (m._route for m in model.modules() if isinstance(m, (ReplacementLayer, InsertedLayer)))
+    return next(routes, None) or Route()

@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers, with an adapter for each row of a batch."""
+"""PEFT's LoRA layers with one adapter per row of a batch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +16,19 @@ __all__ = ["routed_lora"]
 
 @contextmanager
 def routed_lora(model: nn.Module, route: Route) -> Iterator[None]:
-    """Inside this context LoRA layers mix a batch as PEFT does it, a loop over adapters; `route` says whose each is."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    """Let LoRA layers mix a batch inside this context, by PEFT's loop over adapters.
+
+    Args:
+        model: a model with or without LoRA layers.
+        route: the route that is on, which says which adapter each row uses.
+
+    Yields:
+        Nothing.
+    """
     handles = [
-        layer.register_forward_pre_hook(partial(_named_rows, route, name), with_kwargs=True)
-        for name, layer in layers.items()
+        module.register_forward_pre_hook(partial(_named_rows, route, name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
     ]
     try:
         yield
@@ -30,7 +38,7 @@ def routed_lora(model: nn.Module, route: Route) -> Iterator[None]:
 
 
 def _named_rows(route: Route, label: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if not route.on():  # a copy that was made meanwhile
+    if not route.on():  # a copy of the model made while the route was on
         return None
     shape = args[0].shape
     index = route.index(shape, label, torch.device("cpu")).tolist()

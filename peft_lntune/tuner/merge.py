@@ -1,7 +1,7 @@
-"""The order of merging where layers of several tuners lie around one module: ours first, and ours last to be unmerged.
+"""The order of merging if several tuners have layers around one module: ours merge first and unmerge last.
 
-LoRA adds to the weights that it finds, and subtracts again. A layer of ours writes what the weights of the base become,
-and puts back what it found: after LoRA a mask would switch off what LoRA has learnt, and unmerging would leave that in.
+LoRA adds to the weights that it finds, and subtracts again. A layer of ours writes new weights, and puts the old ones
+back. After LoRA, a mask would switch off what LoRA learnt, and unmerging would leave LoRA in.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,11 +21,11 @@ __all__ = ["check_shared", "everywhere", "merge_layers", "take_out_layers", "unm
 
 
 def check_shared(model: nn.Module, adapter_names: Sequence[str] | None) -> None:
-    """Raise where merging adapters would put LoRA's weights behind an active mask.
+    """Refuse a merge that would put LoRA's weights behind an active mask.
 
     Args:
         model: the model.
-        adapter_names: which would be merged; None for the active ones.
+        adapter_names: the adapters to merge; None for the active ones.
 
     Raises:
         UnsupportedError: a supermask is active and stays unmerged on a module where another tuner's layer is merged.
@@ -45,15 +45,16 @@ def check_shared(model: nn.Module, adapter_names: Sequence[str] | None) -> None:
 
 
 def merge_layers(model: nn.Module, adapter_names: Sequence[str] | None, safe_merge: bool) -> None:
-    """Merge adapters in all layers of a model; what is merged where ours will be is merged again.
+    """Merge adapters in all layers of a model. Other tuners' layers merged on the same modules are merged again.
 
     Args:
         model: the model.
-        adapter_names: which; None for the active ones.
-        safe_merge: raise where a merged value would not be finite.
+        adapter_names: the adapters to merge; None for the active ones.
+        safe_merge: raise if a merged value would not be finite.
 
     Raises:
-        UnsupportedError: see `check_shared` and `check_tied`. Nothing has changed.
+        UnsupportedError: LoRA would be merged behind an active supermask, or a tuned parameter is tied to one that the
+            adapter does not tune. Nothing has changed.
     """
     check_shared(model, adapter_names)
     check_tied(model, adapter_names)
@@ -78,7 +79,11 @@ def merge_layers(model: nn.Module, adapter_names: Sequence[str] | None, safe_mer
 
 
 def unmerge_layers(model: nn.Module) -> None:
-    """Unmerge all layers of a model."""
+    """Unmerge all layers of a model.
+
+    Args:
+        model: the model.
+    """
     ours, rest = _sorted(model)
     for layer in [*rest, *ours]:
         with all_onloaded(layer, keep=True):
@@ -88,17 +93,18 @@ def unmerge_layers(model: nn.Module) -> None:
 def take_out_layers(model: nn.Module, merge: bool, safe_merge: bool, adapter_names: Sequence[str] | None) -> None:
     """Take our layers around modules out of a model, merged or not.
 
-    What is left is other tuners', which PEFT unloads by itself. It would write a `weight` and a `bias` into norms too,
-    and these may call them something else.
+    Layers of other tuners stay, and PEFT unloads them itself. PEFT would write `weight` and `bias` into our norms,
+    which may use other names.
 
     Args:
         model: the model.
         merge: whether to merge adapters first.
-        safe_merge: raise where a merged value would not be finite.
+        safe_merge: raise if a merged value would not be finite.
         adapter_names: the adapters to merge; None for the active ones.
 
     Raises:
-        UnsupportedError: see `check_shared` and `check_tied`. Nothing has changed.
+        UnsupportedError: LoRA would be merged behind an active supermask, or a tuned parameter is tied to one that the
+            adapter does not tune. Nothing has changed.
     """
     if merge:
         check_shared(model, adapter_names)
@@ -118,7 +124,14 @@ def take_out_layers(model: nn.Module, merge: bool, safe_merge: bool, adapter_nam
 
 @contextmanager
 def everywhere(model: nn.Module) -> Iterator[None]:
-    """Let what replaces a layer of ours under its name replace it at every other place that held it too."""
+    """Replace a layer of ours everywhere in a model if it is replaced under its name inside this context.
+
+    Args:
+        model: the model.
+
+    Yields:
+        Nothing.
+    """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, ReplacementLayer)}
     places = {layer: its for layer, its in find_places(model, layers.values()).items() if len(its) > 1}
     yield
@@ -137,7 +150,7 @@ def _sorted(model: nn.Module) -> tuple[list[Any], list[Any]]:
 
 
 def _shared(model: nn.Module) -> list[tuple[ReplacementLayer, list[Any]]]:
-    """Our layers around modules that other tuners have layers around, with these."""
+    """Our layers that share a module with layers of other tuners, each with those layers."""
     ours, rest = _sorted(model)
     others: dict[int, list[Any]] = {}
     for layer in rest:

@@ -1,4 +1,4 @@
-"""The tuner: it puts layers into a model by a plan, and moves adapters about. What a layer does is in `layers/`."""
+"""The tuner: it injects layers by a plan, and manages adapters. What a layer does is in `layers/`."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,7 +44,7 @@ __all__ = ["LNTuneModel"]
 
 
 class LNTuneModel(BaseTuner):
-    """The one tuner of this package; made by `get_peft_model`, as `peft_model.base_model`."""
+    """The one tuner of this package. `get_peft_model` makes it as `peft_model.base_model`."""
 
     prefix = "lntune_"
     tuner_layer_cls = (ReplacementLayer, InsertedLayer, LoraLayer)
@@ -52,9 +52,9 @@ class LNTuneModel(BaseTuner):
     _warned_of: frozenset[str] = frozenset()
     _looked_for_statistics = False
     _told_missed: frozenset[str] = frozenset()
-    _injection: Injection | None = None  # while one is under way: PEFT's loop over modules hands on nothing of ours
+    _injection: Injection | None = None  # set during injection, because PEFT's loop over modules cannot pass it on
 
-    # What PEFT's injection asks for.
+    # Called by PEFT's injection.
 
     def _prepare_adapter_config(self, peft_config: LNTuneConfig, model_config: dict) -> LNTuneConfig:
         return peft_config
@@ -62,7 +62,7 @@ class LNTuneModel(BaseTuner):
     def _check_target_module_exists(self, peft_config: LNTuneConfig, key: str) -> Any:
         if self._injection is not None:
             return is_target(self._injection, peft_config, key)
-        # PEFT's `inspect_matched_modules` asks afterwards.
+        # PEFT's `inspect_matched_modules` calls this after injection.
         names = [name for name, config in self.peft_config.items() if config is peft_config]
         deltas = [place.rpartition(".")[0] for name in names for place in deltas_of(self.model, name)]
         return key in deltas or any(key in supermasks_of(self.model, name) for name in names)
@@ -82,17 +82,32 @@ class LNTuneModel(BaseTuner):
         self._injection.method.put(self, self._injection, peft_config, adapter_name, spot)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Inject an adapter, with all its parts, into the model.
+
+        Args:
+            model: the base model.
+            adapter_name: the adapter, whose config is in `self.peft_config`.
+            *args: further arguments of PEFT's `inject_adapter`.
+            **kwargs: further arguments of PEFT's `inject_adapter`.
+
+        Raises:
+            ConfigError: the name is not allowed, or the config cannot be injected.
+            NoMatchError: a part selects nothing.
+            UnsupportedError: a part selects a module that its method does not work on, or this model cannot take
+                adapters.
+            AdapterFileError: the config was saved with another model, or asks for more than its file holds.
+        """
         if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
             raise ConfigError(
-                f"an adapter cannot be named {adapter_name!r}: it is a key of a torch.nn.ModuleDict, which takes no "
-                "empty name, no dot and no name of its own attributes. Choose another name."
+                f"an adapter cannot be named {adapter_name!r}: the name is a key of a torch.nn.ModuleDict, which takes "
+                "no empty name, no dot and no name of its own attributes. Choose another name."
             )
         config = self.peft_config[adapter_name]
         stored = "stored" in config.__dict__
         parts = self._inject(model, adapter_name, *args, **kwargs)
         if isinstance(config, UnifiedConfig):
             given = zip(config.parts or (), parts, strict=True)
-            # In place, as PEFT does it: PeftModel holds on to this config.
+            # In place, because PeftModel keeps this config.
             config.parts = [method_of(part).recorded(mine, part) for mine, part in given]
             if not stored:
                 _warn_of_combination(config)
@@ -108,7 +123,7 @@ class LNTuneModel(BaseTuner):
             for part, injection in prepared:
                 if unmasked and not injection.method.has_masks:
                     continue
-                # PEFT takes the config of what it injects from here.
+                # PEFT reads the config to inject from here.
                 self.peft_config[adapter_name] = part
                 with injecting(self, injection):
                     injection.method.inject(self, model, adapter_name, *args, **kwargs)
@@ -137,7 +152,7 @@ class LNTuneModel(BaseTuner):
                 stacklevel=2,
             )
 
-    # Merging: what could fail is looked at in every layer before the first is changed.
+    # Merging: every layer is checked before the first is changed.
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, unmergeable: str = "refuse"
@@ -145,14 +160,15 @@ class LNTuneModel(BaseTuner):
         """Add the deltas of adapters, and their LoRA, to the base parameters.
 
         Args:
-            adapter_names: which; None for the active ones.
-            safe_merge: raise, before anything is written, where a merged value would not be finite.
-            unmergeable: what to do about bottlenecks and prefixes, which no base parameter can take up: `"refuse"`, or
-                `"keep"` them as they are, beside the merged parameters, so that the model says the same.
+            adapter_names: the adapters to merge; None for the active ones.
+            safe_merge: raise, before anything is written, if a merged value would not be finite.
+            unmergeable: what to do about bottlenecks and prefixes, which cannot be merged: `"refuse"`, or `"keep"` them
+                active beside the merged parameters, so that the output stays the same.
 
         Raises:
-            UnsupportedError: an adapter has such a part, and it should not be kept; or LoRA would be merged behind an
-                active supermask.
+            ConfigError: `unmergeable` has another value.
+            UnsupportedError: an adapter has a part that cannot be merged, and it should not be kept; LoRA would be
+                merged behind an active supermask; or a tuned parameter is tied to one that is not tuned.
             ValueError: a merged value is not finite.
         """
         if unmergeable not in ("refuse", "keep"):
@@ -165,7 +181,7 @@ class LNTuneModel(BaseTuner):
         merge_layers(self.model, adapter_names, safe_merge)
 
     def unmerge_adapter(self) -> None:
-        """Put the base parameters back; bit for bit, but where LoRA alone was merged, which subtracts."""
+        """Restore the base parameters, bit for bit. Only LoRA merged by itself is subtracted, with rounding."""
         unmerge_layers(self.model)
 
     def _unload_and_optionally_merge(
@@ -197,8 +213,8 @@ class LNTuneModel(BaseTuner):
             if found:
                 what = type(layer).__name__.removesuffix("Layer").lower()
                 raise UnsupportedError(
-                    f"adapter {found[0]!r} has a {what} at {layer.label}, which adds to the graph, so no base "
-                    f"parameter can take it up. {instead}."
+                    f"adapter {found[0]!r} has a {what} at {layer.label}, which adds to the graph, so it cannot be "
+                    f"merged into a base parameter. {instead}."
                 )
 
     def _check_merge(self, adapter_names: list[str] | None) -> None:
@@ -216,13 +232,13 @@ class LNTuneModel(BaseTuner):
         kwargs["state_dict"].update(dropped_tensors(model, adapter_name, kwargs["unwanted_adapter_names"]))
         trained = {name: value for name, value in kwargs["state_dict"].items() if of_adapter(name, adapter_name)}
         kwargs["state_dict"].update(stored_tensors(model, trained))
-        # Not PEFT's search: where FSDP has wrapped modules inside the model, it finds nothing, and says nothing.
+        # Not PEFT's search, which finds nothing in modules that FSDP has wrapped, without an error.
         tensors = held_tensors(model, adapter_name, kwargs["state_dict"])
         stored = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in tensors.items()}
         for part in parts_of(config):
             stored = method_of(part).to_file(stored, part)
         stored = cast_values(stored, config.torch_save_dtype)
-        # A sharded or empty state dict is not what the file will hold, so nothing is claimed about it.
+        # A sharded or empty state dict is not what the file will hold, so it gets no manifest.
         whole = bool(stored) and not any(value.is_meta for value in stored.values())
         norms = config.deltas
         partial = norms is not None and norms.mask_source is not None
@@ -254,18 +270,30 @@ class LNTuneModel(BaseTuner):
     # Adapters.
 
     def tuner_layers(self) -> Iterator[ReplacementLayer]:
-        """The tuner layers of the model. Not `layers`: PEFT passes unknown names on, and many models have those."""
+        """Iterate over the layers that replace modules. Not called `layers`, because many models have that attribute.
+
+        Returns:
+            The layers, each once.
+        """
         return self._layers(ReplacementLayer)
 
     def _layers(self, kind: Any) -> Iterator[Any]:
         return (module for module in self.model.modules() if isinstance(module, kind))
 
     def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter. If it was active, the other active adapters stay active, or else the first one left.
+
+        Args:
+            adapter_name: the adapter.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
         before = list(self.active_adapters)
         super().delete_adapter(adapter_name)
         if adapter_name not in before:
             return
-        # Each layer has chosen among the adapters that it holds itself; the model needs one answer.
+        # Each layer has chosen among its own adapters; make one choice for the model.
         after = [name for name in before if name != adapter_name] or list(self.peft_config)[:1]
         if after:
             self.set_adapter(after)
@@ -275,19 +303,26 @@ class LNTuneModel(BaseTuner):
     ) -> None:
         """Tune only chosen entries. The deltas become new parameters, so make the optimizer afterwards.
 
-        For masks made by hand, or from other tasks with `combine_masks`; `fit_fisher_masks` makes them from data.
-        Values of entries that stay are kept.
+        Use this for masks made by hand, or from other tasks with `combine_masks`. `fit_fisher_masks` makes masks from
+        data. Values of entries that stay tuned are kept.
 
         Args:
-            masks: for each tuned base parameter, by its name in the base model, a bool tensor of its shape, True where
-                it is tuned. Parameters that are not named, or have no True entry, are no longer tuned.
+            masks: for each tuned base parameter, by its name in the base model, a bool tensor of its shape, True for
+                tuned entries. Parameters that are not named, or have no True entry, are no longer tuned.
             adapter_name: the adapter.
-            source: how the masks were made, in words and numbers, such as `{"made": "union", "of": ["sst2", "trec"]}`;
-                the config keeps it as `mask_source`. None: by hand.
+            source: how the masks were made, in words and numbers, such as `{"made": "union", "of": ["sst2", "trec"]}`.
+                The config keeps it as `mask_source`. None: by hand.
 
         Raises:
             ConfigError: a name or shape does not fit this adapter, it has no deltas, nothing is chosen, or JSON cannot
                 hold `source`. Nothing has changed.
+
+        Example:
+            >>> from peft import get_peft_model
+            >>> model = get_peft_model(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), LNTuningConfig())
+            >>> model.set_masks({"1.weight": torch.tensor([True, False])})
+            >>> [tuple(parameter.shape) for parameter in model.parameters() if parameter.requires_grad]
+            [(1,)]
         """
         self._check_deltas(adapter_name)
         places = self._places(adapter_name)
@@ -304,9 +339,9 @@ class LNTuneModel(BaseTuner):
         record_mask(self.peft_config, adapter_name, source)
 
     def clear_masks(self, adapter_name: str = "default") -> None:
-        """Tune every entry again that the config selects; the inverse of `set_masks`, and like it before the optimizer.
+        """Tune every entry that the config selects, as before `set_masks`. Make the optimizer afterwards.
 
-        Values of entries that were tuned are kept, the others start from zero. Parts that are no deltas stay as they
+        Values of entries that were tuned are kept, the others start from zero. Parts other than deltas stay as they
         are.
 
         Args:
@@ -334,12 +369,12 @@ class LNTuneModel(BaseTuner):
         if config.deltas is None:
             kinds = ", ".join(type(part).__name__ for part in parts_of(config))
             raise ConfigError(
-                f"adapter {adapter_name!r} has {kinds}, and no deltas, whose entries these masks choose. Use an "
-                "adapter with LNTuningConfig, FisherLNConfig or ModuleTuningConfig."
+                f"adapter {adapter_name!r} has {kinds}, and no deltas; masks choose entries of deltas. Use an adapter "
+                "with LNTuningConfig, FisherLNConfig or ModuleTuningConfig."
             )
 
     def _places(self, adapter_name: str) -> dict[str, tuple[ReplacementLayer, str]]:
-        """Where an adapter has its deltas: layer and parameter by the name of the base parameter."""
+        """Layer and parameter of each delta of an adapter, by the name of the base parameter."""
         return {
             f"{layer.label}.{layer.own_name(parameter)}": (layer, parameter)
             for layer in self.tuner_layers()
@@ -358,22 +393,23 @@ class LNTuneModel(BaseTuner):
     ) -> None:
         """Add an adapter that is a weighted combination of others.
 
-        The linear one is exact: deltas are summed, bottlenecks and LoRA concatenated, and the model says what it says
-        with the sum of their effects. Prefixes have no such sum.
+        A linear combination is exact: deltas are summed, and bottlenecks and LoRA are concatenated. Prefixes cannot be
+        combined.
 
         Args:
             adapters: names of adapters of this model.
-            weights: one for each, negative ones too.
+            weights: one weight per adapter; may be negative.
             adapter_name: name of the new adapter.
-            combination_type: `"linear"`, or a sparse combination of PEFT's: `"ties"`, `"dare_linear"`, `"dare_ties"`,
-                `"magnitude_prune"`.
+            combination_type: `"linear"`, or one of PEFT's sparse combinations: `"ties"`, `"dare_linear"`,
+                `"dare_ties"`, `"magnitude_prune"`.
             density: fraction of entries that the sparse combinations keep, above 0 and at most 1.
             majority_sign_method: `"total"` or `"frequency"`, for the ties combinations.
 
         Raises:
-            ConfigError: unknown adapter, weights of another number, unknown combination, or a name that is taken.
-            UnsupportedError: there is no exact combination: of prefixes, of DoRA, of bottlenecks that differ in
-                position or activation. Nothing has changed.
+            ConfigError: an adapter or the combination is unknown, the number of weights differs from the number of
+                adapters, the density is missing, the name is taken, or two adapters save the same module.
+            UnsupportedError: the adapters have prefixes, supermasks, DoRA, or bottlenecks that differ in position or
+                activation. Nothing has changed.
         """
         self._check_weighted(adapters, weights, adapter_name)
         sources = {name: self.peft_config[name] for name in adapters}
@@ -402,13 +438,17 @@ class LNTuneModel(BaseTuner):
             raise ConfigError(f"adapters {unknown or adapters} not found; this model has {list(self.peft_config)}.")
         if len(weights) != len(adapters):
             raise ConfigError(
-                f"expected one weight an adapter, got {len(weights)} weights for {len(adapters)} adapters."
+                f"expected one weight per adapter, got {len(weights)} weights for {len(adapters)} adapters."
             )
 
     # Every forward pass of a PeftModel: training, mixed batches.
 
     def warn_of_missing_masks(self, names: Sequence[str]) -> None:
-        """Say, once for each adapter, that it is about to train more than its config means to."""
+        """Warn, once per adapter, if its masks were not fitted, so that it trains more than intended.
+
+        Args:
+            names: names of the adapters about to be trained.
+        """
         for name in names:
             config = self.peft_config[name].deltas if name in self.peft_config else None
             fits = config is not None and config.chooses_entries and config.mask_source is None
@@ -425,7 +465,7 @@ class LNTuneModel(BaseTuner):
         return partial(_without_names, found) if name in CONTINUOUS else found
 
     def _warn_of_statistics(self) -> None:
-        """Say, once, that training moves running statistics that no adapter holds."""
+        """Warn, once, if training moves running statistics, which no adapter holds."""
         if self._looked_for_statistics:
             return
         self._looked_for_statistics = True
@@ -441,10 +481,9 @@ class LNTuneModel(BaseTuner):
         if moving:
             warnings.warn(
                 f"{len(moving)} modules such as {moving[0]} ({type(self.model.get_submodule(moving[0])).__name__}) "
-                "keep running statistics, which move in training although their parameters are frozen. A saved "
-                "adapter does "
-                "not hold them, so it would answer otherwise in a fresh model. Call .eval() on these modules after "
-                "model.train(), or name them in modules_to_save.",
+                "keep running statistics, which change in training although their parameters are frozen. A saved "
+                "adapter does not hold them, so it would give other outputs in a fresh model. Call .eval() on these "
+                "modules after model.train(), or name them in modules_to_save.",
                 stacklevel=3,
             )
 
@@ -453,7 +492,7 @@ class LNTuneModel(BaseTuner):
         names = kwargs.pop("adapter_names", None)
         if names is None:
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                # What is trained now may be fixed when rows are asked for again, and nothing would tell.
+                # Rows kept from earlier may be out of date once tensors were trained and fixed again.
                 route_of(self.model).drop()
                 if self.training:
                     self.warn_of_missing_masks(self.active_adapters)
@@ -476,13 +515,13 @@ class LNTuneModel(BaseTuner):
 
     @contextmanager
     def _entries(self, route: Route, heads: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Inside this context calls of the model, and of its parts, are checked before they run."""
+        """Check calls of the model and of its parts before they run, inside this context."""
         modules = dict(self.model.named_modules())
         kinds = (*self.tuner_layer_cls, ModulesToSaveWrapper)
         places = {name: module for name, module in modules.items() if isinstance(module, kinds)}
 
         def watched() -> dict[str, nn.Module]:
-            """Bottlenecks and prefixes are called by what stands beside them, of which they have the name."""
+            """Bottlenecks and prefixes carry the name of the module beside them, which calls them."""
             labels = {getattr(module, "label", name): module for name, module in places.items()}
             return {**{label: modules.get(label) or module for label, module in labels.items()}, **heads}
 
@@ -513,14 +552,14 @@ class LNTuneModel(BaseTuner):
 
 
 def _without_names(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A method of transformers that takes any keyword and would pass over `adapter_names`."""
+    """Call a method of transformers that accepts any keyword and would ignore `adapter_names`."""
     if kwargs.pop("adapter_names", None) is not None:
         refuse_continuous(method)
     return method(*args, **kwargs)
 
 
 def _warn_of_combination(config: UnifiedConfig) -> None:
-    """Say what was found out about a combination; Python's filter shows it once."""
+    """Warn about a combination that a paper found to be worse."""
     ffn = any(isinstance(part, BottleneckConfig) and part.roles == ["ffn"] for part in config.parts or ())
     if ffn and any(isinstance(part, LNTuningConfig) for part in config.parts or ()):
         warnings.warn(

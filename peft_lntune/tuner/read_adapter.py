@@ -1,4 +1,4 @@
-"""What a bank takes from an adapter: from its directory, or from a model that holds it; checked before it is taken."""
+"""Reads an adapter for a bank, from its folder or from a model that holds it, and checks it."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -28,9 +28,9 @@ from peft_lntune.tuner.state_dict import check_shapes, unpack_by
 __all__ = ["Adapter", "AdapterReader", "AdapterSource", "deltas_in", "tensors_of"]
 
 AdapterSource = str | os.PathLike | tuple[PeftModel, str]
-"""A directory that `save_pretrained` has written, or a model and the name of one of its adapters."""
+"""A folder that `save_pretrained` wrote, or a model and the name of one of its adapters."""
 
-# What decides which parameters a config of norms selects.
+# The fields that decide which parameters a config of norms selects.
 _SELECTING = (
     "tune",
     "roles",
@@ -44,11 +44,11 @@ _SELECTING = (
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as a bank takes it, in the names of the base model.
+    """An adapter as a bank takes it, by names of the base model.
 
     Attributes:
-        deltas: dense, by the name of the parameter. A norm inside a head is here: it has a delta like any other.
-        heads: for each module in `modules_to_save` its other tensors, by their names in that module.
+        deltas: dense deltas by name of the parameter, including those of norms inside heads.
+        heads: for each module in `modules_to_save`, its other tensors by their names in that module.
     """
 
     deltas: Mapping[str, Tensor]
@@ -60,7 +60,11 @@ class AdapterReader:
 
     Args:
         model: the base model, plain or with tuner layers in it.
-        holder: what takes them in, for errors.
+        holder: what the adapters are read for, for errors.
+
+    Attributes:
+        modules: the base modules of the model, by name.
+        norms: the norms of the model, by name.
     """
 
     def __init__(self, model: nn.Module, holder: str = "a bank") -> None:
@@ -71,17 +75,38 @@ class AdapterReader:
         self._selections: dict[str, tuple[dict[str, torch.Size], int]] = {}
 
     def parameter(self, name: str) -> Any:
-        """The weight or bias of a norm, `"<module>.weight"` whatever the norm calls it; None where it has none."""
+        """Look up the weight or bias of a norm.
+
+        Args:
+            name: `"<module>.weight"` or `"<module>.bias"`, whatever name the norm itself uses.
+
+        Returns:
+            The parameter; None if the norm does not have it.
+        """
         module, _, parameter = name.rpartition(".")
         return own_parameter(self.modules[module], parameter)
 
     def offset(self, name: str) -> float:
-        """What is added to a parameter of a norm where it is used: 1 for the weight of a zero-centred norm, else 0."""
+        """Look up the constant that a norm adds to a parameter: 1 for the weight of a zero-centred norm, else 0.
+
+        Args:
+            name: `"<module>.weight"` or `"<module>.bias"`.
+
+        Returns:
+            The constant.
+        """
         module, _, parameter = name.rpartition(".")
         return self.norms[module].offset if parameter == "weight" else 0.0
 
     def place(self, name: str) -> str:
-        """A parameter's name with weight or bias for what a norm calls these: `"norm.weight"` for `"norm.gamma"`."""
+        """Turn a norm's own name of a parameter into weight or bias: `"norm.weight"` for `"norm.gamma"`.
+
+        Args:
+            name: full name of a parameter in the base model.
+
+        Returns:
+            The name with `weight` or `bias`; a parameter of any other module keeps its name.
+        """
         module, _, own = name.rpartition(".")
         return f"{module}.{role_of(self.modules[module], own)}" if module in self.norms else name
 
@@ -89,22 +114,22 @@ class AdapterReader:
         """Read and check an adapter.
 
         Args:
-            name: what it will be called, for errors.
-            source: a directory that `save_pretrained` has written, or a model and the name of one of its adapters.
+            name: name of the adapter, for errors.
+            source: a folder that `save_pretrained` wrote, or a model and the name of one of its adapters.
 
         Returns:
-            Its deltas and heads, in the names of the base model.
+            The deltas and heads, by names of the base model.
 
         Raises:
-            UnsupportedError: it tunes something else than norms.
-            AdapterFileError: it is damaged, torn or foreign, or does not fit this model.
-            ConfigError: the source is neither a directory nor a model and a name.
+            UnsupportedError: the adapter tunes more than norms.
+            AdapterFileError: the adapter is damaged, of another package, or does not fit this model.
+            ConfigError: `source` is neither a folder nor a model and a name, or the model has no such adapter.
         """
         if isinstance(source, tuple):
             return self._from_model(name, *source)
         if not isinstance(source, (str, os.PathLike)):
             raise ConfigError(
-                f"adapter {name!r} is taken from a directory or from (peft_model, adapter_name), but got {source!r}."
+                f"adapter {name!r} is read from a folder or from (peft_model, adapter_name), but got {source!r}."
             )
         with told_by_us(source, lambda: True):
             return self._from_directory(name, SavedAdapter(source))
@@ -152,28 +177,28 @@ class AdapterReader:
             return
         parts = ", ".join(type(part).__name__ for part in parts_of(config))
         raise UnsupportedError(
-            f"adapter {name!r} is of {parts}, and {self._holder} holds deltas of norms alone: LNTuningConfig and "
-            "FisherLNConfig. Load it into a PeftModel, and name it there in `adapter_names` for mixed batches."
+            f"adapter {name!r} has {parts}, and {self._holder} holds only deltas of norms: LNTuningConfig and "
+            "FisherLNConfig. Load it into a PeftModel, and use `adapter_names` there for mixed batches."
         )
 
     def _selection(self, name: str, config: LNTuningConfig) -> tuple[dict[str, torch.Size], int]:
-        """The parameters that a config selects in this model, and how many entries these have."""
+        """The shapes of the parameters that a config selects in this model, and the number of their entries."""
         key = repr([sorted(v) if isinstance(v, set) else v for v in (getattr(config, f) for f in _SELECTING)])
         if key not in self._selections:
             planned = plan(self._model, config)
             others = [part for part in planned.parts.values() if part.name not in self.norms]
             if others:
                 raise UnsupportedError(
-                    f"adapter {name!r} tunes {len(others)} modules that are no norms, such as {others[0].name} "
-                    f"({others[0].module_class}), and {self._holder} holds deltas of norms alone. Load it into a "
-                    "PeftModel, and name it there in `adapter_names` for mixed batches."
+                    f"adapter {name!r} tunes {len(others)} modules other than norms, such as {others[0].name} "
+                    f"({others[0].module_class}), and {self._holder} holds only deltas of norms. Load it into a "
+                    "PeftModel, and use `adapter_names` there for mixed batches."
                 )
             names = [f"{part.name}.{parameter}" for part in planned.parts.values() for parameter in part.entries]
             self._selections[key] = {name: self.parameter(name).shape for name in names}, planned.selected
         return self._selections[key]
 
     def _heads_in(self, config: LNTuneConfig, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """The modules that PEFT takes for those in `modules_to_save`, with their tensors in the file."""
+        """The modules that PEFT matches with `modules_to_save`, with their tensors in the file."""
         saved = tuple(config.modules_to_save or ())
         found: dict[str, dict[str, Tensor]] = {}
         for name in self.modules if saved else ():
@@ -183,7 +208,7 @@ class AdapterReader:
         return found
 
     def _adapter(self, deltas: Mapping[str, Tensor], heads: Mapping[str, Mapping[str, Tensor]]) -> Adapter:
-        """Take the norms out of the heads: they have deltas like all others."""
+        """Turn the norms inside heads into deltas."""
         every, rest = dict(deltas), {}
         for head, tensors in heads.items():
             own = tensors_of(self.modules, head)
@@ -204,16 +229,16 @@ class AdapterReader:
 
 
 def deltas_in(called: Mapping[str, nn.Module], adapter_name: str) -> dict[str, Delta]:
-    """The deltas of an adapter, by the base parameter's name.
+    """Find the deltas of an adapter by the names of base parameters.
 
-    Not by the names that PEFT has them under: a head's copy holds copies of the layers of other adapters.
+    PEFT's names would not do: a head's copy holds copies of the layers of other adapters.
 
     Args:
         called: the `called_modules` of a base model.
         adapter_name: the adapter.
 
     Returns:
-        The modules that hold its values.
+        The delta modules, by `<module>.weight` or `<module>.bias`.
     """
     return {
         f"{place}.{parameter}": layer.deltas(parameter)[adapter_name]
@@ -225,11 +250,14 @@ def deltas_in(called: Mapping[str, nn.Module], adapter_name: str) -> dict[str, D
 
 
 def tensors_of(modules: Mapping[str, nn.Module], name: str = "") -> dict[str, Tensor]:
-    """The parameters and saved buffers of a module and those in it, by their names within it.
+    """Collect the parameters and saved buffers of a module and its submodules.
 
     Args:
-        modules: the `base_modules` of a model: what tuners have added is left out.
-        name: of the module.
+        modules: the `base_modules` of a model, without what tuners added.
+        name: name of the module; empty for the model itself.
+
+    Returns:
+        The detached tensors, by their names within the module.
     """
     found: dict[str, Tensor] = {}
     above = f"{name}." if name else ""
@@ -248,7 +276,7 @@ def _place(parameter: str) -> str:
 
 
 def _expected(shapes: Mapping[str, torch.Size], counts: Mapping[str, int | None]) -> Iterator[tuple[str, torch.Size]]:
-    """Names and shapes of the tensors of a file, from what is selected and how many entries of it are tuned."""
+    """Names and shapes of the tensors in a file, from the selected parameters and their numbers of tuned entries."""
     for parameter, shape in shapes.items():
         place = _place(parameter)
         if place in counts:

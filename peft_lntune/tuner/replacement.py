@@ -1,6 +1,5 @@
-"""A saved adapter whose values are read into one that the model has: both have to compute the same with them."""
+"""Checks before the values of a saved adapter are read into an adapter that the model already has."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,12 +11,12 @@ from peft_lntune.planning.claims import check_architecture
 
 __all__ = ["check_replacement"]
 
-# Fields that say where an adapter sits. Its tensors tell that by their names, but not which of several parts has which.
+# Fields that say where an adapter sits. The names of its tensors tell that too, except if several parts are alike.
 _PLACES = {
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "layers_to_exclude", "roles"),
     "components",
 }
-# Fields that say how an adapter was made, is trained, chosen or saved, and those that the shapes of its tensors tell.
+# Fields that say how an adapter was made, trained, masked or saved, and fields that the shapes of its tensors tell.
 _FREE = set(PeftConfig.__dataclass_fields__) | {
     *("modules_to_save", "delta_dtype", "save_dtype", "init_weights", "format_version", "peft_lntune_version"),
     *("manifest", "mask_source", "preset", "density", "fisher", "scope", "num_samples", "seed", "save_scores"),
@@ -25,17 +24,17 @@ _FREE = set(PeftConfig.__dataclass_fields__) | {
     *("dropout", "lora_dropout"),
     *("tune", "reduction_factor", "bottleneck_size", "num_virtual_tokens", "r", "rank_pattern", "fan_in_fan_out"),
 }
-_ADVICE = "Load it with its own config, under another name where this one is to stay."
+_ADVICE = "Load it with its own config, under another name to keep this one."
 
 
 def check_replacement(model: Any, adapter_name: str, saved: LNTuneConfig, where: str = "this adapter") -> None:
-    """Raise where a saved adapter means something else by its values than the adapter that they are read into.
+    """Refuse a saved adapter whose values would compute something else in the adapter of the model.
 
     Args:
-        model: the model, which has an adapter of this name.
+        model: a model with an adapter of this name.
         adapter_name: the adapter in the model.
-        saved: the config of the saved one.
-        where: what to call the saved one.
+        saved: config of the saved adapter.
+        where: what to call the saved adapter in messages.
 
     Raises:
         AdapterFileError: it was saved from another architecture.
@@ -48,7 +47,8 @@ def check_replacement(model: Any, adapter_name: str, saved: LNTuneConfig, where:
     kinds = [_kind(part) for part in mine]
     if kinds != [_kind(part) for part in its]:
         raise ConfigError(
-            f"adapter {adapter_name!r} consists of {_kinds(mine)}, and the saved one of {_kinds(its)}. {_ADVICE}"
+            f"adapter {adapter_name!r} consists of {', '.join(kinds)}, and the saved one of "
+            f"{', '.join(map(_kind, its))}. {_ADVICE}"
         )
     for one, other, kind in zip(mine, its, kinds, strict=True):
         free = _FREE if kinds.count(kind) > 1 else _FREE | _PLACES
@@ -62,22 +62,18 @@ def check_replacement(model: Any, adapter_name: str, saved: LNTuneConfig, where:
     merged = [name for name, module in model.named_modules() if adapter_name in getattr(module, "merged_adapters", ())]
     if merged:
         raise UnsupportedError(
-            f"adapter {adapter_name!r} is merged at {merged[0]}, and unmerging would not restore the base model after "
-            "other values came into it. Call unmerge_adapter() first."
+            f"adapter {adapter_name!r} is merged at {merged[0]}, and with other values in it unmerging would not "
+            "restore the base model. Call unmerge_adapter() first."
         )
 
 
 def _sorted_parts(config: Any) -> list[Any]:
-    """The parts of a config; in which order they were given changes nothing."""
+    """The parts of a config in a fixed order, because the given order does not matter."""
     return sorted(
         parts_of(config), key=lambda part: (_kind(part), [repr(getattr(part, p, 0)) for p in sorted(_PLACES)])
     )
 
 
 def _kind(part: Any) -> str:
-    # A Fisher adapter is an adapter of norms, whose masks are told by its tensors.
+    # A Fisher adapter computes the same as an adapter of LN-tuning; its tensors tell the masks.
     return type(part).__name__.replace("FisherLN", "LNTuning")
-
-
-def _kinds(parts: Sequence[Any]) -> str:
-    return ", ".join(_kind(part) for part in parts)

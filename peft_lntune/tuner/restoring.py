@@ -1,4 +1,4 @@
-"""A refused adapter leaves no trace, and the error says what to do: shared by everything that loads one."""
+"""Shared by all loaders: a refused adapter leaves the model unchanged, and the error says what to do."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -14,18 +14,21 @@ from peft_lntune.storage.keys import of_adapter
 
 __all__ = ["configs_of", "restored_on_error", "told_by_us"]
 
-# These say nothing of the adapter.
+# Errors that do not come from the adapter.
 _LEFT_ALONE = (MemoryError, torch.OutOfMemoryError)
 
 
 @contextmanager
 def restored_on_error(model: nn.Module, adapter_name: str | None = None, config: Any = None) -> Iterator[None]:
-    """Put the model back as it was where an adapter of ours could not be loaded.
+    """Restore the model if loading an adapter of this package fails inside this context.
 
     Args:
         model: the model to load into.
-        adapter_name: the adapter whose tensors may be written over, where it exists.
-        config: one that the caller has given, which loading writes into.
+        adapter_name: an adapter of the model whose tensors may be overwritten.
+        config: a config given by the caller, which loading writes into.
+
+    Yields:
+        Nothing.
     """
     before = set(configs_of(model))
     restore = _remember(model, adapter_name, config)
@@ -39,11 +42,18 @@ def restored_on_error(model: nn.Module, adapter_name: str | None = None, config:
 
 @contextmanager
 def told_by_us(source: Any, is_ours: Callable[[], bool]) -> Iterator[None]:
-    """Turn what others raise while they load an adapter of ours into an error of ours, with theirs as its cause.
+    """Turn errors of other packages while loading an adapter of ours into errors of ours, with the original as cause.
 
     Args:
-        source: where the adapter comes from, for the message.
-        is_ours: whether it, or the model, is of this package; asked only where something was raised.
+        source: folder or repository of the adapter, for the message.
+        is_ours: says whether the adapter or the model is of this package; called only after an error.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        AdapterFileError: another package raised an error for an adapter of ours.
+        HeadFileError: the shapes of a head differ.
     """
     try:
         yield
@@ -58,7 +68,7 @@ def told_by_us(source: Any, is_ours: Callable[[], bool]) -> Iterator[None]:
 def _told(source: Any, error: Exception) -> AdapterFileError:
     said = str(error).strip() or type(error).__name__
     if isinstance(error, KeyError) and "." in said:
-        # PEFT looks up each tensor of a head in modules_to_save by its name in the file.
+        # PEFT looks up each tensor of a head by its name in the file.
         return AdapterFileError(
             f"{source} lacks {said}, a tensor of a module in modules_to_save. It was saved from another model, or the "
             "file was changed."
@@ -67,22 +77,29 @@ def _told(source: Any, error: Exception) -> AdapterFileError:
         return HeadFileError(f"{source} does not fit this model. {said}")
     kind = "" if isinstance(error, (ValueError, RuntimeError, OSError)) else f"{type(error).__name__}: "
     return AdapterFileError(
-        f"the adapter {source} could not be loaded: {kind}{said}. If it was loaded before, its files or the model have "
-        "changed since; get a good copy of both files of the adapter."
+        f"the adapter {source} could not be loaded: {kind}{said}. If it could be loaded before, its files or the model "
+        "have changed; get a good copy of both files of the adapter."
     )
 
 
 def configs_of(model: Any) -> dict[str, LNTuneConfig]:
-    """The adapters of this package in a model."""
+    """List the adapters of this package in a model.
+
+    Args:
+        model: any object; one without `peft_config` has no adapters.
+
+    Returns:
+        The configs by adapter name.
+    """
     configs = getattr(model, "peft_config", None)
     named = configs if isinstance(configs, dict) else {}
     return {name: config for name, config in named.items() if isinstance(config, LNTuneConfig)}
 
 
 def _remember(model: nn.Module, adapter_name: str | None, config: Any) -> Callable[[], None]:
-    """What puts the attributes of all modules back, and so the modules, adapters and modes; flags and values too.
+    """Return a function that restores the attributes of all modules, and so modules, adapters, modes, flags and values.
 
-    Containers are put back in place, because PEFT shares them (`peft_config`) between its model, tuner and base model.
+    Containers are restored in place, because PEFT shares them (`peft_config`) between its model, tuner and base model.
     """
     configs = [*configs_of(model).values(), *([] if config is None else [config])]
     attributes = [(owner, dict(vars(owner))) for owner in (*model.modules(), *configs) if hasattr(owner, "__dict__")]
@@ -111,7 +128,7 @@ def _remember(model: nn.Module, adapter_name: str | None, config: Any) -> Callab
 
 
 def _containers(value: Any, depth: int) -> Iterator[Any]:
-    """A container and those in it, as deep as layers are put into them."""
+    """A container and the containers in it, down to the depth at which layers are held."""
     if type(value) in (dict, OrderedDict, list, set):
         yield value
         for item in (value.values() if isinstance(value, dict) else value) if depth else ():

@@ -1,4 +1,4 @@
-"""Whether tensors fit the adapter they are meant for: the last check before a value is taken."""
+"""State dicts of adapters: their names in a model and in a file, and whether tensors fit an adapter."""
 
 from collections.abc import Mapping
 
@@ -35,14 +35,14 @@ __all__ = [
 
 
 def masks_of(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
-    """Which entries an adapter tunes, of all parameters that its config selects.
+    """Tell which entries an adapter tunes, for all parameters that its config selects.
 
     Args:
-        model: with the adapter.
-        adapter_name: which.
+        model: the model with the adapter.
+        adapter_name: the adapter.
 
     Returns:
-        By the base parameter's name, bool of its shape, True where it is tuned.
+        For each base parameter by name, a bool tensor of its shape, True for tuned entries.
     """
     base = model.get_base_model()
     facts, deltas = ModelFacts(base), deltas_of(base, adapter_name)
@@ -57,14 +57,14 @@ def masks_of(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
 
 
 def planned_deltas(facts: ModelFacts, config: PeftConfig) -> dict[str, PlannedModule]:
-    """Plan the modules in which a config tunes deltas, whose entries masks choose.
+    """Plan the modules in which a config tunes deltas, the parameters that masks apply to.
 
     Args:
-        facts: of the model.
+        facts: facts of the model.
         config: any config of this package.
 
     Returns:
-        The planned modules by name; empty where the config has no deltas.
+        The planned modules by name; empty if the config has no deltas.
     """
     planned = plan_parts(facts, config)
     return {name: its for part, plan in planned if method_of(part).has_masks for name, its in plan.parts.items()}
@@ -73,7 +73,7 @@ def planned_deltas(facts: ModelFacts, config: PeftConfig) -> dict[str, PlannedMo
 def unpack_by(
     modules: Mapping[str, nn.Module], config: LNTuneConfig, tensors: Mapping[str, Tensor], where: str
 ) -> dict[str, Tensor]:
-    """The tensors of a file, unpacked by what its config records, for a model that has no such adapter yet.
+    """Unpack the tensors of a file by its config, for a model that does not have the adapter yet.
 
     Args:
         modules: the `base_modules` of the model.
@@ -82,17 +82,17 @@ def unpack_by(
         where: the file or adapter, for the message.
 
     Returns:
-        A new dict.
+        A new dict, with values and mask of each masked delta under its own name.
 
     Raises:
-        AdapterFileError: they were not packed from such an adapter of such a model.
+        AdapterFileError: the packed tensors do not fit the config and this model.
     """
     sizes = {}
     for place, count in config.stored_counts.items():
         name, _, parameter = place.rpartition(f".{PREFIX}")
         module = modules.get(name)
         base = None if module is None else getattr(module, own_name(module, parameter), None)
-        # Of a module that is not in this model nothing can be unpacked, so the lengths will not fit.
+        # A module that is not in this model is left out here; `unpack` then finds that the lengths do not fit.
         if count is not None and isinstance(base, Tensor):
             sizes[place] = count, base.shape
     return unpack(tensors, sizes, where)
@@ -101,20 +101,20 @@ def unpack_by(
 def scores_by(
     model: nn.Module, config: LNTuneConfig, tensors: Mapping[str, Tensor], trained: bool, adapter_name: str
 ) -> dict[str, Tensor]:
-    """The tensors of a file with scores where supermasks will be trained, for a model that has no such adapter yet.
+    """Convert the supermasks of a file to scores or bits, for a model that does not have the adapter yet.
 
     Args:
         model: the model to load into.
         config: the config that was saved with the file.
         tensors: the state dict of the file.
-        trained: whether the adapter will be trained.
-        adapter_name: for messages.
+        trained: whether the adapter will be trained, and so needs scores.
+        adapter_name: the adapter, for messages.
 
     Returns:
         A new dict.
 
     Raises:
-        AdapterFileError: the bits are not those of this model.
+        AdapterFileError: the bits do not fit this model.
     """
     facts = ModelFacts(model)
     planned = plan_parts(facts, config)
@@ -123,12 +123,12 @@ def scores_by(
 
 
 def held_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those tensors of a state dict that are parts of an adapter: not its heads, nor what only looks like a part.
+    """Select the tensors of an adapter's parts from a state dict, without heads and tensors that only look like parts.
 
     Args:
-        model: with the adapter; modules that FSDP has wrapped go by the names they have without it, as in `tensors`.
-        adapter_name: which.
-        tensors: a state dict of the model.
+        model: the model with the adapter. It may be wrapped by FSDP.
+        adapter_name: the adapter.
+        tensors: a state dict of the model, by names without those of FSDP's wrappers.
 
     Returns:
         A new dict.
@@ -144,25 +144,25 @@ def held_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tens
 
 
 def own_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """The tensors of an adapter as a model's state dict has them, without heads in `modules_to_save`.
+    """Collect the tensors of an adapter from a model, without heads in `modules_to_save`.
 
     Args:
-        model: with the adapter.
-        adapter_name: which.
+        model: the model with the adapter.
+        adapter_name: the adapter.
 
     Returns:
-        The tensors by name.
+        The tensors by their names in the model's state dict.
     """
     tensors = {name: value for name, value in model.state_dict().items() if is_part(name, adapter_name)}
     return held_tensors(model, adapter_name, tensors)
 
 
 def under_all_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give tensors also under the further names of layers that the model shares.
+    """Repeat the tensors of layers that the model holds under several names, once per name.
 
     Args:
         model: the model.
-        tensors: by name, as in the model's state dict.
+        tensors: tensors by their first names in the model's state dict.
 
     Returns:
         A new dict.
@@ -177,26 +177,25 @@ def under_all_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str
 
 
 def further_names(model: nn.Module, adapter_name: str) -> set[str]:
-    """The names of an adapter's tensors in a model's state dict that come from a layer with an earlier name.
+    """List the names of an adapter's tensors beyond the first name of each layer.
 
     Args:
-        model: with the adapter.
-        adapter_name: which.
+        model: the model with the adapter.
+        adapter_name: the adapter.
 
     Returns:
-        The names, which no file holds.
+        Names in the model's state dict that no file holds.
     """
-    return {name for name in model.state_dict() if is_part(name, adapter_name)} - own_tensors(
-        model, adapter_name
-    ).keys()
+    names = {name for name in model.state_dict() if is_part(name, adapter_name)}
+    return names - own_tensors(model, adapter_name).keys()
 
 
 def as_in_model(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give tensors the dtypes that an adapter has.
+    """Cast tensors to the dtypes of an adapter in a model.
 
     Args:
         own: the `own_tensors` of the adapter.
-        tensors: by name, as in the model's state dict.
+        tensors: tensors by their names in the model's state dict.
 
     Returns:
         A new dict.
@@ -205,15 +204,15 @@ def as_in_model(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dic
 
 
 def check_fit(own: Mapping[str, Tensor], adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raise where the tensors of an adapter, keyed as in the model's state dict, are not the ones the model expects.
+    """Refuse tensors that do not fit an adapter in a model. The model is not changed.
 
     Args:
-        own: what the model has of this adapter, see `own_tensors`.
+        own: the tensors of the adapter in the model, from `own_tensors`.
         adapter_name: the adapter.
-        tensors: what is to be loaded.
+        tensors: the tensors to load, by their names in the model's state dict.
 
     Raises:
-        AdapterFileError: keys are missing or unexpected, or shapes differ. The model is as it was.
+        AdapterFileError: names are missing or unexpected, shapes differ, or the values of one shared parameter differ.
     """
     expected = {without_fsdp(name): value.shape for name, value in own.items()}
     found = {
@@ -230,20 +229,20 @@ def check_fit(own: Mapping[str, Tensor], adapter_name: str, tensors: Mapping[str
         if not torch.equal(tensors[other], tensors[without_fsdp(name)].to(tensors[other])):
             raise AdapterFileError(
                 f"the saved adapter does not fit this model for adapter {adapter_name!r}: {other} and "
-                f"{without_fsdp(name)} differ in the file, and here they are one, since modules share the parameter. "
-                "Load it into a model in which they do not."
+                f"{without_fsdp(name)} differ in the file, and in this model modules share the parameter. Load it into "
+                "a model that does not share it."
             )
 
 
 def check_shapes(
     expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], adapter_name: str
 ) -> None:
-    """Raise where the tensors of an adapter are not those that are expected.
+    """Refuse tensors whose names or shapes differ from the expected ones.
 
     Args:
-        expected: shapes by name.
-        found: shapes by name, of what is to be loaded.
-        adapter_name: for the message.
+        expected: the expected shapes by name.
+        found: the shapes of the tensors to load, by name.
+        adapter_name: the adapter, for the message.
 
     Raises:
         AdapterFileError: names are missing or unexpected, or shapes differ.

@@ -1,4 +1,4 @@
-"""Looking at trained supermasks: the masks themselves, and evaluation with drawn ones."""
+"""Trained supermasks: the masks themselves, and evaluation with drawn masks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,15 +14,15 @@ __all__ = ["keep_masks", "sampled_masks", "start_masks"]
 
 
 def keep_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
-    """The masks of a supermask adapter as evaluation, merging and files have them.
+    """Return the masks of a supermask adapter that evaluation, merging and saving use.
 
     Args:
-        model: a model with such an adapter.
-        adapter_name: which.
+        model: a model with a supermask adapter.
+        adapter_name: the adapter.
 
     Returns:
-        For each masked base weight, by its name in the base model, bool of its shape, True where it is kept; on the
-        weight's device. Of a matrix in which only some components are masked, the others are kept.
+        For each masked base weight by its name in the base model, a bool tensor of its shape on its device, True for
+        entries that are kept. Components of a matrix that are not masked are kept.
 
     Raises:
         ConfigError: the adapter is unknown, or has no supermask.
@@ -42,14 +42,15 @@ def keep_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, Ten
 
 
 def start_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
-    """The masks that a supermask adapter started from, by the magnitudes of the base weights and its config.
+    """Recompute the masks that a supermask adapter started from, from the base weights and its config.
 
     Args:
-        model: a model with such an adapter.
-        adapter_name: which.
+        model: a model with a supermask adapter.
+        adapter_name: the adapter.
 
     Returns:
-        As `keep_masks`.
+        For each masked base weight by its name in the base model, a bool tensor of its shape on its device, True for
+        entries that were kept at the start.
 
     Raises:
         ConfigError: the adapter is unknown, or has no supermask.
@@ -71,18 +72,21 @@ def start_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, Te
 
 @contextmanager
 def sampled_masks(model: nn.Module, adapter_name: str = "default") -> Iterator[None]:
-    """Draw a supermask anew at every call in evaluation too, as in training, while the context lasts.
+    """Draw a new supermask at every call inside this context, in evaluation too.
 
-    The mean over several passes says what the distribution of masks has learnt, beside the thresholded one. The draws
-    are torch's: `torch.manual_seed` repeats them.
+    The mean over several passes evaluates the learnt distribution of masks, instead of the thresholded mask. Draws come
+    from torch's generator, so `torch.manual_seed` repeats them.
 
     Args:
-        model: a model with such an adapter.
-        adapter_name: which.
+        model: a model with a supermask adapter.
+        adapter_name: the adapter.
+
+    Yields:
+        Nothing.
 
     Raises:
         ConfigError: the adapter is unknown, or has no supermask.
-        UnsupportedError: it has no scores, since it was loaded for inference; or it is merged.
+        UnsupportedError: the adapter has no scores, because it was loaded for inference; or it is merged.
 
     Example:
         >>> from peft import get_peft_model
@@ -98,7 +102,7 @@ def sampled_masks(model: nn.Module, adapter_name: str = "default") -> Iterator[N
         raise UnsupportedError(f"adapter {adapter_name!r} is merged, so nothing is drawn. Call unmerge_adapter().")
     if any(mask.weight is None for _, mask in masks):
         raise UnsupportedError(
-            f"adapter {adapter_name!r} holds bits alone, so there are no probabilities to draw from. Save it with "
+            f"adapter {adapter_name!r} holds only bits, so there are no probabilities to draw from. Save it with "
             "SupermaskConfig(save_scores=True), and load it with is_trainable=True."
         )
     before = [mask.sampling for _, mask in masks]

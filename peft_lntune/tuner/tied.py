@@ -1,7 +1,7 @@
-"""Parameters that several modules share: an adapter that tunes all of them has one delta, and merges it once.
+"""Parameters that several modules share: an adapter that tunes all of these modules has one delta, and merges it once.
 
-An adapter that tunes only some of the modules works on these alone, as LoRA does on one of two tied weights. Merging
-writes into the parameter itself, which the others would see; so it is refused, and names them.
+An adapter that tunes only some of the modules affects only these, like LoRA on one of two tied weights. Merging it
+would change the parameter for the other modules too, so it is refused, with their names.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,17 +21,17 @@ __all__ = ["check_tied", "ties_of"]
 def ties_of(
     parts: Mapping[str, PlannedModule], tied: Mapping[tuple[str, str], Sequence[tuple[str, str]]]
 ) -> dict[tuple[str, str], list[tuple[str, str]]]:
-    """Which of the parameters that are to be tuned are one.
+    """Find the tuned parameters that are tied to each other.
 
     Args:
         parts: the modules that layers will be put around, by name.
         tied: the `tied_parameters` of the model.
 
     Returns:
-        For a tuned parameter, by module and `"weight"` or `"bias"`, the others that it is tied to, in the same form.
+        For a tuned parameter, given as `(module, "weight" or "bias")`, the others it is tied to, in the same form.
 
     Raises:
-        UnsupportedError: the parts want different things of one parameter.
+        UnsupportedError: the parts tune one parameter in different ways.
     """
     tuned = {
         (name, part.own_name(parameter)): (part, parameter)
@@ -54,11 +54,11 @@ def ties_of(
 
 
 def check_tied(model: nn.Module, adapter_names: Sequence[str] | None) -> None:
-    """Raise where merging these adapters (None: the active ones) would also change modules that they do not tune.
+    """Refuse a merge that would also change modules that the adapters do not tune.
 
     Args:
         model: the model.
-        adapter_names: the adapters; None for the active ones.
+        adapter_names: the adapters to merge; None for the active ones.
 
     Raises:
         UnsupportedError: a tuned parameter is tied to one that the adapter does not tune. Nothing has changed.
@@ -78,6 +78,6 @@ def check_tied(model: nn.Module, adapter_names: Sequence[str] | None) -> None:
                 if left:
                     raise UnsupportedError(
                         f"adapter {adapter!r} tunes {name}.{own}, which is tied to the parameter of {', '.join(left)}, "
-                        "and does not tune it there: merging would change both. Keep the adapter unmerged; or let it "
-                        "tune both; or untie them before (of a language model, load with tie_word_embeddings=False)."
+                        "and does not tune it there: merging would change both. Keep the adapter unmerged, let it tune "
+                        "both, or untie them before (for a language model, load with tie_word_embeddings=False)."
                     )

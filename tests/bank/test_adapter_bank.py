@@ -175,13 +175,13 @@ class TestSourcesThatAreModels:
         [
             (
                 LoraConfig(target_modules=["query"]),
-                "adapter 'x' is of LoraConfig, and a bank holds deltas of norms alone",
+                "adapter 'x' has LoraConfig, and a bank holds only deltas of norms",
             ),
-            (UnifiedConfig(preset="mha-adapter+ln"), "is of BottleneckConfig, LNTuningConfig, and a bank"),
+            (UnifiedConfig(preset="mha-adapter+ln"), "has BottleneckConfig, LNTuningConfig, and a bank"),
             (ModuleTuningConfig(components=["query"]), "is of ModuleTuningConfig"),
             (
                 LNTuningConfig(target_modules=["query", "LayerNorm"]),
-                r"tunes 2 modules that are no norms, such as .*query \(Linear\)",
+                r"tunes 2 modules other than norms, such as .*query \(Linear\)",
             ),
         ],
         ids=["lora", "unified", "modules", "named"],

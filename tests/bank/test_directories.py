@@ -164,4 +164,4 @@ def test_a_combined_adapter(tmp_path):
 
     config = UnifiedConfig(parts=[LoraConfig(r=2, target_modules=["query"]), LNTuningConfig()])
     get_peft_model(build(FAMILY), config).save_pretrained(str(tmp_path))
-    refused(tmp_path, "is of LoraConfig, LNTuningConfig, and a bank holds deltas of norms alone", UnsupportedError)
+    refused(tmp_path, "has LoraConfig, LNTuningConfig, and a bank holds only deltas of norms", UnsupportedError)

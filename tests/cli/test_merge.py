@@ -63,7 +63,7 @@ def test_an_adapter_without_a_task(tmp_path):
 def test_what_cannot_be_merged(tmp_path):
     model = save_model(tmp_path / "model")
     adapter = save_adapter(tmp_path / "a", model, config=combined())
-    assert refused(run("merge", adapter, tmp_path / "out"), "no base parameter can take it up")
+    assert refused(run("merge", adapter, tmp_path / "out"), "cannot be merged into a base parameter")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "model"]
 
 

@@ -309,7 +309,7 @@ class TestRefused:
                 ModuleTuningConfig(components=["query"]),
                 "is of ModuleTuningConfig, and training many tasks holds deltas",
             ),
-            (LNTuningConfig(target_modules=["query"]), "modules that are no norms"),
+            (LNTuningConfig(target_modules=["query"]), "modules other than norms"),
             (
                 UnifiedConfig(parts=[LNTuningConfig(), LoraConfig(target_modules=["query"])]),
                 "is of LNTuningConfig, Lora",

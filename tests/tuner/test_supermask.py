@@ -247,7 +247,7 @@ class TestSampled:
             keep_masks(adapted.adapt(adapted.build("bert")))
         model.save_pretrained(tmp_path)
         loaded = PeftModel.from_pretrained(adapted.build("bert"), tmp_path)
-        with pytest.raises(UnsupportedError, match=r"holds bits alone.*save_scores=True"):
+        with pytest.raises(UnsupportedError, match=r"holds only bits.*save_scores=True"):
             sampled_masks(loaded).__enter__()
         model.merge_adapter()
         with pytest.raises(UnsupportedError, match=r"is merged, so nothing is drawn. Call unmerge_adapter\(\)"):
@@ -506,7 +506,7 @@ class TestRefused:
             "set_masks",
             lambda model: model.base_model.set_masks({f"{QUERIES[0]}.weight": torch.ones(16, 16).bool()}),
             ConfigError,
-            "adapter 'default' has SupermaskConfig, and no deltas, whose entries these masks choose",
+            "adapter 'default' has SupermaskConfig, and no deltas; masks choose entries of deltas",
         ),
         (
             "clear_masks",
