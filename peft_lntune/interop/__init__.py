@@ -1,4 +1,4 @@
-"""To and from what others read: PEFT's own formats, and the checkpoints of Trainer."""
+"""Conversion to and from other formats: PEFT's own adapters, and the checkpoints of Trainer."""
 
 from peft_lntune.interop.peft_ln_tuning import from_peft_ln_tuning, to_peft_ln_tuning
 from peft_lntune.interop.peft_lora import load_lora

@@ -1,4 +1,4 @@
-"""Adapters in formats of PEFT's own, which no manifest covers."""
+"""Reading and checking adapters in PEFT's own formats, which have no manifest."""
 
 import os
 from collections.abc import Mapping
@@ -16,38 +16,38 @@ __all__ = ["check_foreign", "read_foreign"]
 
 
 def read_foreign(directory: str | os.PathLike, peft_type: str, reader: str) -> tuple[Any, SavedAdapter]:
-    """The config of an adapter that PEFT has saved, and its files.
+    """Read the config of an adapter that PEFT saved.
 
     Args:
-        directory: what PEFT's `save_pretrained` wrote, or a repository on the Hub.
-        peft_type: which type of adapter it must be.
-        reader: who reads it, for errors.
+        directory: the folder that PEFT's `save_pretrained` wrote, or a repository on the Hub.
+        peft_type: the required type of adapter.
+        reader: the calling function, for errors.
 
     Returns:
-        The config of PEFT's own class, and the files, of which none but the config has been read.
+        The config, of PEFT's own class, and the adapter, whose weights are not read yet.
 
     Raises:
-        AdapterFileError: it is of another type.
+        AdapterFileError: the adapter is of another type.
     """
     config = PeftConfig.from_pretrained(str(directory))
     if config.peft_type != peft_type:
         raise AdapterFileError(
-            f"{directory} holds an adapter of PEFT type {config.peft_type}, and {reader} reads {peft_type}. Load it by "
-            "PeftModel.from_pretrained."
+            f"{directory} holds an adapter of PEFT type {config.peft_type}, and {reader} reads {peft_type}. Load it "
+            "with PeftModel.from_pretrained."
         )
     return config, SavedAdapter(directory, {})
 
 
 def check_foreign(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor], where: str) -> None:
-    """Raise where tensors that no manifest covers cannot be as they were saved.
+    """Refuse tensors without a manifest that were evidently changed after saving.
 
     Args:
-        tensors: of a file in a format of PEFT's own.
-        like: the tensors of the model that they are for, by the same names. A file has one dtype where the model has.
+        tensors: tensors of a file in a format of PEFT's own, by name.
+        like: tensors of the model by the same names. Tensors of one dtype in the model must have one dtype in the file.
         where: the file, for the message.
 
     Raises:
-        AdapterFileError: a value is not finite, a dtype is not floating, or not that of the others.
+        AdapterFileError: a value is not finite, or a dtype is not floating or differs from that of the others.
     """
     dtypes: dict[torch.dtype, tuple[str, torch.dtype]] = {}
     for name, tensor in sorted(tensors.items()):
@@ -63,5 +63,5 @@ def check_foreign(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor], whe
             if dtype != tensor.dtype:
                 raise AdapterFileError(
                     f"{where}: {name} is {tensor.dtype}, and {first} is {dtype}, while both are of one dtype in the "
-                    "model. The file was changed since it was saved; get a good copy."
+                    "model. The file was changed after it was saved; get a good copy."
                 )

@@ -1,4 +1,4 @@
-"""To and from PEFT's own LN_TUNING format, which holds whole norms and loads without this package."""
+"""Conversion to and from PEFT's own LN_TUNING format, which holds whole norms and loads without this package."""
 
 import os
 from collections.abc import Mapping
@@ -28,24 +28,23 @@ from peft_lntune.tuner.restoring import restored_on_error, told_by_us
 __all__ = ["from_peft_ln_tuning", "to_peft_ln_tuning"]
 
 _CONTAINER = "ln_tuning_layers"
-_DIGEST = "peft_lntune_digest"  # in the metadata of the weight file, which PEFT does not read
+_DIGEST = "peft_lntune_digest"  # key in the metadata of the weight file, which PEFT does not read
 
 
 def to_peft_ln_tuning(peft_model: PeftModel, directory: str | os.PathLike, adapter_name: str = "default") -> None:
-    """Write an adapter in PEFT's own LN_TUNING format, for people who do not have this package.
+    """Write an adapter in PEFT's own LN_TUNING format, for use without this package.
 
-    The file holds each tuned module whole, base plus delta, rounded to the base dtype; over a bf16 base small deltas
-    are lost to that rounding. Heads in `modules_to_save` go along.
+    The file holds each tuned module whole, base plus delta, rounded to the base dtype. Over a bfloat16 base, small
+    deltas are lost to that rounding. Heads in `modules_to_save` are included.
 
     Args:
         peft_model: a model with adapters of this package, not merged.
-        directory: where to write `adapter_config.json` and `adapter_model.safetensors`.
-        adapter_name: which adapter.
+        directory: folder for `adapter_config.json` and `adapter_model.safetensors`; made if it is missing.
+        adapter_name: the adapter.
 
     Raises:
         ConfigError: there is no such adapter.
-        UnsupportedError: the model is merged, so its base parameters are not the base's; or the adapter has parts that
-            are no norms.
+        UnsupportedError: an adapter is merged into the model, or the adapter has parts other than norms.
 
     Example:
         >>> import tempfile
@@ -62,10 +61,11 @@ def to_peft_ln_tuning(peft_model: PeftModel, directory: str | os.PathLike, adapt
     others = [type(part).__name__ for part in parts_of(config) if not isinstance(part, LNTuningConfig)]
     if others:
         raise UnsupportedError(
-            f"adapter {adapter_name!r} has parts ({', '.join(others)}) that PEFT's LN_TUNING format has no place for. "
-            "Save it with save_pretrained, or merge what can be merged."
+            f"adapter {adapter_name!r} has parts ({', '.join(others)}) that PEFT's LN_TUNING format cannot hold. Save "
+            "it with save_pretrained, or merge what can be merged."
         )
-    layers = [m for m in peft_model.modules() if isinstance(m, ReplacementLayer) and _has(m, adapter_name)]
+    every = [module for module in peft_model.modules() if isinstance(module, ReplacementLayer)]
+    layers = [layer for layer in every if any(adapter_name in layer.deltas(parameter) for parameter in PARAMETERS)]
     if any(layer.merged for layer in layers):
         raise UnsupportedError("the adapter is merged into the base model; call unmerge_adapter() first.")
     state = get_peft_model_state_dict(peft_model, adapter_name=adapter_name)
@@ -88,21 +88,29 @@ def to_peft_ln_tuning(peft_model: PeftModel, directory: str | os.PathLike, adapt
 
 
 def from_peft_ln_tuning(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> PeftModel:
-    """Read an adapter in PEFT's own LN_TUNING format as one of this package.
+    """Load an adapter in PEFT's own LN_TUNING format as an adapter of this package.
 
-    Such a file holds whole norms, so the deltas are those norms minus the ones of `model`: it must be the base model
-    that the adapter was trained on, which the file cannot tell.
+    The file holds whole norms, so the deltas are those norms minus the norms of `model`. Give the base model that the
+    adapter was trained on: the file does not say which one that is.
 
     Args:
         model: the base model, or a `PeftModel` with adapters of this package, to which this one is added.
-        directory: what PEFT's `save_pretrained` wrote.
+        directory: the folder that PEFT's `save_pretrained` wrote, or a repository on the Hub.
         adapter_name: name of the new adapter.
 
     Returns:
         The model with the adapter.
 
     Raises:
-        AdapterFileError: not an LN_TUNING adapter, damaged, or one of another model. Nothing has changed.
+        AdapterFileError: not an LN_TUNING adapter, damaged, or from another model. Nothing has changed.
+
+    Example:
+        >>> import tempfile
+        >>> directory, base = tempfile.mkdtemp(), nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+        >>> saved = get_peft_model(base, peft.LNTuningConfig(target_modules=["1"]))
+        >>> saved.save_pretrained(directory)
+        >>> from_peft_ln_tuning(saved.unload(), directory).peft_config["default"].kind
+        'LNTuningConfig'
     """
     with restored_on_error(model, adapter_name), told_by_us(directory, lambda: True):
         return _from_peft(model, directory, adapter_name)
@@ -128,19 +136,19 @@ def _from_peft(model: nn.Module, directory: str | os.PathLike, adapter_name: str
     result = set_peft_model_state_dict(model, {**heads, **deltas}, adapter_name)
     if result.unexpected_keys:
         raise AdapterFileError(
-            f"{directory} holds {min(result.unexpected_keys)}, for which neither this model nor modules_to_save in its "
-            "config has a place. It was trained on another model, or its config was changed."
+            f"{directory} holds {min(result.unexpected_keys)}, which is neither in this model nor in modules_to_save of "
+            "its config. It was trained on another model, or its config was changed."
         )
     return model
 
 
 def _digest(tensors: Mapping[str, Tensor], config: PeftConfig) -> str:
-    """Of all that decides what an adapter in this format computes: its tensors, and which of them are heads."""
+    """Digest of what decides the outputs of an adapter in this format: its tensors, heads and task."""
     return f"{digest_of(tensors)} {','.join(sorted(config.modules_to_save or ()))} {config.task_type}"
 
 
 def _check_digest(file: Path | None, tensors: Mapping[str, Tensor], config: PeftConfig) -> None:
-    """Raise where a file written by `to_peft_ln_tuning` has changed since; PEFT's own files carry no digest."""
+    """Refuse a file of `to_peft_ln_tuning` that was changed after writing. PEFT's own files have no digest."""
     if file is None or file.name != WEIGHTS_FILE:
         return
     try:
@@ -150,18 +158,14 @@ def _check_digest(file: Path | None, tensors: Mapping[str, Tensor], config: Peft
         raise AdapterFileError(f"{file} is damaged or cut off ({error}). Get a good copy of the adapter.") from error
     if saved is not None and saved != _digest(tensors, config):
         raise AdapterFileError(
-            f"{file} or its adapter_config.json was changed since to_peft_ln_tuning wrote them: the digests differ. "
+            f"{file} or its adapter_config.json was changed after to_peft_ln_tuning wrote them: the digests differ. "
             "Get both files from one export."
         )
 
 
-def _has(layer: ReplacementLayer, adapter_name: str) -> bool:
-    return any(adapter_name in layer.deltas(parameter) for parameter in PARAMETERS)
-
-
 @torch.no_grad()
 def _whole(layer: ReplacementLayer, adapter_name: str) -> dict[str, Tensor]:
-    """The state of the wrapped module with the adapter in it, as PEFT's own tuner would have trained and saved it."""
+    """The state of the wrapped module with the adapter in it, as PEFT's own tuner saves it."""
     with all_onloaded(layer):
         state = dict(layer.get_base_layer().state_dict())
         for parameter in PARAMETERS:
@@ -191,12 +195,12 @@ def _deltas(loaded: Mapping[str, Tensor], base: Mapping[str, nn.Module], where: 
             own = getattr(base[name], parameter).detach().cpu()
         deltas[f"{ROOT}{name}.lntune_{parameter}.weight"] = _difference(value, own)
     if not deltas:
-        raise AdapterFileError(f"{where} holds no tensor named `...{_CONTAINER}...`; it is no LN_TUNING adapter.")
+        raise AdapterFileError(f"{where} holds no tensor named `...{_CONTAINER}...`; it is not an LN_TUNING adapter.")
     return deltas
 
 
 def _like(loaded: Mapping[str, Tensor], base: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """The model's own tensors, by the names that they have in the file."""
+    """The model's own tensors, by their names in the file."""
     found = {}
     for key in loaded:
         path, _, parameter = key.replace(f".{_CONTAINER}.", ".").removeprefix(ROOT).rpartition(".")
@@ -207,8 +211,8 @@ def _like(loaded: Mapping[str, Tensor], base: Mapping[str, nn.Module]) -> dict[s
 
 
 def _difference(tuned: Tensor, base: Tensor) -> Tensor:
-    """A delta that gives `tuned` back when `base` is added to it."""
+    """A delta that gives `tuned` when `base` is added to it."""
     wide = torch.promote_types(torch.promote_types(tuned.dtype, base.dtype), torch.float32)
     tuned, base = tuned.to(wide), base.to(wide)
     delta = tuned - base
-    return delta + (tuned - (base + delta))  # what the first subtraction rounded off, where the two are far apart
+    return delta + (tuned - (base + delta))  # corrects the rounding of the first subtraction

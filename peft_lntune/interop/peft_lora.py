@@ -1,4 +1,4 @@
-"""A LoRA adapter that PEFT has saved, as the LoRA part of one of ours."""
+"""Loads a LoRA adapter saved by PEFT into the LoRA part of an adapter of this package."""
 
 import os
 
@@ -17,18 +17,18 @@ _SAME = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pat
 
 
 def load_lora(peft_model: PeftModel, directory: str | os.PathLike, adapter_name: str = "default") -> None:
-    """Take the weights of a LoRA adapter that PEFT saved into the LoRA part of an adapter.
+    """Load the weights of a LoRA adapter saved by PEFT into the LoRA part of an adapter.
 
-    Make that part from the same directory, by `UnifiedConfig(parts=[..., LoraConfig.from_pretrained(directory)])`.
+    Make that part from the same folder: `UnifiedConfig(parts=[..., LoraConfig.from_pretrained(directory)])`.
 
     Args:
         peft_model: a model with an adapter that has a LoRA part.
-        directory: what PEFT's `save_pretrained` wrote, or a repository on the Hub.
+        directory: the folder that PEFT's `save_pretrained` wrote, or a repository on the Hub.
         adapter_name: the adapter.
 
     Raises:
-        ConfigError: the adapter is unknown or has no LoRA part, or its ranks and scales are not those of the directory.
-        AdapterFileError: the tensors are not those of this part. After an error nothing has changed.
+        ConfigError: the adapter is unknown or has no LoRA part, or its ranks and scales differ from the saved ones.
+        AdapterFileError: the tensors do not fit this part. After an error nothing has changed.
 
     Example:
         >>> import tempfile
@@ -65,7 +65,7 @@ def _load(peft_model: PeftModel, directory: str | os.PathLike, adapter_name: str
     named = {name: tensor for name, tensor in peft_model.state_dict().items() if is_part(name, adapter_name)}
     targets = {without_adapter_name(name, adapter_name): tensor for name, tensor in named.items()}
     targets = {name: tensor for name, tensor in targets.items() if has_lora([name])}
-    # PEFT leaves `.weight` off the name of DoRA's magnitudes in a file.
+    # PEFT drops `.weight` from the names of DoRA's magnitudes in a file.
     found = {name if name in targets else f"{name}.weight": tensor for name, tensor in file.tensors.items()}
     differing = targets.keys() ^ found.keys()
     shapes = [name for name in targets.keys() & found.keys() if targets[name].shape != found[name].shape]

@@ -1,4 +1,4 @@
-"""Which checkpoint of transformers' Trainer a killed run goes on from."""
+"""Finds the checkpoint of transformers' Trainer from which a killed run can continue."""
 
 import json
 import os
@@ -21,30 +21,30 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 _SHARDED = re.compile(r"(pytorch_model_fsdp|optimizer)_\d+")
 STATE_FILE = "trainer_state.json"
 NEEDED = (("*model*", "*/*model*"), ("optimizer*",), ("scheduler.pt",), ("rng_state*.pth",), (STATE_FILE,))
-"""What going on bit for bit needs, one of each, as Trainer names it in one process or in several."""
+"""The files needed to continue bit for bit, one of each group, as Trainer names them in one process or in several."""
 
 
 def last_whole_checkpoint(directory: str | os.PathLike) -> str | None:
-    """The newest checkpoint in a Trainer's output directory that was written to its end.
+    """Find the newest complete checkpoint in a Trainer's output directory.
 
-    A process that is killed while it writes a checkpoint leaves a part of one, and with `resume_from_checkpoint=True`
-    Trainer takes the highest number, stops with an error, and does so at every start. Here such a checkpoint is passed
-    over, with a warning that says what is wrong with it:
+    A process killed while writing a checkpoint leaves an incomplete one. With `resume_from_checkpoint=True`, Trainer
+    takes the highest number, and so fails at every start. This function skips incomplete checkpoints, with a warning
+    that says what is wrong:
 
         trainer.train(resume_from_checkpoint=last_whole_checkpoint("runs"))
 
-    Whole means: every adapter is the one that its config was saved with, no file is cut off, and the states of
-    optimizer, schedule, random numbers and Trainer are there, so one of `save_only_model=True` is passed over too.
+    A checkpoint is complete if every adapter matches its config, no file is cut off, and the states of optimizer,
+    schedule, random numbers and Trainer are there. Checkpoints of `save_only_model=True` are therefore skipped too.
 
-    DeepSpeed and sharded FSDP write a file per process, in formats of their own, and no list of the files that there
-    should be. Of such a checkpoint the end of the save is looked at, and a warning says what was not.
+    DeepSpeed and sharded FSDP write one file per process, in their own formats, without a list of the files. For such a
+    checkpoint only the marker of a finished save is checked, and a warning says what was not checked.
 
     Args:
-        directory: the `output_dir` of the run; it need not be there yet.
+        directory: the `output_dir` of the run; it may be missing.
 
     Returns:
-        The folder of the checkpoint; None where there is none, and training starts from the beginning. Where there are
-        checkpoints, and none of them is whole, a warning says so.
+        The folder of the checkpoint; None if there is no complete checkpoint, so that training starts from the
+        beginning. If checkpoints exist and all are incomplete, a warning says so.
 
     Raises:
         ConfigError: `directory` is a checkpoint itself.
@@ -55,42 +55,36 @@ def last_whole_checkpoint(directory: str | os.PathLike) -> str | None:
         ...     print(last_whole_checkpoint(folder))
         None
     """
-    folders = sorted(_checkpoints(Path(directory)), key=_number, reverse=True)
-    if not folders and _NAME.fullmatch(Path(directory).name) and Path(directory, STATE_FILE).is_file():
+    root = Path(directory)
+    found = [(_NAME.fullmatch(entry.name), entry) for entry in (root.iterdir() if root.is_dir() else ())]
+    numbered = [(int(match[1]), entry) for match, entry in found if match and entry.is_dir()]
+    folders = [entry for _, entry in sorted(numbered, reverse=True)]
+    if not folders and _NAME.fullmatch(root.name) and (root / STATE_FILE).is_file():
         raise ConfigError(f"{directory} is a checkpoint itself. Give the output_dir that it is in.")
     for folder in folders:
         try:
             unseen = _check(folder)
         except PeftLNTuneError as error:
-            warnings.warn(f"{folder} is passed over: {error}", stacklevel=2)
+            warnings.warn(f"{folder} is skipped: {error}", stacklevel=2)
             continue
         if unseen:
             warnings.warn(f"{folder} is taken, but {unseen}", stacklevel=2)
         return str(folder)
     if folders:
         warnings.warn(
-            f"none of the {len(folders)} checkpoints in {directory} is whole, so training starts from the beginning.",
+            f"all {len(folders)} checkpoints in {directory} are incomplete, so training starts from the beginning.",
             stacklevel=2,
         )
     return None
 
 
-def _checkpoints(directory: Path) -> list[Path]:
-    entries = directory.iterdir() if directory.is_dir() else ()
-    return [entry for entry in entries if _NAME.fullmatch(entry.name) and entry.is_dir()]
-
-
-def _number(folder: Path) -> int:
-    return int(folder.name.rpartition("-")[2])
-
-
 def _check(folder: Path) -> str | None:
-    """Raise a `PeftLNTuneError` where a checkpoint is not whole; say what could not be looked at."""
+    """Raise a `PeftLNTuneError` if a checkpoint is incomplete. Returns what could not be checked, if anything."""
     unseen = _check_deepspeed(folder) if _is_deepspeed(folder) else _check_sharded(folder)
     needed = NEEDED[3:] if _is_deepspeed(folder) else NEEDED
     missing = [names[0] for names in needed if not _files(folder, names)]
     if missing:
-        raise AdapterFileError(f"it has no {missing[0]}. It was not written to its end, or is not meant to go on from.")
+        raise AdapterFileError(f"it has no {missing[0]}. The save was not finished, or training cannot resume from it.")
     _check_json(folder / STATE_FILE)
     for file in _files(folder, ("*.pt", "*.pth", "*.bin", "*.safetensors", "*/*.safetensors")):
         _check_end(file)
@@ -105,43 +99,43 @@ def _is_deepspeed(folder: Path) -> bool:
 
 
 def _check_deepspeed(folder: Path) -> str:
-    """The name of the step's folder is written to `latest` when every process has written its part of the step."""
+    """Check `latest`, which DeepSpeed writes when every process has written its part of the step."""
     latest = folder / "latest"
     step = latest.read_text(encoding="utf-8").strip() if latest.is_file() else ""
     if not step or not (folder / step).is_dir():
         raise AdapterFileError(
-            "DeepSpeed's `latest` is missing, or names no folder beside it, so it was not written to its end."
+            "DeepSpeed's `latest` is missing, or names no folder beside it, so the save was not finished."
         )
     files = _files(folder, (f"{step}/*.pt",))
     if not any("model_states" in file.name for file in files):
-        raise AdapterFileError(f"{step} has no model states. It was not written to its end.")
+        raise AdapterFileError(f"{step} has no model states, so the save was not finished.")
     for file in files:
         _check_end(file)
     return (
-        f"it is DeepSpeed's: whether {step} has the part of every process cannot be told from here. It holds "
-        f"{len(files)} files; compare with the number of processes."
+        f"it is DeepSpeed's: whether {step} has the files of every process cannot be checked. It holds {len(files)} "
+        "files; compare with the number of processes."
     )
 
 
 def _check_sharded(folder: Path) -> str | None:
-    """torch writes `.metadata` when every process has written its shard."""
+    """Check `.metadata`, which torch writes when every process has written its shard."""
     sharded = sorted(
         {file.parent for file in folder.glob("*/*.distcp")} | {f.parent for f in folder.glob("*/.metadata")}
     )
     sharded += [entry for entry in folder.iterdir() if _SHARDED.fullmatch(entry.name) and entry not in sharded]
     for own in sharded:
         if not (own / ".metadata").is_file() or not (own / ".metadata").stat().st_size or not any(own.glob("*.distcp")):
-            raise AdapterFileError(f"{own.name} has no .metadata, or no shard, so it was not written to its end.")
+            raise AdapterFileError(f"{own.name} has no .metadata, or no shard, so the save was not finished.")
     if not sharded:
         return None
     return (
-        f"{', '.join(own.name for own in sharded)} are FSDP's: whether the shard of every process is there and whole "
-        "cannot be told from here."
+        f"{', '.join(own.name for own in sharded)} are FSDP's: whether the shard of every process is there and "
+        "complete cannot be checked."
     )
 
 
 def _files(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    """What was left in a temporary folder, whose name begins with a dot, is of no checkpoint."""
+    """Files that match a pattern, without those in temporary folders, whose names begin with a dot."""
     found = [file for pattern in patterns for file in folder.glob(pattern)]
     return sorted(file for file in found if not file.relative_to(folder).parts[0].startswith("."))
 
@@ -157,7 +151,7 @@ def _check_json(file: Path) -> dict[str, object]:
 
 
 def _check_end(file: Path) -> None:
-    """The header of safetensors says how long a file is; what torch saves is a zip file, whose directory comes last."""
+    """Refuse a file that is cut off: safetensors states its length, and torch's zip files end with their directory."""
     try:
         with safe_open(file, framework="pt") if file.suffix == ".safetensors" else zipfile.ZipFile(file):
             pass
@@ -166,6 +160,6 @@ def _check_end(file: Path) -> None:
 
 
 def _check_adapter(folder: Path) -> None:
-    """The config is written last, and says what the weights are; other types of adapters say nothing of it."""
+    """Check an adapter of this package against its config. Adapters of other types have no digest."""
     if _check_json(folder / CONFIG_FILE).get("peft_type") == PEFT_TYPE:
         StoredConfig.from_pretrained(str(folder))

@@ -217,7 +217,7 @@ class TestSourcesThatAreModels:
             bank.add("x", (model, "nobody"))
         with pytest.raises(ConfigError, match="the given model has BertForMaskedLM"):
             bank.add("x", (build("bert"), "default"))
-        with pytest.raises(ConfigError, match="from a directory or from \\(peft_model, adapter_name\\), but got 3"):
+        with pytest.raises(ConfigError, match="from a folder or from \\(peft_model, adapter_name\\), but got 3"):
             bank.add("x", 3)
 
     @pytest.mark.parametrize("value", [float("nan"), 1e6])

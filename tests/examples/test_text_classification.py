@@ -180,7 +180,7 @@ def test_killed_run_goes_on_where_it_was(tiny_bert, data_dir, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         train_method(run, task, tmp_path / "killed")
     (tmp_path / "killed" / "checkpoints" / "checkpoint-5").mkdir()  # as if killed while this was written
-    with pytest.warns(UserWarning, match="checkpoint-5 is passed over"):
+    with pytest.warns(UserWarning, match="checkpoint-5 is skipped"):
         train_method(run, task, tmp_path / "killed", resume=True)
     assert not (tmp_path / "killed" / "checkpoints").exists()
     assert calls == [0, 1, 2, 3, 4, 4, 5]

@@ -1,4 +1,4 @@
-"""What a killed process leaves: adapters that are refused, checkpoints that are passed over."""
+"""What a killed process leaves: adapters that are refused, checkpoints that are skipped."""
 
 import shutil
 from collections.abc import Callable
@@ -133,7 +133,7 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before(trained: Path, tmp_
                 continue  # the one is not needed; the other is written before what is
             shutil.copy(file, tmp_path / "kept")
             damage(file)
-            with pytest.warns(UserWarning, match=f"{LAST} is passed over: "):
+            with pytest.warns(UserWarning, match=f"{LAST} is skipped: "):
                 found = last_whole_checkpoint(str(trained))
             shutil.copy(tmp_path / "kept", file)
             assert found == str(before), file
@@ -145,7 +145,7 @@ def test_weights_of_another_save_are_passed_over(trained: Path, tmp_path: Path) 
     folder = Path(shutil.copytree(trained, tmp_path / "run"))
     for file in (folder / LAST).rglob(WEIGHTS_FILE):
         shutil.copy(folder / BEFORE / file.relative_to(folder / LAST), file)
-    with pytest.warns(UserWarning, match="passed over: .*digests differ"):
+    with pytest.warns(UserWarning, match="skipped: .*digests differ"):
         assert last_whole_checkpoint(folder) == str(folder / BEFORE)
 
 
@@ -156,8 +156,10 @@ def test_without_a_whole_one_training_begins_at_the_beginning(tmp_path: Path) ->
     assert last_whole_checkpoint(tmp_path) is None
     (tmp_path / "checkpoint-2").mkdir()
     with (
-        pytest.warns(UserWarning, match="none of the 1 checkpoints in .* is whole, so training starts from the beginn"),
-        pytest.warns(UserWarning, match="checkpoint-2 is passed over: it has no .* not written to its end"),
+        pytest.warns(
+            UserWarning, match="all 1 checkpoints in .* are incomplete, so training starts from the beginning"
+        ),
+        pytest.warns(UserWarning, match="checkpoint-2 is skipped: it has no .* save was not finished"),
     ):
         assert last_whole_checkpoint(tmp_path) is None
 
@@ -172,7 +174,7 @@ def test_what_it_makes_of_checkpoints(trained: Path, tmp_path: Path) -> None:
     (left / CONFIG_FILE).touch()
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     shutil.copytree(whole, tmp_path / "checkpoint-11", ignore=shutil.ignore_patterns("optimizer.pt"))
-    with pytest.warns(UserWarning, match=r"checkpoint-11 is passed over: it has no optimizer\*"):
+    with pytest.warns(UserWarning, match=r"checkpoint-11 is skipped: it has no optimizer\*"):
         assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
@@ -183,11 +185,11 @@ def test_other_adapters_and_whole_models_count_too(trained: Path, tmp_path: Path
         shutil.copytree(trained / LAST, tmp_path / f"checkpoint-{number}", ignore=shutil.ignore_patterns(*ours))
     get_peft_model(build_base(), LoraConfig(task_type="SEQ_CLS")).save_pretrained(str(tmp_path / "checkpoint-1"))
     save_file({"weight": build_base().classifier.weight.detach()}, tmp_path / "checkpoint-2" / "model.safetensors")
-    with pytest.warns(UserWarning, match=r"checkpoint-3 is passed over: it has no \*model\*"):
+    with pytest.warns(UserWarning, match=r"checkpoint-3 is skipped: it has no \*model\*"):
         assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     shutil.rmtree(tmp_path / "checkpoint-3")
     cut(tmp_path / "checkpoint-2" / "model.safetensors", 0.5)
-    with pytest.warns(UserWarning, match=r"checkpoint-2 is passed over: model\.safetensors is cut off"):
+    with pytest.warns(UserWarning, match=r"checkpoint-2 is skipped: model\.safetensors is cut off"):
         assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
 
 
@@ -253,7 +255,7 @@ def test_checkpoints_of_several_processes(make: Any, damages: list[Any], trained
         damage(folder)
         with (
             pytest.warns(UserWarning, match="none of the 1 checkpoints .* training starts from the beginning"),
-            pytest.warns(UserWarning, match="checkpoint-4 is passed over: "),
+            pytest.warns(UserWarning, match="checkpoint-4 is skipped: "),
         ):
             assert last_whole_checkpoint(root) is None
 

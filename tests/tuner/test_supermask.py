@@ -531,7 +531,7 @@ class TestRefused:
             "to_peft_ln_tuning",
             lambda model: to_peft_ln_tuning(model, "nowhere"),
             UnsupportedError,
-            r"has parts \(SupermaskConfig\) that PEFT's LN_TUNING format has no place for",
+            r"has parts \(SupermaskConfig\) that PEFT's LN_TUNING format cannot hold",
         ),
     )
 
