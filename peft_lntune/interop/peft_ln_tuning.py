@@ -136,8 +136,8 @@ def _from_peft(model: nn.Module, directory: str | os.PathLike, adapter_name: str
     result = set_peft_model_state_dict(model, {**heads, **deltas}, adapter_name)
     if result.unexpected_keys:
         raise AdapterFileError(
-            f"{directory} holds {min(result.unexpected_keys)}, which is neither in this model nor in modules_to_save of "
-            "its config. It was trained on another model, or its config was changed."
+            f"{directory} holds {min(result.unexpected_keys)}, which is neither in this model nor in modules_to_save "
+            "of its config. It was trained on another model, or its config was changed."
         )
     return model
 

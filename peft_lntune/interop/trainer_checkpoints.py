@@ -72,7 +72,7 @@ def last_whole_checkpoint(directory: str | os.PathLike) -> str | None:
         return str(folder)
     if folders:
         warnings.warn(
-            f"all {len(folders)} checkpoints in {directory} are incomplete, so training starts from the beginning.",
+            f"none of the {len(folders)} checkpoints in {directory} is complete, so training starts from the beginning.",
             stacklevel=2,
         )
     return None

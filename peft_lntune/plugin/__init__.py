@@ -1,11 +1,11 @@
-"""The only folder that touches private names of PEFT and transformers; `tests/plugin` lists each and what it is for."""
+"""The only folder that uses private names of PEFT and transformers. `tests/plugin` lists each name and its use."""
 
 from peft_lntune.plugin.optional import apply_optional
 from peft_lntune.plugin.register import register
 
 __all__ = ["install"]
 
-# What users lose without it, and the patch that gives it.
+# For each feature that users would lose, the patch that provides it.
 PATCHES = {
     "adapters in a PeftMixedModel": "mixed.join_mixed_models",
     "refusing damaged adapters without a trace, and masked ones in transformers' load_adapter": "loading.guard_loading",
@@ -18,7 +18,11 @@ PATCHES = {
 
 
 def install() -> None:
-    """Register with PEFT, then apply what can be done without. Calling it again changes nothing."""
+    """Register with PEFT, then apply the optional patches. Calling it again changes nothing.
+
+    Raises:
+        RegistrationError: another package has registered this PEFT type. Nothing has changed.
+    """
     register()
     for feature, patch in PATCHES.items():
         apply_optional(feature, f"{__name__}.{patch}")

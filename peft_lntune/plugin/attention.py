@@ -10,7 +10,11 @@ __all__ = ["register_attention"]
 
 
 def register_attention() -> None:
-    """Let attention modules find `lntune_prefix` by its name. Idempotent."""
-    _ = PreTrainedConfig._attn_implementation  # where they look for that name, see `ConfigView`
-    # On the object, since the class has another `register` from its metaclass.
+    """Register `lntune_prefix`, so that attention modules find it by name. Calling it again changes nothing.
+
+    Raises:
+        AttributeError: transformers no longer has a name that is needed.
+    """
+    _ = PreTrainedConfig._attn_implementation  # must exist: `ConfigView` gives the function's name there
+    # On the object, because the class has another `register` from its metaclass.
     ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, lntune_prefix)

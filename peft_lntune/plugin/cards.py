@@ -1,7 +1,7 @@
-"""Model cards that name this package, also where PEFT and transformers write the card after, or without, our config.
+"""Model cards that name this package, even if PEFT or transformers write the card after our config, or without it.
 
-`PeftModel.save_pretrained` puts one card into the directory that holds the directories of named adapters, Trainer
-writes its own card over PEFT's, and `push_to_hub` uploads a card that it makes last.
+`PeftModel.save_pretrained` writes one card into the folder that holds the folders of named adapters, Trainer overwrites
+PEFT's card with its own, and `push_to_hub` makes and uploads a card last.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,11 @@ __all__ = ["name_import_in_cards"]
 
 
 def name_import_in_cards() -> None:
-    """Wrap what writes the top card, and what uploads one. Idempotent."""
+    """Wrap the functions of PEFT and transformers that write or upload a card. Calling it again changes nothing.
+
+    Raises:
+        AttributeError: one of these functions no longer exists. Nothing has changed.
+    """
     wrap_once(
         [
             (PeftModel, "create_or_update_model_card", _wrapped_write),

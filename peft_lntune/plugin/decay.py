@@ -1,7 +1,7 @@
-"""Trainer's weight decay leaves deltas and scores of masks alone, whatever their module is called.
+"""Excludes deltas and supermask scores from Trainer's weight decay, whatever their module is called.
 
-Trainer decays all parameters but those of an `nn.LayerNorm` and those whose names say "bias" or "norm". Decay draws a
-delta to the pretrained value, and a score to the threshold where its entry is switched; neither is what decay is for.
+Trainer decays all parameters except those of `nn.LayerNorm` and those with "bias" or "norm" in their names. Decay would
+pull a delta towards the pretrained value, and a score towards the threshold at which its entry is switched.
 """
 
 import sys
@@ -20,7 +20,11 @@ _USERS = ("transformers.trainer", "peft.optimizers.loraplus")  # they import the
 
 
 def leave_out_deltas() -> None:
-    """Let transformers' `get_parameter_names` pass over deltas and masks. Idempotent."""
+    """Wrap transformers' `get_parameter_names` to skip deltas and supermasks. Calling it again changes nothing.
+
+    Raises:
+        AttributeError: the function no longer exists. Nothing has changed.
+    """
     users = [sys.modules[name] for name in _USERS if hasattr(sys.modules.get(name), "get_parameter_names")]
     wrap_once([(module, "get_parameter_names", _wrapped) for module in (trainer_pt_utils, *users)])
 

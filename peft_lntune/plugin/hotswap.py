@@ -1,7 +1,7 @@
-"""Hot swapping: the values of a saved adapter put in the place of another's, in the same tensors.
+"""Hot swapping: write the values of a saved adapter into the tensors of another, without recompiling the model.
 
-A compiled model is not compiled again by it. PEFT's `hotswap_adapter` knows LoRA alone; two functions that it calls are
-wrapped, so that code which has imported it already has adapters of ours too.
+PEFT's `hotswap_adapter` only handles LoRA. Two functions that it calls are wrapped, so that code which imported it
+earlier can swap our adapters too.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +21,11 @@ __all__ = ["offer_hotswap"]
 
 
 def offer_hotswap() -> None:
-    """Let PEFT's `hotswap_adapter` take adapters of this package. Idempotent."""
+    """Wrap functions of PEFT so that `hotswap_adapter` takes our adapters. Calling it again changes nothing.
+
+    Raises:
+        AttributeError: one of these functions no longer exists. Nothing has changed.
+    """
     wrap_once(
         [
             (hotswap, "check_hotswap_configs_compatible", _guarded_check),
@@ -34,7 +38,7 @@ def _guarded_check(original: Callable[..., None]) -> Callable[..., None]:
     def check_hotswap_configs_compatible(config0: Any, config1: Any) -> None:
         if config0.peft_type != PeftType.LNTUNE or config1.peft_type != PeftType.LNTUNE:
             original(config0, config1)
-        # Of ours the adapter that is meant is looked at, which may be another than the active one that comes here.
+        # For ours, `_swap` checks the named adapter, which may differ from the active one that PEFT gives here.
 
     return check_hotswap_configs_compatible
 
@@ -65,8 +69,8 @@ def _swap(model: Any, tensors: Mapping[str, Tensor], adapter_name: str, config: 
         set_peft_model_state_dict(model, plain, adapter_name)
     except AdapterFileError as error:
         raise AdapterFileError(
-            f"{error} A hot swap keeps the places and the number of tuned entries of adapter {adapter_name!r}; load an "
-            "adapter with others under another name."
+            f"{error} A hot swap keeps the places and the number of tuned entries of adapter {adapter_name!r}. Load an "
+            "adapter that differs in these under another name."
         ) from error
     norms = config.deltas
     if norms is not None:

@@ -1,8 +1,8 @@
-"""A refused adapter leaves no trace, whichever way it is loaded.
+"""A refused adapter leaves the model unchanged, whichever loader is used.
 
-PEFT puts an adapter into the model before it reads the weights, so a bad file would leave a half-loaded adapter
-behind, and transformers' own loader only reports keys that do not fit. The loaders are wrapped: the files are checked
-first, and where loading fails all the same, the model is put back as it was.
+PEFT injects an adapter before it reads the weights, so a bad file would leave a half-loaded adapter behind, and
+transformers' own loader only reports keys that do not fit. The loaders are wrapped: the files are checked first, and if
+loading still fails, the model is restored.
 """
 
 import inspect
@@ -38,11 +38,15 @@ from peft_lntune.tuner.state_dict import further_names, scores_by, unpack_by
 __all__ = ["guard_loading"]
 
 HEADS_SINCE = 5, 18
-"""The first transformers whose own `load_adapter` loads heads (`modules_to_save`)."""
+"""The first version of transformers whose own `load_adapter` loads heads (`modules_to_save`)."""
 
 
 def guard_loading() -> None:
-    """Wrap PEFT's and transformers' loaders. Idempotent."""
+    """Wrap the loaders of PEFT and transformers. Calling it again changes nothing.
+
+    Raises:
+        AttributeError: one of the loaders no longer exists. Nothing has changed.
+    """
     wrap_once(
         [
             (PeftConfig.__mro__[1], "from_json_file", _guarded_json),
@@ -56,7 +60,7 @@ def guard_loading() -> None:
 
 
 def _guarded_json(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Every loader reads configs by this, before it knows whose they are."""
+    """Every loader reads configs with this method, before it knows their type."""
 
     def from_json_file(cls: type, path_json_file: str, **kwargs: Any) -> Any:
         config = read_config(path_json_file)
@@ -73,7 +77,7 @@ def _guarded_load(original: Callable[..., Any]) -> Callable[..., Any]:
         mapping = signature.bind(self, model_id, adapter_name, *args, **kwargs).arguments.get("key_mapping")
         with restored_on_error(self, adapter_name), _loading(self, model_id, kwargs, mapping):
             if isinstance(self.peft_config.get(adapter_name), LNTuneConfig):
-                saved = _check_files(model_id, kwargs)  # PEFT reads the config only of adapters it does not have yet
+                saved = _check_files(model_id, kwargs)  # PEFT does not read the config of an adapter that it has
                 if saved is not None:
                     check_replacement(self, adapter_name, saved, str(model_id))
             with _dispatched_as_it_is(self, model_id, kwargs):
@@ -95,7 +99,7 @@ def _guarded_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]
         if mapping is None:  # as PEFT does it
             mapping = getattr(model, "_checkpoint_conversion_mapping", None) or None
         with restored_on_error(model, config=config), _loading(model, model_id, kwargs, mapping):
-            if isinstance(config, LNTuneConfig):  # then it was not our own class that loaded it
+            if isinstance(config, LNTuneConfig):  # given by the caller, so its files are not checked yet
                 config.take_sizes(_check_files(model_id, kwargs) or config)
             with _dispatched_as_it_is(model, model_id, kwargs):
                 return original(cls, model, model_id, *args, **kwargs)
@@ -105,8 +109,7 @@ def _guarded_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]
 
 def _guarded_auto(original: Callable[..., Any]) -> Callable[..., Any]:
     def from_pretrained(cls: type, path: Any, *args: Any, **kwargs: Any) -> Any:
-        # Before the weights of a model are read for an adapter that is not whole, or not for it. What that model's own
-        # files lack is not the adapter's fault.
+        # Check the adapter before the weights of its model are read. Errors in the model's own files pass unchanged.
         with told_by_us(path, lambda: SavedAdapter(path, kwargs).seems_ours):
             if SavedAdapter(path, kwargs).seems_ours:
                 config = StoredConfig.from_pretrained(str(path), **hub_options(kwargs))
@@ -117,12 +120,12 @@ def _guarded_auto(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _base_config(config: LNTuneConfig, kwargs: Mapping[str, Any]) -> Any:
-    """The config of the model that an adapter says it is for; None where it cannot be had."""
+    """The config of the model that an adapter names; None if it cannot be loaded."""
     try:
         hub = {name: value for name, value in hub_options(kwargs).items() if name not in ("subfolder", "revision")}
         return AutoConfig.from_pretrained(config.base_model_name_or_path, revision=config.revision or "main", **hub)
     except Exception:
-        return None  # then loading the model says so
+        return None  # loading the model then reports it
 
 
 def _guarded_native(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -158,19 +161,19 @@ def _check_not_offloaded(model: nn.Module, config: Any, model_id: Any, hub: dict
     if isinstance(config, LNTuneConfig) or (model_id is not None and SavedAdapter(model_id, hub).is_ours):
         raise UnsupportedError(
             "this model is offloaded, and transformers' own load_adapter would leave the adapter without values. Load "
-            "it with PeftModel.from_pretrained(model, ...)."
+            "the adapter with PeftModel.from_pretrained(model, ...)."
         )
 
 
 def _read_ours(model: nn.Module, given: dict[str, Any], model_id: Any, hub: dict[str, Any]) -> None:
-    """Check what transformers is about to load, and give it masked deltas unpacked: it matches tensors by their names.
+    """Check what transformers is about to load, and unpack masked deltas, because it matches tensors by name.
 
     Args:
         model: the model to load into.
-        given: the arguments of its `load_adapter`; config and tensors are put in where transformers should not read
-            them itself.
+        given: the arguments of its `load_adapter`. Config and tensors are added if transformers should not read them
+            itself.
         model_id: the adapter's folder or repository, if any.
-        hub: where on the Hub to look.
+        hub: keyword arguments that say where to look on the Hub.
     """
     config, tensors = given.get("peft_config"), given.get("adapter_state_dict")
     if config is None and model_id is not None and SavedAdapter(model_id, hub).is_ours:
@@ -188,10 +191,10 @@ def _read_ours(model: nn.Module, given: dict[str, Any], model_id: Any, hub: dict
     else:
         tensors = load_peft_weights(str(model_id), device="cpu", **hub_options(hub))
     has_masks = any(key.endswith((KEEP, SCORES)) for key in tensors)
-    given["peft_config"] = config  # it knows what is in the file
-    adapts = given.get("adapter_kwargs")  # which transformers leaves out where it is given a config
+    given["peft_config"] = config  # it records what is in the file
+    adapts = given.get("adapter_kwargs")  # transformers ignores them if it is given a config
     if is_packed(tensors) or has_lora(tensors) or has_masks or config.save_dtype is not None or adapts:
-        # Of the containers of this PEFT type alone it knows where the adapter's name belongs.
+        # transformers knows where the adapter's name belongs only for the containers of this PEFT type.
         unpacked = unpack_by(base_modules(model), config, tensors, where)
         name = given.get("adapter_name") or "default"
         if has_masks:
@@ -203,7 +206,7 @@ def _read_ours(model: nn.Module, given: dict[str, Any], model_id: Any, hub: dict
 
 
 def _check_heads_load() -> None:
-    """Heads are in a file under their own names; transformers finds their places in a model only since 5.18."""
+    """Refuse heads if transformers does not find their places in a model, which it does since 5.18."""
     major, minor, *_ = transformers.__version__.split(".")
     if (int(major), int(minor)) < HEADS_SINCE:
         raise UnsupportedError(
@@ -214,7 +217,7 @@ def _check_heads_load() -> None:
 
 
 def _check_files(model_id: Any, kwargs: dict[str, Any]) -> LNTuneConfig | None:
-    """Check a saved adapter; its config, or None where it has none: where PEFT has one already it needs no other."""
+    """Check a saved adapter. Returns its config, or None if it has none, as PEFT allows if the model has a config."""
     saved = SavedAdapter(model_id, kwargs)
     if saved.fields is not None:
         return StoredConfig.from_pretrained(str(model_id), **hub_options(kwargs))
@@ -225,7 +228,7 @@ def _check_files(model_id: Any, kwargs: dict[str, Any]) -> LNTuneConfig | None:
 
 @contextmanager
 def _loading(model: nn.Module, model_id: Any, hub: Mapping[str, Any], key_mapping: Any = None) -> Iterator[None]:
-    """What is common to the loaders: how names are mapped, and who tells what went wrong."""
+    """Set the name mapping, and turn errors into errors of this package, while a loader runs."""
     with (
         told_by_us(model_id, lambda: bool(configs_of(model)) or SavedAdapter(model_id, hub).seems_ours),
         renaming(key_mapping),
@@ -235,11 +238,11 @@ def _loading(model: nn.Module, model_id: Any, hub: Mapping[str, Any], key_mappin
 
 @contextmanager
 def _dispatched_as_it_is(model: nn.Module, model_id: Any, hub: dict[str, Any]) -> Iterator[None]:
-    """Keep PEFT from dispatching a model anew, which accelerate has spread over devices, for an adapter of ours.
+    """Keep PEFT from dispatching a model again that accelerate has spread over devices, for an adapter of ours.
 
-    PEFT takes accelerate's hooks off first. Weights that are on disk are then on meta, and an adapter with them, until
-    files are written that hold both; a mask fits none of them. Our layers work beneath the hooks: an adapter lives on
-    the device on which its module computes.
+    PEFT would first remove accelerate's hooks. Weights on disk, and adapters with them, would then be on meta until
+    files with both are written, and masks fit none of these files. Our layers work beneath the hooks: an adapter lives
+    on the device on which its module computes.
     """
     holder = next((part for part in model.modules() if "hf_device_map" in part.__dict__), None)
     if holder is None or not SavedAdapter(model_id, hub).is_ours:
@@ -253,7 +256,7 @@ def _dispatched_as_it_is(model: nn.Module, model_id: Any, hub: dict[str, Any]) -
 
 
 def _explain_misfit(model: nn.Module, adapter_name: str, model_id: Any, hub: dict[str, Any]) -> None:
-    """transformers only logs which shapes differ; raise what PEFT's way of loading would have raised."""
+    """Raise the error of PEFT's loader for shapes that differ, which transformers only logs."""
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if isinstance(config, LNTuneConfig) and model_id is not None:
         tensors = load_peft_weights(str(model_id), device="cpu", **hub_options(hub))
@@ -261,16 +264,19 @@ def _explain_misfit(model: nn.Module, adapter_name: str, model_id: Any, hub: dic
 
 
 def _check_report(info: Any, adapter_name: str, further: Collection[str]) -> None:
-    """transformers reports keys that do not fit, and goes on; for ours that is an error, as with PEFT.
+    """Refuse keys that do not fit an adapter of ours, which transformers only reports.
 
     Args:
-        info: the report.
-        adapter_name: which adapter was loaded.
-        further: names that are not in a file, because the model has the same layer under another one.
+        info: the report of transformers.
+        adapter_name: the adapter that was loaded.
+        further: names that no file holds, because the model has the same layer under another name.
+
+    Raises:
+        AdapterFileError: keys are missing or unexpected, or shapes differ.
     """
     problems = {
         "missing": [key for key in info.missing_keys if of_adapter(key, adapter_name) and key not in further],
-        # These come with the adapter's name in them where transformers knows the container, or else as in the file.
+        # These have the adapter's name in them if transformers knows the container, else they are as in the file.
         "unexpected": [key for key in info.unexpected_keys if of_adapter(key, adapter_name) or is_ours(key)],
         "of another shape": [key for key, *_ in info.mismatched_keys if of_adapter(key, adapter_name)],
     }

@@ -1,7 +1,7 @@
-"""LN adapters in a `PeftMixedModel`, beside LoRA, LoHa, LoKr and the others.
+"""Our adapters in a `PeftMixedModel`, together with LoRA, LoHa, LoKr and others.
 
-PEFT's mixed tuner dispatches on closed tuples of classes; these are extended, and its methods learn one more case.
-PEFT cannot save mixed models: for one saved adapter use a combined config.
+PEFT's mixed tuner dispatches on fixed tuples of classes. These are extended, and its methods get one more case. PEFT
+cannot save mixed models; to save several methods as one adapter, use a `UnifiedConfig`.
 """
 
 from collections.abc import Callable
@@ -36,17 +36,21 @@ _CASES = (
 
 
 def join_mixed_models() -> None:
-    """Let `get_peft_model(..., mixed=True)` take LN configs. Idempotent."""
+    """Let `get_peft_model(..., mixed=True)` take our configs. Calling it again changes nothing.
+
+    Raises:
+        AttributeError: PEFT no longer has a name that is needed. Nothing has changed.
+    """
     peft_type = PeftType(PEFT_TYPE)
     tuner = module.MixedModel
     if peft_type in module.COMPATIBLE_TUNER_TYPES:
         return
-    # Everything is looked up before anything is changed.
+    # Look up everything before changing anything.
     types, prefixes, configs, layers = module.COMPATIBLE_TUNER_TYPES, module.PREFIXES, module.Configs, module.Layers
     originals = {name: getattr(tuner, name) for name in _CASES}
     _ = package.COMPATIBLE_TUNER_TYPES, mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING
     package.COMPATIBLE_TUNER_TYPES = module.COMPATIBLE_TUNER_TYPES = (*types, peft_type)
-    mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING[peft_type] = LNTuneModel  # from_pretrained asks whether it is there
+    mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING[peft_type] = LNTuneModel  # from_pretrained checks that the key exists
     module.PREFIXES = [*prefixes, LNTuneModel.prefix]
     module.Configs = Union[(configs, LNTuneConfig)]  # noqa: UP007  # PEFT reads its __args__
     module.Layers = (*layers, ReplacementLayer)
@@ -62,7 +66,7 @@ def _cases(originals: dict[str, Callable[..., Any]]) -> dict[str, Any]:
         if isinstance(config, UnifiedConfig):
             raise UnsupportedError(
                 "a UnifiedConfig is several adapters in one, and a PeftMixedModel injects one at a time. Use it in a "
-                "PeftModel (mixed=False), with LoRA as one of its parts; then it can be saved, too."
+                "PeftModel (mixed=False), with LoRA as one of its parts. It can then be saved, too."
             )
         if not isinstance(config, LNTuneConfig):
             return originals["inject_adapter"](self, model, adapter_name, *args, **kw)

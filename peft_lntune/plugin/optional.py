@@ -1,4 +1,4 @@
-"""Optional patches: where a new version of PEFT or transformers has moved a name, one warning, and the rest works."""
+"""Optional patches: if a new version of PEFT or transformers has moved a name, one warning, and the rest works."""
 
 import warnings
 from importlib import import_module
@@ -11,15 +11,15 @@ class PluginWarning(UserWarning):
 
 
 def apply_optional(feature: str, patch: str) -> bool:
-    """Apply a patch; warn where a name it needs is gone.
+    """Apply a patch; warn if a name that it needs no longer exists.
 
     Args:
-        feature: what users lose without it, for the warning.
-        patch: full name of a function that looks all its names up before it changes the first one. Its module is
-            imported here, because a name may be gone that the module itself imports.
+        feature: the feature that users lose without the patch, for the warning.
+        patch: full name of a function that looks up all its names before it changes anything. Its module is imported
+            here, because the imports of the module itself may fail.
 
     Returns:
-        Whether it was applied.
+        True if the patch was applied.
     """
     module, _, function = patch.rpartition(".")
     try:

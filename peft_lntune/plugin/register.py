@@ -12,7 +12,7 @@ __all__ = ["register"]
 
 
 def register() -> None:
-    """Register the family with PEFT. Idempotent.
+    """Register the PEFT type of this package. Calling it again changes nothing.
 
     Raises:
         RegistrationError: another package has registered this type. Nothing has changed.
@@ -26,9 +26,9 @@ def register() -> None:
     if holder is not None and _name(holder) != _name(LNTuneModel):
         raise RegistrationError(
             f"the PEFT type {PEFT_TYPE} is held by {_name(holder)}, and {_name(LNTuneModel)} "
-            "needs it. Uninstall or do not import one of the two."
+            "needs it. Uninstall one of the two, or do not import it."
         )
-    if holder is not None:  # this package, imported anew: its first classes make way
+    if holder is not None:  # this package was imported again: replace its first classes
         mapping.PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = LNTuneModel
         mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = StoredConfig
         return
@@ -40,7 +40,7 @@ def _name(cls: type) -> str:
 
 
 def _add_member(name: str) -> None:
-    """What `class PeftType` would have done with one line more; an enum with members cannot be subclassed."""
+    """Add a member as the class body of `PeftType` would; an enum with members cannot be subclassed."""
     member = str.__new__(PeftType, name)
     member._name_ = name
     member._value_ = name

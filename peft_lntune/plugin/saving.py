@@ -1,7 +1,7 @@
-"""Saving over an older adapter leaves the old one or the new one, whenever the process is killed.
+"""Saving over an older adapter leaves either the old or the new adapter, whenever the process is killed.
 
-PEFT and transformers write the weights and the config one after the other to their final places. So their savers are
-given another folder, from which the files then take their places.
+PEFT and transformers write the weights and the config one after the other to their final places. So their savers get
+another folder, from which the files are then moved.
 """
 
 import inspect
@@ -20,7 +20,11 @@ __all__ = ["save_whole"]
 
 
 def save_whole() -> None:
-    """Wrap what saves adapters. Idempotent."""
+    """Wrap the methods of PEFT and transformers that save adapters. Calling it again changes nothing.
+
+    Raises:
+        AttributeError: one of the methods no longer exists. Nothing has changed.
+    """
     wrap_once([(owner, "save_pretrained", _wrapped) for owner in (PeftModel, PreTrainedModel)])
 
 
@@ -32,7 +36,7 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
         bound.apply_defaults()
         given = bound.arguments
         target = given["save_directory"]
-        # Other processes than the main one write nothing, and to the Hub goes what is in the final folder.
+        # Only the main process writes, and uploads to the Hub read the final folder.
         elsewhere = not given["is_main_process"] or given.get("push_to_hub") or given.get("distributed_checkpoint")
         if elsewhere or not configs_of(self) or Path(target).is_file():
             return original(self, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Wrap functions of PEFT and transformers: all or none, each once, and so that the original can be put back."""
+"""Wraps functions of PEFT and transformers: all or none, each once, and so that the originals can be restored."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -7,18 +7,18 @@ from typing import Any
 __all__ = ["MARK", "wrap_once"]
 
 MARK = "_lntune_wraps"
-"""The attribute that a function has which was made here. What it wraps is its `__wrapped__`."""
+"""Attribute of every function made here. The wrapped function is its `__wrapped__`."""
 
 
 def wrap_once(wraps: Iterable[tuple[Any, str, Callable[[Callable[..., Any]], Callable[..., Any]]]]) -> None:
-    """Put wrapped functions in the place of functions that others own. Calling it again changes nothing.
+    """Replace functions of other packages by wrapped ones. Calling it again changes nothing.
 
     Args:
-        wraps: for each function the class or module that holds it, its name there, and what makes the new function
-            from the old one. Of a class method that is the function beneath.
+        wraps: for each function, the class or module that holds it, its name there, and a function that makes the new
+            function from the old one. For a class method, the old one is the function beneath.
 
     Raises:
-        AttributeError: one of the names is gone. Nothing has changed.
+        AttributeError: one of the names no longer exists. Nothing has changed.
 
     Example:
         >>> class Owner:

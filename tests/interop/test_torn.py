@@ -156,9 +156,7 @@ def test_without_a_whole_one_training_begins_at_the_beginning(tmp_path: Path) ->
     assert last_whole_checkpoint(tmp_path) is None
     (tmp_path / "checkpoint-2").mkdir()
     with (
-        pytest.warns(
-            UserWarning, match="all 1 checkpoints in .* are incomplete, so training starts from the beginning"
-        ),
+        pytest.warns(UserWarning, match="none of the 1 checkpoints in .* is complete, so training starts from the"),
         pytest.warns(UserWarning, match="checkpoint-2 is skipped: it has no .* save was not finished"),
     ):
         assert last_whole_checkpoint(tmp_path) is None
