@@ -1,4 +1,4 @@
-"""`python -m peft_lntune.cli`, where the script is not on the path."""
+"""`python -m peft_lntune.cli`, if the script is not on the path."""
 
 from peft_lntune.cli import main
 

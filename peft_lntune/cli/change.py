@@ -13,24 +13,24 @@ __all__ = ["change_between", "command"]
 
 
 def change_between(before: str, after: str, *, layers: bool = True, shared: bool = False) -> Table:
-    """`parameter_change` of two saved models, or of a model and an adapter for it.
+    """Measure how far training moved each component, from two saved models or from a model and an adapter.
 
     Args:
-        before: checkpoint of a model: a safetensors file, the index of a sharded one, or a folder.
-        after: likewise; or the directory of an adapter, which is then put into the model `before`; of heads saved with
-            it only those count that `before` has in the same shape.
-        layers: one row a component and layer; False: one row a component.
-        shared: compare what both have in one shape.
+        before: checkpoint of a model: a safetensors file, the index of a sharded checkpoint, or a folder.
+        after: checkpoint of a model in the same forms, or the folder of an adapter for `before`. Heads saved with the
+            adapter are only compared if `before` has them in the same shape.
+        layers: one row per component and layer; False: one row per component.
+        shared: compare only the tensors that both have in the same shape.
 
     Returns:
-        The table of `parameter_change`.
+        The table of `peft_lntune.analysis.parameter_change`.
 
     Raises:
-        ConfigError: names or shapes differ.
+        ConfigError: names or shapes differ, and `shared` is False.
         AdapterFileError: a file is missing or damaged.
     """
     if Path(after, "adapter_config.json").is_file():
-        # A head that the folder does not have starts at random, so there is nothing it has moved from.
+        # A head that is not in the folder starts at random, so its change means nothing.
         return parameter_change(*match_tensors(before, load_adapted(after, before), shared=True), layers=layers)
     return parameter_change(*match_tensors(before, after, shared=shared), layers=layers)
 
@@ -48,10 +48,10 @@ def change_between(before: str, after: str, *, layers: bool = True, shared: bool
 def command(
     before: str, after: str, layers: bool, shared: bool, csv_file: Path | None, plot: Path | None, measure: str
 ) -> None:
-    """How far training moved each component of a model, by three measures and their ranks.
+    """Show how far training moved each component of a model, by three measures and their ranks.
 
-    BEFORE is a saved model: a safetensors file, the index of a sharded checkpoint, or a folder. AFTER is another one,
-    or the directory of an adapter for BEFORE.
+    BEFORE is a saved model: a safetensors file, the index of a sharded checkpoint, or a folder. AFTER is another saved
+    model, or the folder of an adapter for BEFORE.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""`peft-lntune closeness`: how far two checkpoints of any size are from each other."""
+"""`peft-lntune closeness`: how close two checkpoints of any size are to each other."""
 
 from pathlib import Path
 
@@ -11,17 +11,19 @@ from peft_lntune.cli.tables import csv_option, layers_option, plot_option, share
 __all__ = ["command"]
 
 
-@click.command("closeness", short_help="How close two checkpoints of any size are, beside chance.")
+@click.command("closeness", short_help="How close two checkpoints of any size are, compared with chance.")
 @click.argument("before")
 @click.argument("after")
 @click.option(
-    "--by", type=click.Choice(BY), default="component", show_default=True, help="What a row of the table pools."
+    "--by", type=click.Choice(BY), default="component", show_default=True, help="What each row of the table pools."
 )
 @layers_option
 @shared_option
-@click.option("--controls/--no-controls", default=True, help="Also two random starts, and noise as long as the step.")
-@click.option("--init-std", default=0.02, show_default=True, help="Standard deviation of random starts.")
-@click.option("--seed", default=0, show_default=True, help="Of the controls.")
+@click.option(
+    "--controls/--no-controls", default=True, help="Also compare two random starts, and noise as long as the step."
+)
+@click.option("--init-std", default=0.02, show_default=True, help="Standard deviation of the random starts.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the controls.")
 @csv_option
 @plot_option
 @click.option("--measure", type=click.Choice(DISTANCES), default="angle", show_default=True, help="What --plot shows.")
@@ -38,10 +40,10 @@ def command(
     plot: Path | None,
     measure: str,
 ) -> None:
-    """How close the models BEFORE and AFTER are: mean L1, relative L1 and angle, beside controls.
+    """Show how close the models BEFORE and AFTER are: mean L1, relative L1 and angle, compared with controls.
 
     Both are local: a safetensors file, the index of a sharded checkpoint, or the folder of a model. They are read one
-    tensor at a time, so two checkpoints of any size need the memory of their largest tensor.
+    tensor at a time, so checkpoints of any size need only the memory of their largest tensor.
 
     \b
     Examples:

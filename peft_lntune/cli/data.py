@@ -1,7 +1,7 @@
-"""Tables from files, and what their labels are. Needs `datasets`, of the extra `examples`.
+"""Reads tables from files, and detects what their labels are. Needs `datasets`, of the extra `examples`.
 
-The commands are the only part of the package that reads data, so this stands beside them. The examples import it, so
-that a file means the same everywhere.
+Only the commands read data, so this module is here. The examples import it too, so that they read files in the same
+way.
 """
 
 import json
@@ -43,13 +43,13 @@ TEXT_COLUMNS = (
     ("sentence",),
     ("text",),
 )
-"""Text columns that are found where none is named; pairs first, since they contain single ones."""
+"""Text columns to look for if none are named. Pairs come first, because they contain single columns."""
 
 NAME_COLUMNS = "Name yours: --text-column, --label-column."
-"""Advice where columns are not found."""
+"""Advice for the error if columns are not found."""
 
 MISSING = {"na", "n/a", "null", "none", "-", "?"}
-"""What spreadsheets write for a missing number. Beside names it is a class."""
+"""What spreadsheets write for a missing number. Among class names it is a class."""
 
 
 def read_table(file: str | Path, encoding: str = "utf-8-sig") -> "Dataset":
@@ -64,7 +64,7 @@ def read_table(file: str | Path, encoding: str = "utf-8-sig") -> "Dataset":
         The table, in memory; of `.conll` with the columns `tokens` and `ner_tags`.
 
     Raises:
-        DataError: unknown ending, no such file, no rows, or a row that cannot be read.
+        DataError: the ending is unknown, the file is missing or has no rows, or a row cannot be read.
         ModuleNotFoundError: `datasets` is not installed.
 
     Example:
@@ -73,7 +73,7 @@ def read_table(file: str | Path, encoding: str = "utf-8-sig") -> "Dataset":
     """
     path = Path(file)
     if path.suffix not in ENDINGS:
-        raise DataError(f"{path} should end in one of {', '.join(ENDINGS)}, which says how it is read.")
+        raise DataError(f"{path} should end in one of {', '.join(ENDINGS)}, because the ending says how it is read.")
     if not path.is_file():
         raise DataError(f"no such file: {path}")
     try:
@@ -91,7 +91,7 @@ def read_table(file: str | Path, encoding: str = "utf-8-sig") -> "Dataset":
     except UnicodeError as error:
         raise DataError(f"{path} is not {encoding}: {error}. Name its encoding: --encoding latin-1.") from error
     if not len(table):
-        raise DataError(f"{path} holds no rows.")
+        raise DataError(f"{path} has no rows.")
     return table
 
 
@@ -110,8 +110,8 @@ def _read_csv(path: Path, encoding: str) -> dict[str, list[str]]:
         return {}
     except (pandas.errors.ParserError, pandas.errors.ParserWarning) as error:
         raise DataError(
-            f"{path} is no table with {len(header.split(mark))} columns, separated by {mark!r}: {str(error).strip()}. "
-            "Quote texts that contain the separator or a line break."
+            f"{path} is not a table with {len(header.split(mark))} columns, separated by {mark!r}: "
+            f"{str(error).strip()}. Quote texts that contain the separator or a line break."
         ) from error
 
 
@@ -140,7 +140,7 @@ def _read_arrow(path: Path, encoding: str) -> "Dataset":
     try:
         if path.suffix == ".parquet":
             return datasets.Dataset(pyarrow.parquet.read_table(path))
-        # A cache that outlives the call would answer for a file that has changed since.
+        # A cache that outlives the call would hide later changes of the file.
         with tempfile.TemporaryDirectory() as cache:
             return datasets.Dataset.from_json(str(path), encoding=encoding, cache_dir=cache, keep_in_memory=True)
     except (StopIteration, ValueError, datasets.exceptions.DatasetGenerationError) as error:
@@ -150,7 +150,7 @@ def _read_arrow(path: Path, encoding: str) -> "Dataset":
                     json.loads(line if line.strip() else "{}")
                 except json.JSONDecodeError as wrong:
                     raise DataError(
-                        f"line {number + 1} of {path} is no JSON: {wrong}. Write one object per line."
+                        f"line {number + 1} of {path} is not JSON: {wrong}. Write one object per line."
                     ) from wrong
         if path.suffix != ".parquet" and not path.read_text(encoding=encoding).strip():
             return datasets.Dataset.from_dict({})
@@ -163,19 +163,23 @@ def _read_arrow(path: Path, encoding: str) -> "Dataset":
 def find_columns(
     present: Sequence[str], choices: Sequence[tuple[str, ...]], source: str, advice: str = ""
 ) -> tuple[str, ...]:
-    """The first choice whose columns are all present.
+    """Find the first choice whose columns are all present.
 
     Args:
         present: the columns of a table.
         choices: tuples of columns, in order of preference.
         source: the table's name, for errors.
-        advice: what to do where no choice fits, for the error.
+        advice: what to do if no choice fits, for the error.
 
     Returns:
         One of the choices.
 
     Raises:
         DataError: no choice fits.
+
+    Example:
+        >>> find_columns(["label", "text"], [("premise", "hypothesis"), ("text",)], "reviews.csv")
+        ('text',)
     """
     for columns in choices:
         if set(columns) <= set(present):
@@ -185,18 +189,18 @@ def find_columns(
 
 
 def read_texts(values: Iterable[Any], column: str, source: str) -> list[str]:
-    """The texts of a column.
+    """Check the texts of a column.
 
     Args:
-        values: one per row; numbers are written out.
-        column: its name, for errors.
+        values: one value per row; numbers become text.
+        column: name of the column, for errors.
         source: the table's name, for errors.
 
     Returns:
         One text per row.
 
     Raises:
-        DataError: a text is missing or empty; the row is named.
+        DataError: a text is missing or empty; the message names the row.
     """
     texts = []
     for row, value in enumerate(values):
@@ -209,15 +213,15 @@ def read_texts(values: Iterable[Any], column: str, source: str) -> list[str]:
 
 
 def count_cut(tokenizer: Any, columns: Sequence[Sequence[str]], max_length: int) -> int:
-    """How many texts, or pairs of texts, have more tokens than a model will see.
+    """Count the texts, or pairs of texts, that are longer than the model's input.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: tokenizer of the model.
         columns: one or two columns of texts.
-        max_length: tokens that are kept.
+        max_length: number of tokens that are kept.
 
     Returns:
-        The number of rows that are cut.
+        The number of rows that will be cut.
     """
     tokens = tokenizer(*map(list, columns), truncation=True, max_length=max_length + 1)["input_ids"]
     return sum(len(row) > max_length for row in tokens)
@@ -225,29 +229,29 @@ def count_cut(tokenizer: Any, columns: Sequence[Sequence[str]], max_length: int)
 
 @dataclass(frozen=True)
 class Labels:
-    """What the labels of a table are.
+    """The kind of the labels of a table, and its classes.
 
     Attributes:
-        problem_type: as in a config of transformers: `"single_label_classification"`, `"multi_label_classification"`
-            or `"regression"`.
-        names: the classes, by number; empty in a regression.
+        problem_type: the field of a transformers config: `"single_label_classification"`,
+            `"multi_label_classification"` or `"regression"`.
+        names: names of the classes, in the order of their numbers; empty for a regression.
     """
 
     problem_type: str
     names: tuple[str, ...] = ()
 
     def encode(self, labels: Sequence[Any], source: str) -> list[Any]:
-        """Labels as numbers: a class, a list of 0.0 and 1.0 per class, or a value.
+        """Convert labels to numbers.
 
         Args:
-            labels: one per row; lists where several classes may hold.
+            labels: one label per row; lists if a row may have several classes.
             source: the table's name, for errors.
 
         Returns:
-            One per row.
+            One per row: the number of a class, a list with 0.0 or 1.0 per class, or a value.
 
         Raises:
-            DataError: a label is missing, or none that `find_labels` found; the row is named.
+            DataError: a label is missing or not one that `find_labels` found; the message names the row.
         """
         _check(labels, source)
         if self.problem_type == "regression":
@@ -275,7 +279,14 @@ class Labels:
         return [[float(number in several) for number in range(len(self.names))] for several in chosen]
 
     def describe(self, encoded: Sequence[Any]) -> str:
-        """The kind of the labels, with the rows of each class, for people."""
+        """Describe the labels in words, with the number of rows per class.
+
+        Args:
+            encoded: labels from `encode`.
+
+        Returns:
+            One line of text.
+        """
         if self.problem_type == "regression":
             return f"values from {min(encoded):g} to {max(encoded):g}"
         if self.problem_type == "multi_label_classification":
@@ -292,22 +303,22 @@ class Labels:
 def find_labels(
     labels: Sequence[Any], source: str, regression: bool | None = None, known: Mapping[str, int] | None = None
 ) -> Labels:
-    """What the labels of a table are.
+    """Find out whether labels are classes or values, and which classes there are.
 
-    Text and whole numbers are classes, also written `2.0` and counted from 1; lists are several classes per row, or a
-    0 or 1 for each class; other numbers are values of a regression.
+    Text and whole numbers are classes, also if written as `2.0` or counted from 1. Lists are several classes per row,
+    or a 0 or 1 per class. Other numbers are values of a regression.
 
     Args:
-        labels: one per row.
+        labels: one label per row.
         source: the table's name, for errors.
-        regression: whether numbers are values. None decides by the rule above, and asks where it is not clear.
-        known: the classes of a model's head, by name; whole numbers are then its classes, from 0.
+        regression: whether numbers are values. None decides by the rule above, and raises if that is not clear.
+        known: number of each class of a model's head, by name; whole numbers are then its classes, from 0.
 
     Returns:
         The kind and the classes.
 
     Raises:
-        DataError: a label is missing, NaN, negative, of another type or not known; there is one class only; or whole
+        DataError: a label is missing, NaN, negative, of another type or not known; there is only one class; or whole
             numbers look like a scale.
 
     Example:
@@ -327,12 +338,14 @@ def find_labels(
     spelled = [(row, one) for row, (one, value) in enumerate(zip(flat, values, strict=True)) if value is None]
     vectors = several and _are_vectors(labels)
     if vectors:
-        numbers = [len(labels[0]) - 1.0]  # the last class, whether a row has it or not
+        numbers = [len(labels[0]) - 1.0]  # number of the last class, even if no row has it
     if spelled:
         row, label = spelled[0]
         missing = numbers and not several and all(str(one).strip().lower() in MISSING for _, one in spelled)
         if regression or missing:
-            raise DataError(f"{source}: the label of row {row} is {label!r}: no number, as the others. Remove the row.")
+            raise DataError(
+                f"{source}: the label of row {row} is {label!r}, and the others are numbers. Remove the row."
+            )
         if known:
             raise DataError(
                 f"the model's head knows {', '.join(known)}, and the data has {', '.join(_names(flat)[:5])}."
@@ -368,25 +381,25 @@ def find_labels(
 
 
 def _check(labels: Sequence[Any], source: str) -> None:
-    """Refuse what no label can be."""
+    """Refuse values that cannot be labels."""
     for row, label in enumerate(labels):
         said = f"{source}: the label of row {row} is {label!r}"
         several = isinstance(label, (list, tuple))
         if several != isinstance(labels[0], (list, tuple)):
-            raise DataError(f"{said}. Either every label is a list, or none is.")
+            raise DataError(f"{said}. Either all labels are lists, or none.")
         for one in label if several else [label]:
             if one is None or (isinstance(one, str) and not one.strip()):
                 raise DataError(f"{said}: it is missing. Fill it in or remove the row.")
             if not isinstance(one, (str, bool, int, float)):
                 raise DataError(f"{said}, of type {type(one).__name__}. A label is a number or the name of a class.")
             if not math.isfinite(_number(one) or 0.0):
-                raise DataError(f"{said}, which is no number to learn. Fill it in or remove the row.")
+                raise DataError(f"{said}, which is not a finite number. Fill it in or remove the row.")
             if isinstance(one, str) and one.strip()[:1] == "[":
                 raise DataError(f"{said}, text that looks like a list. Write lists as JSON lines or Parquet.")
 
 
 def _are_vectors(labels: Sequence[Any]) -> bool:
-    """Whether each label is a 0 or 1 for every class."""
+    """Whether each label holds a 0 or 1 per class."""
     width = len(labels[0])
     return width > 1 and all(len(label) == width and all(one in (0, 1) for one in label) for label in labels)
 
@@ -405,7 +418,7 @@ def _whole(label: Any) -> str | None:
 
 
 def _number(label: Any) -> float | None:
-    """The number that a label is or spells; None where it is a name."""
+    """The number that a label is or spells; None if it is a name."""
     try:
         return float(label)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""`peft-lntune export`: an adapter in PEFT's own format, for people without this package."""
+"""`peft-lntune export`: writes an adapter in PEFT's own format, for use without this package."""
 
 from pathlib import Path
 
@@ -12,21 +12,21 @@ __all__ = ["command", "export_peft_ln_tuning"]
 
 
 def export_peft_ln_tuning(adapter: str, out: str | Path, model: str | None = None) -> Path:
-    """Write a saved adapter in PEFT's own LN_TUNING format; see `to_peft_ln_tuning`.
+    """Write a saved adapter in PEFT's own LN_TUNING format, which loads without this package.
 
     Args:
-        adapter: directory of the adapter.
-        out: folder to make; it appears when all is written.
-        model: folder of the base model; None: the one that the adapter's config names. Its norms are needed, since
+        adapter: folder of the adapter.
+        out: folder to make; it appears when everything is written.
+        model: folder of the base model; None: the one that the adapter's config names. The model is needed because
             PEFT's format holds whole norms, not deltas.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigError: there is something at `out`, or no model is named.
-        AdapterFileError: the adapter is damaged, or one of another model.
-        UnsupportedError: the adapter has parts that are no norms.
+        ConfigError: `out` exists and is not an empty folder, or no model is named.
+        AdapterFileError: the adapter is damaged, or from another model.
+        UnsupportedError: the adapter has parts other than norms.
     """
     with new_folder(Path(out)) as made:
         to_peft_ln_tuning(load_adapted(adapter, model), made)
@@ -38,8 +38,8 @@ def export_peft_ln_tuning(adapter: str, out: str | Path, model: str | None = Non
 def command(adapter: str, out: Path, model: str | None) -> None:
     """Write ADAPTER into the new folder OUT in PEFT's own LN_TUNING format.
 
-    It then loads by PEFT alone. That format holds whole norms in the dtype of the model, so over a bf16 model small
-    deltas are rounded away; and it has no place for parts that are no norms.
+    The result loads with PEFT alone. The format holds whole norms in the dtype of the model, so small deltas over a
+    bfloat16 model are lost to rounding. It cannot hold parts other than norms.
 
     \b
     Example:

@@ -50,13 +50,13 @@ _OF_DATA = (
 
 @dataclass(frozen=True, eq=False)
 class FisherMasks:
-    """What `fisher_masks` found.
+    """The result of `fisher_masks`.
 
     Attributes:
-        scores: Fisher information by parameter.
-        masks: the chosen entries, bool, True where tuned.
-        table: a row a component, layer and parameter: `entries`, `mean_score`, `tuned` and `share_tuned`.
-        source: how the masks were made, as `set_masks(masks, source=...)` records it.
+        scores: score of every entry by parameter name; each of the parameter's shape.
+        masks: the chosen entries by parameter name, bool, True for tuned entries.
+        table: one row per component, layer and parameter, with `entries`, `mean_score`, `tuned` and `share_tuned`.
+        source: how the masks were made, to give to `set_masks(masks, source=...)`.
     """
 
     scores: Mapping[str, Tensor]
@@ -68,20 +68,23 @@ class FisherMasks:
 def load_classifier(
     model: str, labels: Sequence[Any], seed: int = 0, source: str = "the data", regression: bool | None = None
 ) -> tuple[nn.Module, PreTrainedTokenizerBase, list]:
-    """A classifier with its tokenizer, and the labels as it takes them.
+    """Load a classifier and its tokenizer, and encode the labels for it.
 
-    A folder without a head for classification gets a fresh one, seeded, with as many classes as there are labels:
-    scores are then those of an arbitrary readout.
+    A model without a head for classification gets a randomly initialized, seeded head for the classes in the labels.
+    The scores then reflect that random head.
 
     Args:
         model: folder, or a name on the Hub.
-        labels: as `find_labels` takes them.
-        seed: of the fresh head.
-        source: where the labels are from, for errors.
-        regression: whether numbers are values; None decides by their look.
+        labels: one label per row: a number, the name of a class, or a list of classes.
+        seed: seed of a random head.
+        source: name of the data, for errors.
+        regression: whether numbers are values; None decides by their form.
+
+    Returns:
+        The model, the tokenizer, and the labels as numbers.
 
     Raises:
-        DataError: a label that the model's own head does not have.
+        DataError: a label is damaged, or the model's own head does not have it.
     """
     config = AutoConfig.from_pretrained(model)
     headed = any("ForSequenceClassification" in name for name in config.architectures or ())
@@ -116,30 +119,31 @@ def fisher_masks(
     seed: int = 0,
     progress: bool = True,
 ) -> FisherMasks:
-    """Score every gain and bias, and choose the best.
+    """Score every gain and bias of the norms, and choose the best entries.
 
     Args:
-        model: a classifier, on the device where it should run; any model where the score takes no data.
-        tokenizer: of the model.
-        texts: of each sample one text, or two of a pair.
-        labels: class numbers, or values of a regression.
-        score: a name that `find_score` knows. What follows is given to a score that takes it.
-        density: fraction of the entries to choose; None where `count` is given.
-        count: how many entries to choose.
-        scope: over what they are meant: `"global"`, `"tensor"` or `"layer"`.
-        kind: `"empirical"`, `"mc"` or `"exact"`; see `fisher_scores`.
-        num_samples: how many rows to look at, drawn at random where there are more.
-        batch_size: of the forward and backward passes; the scores do not depend on it.
-        max_length: tokens of a text; longer ones are cut.
-        seed: which rows are drawn, and the labels that `"mc"` draws.
-        progress: show a bar where the pass takes long.
+        model: a classifier, on the device where it should run; any model if the score needs no data.
+        tokenizer: tokenizer of the model.
+        texts: one tuple per sample, with one text or a pair of texts.
+        labels: one per sample: the number of a class, or the value of a regression.
+        score: name of a score, such as `"fisher"`. The settings below are passed on if the score takes them.
+        density: fraction of the entries to choose; None if `count` is given.
+        count: number of entries to choose.
+        scope: what `density` or `count` applies to: `"global"`, `"tensor"` or `"layer"`.
+        kind: labels of the Fisher information: of the data (`"empirical"`), drawn from the model (`"mc"`), or the
+            expectation over classes (`"exact"`).
+        num_samples: number of samples to look at, drawn at random if there are more.
+        batch_size: batch size of the forward and backward passes; the scores do not depend on it.
+        max_length: number of tokens to keep of each text.
+        seed: seed of the drawn samples and of the labels that `"mc"` draws.
+        progress: show a progress bar if the pass takes long.
 
     Returns:
-        Scores, masks, a table of where the chosen entries are, and how they were made.
+        Scores, masks, a table of where the chosen entries are, and how the masks were made.
 
     Raises:
-        ConfigError: a setting is not allowed, or the score is not known.
-        DataError: there are no rows, or a loss that is not finite.
+        ConfigError: a setting is not allowed, or the score is unknown.
+        DataError: there are no samples, or a loss is not finite.
 
     Example:
         >>> masks = fisher_masks(nn.Sequential(nn.LayerNorm(2)), score="random", density=None, count=1).masks
@@ -185,37 +189,45 @@ def _table(model: nn.Module, scores: Mapping[str, Tensor], masks: Mapping[str, T
 
 @click.command("fisher", short_help="Which entries of the norms matter for a task, as masks.")
 @click.option("--model", required=True, help="Folder of the model, or a name on the Hub.")
-@click.option("--score", default="fisher", show_default=True, help=f"What is large: {', '.join(SCORES)}.")
+@click.option("--score", default="fisher", show_default=True, help=f"Score to choose by: {', '.join(SCORES)}.")
 @click.option(
     "--data",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Labelled texts, where the score needs them: .csv, .tsv, .jsonl or .parquet.",
+    help="Labelled texts, if the score needs them: .csv, .tsv, .jsonl or .parquet.",
 )
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
     default="masks.safetensors",
     show_default=True,
-    help="Masks by parameter, bool, with how they were made.",
+    help="File for the masks: one bool tensor per parameter.",
 )
 @click.option(
     "--text-column",
     "text_columns",
     multiple=True,
     metavar="NAME",
-    help="Twice for pairs.  [default: text, sentence, ...]",
+    help="Column of texts; give it twice for pairs.  [default: text, sentence, ...]",
 )
 @click.option(
-    "--label-column", default="label", show_default=True, metavar="NAME", help="Class numbers, names, or values."
+    "--label-column",
+    default="label",
+    show_default=True,
+    metavar="NAME",
+    help="Column of class numbers, names or values.",
 )
 @click.option(
-    "--regression/--no-regression", default=None, help="Whether numbers are values.  [default: by their look]"
+    "--regression/--no-regression", default=None, help="Whether numbers are values.  [default: by their form]"
 )
-@click.option("--encoding", default="utf-8-sig", show_default=True, help="Of a text file, such as latin-1.")
+@click.option("--encoding", default="utf-8-sig", show_default=True, help="Encoding of a text file, such as latin-1.")
 @click.option("--density", type=float, help="Fraction of the entries to choose.  [default: 0.2]")
-@click.option("--count", type=int, help="How many entries to choose; instead of --density.")
+@click.option("--count", type=int, help="Number of entries to choose, instead of --density.")
 @click.option(
-    "--scope", type=click.Choice(SCOPES), default="global", show_default=True, help="Over what they are meant."
+    "--scope",
+    type=click.Choice(SCOPES),
+    default="global",
+    show_default=True,
+    help="Choose among all entries, or per tensor or layer.",
 )
 @click.option(
     "--kind", type=click.Choice(FISHER_KINDS), default="empirical", show_default=True, help="Where labels come from."
@@ -224,11 +236,13 @@ def _table(model: nn.Module, scores: Mapping[str, Tensor], masks: Mapping[str, T
     "--num-samples", type=click.IntRange(1), default=1024, show_default=True, help="Rows to look at, drawn at random."
 )
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Does not change the scores.")
-@click.option("--max-length", type=click.IntRange(1), default=128, show_default=True, help="Tokens of a text.")
-@click.option("--seed", default=0, show_default=True, help="Of the drawn rows and labels, and of a fresh head.")
-@click.option("--device", default="cpu", show_default=True, help="Where the model runs, such as cuda.")
 @click.option(
-    "--scores", type=click.Path(path_type=Path, dir_okay=False), help="Write the scores there too, as safetensors."
+    "--max-length", type=click.IntRange(1), default=128, show_default=True, help="Tokens to keep of each text."
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of drawn rows and labels, and of a random head.")
+@click.option("--device", default="cpu", show_default=True, help="Device of the model, such as cuda.")
+@click.option(
+    "--scores", type=click.Path(path_type=Path, dir_okay=False), help="Also write the scores to this safetensors file."
 )
 @csv_option
 @plot_option
@@ -250,11 +264,10 @@ def command(
     plot: Path | None,
     **settings: Any,
 ) -> None:
-    """Score every gain and bias of the norms, by Fisher information on labelled texts or otherwise, and write masks of
-    the best.
+    """Score every gain and bias of the norms, by Fisher information or another score, and write masks of the best.
 
-    A model without a head for classification gets a fresh one, so the scores are those of an arbitrary readout. In
-    Python: peft_model.set_masks(safetensors.torch.load_file("masks.safetensors")).
+    A model without a head for classification gets a randomly initialized head, and the scores then reflect that head.
+    To use the masks in Python: peft_model.set_masks(safetensors.torch.load_file("masks.safetensors")).
 
     \b
     Examples:
@@ -274,7 +287,7 @@ def command(
     if "batches" not in taken:
         found = fisher_masks(load_model(model).to(device), **settings)
     elif data is None:
-        raise click.UsageError(f"--score {score} looks at data. Give labelled texts with --data.")
+        raise click.UsageError(f"--score {score} needs data. Give labelled texts with --data.")
     else:
         rows = read_table(data, encoding)
         choices = [text_columns] if text_columns else TEXT_COLUMNS
@@ -296,14 +309,14 @@ def command(
 
 
 def _check_options(score: str, taken: set[str]) -> None:
-    """Raise a `UsageError` where an option is given that the score does not look at."""
+    """Raise a `UsageError` if an option is given that the score does not use."""
     needs = dict.fromkeys(_OF_DATA, "batches") | {"kind": "kind", "seed": "seed"}
     context = click.get_current_context()
     for name, parameter in needs.items():
         given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
         if given and parameter not in taken and not (name == "seed" and "batches" in taken):
             option = next(option for option in context.command.params if option.name == name)
-            raise click.UsageError(f"{option.opts[0]} means nothing to --score {score}. Leave it out.")
+            raise click.UsageError(f"--score {score} does not use {option.opts[0]}. Leave it out.")
 
 
 def _save(tensors: Mapping[str, Tensor], file: Path, source: Mapping[str, Any]) -> None:

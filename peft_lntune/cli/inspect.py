@@ -1,4 +1,4 @@
-"""`peft-lntune inspect`: what is in an adapter directory, without any model."""
+"""`peft-lntune inspect`: the contents of an adapter folder, without loading a model."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -28,18 +28,18 @@ __all__ = ["AdapterReport", "command", "inspect_adapter"]
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What `inspect_adapter` found. Printing it gives all of it.
+    """The result of `inspect_adapter`. Printing it shows everything.
 
     Attributes:
-        directory: where the adapter is.
-        config: its config; `config.kind`, `config.manifest`, ...
-        entries: a table with columns `method`, `where`, `parameter`, `layers`, `modules`, `entries` and `bytes`: a row
-            for what is tuned in one place of all layers. Rows of `method` "head" are modules saved whole. Where a
-            supermask is saved as bits, its entries are counted in whole bytes.
-        file_bytes: size of each file.
-        masks: by part, how its mask was made, and of a supermask the share that it switches off; empty where all
-            entries are tuned.
-        problem: what is wrong with the weights, such as another digest than the config says; None: they are good.
+        directory: folder of the adapter.
+        config: config of the adapter, such as `config.kind` and `config.manifest`.
+        entries: a table with columns `method`, `where`, `parameter`, `layers`, `modules`, `entries` and `bytes`. Each
+            row is one place, pooled over layers. Rows with `method` "head" are modules saved whole. Entries of a
+            supermask saved as bits are counted in whole bytes.
+        file_bytes: size of each file in bytes, by name.
+        masks: for each part, how its mask was made, and for a supermask the share it switches off; empty if all entries
+            are tuned.
+        problem: what is wrong with the weights, such as a digest that differs; None if nothing is wrong.
     """
 
     directory: Path
@@ -51,7 +51,7 @@ class AdapterReport:
 
     @property
     def digest(self) -> str:
-        """`"ok"`, `"wrong"`, or `"not recorded"` where the config was saved without one."""
+        """`"ok"`, `"wrong"`, or `"not recorded"` if the config was saved without a digest."""
         if self.problem:
             return "wrong"
         return "ok" if (self.config.manifest or {}).get("digest") else "not recorded"
@@ -77,15 +77,15 @@ class AdapterReport:
 
 
 def inspect_adapter(directory: str | Path) -> AdapterReport:
-    """What is in the directory of a saved adapter: kind, parts, entries, where they are, bytes, mask, digest.
+    """Report what is in the folder of a saved adapter: kind, parts, entries and their places, bytes, mask, digest.
 
-    No model is loaded, so places are told by names alone: of a norm the path is given, not the role.
+    No model is loaded, so places come from names alone: norms are listed by path, not by role.
 
     Args:
-        directory: what `save_pretrained` wrote.
+        directory: the folder that `save_pretrained` wrote.
 
     Returns:
-        The report. Where the weights do not belong to the config it says so in `problem`, and does not raise.
+        The report. If the weights do not match the config, `problem` says so, and nothing is raised.
 
     Raises:
         AdapterFileError: there is no adapter of this package, or a file is missing, damaged or cut off.
@@ -118,7 +118,7 @@ def inspect_adapter(directory: str | Path) -> AdapterReport:
 
 
 def _source(part: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """How the mask of a part was made."""
+    """How the mask of a part was made, and for a supermask the share it switches off."""
     if not isinstance(part, SupermaskConfig):
         return getattr(part, "mask_source", None)
     entries, stay = 0, 0
@@ -131,7 +131,7 @@ def _source(part: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
 
 
 def _supermasks(tensors: Iterable[str]) -> list[str]:
-    """The tensors of a file that hold a supermask, of each its scores, or its bits where there are no scores."""
+    """Names of the tensors that hold a supermask: its scores, or its bits if scores were not saved."""
     names = set(tensors)
     return [
         name
@@ -141,7 +141,7 @@ def _supermasks(tensors: Iterable[str]) -> list[str]:
 
 
 def _entries(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> Table:
-    """Tensors of a file, those of one place in all layers as one row."""
+    """The table of the tensors of a file, with one row per place, pooled over layers."""
     found: list[tuple[str, str, int, int]] = []  # method, name of a parameter, entries, bytes
     rest, supermasks = 0, set(_supermasks(tensors))
     for key, tensor in tensors.items():
@@ -181,7 +181,7 @@ def _entries(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> Tabl
 
 
 def _method(name: str) -> tuple[str, str]:
-    """What a tensor of a file belongs to, and a parameter of the base model that says where that is."""
+    """The method that a tensor of a file belongs to, and the parameter of the base model at its place."""
     if not is_ours(name):
         return "head", name
     parts = name.split(".")
@@ -212,12 +212,12 @@ def _said(source: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in source.items())
 
 
-@click.command("inspect", short_help="What is in an adapter directory, without loading a model.")
+@click.command("inspect", short_help="What is in an adapter folder, without loading a model.")
 @click.argument("adapter", type=click.Path(path_type=Path))
 def command(adapter: Path) -> None:
-    """Say what is in the directory ADAPTER: kind and parts, entries, where they are, bytes, and how its mask was made.
+    """Report what is in the folder ADAPTER: kind and parts, entries and their places, bytes, and how its mask was made.
 
-    No model is loaded. Where the weights are not those that the config was saved with, the report ends with an error.
+    No model is loaded. If the weights do not match the config, the report ends with an error.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""`peft-lntune magnitude`: how large the entries of norms are beside the rest, and which of them stand out."""
+"""`peft-lntune magnitude`: how large the entries of norms are compared with the rest, and which are outliers."""
 
 from pathlib import Path
 
@@ -27,18 +27,19 @@ __all__ = ["command", "magnitude_of", "overlap_with_adapter"]
 
 
 def magnitude_of(source: CheckpointSource, *, layers: bool = True, deviations: float = DEVIATIONS) -> Table:
-    """The table of `magnitude`, and in a last column how many entries of the gains and biases stand out.
+    """Measure the magnitude of each component, and count the outliers among gains and biases.
 
     Args:
         source: a model, tensors by name, or the path of a checkpoint.
-        layers: one row a component and layer; False: one row a component.
-        deviations: how many standard deviations from the mean of its own vector an outlier begins.
+        layers: one row per component and layer; False: one row per component.
+        deviations: outliers are entries more than this many standard deviations from the mean of their own vector.
 
     Returns:
-        The columns of `magnitude`, and `outliers`; None where a row has no vector, since matrices are not looked at.
+        The columns of `peft_lntune.analysis.magnitude`, and `outliers`, which is None for rows without a gain or bias,
+        because matrices are not searched.
 
     Raises:
-        ConfigError: as `magnitude` and `find_outliers`.
+        ConfigError: the source has no weights to compare, or a setting is not allowed.
         AdapterFileError: a checkpoint is missing or damaged.
 
     Example:
@@ -58,19 +59,19 @@ def magnitude_of(source: CheckpointSource, *, layers: bool = True, deviations: f
 
 
 def overlap_with_adapter(model: str, adapter: str, *, deviations: float = DEVIATIONS) -> Table:
-    """How many outliers of a model a saved adapter tunes, beside what random masks would; see `outlier_overlap`.
+    """Count how many outliers of a model a saved adapter tunes, compared with random masks.
 
     Args:
         model: folder of the model that the adapter was trained on.
-        adapter: directory of an adapter with a mask, such as one of a `FisherLNConfig`.
-        deviations: how many standard deviations from the mean of its own vector an outlier begins.
+        adapter: folder of an adapter with a mask, such as one with a `FisherLNConfig`.
+        deviations: outliers are entries more than this many standard deviations from the mean of their own vector.
 
     Returns:
-        The table of `outlier_overlap`.
+        The table of `peft_lntune.analysis.outlier_overlap`.
 
     Raises:
-        ConfigError: the adapter has no mask, or `model` is no folder.
-        AdapterFileError: the adapter is damaged, or one of another model.
+        ConfigError: the adapter has no mask, or `model` is a file.
+        AdapterFileError: the adapter is damaged, or from another model.
     """
     if Path(model).is_file():
         raise ConfigError(
@@ -81,15 +82,15 @@ def overlap_with_adapter(model: str, adapter: str, *, deviations: float = DEVIAT
     masks: dict[str, Tensor] = masks_of(adapted, "default")
     if all(mask.all() for mask in masks.values()):
         raise ConfigError(
-            f"the adapter {adapter} has no mask: it tunes all entries that its config selects, or none. Give "
-            " one that was made with FisherLNConfig and fit_fisher_masks, or with set_masks."
+            f"the adapter {adapter} has no mask: it tunes all entries that its config selects, or none. Give an "
+            "adapter with a mask from fit_fisher_masks or set_masks."
         )
     with adapted.disable_adapter():
         found = find_outliers(adapted, deviations=deviations)
     return outlier_overlap(found, masks)
 
 
-@click.command("magnitude", short_help="How large the entries of norms are, and which stand out.")
+@click.command("magnitude", short_help="How large the entries of norms are, and which are outliers.")
 @click.argument("model")
 @layers_option
 @click.option(
@@ -97,26 +98,26 @@ def overlap_with_adapter(model: str, adapter: str, *, deviations: float = DEVIAT
     type=click.FloatRange(0, min_open=True),
     default=DEVIATIONS,
     show_default=True,
-    help="How many standard deviations from the mean of its own vector an outlier begins.",
+    help="Outliers are this many standard deviations from the mean of their own vector.",
 )
 @click.option(
     "--fisher-mask",
     "adapter",
     metavar="ADAPTER",
-    help="Also how many outliers the mask of this saved adapter tunes, beside chance.",
+    help="Also show how many outliers the mask of this saved adapter tunes, compared with chance.",
 )
 @csv_option
 @click.option(
     "--outliers",
     "outliers_file",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Write every outlier there, with its position, value and distance, as CSV.",
+    help="Write every outlier to this CSV file, with its position, value and distance.",
 )
 @click.option(
     "--overlap",
     "overlap_file",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Write the table of --fisher-mask there, as CSV.",
+    help="Write the table of --fisher-mask to this CSV file.",
 )
 @plot_option
 @click.option("--measure", type=click.Choice(SIZES), default=SIZES[0], show_default=True, help="What --plot shows.")
@@ -131,16 +132,16 @@ def command(
     plot: Path | None,
     measure: str,
 ) -> None:
-    """How large the entries of each component of MODEL are, and which gains and biases stand out.
+    """Show how large the entries of each component of MODEL are, and which entries of gains and biases are outliers.
 
     MODEL is local: a safetensors file, the index of a sharded checkpoint, or the folder of a model. It is read one
     tensor at a time. The column over_others compares the mean magnitude with that of all weights outside the norms:
-    2 is twice as large. Outliers lie more than 3 standard deviations from the mean of their own gain or bias;
-    matrices are not searched.
+    2 is twice as large. By default, outliers lie more than 3 standard deviations from the mean of their own gain or
+    bias. Matrices are not searched.
 
-    With --fisher-mask, a second table says which share of the outliers the adapter tunes, and what random masks as
-    large would tune by chance: by_chance where they lie anywhere, by_chance_in_place where every parameter keeps its
-    number of tuned entries. MODEL is then the folder of the model that the adapter was trained on.
+    With --fisher-mask, a second table shows the share of outliers that the adapter tunes, and the share that random
+    masks of the same size would tune: by_chance if entries are drawn anywhere, by_chance_in_place if every parameter
+    keeps its number of tuned entries. MODEL is then the folder of the model that the adapter was trained on.
 
     \b
     Examples:
@@ -151,7 +152,7 @@ def command(
     with_layers(plot, layers)
     if overlap_file is not None and adapter is None:
         raise click.UsageError("--overlap writes the table of --fisher-mask; give that too.")
-    # All is looked at before anything is written.
+    # Compute everything before writing anything.
     table = magnitude_of(model, layers=layers, deviations=deviations)
     overlap = None if adapter is None else overlap_with_adapter(model, adapter, deviations=deviations)
     if outliers_file is not None:

@@ -1,4 +1,4 @@
-"""`peft-lntune merge`: an adapter merged into its model, as a folder that needs neither PEFT nor this package."""
+"""`peft-lntune merge`: merges an adapter into its model; the result needs neither PEFT nor this package."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +10,7 @@ from peft_lntune.cli.output import new_folder
 
 __all__ = ["command", "merge_adapter"]
 
-# What a folder holds beside the model that its users want too.
+# Beginnings of the names of further files to copy from the model's folder.
 _BESIDE = (
     "added_tokens",
     "chat_template",
@@ -27,20 +27,20 @@ _BESIDE = (
 
 
 def merge_adapter(adapter: str, out: str | Path, model: str | None = None) -> Path:
-    """Merge an adapter into its model and save that, with the tokenizer of the model's folder.
+    """Merge an adapter into its model, and save the model with the tokenizer from the model's folder.
 
     Args:
-        adapter: directory of the adapter.
-        out: folder to make; it appears when all is written.
+        adapter: folder of the adapter.
+        out: folder to make; it appears when everything is written.
         model: folder of the base model; None: the one that the adapter's config names.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigError: there is something at `out`, or no model is named.
-        AdapterFileError: the adapter is damaged, or one of another model.
-        UnsupportedError: the adapter has parts that cannot be merged: bottlenecks, prefixes.
+        ConfigError: `out` exists and is not an empty folder, or no model is named.
+        AdapterFileError: the adapter is damaged, or from another model.
+        UnsupportedError: the adapter has bottlenecks or prefixes, which cannot be merged.
     """
     with new_folder(Path(out)) as made:
         adapted = load_adapted(adapter, model)
@@ -58,8 +58,8 @@ def merge_adapter(adapter: str, out: str | Path, model: str | None = None) -> Pa
 def command(adapter: str, out: Path, model: str | None) -> None:
     """Merge ADAPTER into its model and save it in the new folder OUT, with the tokenizer.
 
-    What comes out is a plain model: it loads without PEFT and without this package. Bottlenecks and prefixes cannot be
-    merged, and an adapter that has any is refused.
+    The result is a plain model that loads without PEFT and without this package. Adapters with bottlenecks or prefixes
+    cannot be merged, and are refused.
 
     \b
     Example:

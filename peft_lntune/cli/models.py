@@ -1,4 +1,4 @@
-"""From folders to models: which class a model is of, a model with an adapter in it, and how commands are told."""
+"""Loads models from folders, with or without weights, and with an adapter."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,11 +27,18 @@ CLASSES = {
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-"""By PEFT's task type, the class that makes a model with the head of that task."""
+"""The class of transformers with the head for each of PEFT's task types."""
 
 
 def adapter_to_folder(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What commands are told that make a folder of a saved adapter: `ADAPTER`, `OUT` and `--model`."""
+    """Add the arguments `ADAPTER`, `OUT` and `--model` to a command that makes a folder from a saved adapter.
+
+    Args:
+        command: the function of the command.
+
+    Returns:
+        The function with these arguments.
+    """
     model = click.option(
         "--model", help="Folder of the base model.  [default: the one that the adapter's config names]"
     )
@@ -40,10 +47,13 @@ def adapter_to_folder(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def empty_model(model: str) -> nn.Module:
-    """The model of a folder without its weights: on the meta device, however large it is.
+    """Make the model of a folder on the meta device, without its weights.
 
     Args:
         model: folder with a `config.json`, or a name on the Hub.
+
+    Returns:
+        The model, of the class that the folder was saved from.
     """
     config = AutoConfig.from_pretrained(model)
     kind = _own_class(config)
@@ -52,13 +62,13 @@ def empty_model(model: str) -> nn.Module:
 
 
 def load_model(model: str, task_type: str | None = None, class_name: str | None = None, **options: Any) -> nn.Module:
-    """The model of a folder with its weights, in the dtype they have there.
+    """Load the model of a folder with its weights, in the saved dtype.
 
     Args:
         model: folder, or a name on the Hub.
-        task_type: of PEFT; which head the model has. None: the class that the folder was saved from.
-        class_name: of transformers; instead of a task.
-        options: for `from_pretrained`.
+        task_type: task type of PEFT, which decides the head. None: the class that the folder was saved from.
+        class_name: class of transformers, if there is no task type.
+        **options: further arguments of `from_pretrained`.
 
     Returns:
         The model, in evaluation mode.
@@ -69,12 +79,12 @@ def load_model(model: str, task_type: str | None = None, class_name: str | None 
 
 
 def load_adapted(adapter: str, model: str | None = None) -> PeftModel:
-    """The model that an adapter was trained on, with the adapter in it.
+    """Load the model that an adapter was trained on, with the adapter.
 
-    The class of the model is that of the adapter's task, with as many labels as the head saved with the adapter has.
+    The class of the model is that of the adapter's task, with as many labels as the saved head has.
 
     Args:
-        adapter: directory of the adapter.
+        adapter: folder of the adapter.
         model: folder of the base model; None: the one that the adapter's config names.
 
     Returns:
@@ -82,7 +92,7 @@ def load_adapted(adapter: str, model: str | None = None) -> PeftModel:
 
     Raises:
         ConfigError: no model is named, or the config is damaged.
-        AdapterFileError: the adapter is damaged, of another package, or of another architecture than that model.
+        AdapterFileError: the adapter is damaged, of another package, or from another architecture than the model.
     """
     config = StoredConfig.from_pretrained(adapter)
     base = model or config.base_model_name_or_path
@@ -98,13 +108,13 @@ def load_adapted(adapter: str, model: str | None = None) -> PeftModel:
 
 
 def _own_class(config: Any) -> Any:
-    """The class that the config says the model was saved from; None where transformers has none of that name."""
+    """The class that the model was saved from, by its config; None if transformers does not have it."""
     names = getattr(config, "architectures", None) or [""]
     return getattr(transformers, names[0], None)
 
 
 def _labels(adapter: str) -> int | None:
-    """How many labels the head saved with an adapter tells: the rows of its last layer, the narrowest."""
+    """Number of labels of the head saved with an adapter: the rows of its narrowest matrix; None without a head."""
     shapes = SavedAdapter(adapter, {}).shapes
     rows = [shape[0] for key, shape in shapes.items() if not is_ours(key) and len(shape) == 2]
     return min(rows, default=None)

@@ -1,4 +1,4 @@
-"""A folder that a command writes appears whole or not at all. For a file see `storage.new_file`."""
+"""Output folders that appear whole or not at all. For files, use `peft_lntune.storage.atomic.new_file`."""
 
 import os
 from collections.abc import Iterator
@@ -13,10 +13,16 @@ __all__ = ["new_folder"]
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into, which takes its place at `path` when all is written.
+    """Make a folder to write into, and move it to `path` when the block ends.
+
+    Args:
+        path: the folder to make; it must be missing or empty.
+
+    Yields:
+        The folder to write into.
 
     Raises:
-        ConfigError: there is something at `path` already.
+        ConfigError: `path` exists and is not an empty folder.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{path} exists and is not an empty folder. Give a new one; nothing is overwritten.")

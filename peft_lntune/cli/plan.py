@@ -1,4 +1,4 @@
-"""`peft-lntune plan`: what would be tuned, before any weight is loaded."""
+"""`peft-lntune plan`: what a config would tune, without loading weights."""
 
 import re
 from typing import Any
@@ -15,14 +15,19 @@ __all__ = ["command", "plan_model"]
 
 
 def plan_model(model: str, config: LNTuneConfig) -> tuple[Plan, int]:
-    """What a config would tune in the model of a folder, and how many parameters that model has. No weight is loaded.
+    """Plan what a config would tune in the model of a folder, without loading weights.
 
     Args:
         model: folder with a `config.json`, or a name on the Hub.
-        config: any config of this package; one that was loaded with an adapter counts what that adapter tunes.
+        config: any config of this package. For a config loaded with an adapter, the entries of that adapter are counted.
 
     Returns:
         The plan, and the number of parameters of the whole model.
+
+    Raises:
+        NoMatchError: the config selects nothing.
+        ConfigError: two parts tune the same module.
+        UnsupportedError: a part selects a module that its method does not work on.
     """
     empty = empty_model(model)
     counts = (config.manifest or {}).get("tuned")
@@ -35,13 +40,26 @@ class Layers(click.ParamType):
     name = "layers"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        """Parse the value of the option.
+
+        Args:
+            value: the text, or a list of indices, which is returned unchanged.
+            param: the option, for errors.
+            ctx: the context of the command, for errors.
+
+        Returns:
+            The indices.
+
+        Raises:
+            click.BadParameter: the text is not a list of layers.
+        """
         if isinstance(value, list):
             return value
         found: list[int] = []
         for piece in value.split(","):
             ends = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", piece)
             if ends is None:
-                self.fail(f"{value!r} is no list of layers, such as 0,2,4-6.", param, ctx)
+                self.fail(f"{value!r} is not a list of layers, such as 0,2,4-6.", param, ctx)
             found += range(int(ends[1]), int(ends[2] or ends[1]) + 1)
         return found
 
@@ -69,10 +87,10 @@ def command(
     layers: list[int] | None,
     targets: tuple[str, ...],
 ) -> None:
-    """Say what a config would tune in MODEL, and at what cost.
+    """Show what a config would tune in MODEL, and at what cost.
 
     MODEL is a folder with a config.json, or a name on the Hub. The model is built without its weights, so this takes
-    seconds and little memory, however large it is. Without options: every norm, gain and bias.
+    seconds and little memory for models of any size. Without options, every gain and bias of every norm is tuned.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""The options that commands with a table share, and how they show it."""
+"""Options shared by commands that show a table, and the function that shows it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,27 +15,42 @@ csv_option = click.option(
     "--csv",
     "csv_file",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Write the table there, with every digit.",
+    help="Write the table to this CSV file, with every digit.",
 )
 plot_option = click.option(
-    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the table: PNG, PDF or SVG, by the ending."
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw the table into this file: PNG, PDF or SVG, by the ending.",
 )
 layers_option = click.option(
-    "--layers/--no-layers", default=True, help="One row a layer, or all layers of a component as one."
+    "--layers/--no-layers", default=True, help="One row per layer, or one row for all layers of a component."
 )
 shared_option = click.option(
-    "--shared", is_flag=True, help="Compare what both have in one shape; leave heads of other sizes out."
+    "--shared", is_flag=True, help="Compare only tensors that both have in the same shape; leave out other heads."
 )
 
 
 def with_layers(plot: Path | None, layers: bool) -> None:
-    """Refuse a picture of components by layers where the layers are pooled."""
+    """Refuse a plot of components by layers if the layers are pooled.
+
+    Args:
+        plot: the file of `--plot`, if given.
+        layers: whether the table has one row per layer.
+
+    Raises:
+        click.UsageError: a plot is asked for, and layers are pooled.
+    """
     if plot is not None and not layers:
         raise click.UsageError("--plot shows components by layers; leave --no-layers out.")
 
 
 def to_csv(table: Table, file: Path) -> None:
-    """Write a table as CSV, whole or not at all."""
+    """Write a table as CSV. The file appears whole or not at all.
+
+    Args:
+        table: the table.
+        file: the file.
+    """
     with new_file(file) as made:
         table.to_csv(made)
 
@@ -46,13 +61,13 @@ def show(
     plot: Path | None = None,
     draw: Callable[[Table, Path], Any] | None = None,
 ) -> None:
-    """Print a table, and write it into files where that is asked for.
+    """Print a table, and write it to files if asked for.
 
     Args:
-        table: what a command found.
-        csv_file: where to write it as CSV; None: nowhere.
-        plot: where to draw it; None: nowhere.
-        draw: draws a table into a file, such as `plot_change`.
+        table: the table.
+        csv_file: CSV file to write; None: no file.
+        plot: file to draw into; None: no plot.
+        draw: a function `(table, file)` that draws the table, such as `plot_change`.
     """
     if csv_file is not None:
         to_csv(table, csv_file)

@@ -106,10 +106,10 @@ def from_peft_ln_tuning(model: nn.Module, directory: str | os.PathLike, adapter_
 
     Example:
         >>> import tempfile
-        >>> directory, base = tempfile.mkdtemp(), nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
-        >>> saved = get_peft_model(base, peft.LNTuningConfig(target_modules=["1"]))
-        >>> saved.save_pretrained(directory)
-        >>> from_peft_ln_tuning(saved.unload(), directory).peft_config["default"].kind
+        >>> directory = tempfile.mkdtemp()
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), LNTuningConfig())
+        >>> to_peft_ln_tuning(model, directory)
+        >>> from_peft_ln_tuning(model.unload(), directory).peft_config["default"].kind
         'LNTuningConfig'
     """
     with restored_on_error(model, adapter_name), told_by_us(directory, lambda: True):

@@ -72,7 +72,8 @@ def last_whole_checkpoint(directory: str | os.PathLike) -> str | None:
         return str(folder)
     if folders:
         warnings.warn(
-            f"none of the {len(folders)} checkpoints in {directory} is complete, so training starts from the beginning.",
+            f"none of the {len(folders)} checkpoints in {directory} is complete, so training starts from the "
+            "beginning.",
             stacklevel=2,
         )
     return None

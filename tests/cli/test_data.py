@@ -105,18 +105,18 @@ def test_a_changed_file_is_read_again(tmp_path):
     ("name", "text", "said"),
     [
         ("d.txt", "x", r"d.txt should end in one of .jsonl, .json, .csv, .tsv, .parquet, .conll"),
-        *((f"d.{ending}", "", r"holds no rows") for ending in ("csv", "tsv", "jsonl", "json", "conll")),
-        ("d.csv", "text,label\n", "holds no rows"),
-        ("d.jsonl", "\n\n", "holds no rows"),
-        ("d.conll", "-DOCSTART- O\n\n", "holds no rows"),
+        *((f"d.{ending}", "", r"has no rows") for ending in ("csv", "tsv", "jsonl", "json", "conll")),
+        ("d.csv", "text,label\n", "has no rows"),
+        ("d.jsonl", "\n\n", "has no rows"),
+        ("d.conll", "-DOCSTART- O\n\n", "has no rows"),
         (
             "d.csv",
             "text,label\na,0\nb, c,1\n",
-            r"d.csv is no table with 2 columns, separated by ','.*line 3.*Quote texts",
+            r"d.csv is not a table with 2 columns, separated by ','.*line 3.*Quote texts",
         ),
-        ("d.csv", "text,label\na, b,0\nc, d,1\n", "is no table with 2 columns"),  # else each label were ' b'
-        ("d.csv", 'text,label\n"a,0\nb,1\n', r"is no table.*EOF inside string starting at row 1"),
-        ("d.jsonl", '{"text": "a", "label": 0}\n{', r"line 2 of .* is no JSON"),
+        ("d.csv", "text,label\na, b,0\nc, d,1\n", "is not a table with 2 columns"),  # else each label were ' b'
+        ("d.csv", 'text,label\n"a,0\nb,1\n', r"is not a table.*EOF inside string starting at row 1"),
+        ("d.jsonl", '{"text": "a", "label": 0}\n{', r"line 2 of .* is not JSON"),
         ("d.json", '[{"text": "a"}, {', "d.json cannot be read"),
         ("d.parquet", "x", "d.parquet cannot be read"),
         ("d.conll", "Rick B-person\nsmiles\n", r"line 2 of .* has no tag: 'smiles'"),
@@ -213,9 +213,9 @@ def test_labels_become_numbers(case):
         ("", "it is missing"),
         (" ", "it is missing"),
         (None, "it is missing"),
-        ("nan", "no number to learn"),
-        (math.nan, "no number to learn"),
-        ("-inf", "no number to learn"),
+        ("nan", "not a finite number"),
+        (math.nan, "not a finite number"),
+        ("-inf", "not a finite number"),
         ([0, 1], "Either every label is a list, or none is"),
         ({"a": 1}, "of type dict"),
         ("['a', 'b']", "text that looks like a list"),
@@ -230,7 +230,7 @@ def test_what_is_no_label_is_refused_with_its_row(wrong, message, known):
 
 @pytest.mark.parametrize("word", ["NA", "n/a", "null", "None", "-"])
 def test_a_missing_number_is_no_class(word):
-    with pytest.raises(DataError, match=rf"the label of row 2 is '{word}': no number, as the others"):
+    with pytest.raises(DataError, match=rf"the label of row 2 is '{word}', and the others are numbers"):
         encode_labels(["1", "2", word])
 
 

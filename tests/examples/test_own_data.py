@@ -93,8 +93,8 @@ def test_what_files_are_taken_for(case, tmp_path):
 
 
 REFUSED = {
-    "empty": ("", None, {}, r"train\.csv holds no rows"),
-    "no validation rows": ("text,label\na,x\nb,y\n", "text,label\n", {}, r"validation\.csv holds no rows"),
+    "empty": ("", None, {}, r"train\.csv has no rows"),
+    "no validation rows": ("text,label\na,x\nb,y\n", "text,label\n", {}, r"validation\.csv has no rows"),
     "a missing column": (
         "text,topic\na,x\n",
         None,
@@ -222,7 +222,7 @@ def test_conll(tmp_path):
 @pytest.mark.parametrize(
     ("train", "validation", "said"),
     [
-        ("", None, r"train\.conll holds no rows"),
+        ("", None, r"train\.conll has no rows"),
         ("a O\nb O\n", None, "every tag is O"),
         ("a B-x\nb NOUN\n", None, r"train\.conll: row 0 has the tag 'NOUN'; a tag is O, or B-"),
         ("a B-x\n\nb B-\n", None, r"train\.conll: row 1 has the tag 'B-'"),

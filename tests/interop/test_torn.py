@@ -247,7 +247,7 @@ def test_checkpoints_of_several_processes(make: Any, damages: list[Any], trained
         root.mkdir()
         folder = make(root / "checkpoint-4", trained / LAST)
         if damage is None:
-            with pytest.warns(UserWarning, match="checkpoint-4 is taken, but .* cannot be told"):
+            with pytest.warns(UserWarning, match="checkpoint-4 is taken, but .* cannot be checked"):
                 assert last_whole_checkpoint(root) == str(folder)
             continue
         damage(folder)

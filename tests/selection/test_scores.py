@@ -72,7 +72,7 @@ def test_options_that_mean_nothing_to_a_score(model, tmp_path):
     for option, value in (("--data", data), ("--kind", "mc"), ("--seed", 1), ("--batch-size", 3)):
         result = run("fisher", "--model", model, "--score", "magnitude", option, value, "--out", tmp_path / "m")
         assert result.exit_code == 2
-        assert f"{option} means nothing to --score magnitude" in result.stderr
+        assert f"--score magnitude does not use {option}" in result.stderr
     result = run("fisher", "--model", model, "--out", tmp_path / "m")
     assert result.exit_code == 2
     assert "Give labelled texts with --data" in result.stderr
