@@ -36,16 +36,7 @@ from peft_lntune.storage.atomic import new_file
 
 __all__ = ["FisherMasks", "command", "fisher_masks", "load_classifier"]
 
-_OF_DATA = (
-    "data",
-    "text_columns",
-    "label_column",
-    "regression",
-    "encoding",
-    "num_samples",
-    "batch_size",
-    "max_length",
-)
+_OF_DATA = ("data", "text_columns", "label_column", "regression", "encoding", "num_samples", "batch_size", "max_length")
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,11 +201,7 @@ def _table(model: nn.Module, scores: Mapping[str, Tensor], masks: Mapping[str, T
     help="Column of texts; give it twice for pairs.  [default: text, sentence, ...]",
 )
 @click.option(
-    "--label-column",
-    default="label",
-    show_default=True,
-    metavar="NAME",
-    help="Column of class numbers, names or values.",
+    "--label-column", default="label", show_default=True, metavar="NAME", help="Column of classes, or of values."
 )
 @click.option(
     "--regression/--no-regression", default=None, help="Whether numbers are values.  [default: by their form]"

@@ -19,7 +19,8 @@ def plan_model(model: str, config: LNTuneConfig) -> tuple[Plan, int]:
 
     Args:
         model: folder with a `config.json`, or a name on the Hub.
-        config: any config of this package. For a config loaded with an adapter, the entries of that adapter are counted.
+        config: any config of this package. If it was loaded with an adapter, the entries that the adapter tunes
+            are counted.
 
     Returns:
         The plan, and the number of parameters of the whole model.

@@ -178,7 +178,7 @@ class TestSourcesThatAreModels:
                 "adapter 'x' has LoraConfig, and a bank holds only deltas of norms",
             ),
             (UnifiedConfig(preset="mha-adapter+ln"), "has BottleneckConfig, LNTuningConfig, and a bank"),
-            (ModuleTuningConfig(components=["query"]), "is of ModuleTuningConfig"),
+            (ModuleTuningConfig(components=["query"]), "has ModuleTuningConfig"),
             (
                 LNTuningConfig(target_modules=["query", "LayerNorm"]),
                 r"tunes 2 modules other than norms, such as .*query \(Linear\)",
