@@ -22,7 +22,8 @@ def can_rebuild() -> bool:
         >>> can_rebuild()
         True
     """
-    return torch.is_grad_enabled() and not is_traced() and torch._C._autograd._saved_tensors_hooks_is_enabled()
+    hooks_allowed: bool = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+    return hooks_allowed and torch.is_grad_enabled() and not is_traced()
 
 
 def is_plain(module: nn.Module, name: str) -> bool:
@@ -41,6 +42,7 @@ def is_plain(module: nn.Module, name: str) -> bool:
     tensor = module._parameters.get(name)
     return (
         name not in module.__dict__
+        and tensor is not None
         and type(tensor) in (Tensor, nn.Parameter)
         and not (tensor.is_meta or tensor.is_inference())
     )
@@ -86,7 +88,7 @@ class _View(NamedTuple):
     made_stride: tuple[int, ...]
     size: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: int | torch.SymInt
 
     def tensor(self) -> Tensor:
         with torch.no_grad():

@@ -296,6 +296,10 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
             self._cache = None
             if torch.is_grad_enabled() and not self._route.active:
                 self._route.drop()  # what is stacked for mixed batches came from the same deltas
+        return self._trained_call(adapters, tuned, traced)
+
+    def _trained_call(self, adapters: Sequence[str], tuned: list[tuple[str, Any]], traced: bool) -> EffectiveCall:
+        """What runs where the deltas may be trained: made anew for each call."""
         sums = self._sums(tuned)
         call = None if not sums else partial(self.run, sums) if traced else self.bind(sums)
         return EffectiveCall(adapters, None, sums, call)
