@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 # No Hub while testing: what needs a download is a bug here. Two threads, as on the machine that measured.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+QUICK := -m "not full and not end_to_end" -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo docs test test-full test-oldest lint types unit format clean
@@ -19,12 +20,12 @@ demo: $(VENV)/.examples  ## tune a real pretrained encoder through its LayerNorm
 
 test: lint types unit  ## lint, types, tests, the README's code and the quick examples
 
-test-full: test  ## also what takes long: PEFT's own generic test suite, compiled models
-	$(OFFLINE) $(BIN)/python -m pytest -m full
+test-full: test  ## also what takes long: whole runs, every family, compiled models, PEFT's own generic test suite
+	$(OFFLINE) $(BIN)/python -m pytest -m "full or end_to_end"
 
 # torch's older wheels for Linux bring CUDA: some 5 GB. The unit tests alone: linters and types are the newest's.
 test-oldest: $(OLDEST)/.test  ## the tests with the oldest versions that pyproject.toml declares, in .venv-oldest
-	$(OFFLINE) $(OLDEST)/bin/python -m pytest -m "not full" -n 2 --dist worksteal
+	$(OFFLINE) $(OLDEST)/bin/python -m pytest $(QUICK)
 
 docs: $(VENV)/.docs  ## build the site in docs/_build; a warning or a broken link is an error
 	$(OFFLINE) $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
@@ -37,7 +38,7 @@ types: $(VENV)/.test
 	$(BIN)/mypy
 
 unit: $(VENV)/.test
-	$(OFFLINE) $(BIN)/python -m pytest -m "not full" -n 2 --dist worksteal --durations=10
+	$(OFFLINE) $(BIN)/python -m pytest $(QUICK) --durations=10
 
 format: $(VENV)/.test  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .

@@ -16,24 +16,28 @@ import torch
 import transformers
 from demo_data import sentences
 from peft import PeftModel, get_peft_model
-from task_data import PARTS, DataError, read_part
+from task_data import PARTS, add_data_options, errors_as_text, find_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from training import quiet
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_lntune import LNTuningConfig
+from peft_lntune.cli.data import find_columns, read_table, read_texts
+from peft_lntune.errors import DataError
 
 
-def read_texts(data_dir: Path | None, text: Path | None) -> tuple[list[str], list[str]]:
+def read_parts(data_dir: Path | None, text: Path | None, encoding: str = "utf-8-sig") -> tuple[list[str], list[str]]:
     """Training and validation texts, from the first source given."""
     if data_dir is not None:
-        parts = [read_part(data_dir, part) for part in PARTS]
-        if missing := [rows.column_names for rows in parts if "text" not in rows.column_names]:
-            raise DataError(f"{data_dir} has the columns {', '.join(missing[0])}; wanted is text")
-        return list(parts[0]["text"]), list(parts[1]["text"])
+        found = []
+        for file in (find_file(data_dir, part) for part in PARTS):
+            rows = read_table(file, encoding)
+            find_columns(rows.column_names, [("text",)], str(file))
+            found.append(read_texts(rows["text"], "text", str(file)))
+        return found[0], found[1]
     if text is not None:
-        whole = text.read_text(encoding="utf-8")
+        whole = text.read_text(encoding=encoding)
         cut = len(whole) * 9 // 10
         return [whole[:cut]], [whole[cut:]]
     demo = [[row["sentence"] for row in sentences(part, 500, seed=0)] for part in PARTS]
@@ -86,11 +90,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a causal LM: its folder with tokenizer, or its name on the Hub")
-    parser.add_argument("--data-dir", type=Path, help="train and validation files with a column `text`")
+    add_data_options(parser, "a folder of files with a column `text`")
     parser.add_argument("--text", type=Path, help="a plain text file, instead of --data-dir")
     parser.add_argument("--prompt", default="The story was")
     parser.add_argument("--max-steps", type=int, default=200)
-    parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/causal_lm"))
     return parser.parse_args(argv)
@@ -104,10 +108,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     base = AutoModelForCausalLM.from_pretrained(args.model)
     length = min(128, base.config.max_position_embeddings)
-    try:
-        blocks, held_out = (to_blocks(tokenizer, texts, length) for texts in read_texts(args.data_dir, args.text))
-    except DataError as error:
-        raise SystemExit(f"error: {error}") from error
+    with errors_as_text():
+        texts = read_parts(args.data_dir, args.text, args.encoding)
+        blocks, held_out = (to_blocks(tokenizer, part, length) for part in texts)
     model = get_peft_model(base, LNTuningConfig(task_type="CAUSAL_LM"))
     model.print_trainable_parameters()
     train(model, blocks, args.max_steps, args.lr, args.seed)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from methods import find_head
 from peft import get_peft_model
+from task_data import add_task_options
 from text_classification import task_or_demo
 from torch.utils.data import DataLoader
 from training import Run, load_base, make_trainer, predict, quiet, reload, save_tuned
@@ -24,15 +25,14 @@ from peft_lntune import FisherLNConfig, fit_fisher_masks
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", help="a GLUE task")
-    parser.add_argument("--data-dir", type=Path, help="local train and validation files; without both, the demo's data")
+    add_task_options(parser)
     parser.add_argument("--model", help="a checkpoint's name or folder; without it, an installed all-MiniLM-L6-v2")
     parser.add_argument("--density", type=float, default=0.1, help="fraction of the norm entries to tune")
     parser.add_argument("--fisher", choices=("empirical", "mc", "exact"), default="empirical")
     parser.add_argument("--num-samples", type=int, default=1024)
     parser.add_argument("--max-steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1e-2)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/fisher_layernorm"))
     return parser.parse_args(argv)

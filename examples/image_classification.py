@@ -16,14 +16,13 @@ import numpy as np
 import torch
 import transformers
 from image_data import add_image_options, read_images
-from methods import find_head
+from methods import HEAD_LR, find_head
 from peft import PeftModel, get_peft_model
-from task_data import DataError
-from training import ProgressBar, quiet
+from task_data import errors_as_text
+from training import ProgressBar, TwoRates, check_equal, quiet
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
-    Trainer,
     TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
@@ -31,6 +30,7 @@ from transformers import (
 )
 
 from peft_lntune import LNTuningConfig
+from peft_lntune.errors import DataError
 
 TINY = {"image_size": 32, "patch_size": 8, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 
@@ -68,15 +68,14 @@ def accuracy(predicted: Any) -> dict[str, float]:
     return {"accuracy": float(np.mean(predicted.predictions.argmax(-1) == predicted.label_ids))}
 
 
-def make_trainer(args: argparse.Namespace, model: Any, parts: dict, processor: Any) -> Trainer:
-    """Trainer as for any model."""
+def make_trainer(args: argparse.Namespace, model: Any, parts: dict, processor: Any) -> TwoRates:
+    """Trainer as for any model, with a learning rate of its own for the head."""
     arguments = TrainingArguments(
         output_dir=str(args.out),
         max_steps=args.max_steps,
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=2 * args.batch_size,
         learning_rate=args.lr,
-        weight_decay=0.0,  # gains, biases and their deltas are not to be pulled to zero
         warmup_steps=0.1,  # a share of all steps
         seed=args.seed,
         save_strategy="no",
@@ -86,7 +85,7 @@ def make_trainer(args: argparse.Namespace, model: Any, parts: dict, processor: A
         dataloader_pin_memory=torch.cuda.is_available(),
         label_names=["labels"],
     )
-    trainer = Trainer(
+    trainer = TwoRates(
         model,
         arguments,
         data_collator=collator(processor),
@@ -95,6 +94,7 @@ def make_trainer(args: argparse.Namespace, model: Any, parts: dict, processor: A
         compute_metrics=accuracy,
         callbacks=[ProgressBar("ln")],
     )
+    trainer.head_lr = args.head_learning_rate
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
@@ -106,7 +106,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add_image_options(parser)
     parser.add_argument("--max-steps", type=int, default=200, help="default 200")
     parser.add_argument("--batch-size", type=int, default=16, help="default 16")
-    parser.add_argument("--lr", type=float, default=1e-2, help="default 1e-2")
+    parser.add_argument("--lr", type=float, default=1e-3, help="of the norms; default 1e-3")
+    parser.add_argument("--head-learning-rate", type=float, default=HEAD_LR, help=f"default {HEAD_LR:g}")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--out", type=Path, default=Path("runs/image_classification"))
     return parser.parse_args(argv)
@@ -116,12 +117,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Tune, measure, save, reload."""
     args = parse_args(argv)
     quiet()
-    try:
+    with errors_as_text():
         parts = read_images(args.data_dir, args.dataset, seed=args.seed)
         classes = parts["train"].features["label"].names
         base, processor = load_model(args.model, classes, args.seed)
-    except DataError as error:
-        raise SystemExit(f"error: {error}") from error
     model = get_peft_model(base, LNTuningConfig(modules_to_save=find_head(base)))
     model.print_trainable_parameters()
 
@@ -136,10 +135,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.save_pretrained(str(args.out))
     fresh, _ = load_model(args.model, classes, args.seed)
     again = make_trainer(args, PeftModel.from_pretrained(fresh, str(args.out)), parts, processor)
-    logits: Any = [t.predict(parts["validation"]).predictions for t in (trainer, again)]
-    if not np.array_equal(*logits):
-        raise RuntimeError(f"what {args.out} holds answers differently after reloading")
-    print(f"reloaded {args.out}: all {len(logits[0])} logits are bit-equal to those after training")
+    trained, reloaded = (np.asarray(t.predict(parts["validation"]).predictions) for t in (trainer, again))
+    check_equal(reloaded, trained, args.out, f"all {len(trained)} logits")
 
 
 if __name__ == "__main__":

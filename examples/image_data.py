@@ -5,12 +5,16 @@ colour and place, over noise: enough to see a model learn, and of no other use.
 """
 
 import argparse
+import io
+from collections import Counter
 from pathlib import Path
 
 import datasets
 import numpy as np
-from PIL import Image, ImageDraw
-from task_data import PARTS, DataError
+from PIL import Image, ImageDraw, UnidentifiedImageError
+from task_data import PARTS, hub_parts, say
+
+from peft_lntune.errors import DataError
 
 SHAPES = ("disc", "square", "stripes")
 
@@ -64,18 +68,39 @@ def read_images(
         counts = (count, count // 4)
         return {part: draw_images(n, side, 2 * seed + i) for i, (part, n) in enumerate(zip(PARTS, counts, strict=True))}
     source = str(data_dir or dataset)
-    try:
-        loaded = datasets.load_dataset("imagefolder", data_dir=source) if data_dir else datasets.load_dataset(source)
-    except (ConnectionError, FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise DataError(f"cannot load {source}: {error}. Give --data-dir, a folder on this machine.") from error
-    parts = {"train": loaded.get("train"), "validation": loaded.get("validation", loaded.get("test"))}
-    if missing := [part for part, rows in parts.items() if rows is None]:
-        raise DataError(f"{source} has no part {missing[0]}; it has {', '.join(loaded)}")
-    wanted = (("image", datasets.Image), ("label", datasets.ClassLabel))
-    found = {part: {name: _column(rows, kind, source) for name, kind in wanted} for part, rows in parts.items()}
-    return {
-        part: rows.select_columns(list(found[part].values())).rename_columns(
-            {old: new for new, old in found[part].items() if old != new}
-        )
-        for part, rows in parts.items()
-    }
+    sources, parts = hub_parts(
+        lambda: datasets.load_dataset("imagefolder", data_dir=source) if data_dir else datasets.load_dataset(source),
+        source,
+        "validation",
+        "test",
+    )
+    for part, rows in parts.items():
+        names = {
+            _column(rows, kind, source): new
+            for new, kind in (("image", datasets.Image), ("label", datasets.ClassLabel))
+        }
+        parts[part] = rows.select_columns(list(names)).rename_columns({k: v for k, v in names.items() if k != v})
+        if data_dir is not None:
+            check_images(parts[part])
+    found = {part: Counter(rows["label"]) for part, rows in parts.items()}
+    classes = parts["train"].features["label"].names
+    if strange := set(found["validation"]) - set(found["train"]):
+        raise DataError(f"{sources['validation']} has the class {classes[min(strange)]}, which no training image has")
+    if len(found["train"]) < 2:
+        raise DataError(f"{sources['train']}: every image is of one class, so there is nothing to learn")
+    say(
+        f"data: {' and '.join(f'{len(rows):,} {part} images' for part, rows in parts.items())}; "
+        + f"{len(classes)} classes: "
+        + ", ".join(f"{name} ({found['train'][number]:,})" for number, name in enumerate(classes))
+    )
+    return parts
+
+
+def check_images(rows: datasets.Dataset) -> None:
+    """Open every image once, so that a damaged one does not end the training."""
+    for row in rows.cast_column("image", datasets.Image(decode=False))["image"]:
+        try:
+            with Image.open(row["path"] if row["bytes"] is None else io.BytesIO(row["bytes"])) as image:
+                image.load()
+        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            raise DataError(f"{row['path']} is no image that can be read: {error}. Replace or remove it.") from error

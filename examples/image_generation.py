@@ -20,12 +20,13 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from image_data import add_image_options, read_images
 from peft import PeftModel, get_peft_model
 from PIL import Image
-from task_data import DataError
+from task_data import errors_as_text
 from torch import Tensor
 from tqdm.auto import tqdm
 from training import quiet
 
 from peft_lntune import FisherLNConfig, LNTuningConfig, fit_fisher_masks
+from peft_lntune.errors import DataError
 
 Batch = dict[str, Tensor]
 
@@ -118,11 +119,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Tune, measure, save, reload, merge, draw."""
     args = parse_args(argv)
     quiet()
-    try:
+    with errors_as_text():
         pipeline = load_pipeline(args.model, args.seed)
         parts = read_images(args.data_dir, args.dataset, seed=args.seed)
-    except DataError as error:
-        raise SystemExit(f"error: {error}") from error
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     scheduler = pipeline.scheduler
     pixels = {part: to_pixels(rows["image"], pipeline.unet) for part, rows in parts.items()}

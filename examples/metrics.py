@@ -45,6 +45,32 @@ class F1(_TaskMetric):
         return {"f1": float(f1_score(references, predictions))}
 
 
+class MacroF1(_TaskMetric):
+    """Mean of the classes' F1: a rare class counts as much as a frequent one."""
+
+    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
+        return {"macro_f1": float(f1_score(references, predictions, average="macro", zero_division=0.0))}
+
+
+class MajorityShare(_TaskMetric):
+    """Share of the most frequent reference: the accuracy of always saying it."""
+
+    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
+        return {"majority": max(Counter(references).values()) / len(references)}
+
+
+class SeveralF1(_TaskMetric):
+    """Rows with several classes: F1 of all together, the mean of the classes' F1, and the share of rows all right."""
+
+    prediction = reference = datasets.Sequence(datasets.Value("int64"))
+
+    def _compute(self, predictions: Sequence[Sequence[int]], references: Sequence[Sequence[int]]) -> dict[str, float]:
+        micro, macro = (
+            float(f1_score(references, predictions, average=kind, zero_division=0.0)) for kind in ("micro", "macro")
+        )
+        return {"micro_f1": micro, "macro_f1": macro, "accuracy": float(accuracy_score(references, predictions))}
+
+
 class MatthewsCorrelation(_TaskMetric):
     """Correlation of two labelings, 0 for a constant guess."""
 
@@ -145,6 +171,8 @@ METRICS: dict[str, tuple[type[_TaskMetric], ...]] = {
     "stsb": (Pearson, Spearman),
     "wnli": (Accuracy,),
     "classification": (Accuracy,),
+    "imbalanced": (Accuracy, MacroF1, MajorityShare),
+    "multi_label_classification": (SeveralF1,),
     "regression": (Pearson, Spearman),
     "entities": (EntityF1,),
     "squad": (Squad,),
@@ -154,7 +182,8 @@ METRICS: dict[str, tuple[type[_TaskMetric], ...]] = {
 def score(task: str, predictions: Sequence, references: Sequence) -> dict[str, float]:
     """Every metric of one task, from N predictions and N references.
 
-    These are classes, values in a regression, lists of BIO tags, or answers, each of them with a list of right ones.
+    These are classes, a 0 or 1 per class, values in a regression, lists of BIO tags, or answers, each of them with a
+    list of right ones.
     """
     results: dict[str, float] = {}
     for metric in METRICS[task]:

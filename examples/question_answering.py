@@ -18,29 +18,39 @@ from pathlib import Path
 
 import datasets
 from metrics import score
-from task_data import DataError, find_columns, load_parts
+from task_data import ENCODING, add_data_options, errors_as_text, load_parts, say
 from training import Task, add_options, compare, default_model, load_tokenizer, quiet
 from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding
 from windows import Windows, decode
 
+from peft_lntune.cli.data import find_columns, read_texts
+from peft_lntune.errors import DataError
 
-def read_questions(data_dir: Path | None) -> dict[str, datasets.Dataset]:
+
+def read_questions(data_dir: Path | None, encoding: str = ENCODING) -> dict[str, datasets.Dataset]:
     """Both parts, with SQuAD's columns; each answer stands in its context, where the row says."""
-    source, parts = load_parts(data_dir, "rajpurkar/squad")
-    find_columns(parts, [("question", "context", "answers")], source)
+    sources, parts = load_parts(data_dir, "rajpurkar/squad", encoding=encoding)
     for part, rows in parts.items():
+        find_columns(rows.column_names, [("question", "context", "answers")], sources[part])
+        for column in ("question", "context"):
+            read_texts(rows[column], column, sources[part])
         for i, (context, answers) in enumerate(zip(rows["context"], rows["answers"], strict=True)):
-            where = f"{source} ({part}), row {i}"
-            if not answers["text"]:
+            where = f"{sources[part]}, row {i}"
+            if not isinstance(answers, dict) or not {"text", "answer_start"} <= set(answers):
+                raise DataError(f'{where}: answers has to be {{"text": [...], "answer_start": [...]}}, not {answers!r}')
+            texts, starts = answers["text"] or [], answers["answer_start"] or []
+            if not texts:
                 raise DataError(f"{where}: no answer; this example is for SQuAD 1.1, where each question has one")
-            for text, start in zip(answers["text"], answers["answer_start"], strict=True):
+            if len(texts) != len(starts) or not all(isinstance(start, int) for start in starts):
+                raise DataError(f"{where}: answer_start has to be the first character of each text, and is {starts!r}")
+            for text, start in zip(texts, starts, strict=True):
                 if context[start : start + len(text)] != text:
                     raise DataError(f"{where}: the context has {context[start : start + len(text)]!r}, not {text!r}")
     return parts
 
 
 def answering_task(parts: dict[str, datasets.Dataset], model: str, length: int, stride: int) -> Task:
-    """The task for one checkpoint's tokenizer."""
+    """The task for one checkpoint's tokenizer; says what was understood."""
     tokenizer = load_tokenizer(model, padding_side="right")
     windows = {
         part: rows.map(
@@ -54,6 +64,12 @@ def answering_task(parts: dict[str, datasets.Dataset], model: str, length: int, 
     }
     contexts, truth = parts["validation"]["context"][:], [row["text"] for row in parts["validation"]["answers"]]
     answers = ["start_positions", "end_positions"]
+    found = {row for row, end in zip(windows["train"]["row"], windows["train"]["end_positions"], strict=True) if end}
+    say(
+        "data: "
+        + " and ".join(f"{len(rows):,} {part} rows in {len(windows[part]):,} windows" for part, rows in parts.items())
+        + f"; of {len(parts['train']) - len(found):,} training rows no window has the whole answer"
+    )
     return Task(
         peft_type="QUESTION_ANS",
         auto_class=AutoModelForQuestionAnswering,
@@ -69,18 +85,17 @@ def answering_task(parts: dict[str, datasets.Dataset], model: str, length: int, 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train every method asked for, print the table, reload what was saved."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, help="local files; without it, SQuAD from the Hub")
+    add_data_options(parser, "a folder of local files; without it, SQuAD from the Hub")
     parser.add_argument("--max-length", type=int, default=384, help="tokens of a window with its question; default 384")
     parser.add_argument("--stride", type=int, default=128, help="tokens that neighbouring windows share; default 128")
     add_options(parser, Path("runs/question_answering"))
     args = parser.parse_args(argv)
     quiet()
-    try:
+    with errors_as_text():
         model = args.model or default_model()
-        task = answering_task(read_questions(args.data_dir), model, args.max_length, args.stride)
+        parts = read_questions(args.data_dir, args.encoding)
+        task = answering_task(parts, model, args.max_length, args.stride)
         compare(args, task, f"{args.data_dir or 'Hub'}, windows of {args.max_length} with stride {args.stride}")
-    except DataError as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

@@ -2,19 +2,21 @@
 
     python examples/sentence_embeddings.py                         # an installed all-MiniLM-L6-v2, the demo's sentences
     python examples/sentence_embeddings.py --stsb --model sentence-transformers/all-mpnet-base-v2          # the Hub
-    python examples/sentence_embeddings.py --data-dir my_data     # sentence1, sentence2, label: similarity from 0 to 5
+    python examples/sentence_embeddings.py --data-dir my_data     # two sentences and a label, or pairs, or triplets
 
-`SentenceTransformer.add_adapter` takes the config; training, saving and loading are as without. The figure is the rank
-correlation of cosine similarities with the labels.
+Local files have sentence1, sentence2 and label (or score), on any scale; or anchor and positive, two texts that mean
+the same; or anchor, positive and negative. `SentenceTransformer.add_adapter` takes the config; training, saving and
+loading are as without. The figure is the rank correlation of cosine similarities with the labels; of pairs, how often
+the right text is the nearest; of triplets, how often it is nearer than the wrong one.
 """
 
 import argparse
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
-import numpy as np
 import torch
 import transformers
 from demo_data import PARTS, sentences
@@ -23,14 +25,25 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
-from sentence_transformers.sentence_transformer.losses import CoSENTLoss
-from task_data import DataError, read_data
-from training import ProgressBar, default_model, quiet
+from sentence_transformers.sentence_transformer.evaluation import (
+    EmbeddingSimilarityEvaluator,
+    TranslationEvaluator,
+    TripletEvaluator,
+)
+from sentence_transformers.sentence_transformer.losses import CoSENTLoss, MultipleNegativesRankingLoss
+from task_data import ENCODING, add_data_options, errors_as_text, load_parts, say
+from training import ProgressBar, check_equal, default_model, quiet
 
 from peft_lntune import LNTuningConfig
+from peft_lntune.cli.data import find_columns, find_labels, read_texts
+from peft_lntune.errors import DataError
 
-MOST = 5.0  # the highest similarity, as in STS-B
+COLUMNS = (
+    ("anchor", "positive", "negative"),
+    ("anchor", "positive"),
+    ("sentence1", "sentence2", "score"),
+    ("sentence1", "sentence2", "label"),
+)
 
 
 def demo_pairs(part: str, count: int, seed: int) -> datasets.Dataset:
@@ -46,22 +59,40 @@ def demo_pairs(part: str, count: int, seed: int) -> datasets.Dataset:
     )
 
 
-def read_pairs(data_dir: Path | None, stsb: bool, seed: int) -> dict[str, datasets.Dataset]:
-    """Both parts, with two sentences and a score from 0 to 1."""
+def read_pairs(data_dir: Path | None, stsb: bool, seed: int, encoding: str = ENCODING) -> dict[str, datasets.Dataset]:
+    """Both parts: two sentences and a score from 0 to 1, or pairs, or triplets."""
     if data_dir is None and not stsb:
         return {part: demo_pairs(part, count, seed) for part, count in zip(PARTS, (2000, 200), strict=True)}
-    data = read_data("stsb", data_dir)
-    parts = {"train": data.train, "validation": data.validation}
-    return {
-        part: datasets.Dataset.from_dict(
-            {
-                "sentence1": rows["sentence1"][:],
-                "sentence2": rows["sentence2"][:],
-                "score": [label / MOST for label in rows["label"]],
-            }
-        )
-        for part, rows in parts.items()
-    }
+    sources, parts = load_parts(data_dir, "nyu-mll/glue", "stsb", encoding=encoding)
+    columns = find_columns(parts["train"].column_names, COLUMNS, sources["train"])
+    read: dict[str, dict[str, Any]] = {}
+    for part, rows in parts.items():
+        find_columns(rows.column_names, [columns], sources[part])
+        texts = [column for column in columns if column not in ("score", "label")]
+        read[part] = {column: read_texts(rows[column], column, sources[part]) for column in texts}
+        if len(texts) < len(columns):
+            raw = rows[columns[-1]][:]
+            read[part]["score"] = find_labels(raw, sources[part], regression=True).encode(raw, sources[part])
+    if "score" in read["train"]:  # the order counts alone, so any scale will do
+        low, high = min(read["train"]["score"]), max(read["train"]["score"])
+        if low == high:
+            raise DataError(f"{sources['train']}: every score is {low:g}, so there is nothing to learn")
+        for part in PARTS:
+            read[part]["score"] = [(score - low) / (high - low) for score in read[part]["score"]]
+        say(f"data: scores from {low:g} to {high:g} in the training rows become 0 to 1")
+    return {part: datasets.Dataset.from_dict(columns) for part, columns in read.items()}
+
+
+def make_evaluator(rows: datasets.Dataset) -> tuple[str, str, Any]:
+    """What is measured on the validation rows, the name of the figure, and what measures it."""
+    columns: Any = [rows[column][:] for column in rows.column_names]
+    if "score" in rows.column_names:
+        evaluator: Any = EmbeddingSimilarityEvaluator(*columns)
+        return "rank correlation on the validation pairs", "spearman_cosine", evaluator
+    if len(columns) == 2:
+        evaluator = TranslationEvaluator(*columns)
+        return "nearest texts that are right, of the validation pairs", "mean_accuracy", evaluator
+    return "right order of the validation triplets", "cosine_accuracy", TripletEvaluator(*columns)
 
 
 def load_encoder(model: str | None) -> SentenceTransformer:
@@ -88,8 +119,9 @@ def make_trainer(
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    loss = CoSENTLoss if "score" in rows.column_names else MultipleNegativesRankingLoss
     trainer = SentenceTransformerTrainer(
-        model, arguments, train_dataset=rows, loss=CoSENTLoss(model), callbacks=[ProgressBar("ln")]
+        model, arguments, train_dataset=rows, loss=loss(model), callbacks=[ProgressBar("ln")]
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
@@ -100,10 +132,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="an encoder's name or folder; without it, an installed all-MiniLM-L6-v2")
     parser.add_argument("--stsb", action="store_true", help="the STS-B pairs of GLUE, from the Hub")
-    parser.add_argument("--data-dir", type=Path, help="local train and validation files: .jsonl, .csv or .parquet")
+    add_data_options(parser, "a folder of local files")
     parser.add_argument("--max-steps", type=int, default=100, help="default 100")
     parser.add_argument("--batch-size", type=int, default=16, help="default 16")
-    parser.add_argument("--lr", type=float, default=2e-3, help="default 2e-3")
+    parser.add_argument("--lr", type=float, default=1e-3, help="default 1e-3")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--out", type=Path, default=Path("runs/sentence_embeddings"))
     return parser.parse_args(argv)
@@ -114,30 +146,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     quiet()
     transformers.set_seed(args.seed)
-    try:
-        parts = read_pairs(args.data_dir, args.stsb, args.seed)
+    with errors_as_text():
+        parts = read_pairs(args.data_dir, args.stsb, args.seed, args.encoding)
         model = load_encoder(args.model)
-    except DataError as error:
-        raise SystemExit(f"error: {error}") from error
+    held_out = parts["validation"]
+    counts = " and ".join(f"{len(rows):,} {part} rows" for part, rows in parts.items())
+    say(f"data: {counts} of {', '.join(held_out.column_names)}; texts are cut at {model.max_seq_length} tokens")
     model.add_adapter(LNTuningConfig(task_type="FEATURE_EXTRACTION"))
     tuned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{tuned:,} of {sum(p.numel() for p in model.parameters()):,} parameters are tuned")
 
-    held_out = parts["validation"]
-    evaluator = EmbeddingSimilarityEvaluator(
-        held_out["sentence1"][:], held_out["sentence2"][:], held_out["score"][:], write_csv=False
-    )
-    before = evaluator(model)["spearman_cosine"]
+    what, figure, evaluator = make_evaluator(held_out)
+    evaluator.write_csv = False
+    before = evaluator(model)[figure]
     make_trainer(args, model, parts["train"]).train()
-    after = evaluator(model)["spearman_cosine"]
-    print(f"rank correlation on the validation pairs: {before:.3f} before, {after:.3f} after")
+    after = evaluator(model)[figure]
+    print(f"{what}: {before:.3f} before, {after:.3f} after")
 
     model.save_pretrained(str(args.out))  # the adapter, and what sentence-transformers needs around it
     again = SentenceTransformer(str(args.out))
-    texts = held_out["sentence1"][:64]
-    if not np.array_equal(model.encode(texts), again.encode(texts)):
-        raise RuntimeError(f"what {args.out} holds answers differently after reloading")
-    print(f"reloaded {args.out}: embeddings are bit-equal to those after training")
+    texts = held_out[held_out.column_names[0]][:64]
+    check_equal(again.encode(texts), model.encode(texts), args.out, "embeddings")
 
 
 if __name__ == "__main__":

@@ -30,13 +30,13 @@ import transformers
 import uvicorn
 from fastapi import FastAPI, HTTPException
 from pydantic import BaseModel, Field
-from task_data import DataError
+from task_data import errors_as_text
 from torch import nn
 from training import default_model, load_tokenizer, quiet
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_lntune import AdapterBank
-from peft_lntune.errors import PeftLNTuneError
+from peft_lntune.errors import DataError, PeftLNTuneError
 
 CHARACTERS = 20  # a token is hardly ever longer; what is longer than so many a token is not even cut into tokens
 TASK = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -319,10 +319,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Serve until told to stop."""
     args = parse_args(argv)
     quiet()
-    try:
+    with errors_as_text():
         app = make_app(load_tasks(args), args.max_batch, args.max_wait / 1000)
-    except DataError as error:
-        raise SystemExit(f"error: {error}") from error
     # Requests under way are answered before it ends, for ten seconds at most.
     uvicorn.run(app, host=args.host, port=args.port, ws="none", timeout_graceful_shutdown=10)
 

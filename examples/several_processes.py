@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import get_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
+from task_data import add_task_options
 from text_classification import task_or_demo
 from torch import nn
 from torch.utils.data import DataLoader
@@ -37,13 +38,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a checkpoint's name or folder; without it, an installed all-MiniLM-L6-v2")
-    parser.add_argument("--task", help="one of GLUE's, from the Hub; without it and --data-dir, the demo's sentences")
-    parser.add_argument("--data-dir", type=Path, help="local train and validation files: .jsonl, .csv or .parquet")
+    add_task_options(parser)
     parser.add_argument("--kind", choices=KINDS, default="ln", help="default ln")
     parser.add_argument("--steps", type=int, default=200, help="of the optimizer; default 200")
     parser.add_argument("--batch-size", type=int, default=16, help="rows of a step in each process; default 16")
     parser.add_argument("--accumulate", type=int, default=1, help="batches in a step; default 1")
-    parser.add_argument("--lr", type=float, default=5e-3, help="default 5e-3")
+    parser.add_argument("--lr", type=float, default=1e-3, help="default 1e-3")
     parser.add_argument("--bf16", action="store_true", help="the base in bfloat16; head and deltas are float32")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument(

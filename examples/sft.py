@@ -4,6 +4,8 @@
     python examples/sft.py --model DIR --data-dir DIR           # train and validation files, columns as TRL knows them
     python examples/sft.py --model DIR --density 0.2            # the demo's reviews; Fisher scores choose the entries
 
+Rows hold `messages` (a chat, which needs a chat template), `prompt` and `completion`, or `text`.
+
 SFTTrainer takes the config as `peft_config`, as it takes LoRA's. Where a Fisher mask is wanted it is fitted between
 making the trainer and training, since the optimizer is made when training begins.
 """
@@ -11,17 +13,20 @@ making the trainer and training, since the optimizer is made when training begin
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
 from demo_data import LABEL_NAMES, PARTS, sentences
 from peft import PeftModel
-from task_data import DataError, load_parts
-from training import load_tokenizer, quiet
+from task_data import ENCODING, add_data_options, errors_as_text, hub_parts, load_parts, say
+from training import check_equal, load_tokenizer, quiet
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from peft_lntune import FisherLNConfig, LNTuningConfig, fit_fisher_masks
+from peft_lntune.cli.data import find_columns
+from peft_lntune.errors import DataError
 
 COLUMNS = (("messages",), ("prompt", "completion"), ("text",))  # what SFTTrainer tells apart by itself
 
@@ -39,33 +44,56 @@ def demo_parts(seed: int) -> dict[str, datasets.Dataset]:
     }
 
 
-def read_rows(data_dir: Path | None, dataset: str | None, seed: int) -> dict[str, datasets.Dataset]:
+def check_turn(value: Any, where: str) -> None:
+    """Refuse what is neither text nor a chat, and what is empty."""
+    if isinstance(value, list) and value:
+        for turn in value:
+            if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or turn.get("content") is None:
+                raise DataError(f'{where} has to hold turns {{"role": ..., "content": ...}}, and one is {turn!r}')
+    elif not isinstance(value, str) or not value.strip():
+        raise DataError(f"{where} is empty or no text: {value!r}. Fill it in or remove the row.")
+
+
+def read_rows(
+    data_dir: Path | None, dataset: str | None, seed: int, encoding: str = ENCODING
+) -> dict[str, datasets.Dataset]:
     """Both parts; where the Hub's data set has no validation, its last hundredth is taken."""
     if data_dir is None and dataset is None:
         return demo_parts(seed)
     if data_dir is not None:
-        _, parts = load_parts(data_dir, "")
+        sources, parts = load_parts(data_dir, "", encoding=encoding)
     else:
-        try:
-            rows = datasets.load_dataset(dataset, split="train")
-        except (ConnectionError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
-            raise DataError(f"cannot load {dataset}: {error}. Give --data-dir, a folder on this machine.") from error
-        split = rows.train_test_split(test_size=0.01, seed=seed)
-        parts = {"train": split["train"], "validation": split["test"]}
-    present = parts["train"].column_names
-    if not any(set(names) <= set(present) for names in COLUMNS):
-        wanted = " or ".join(", ".join(names) for names in COLUMNS)
-        raise DataError(f"{data_dir or dataset} has the columns {', '.join(present)}; wanted are {wanted}")
-    return parts
+
+        def load() -> Any:
+            return datasets.load_dataset(dataset, split="train").train_test_split(test_size=0.01, seed=seed)
+
+        sources, parts = hub_parts(load, str(dataset), "test")
+    columns = find_columns(parts["train"].column_names, COLUMNS, sources["train"])
+    for part, rows in parts.items():
+        find_columns(rows.column_names, [columns], sources[part])
+        for column in columns:
+            for i, value in enumerate(rows[column]):
+                check_turn(value, f"{sources[part]}: {column} of row {i}")
+                if column == "messages" and (isinstance(value, str) or value[-1]["role"] != "assistant"):
+                    raise DataError(f"{sources[part]}: messages of row {i} do not end with a turn of the assistant")
+    return {part: rows.select_columns(list(columns)) for part, rows in parts.items()}
 
 
 def make_trainer(args: argparse.Namespace, parts: dict[str, datasets.Dataset]) -> SFTTrainer:
-    """What TRL's guides write for LoRA, with another config and its learning rate."""
+    """What TRL's guides write for LoRA, with another config and its learning rate; says what was understood."""
+    tokenizer = load_tokenizer(args.model)
+    first = parts["train"][0]
+    chat = any(isinstance(value, list) for value in first.values())
+    if chat and not tokenizer.chat_template and args.chat_template is None:
+        raise DataError(
+            f"the rows are chats, and the tokenizer of {args.model} has no chat template. Give --chat-template FILE, "
+            "or rows of prompt and completion, or text."
+        )
     if args.density is None:
         config = LNTuningConfig(task_type="CAUSAL_LM")
     else:
         config = FisherLNConfig(task_type="CAUSAL_LM", density=args.density, num_samples=args.num_samples)
-    return SFTTrainer(
+    trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(args.model),
         args=SFTConfig(
             output_dir=str(args.out),
@@ -74,6 +102,7 @@ def make_trainer(args: argparse.Namespace, parts: dict[str, datasets.Dataset]) -
             learning_rate=args.lr,
             warmup_steps=0.1,  # a share of all steps
             max_length=args.max_length,
+            chat_template_path=args.chat_template,
             bf16=torch.cuda.is_available(),
             dataloader_pin_memory=torch.cuda.is_available(),
             seed=args.seed,
@@ -82,9 +111,15 @@ def make_trainer(args: argparse.Namespace, parts: dict[str, datasets.Dataset]) -
         ),
         train_dataset=parts["train"],
         eval_dataset=parts["validation"],
-        processing_class=load_tokenizer(args.model),
+        processing_class=tokenizer,
         peft_config=config,
     )
+    full = sum(len(ids) >= args.max_length for ids in trainer.train_dataset["input_ids"])
+    say(
+        f"data: {' and '.join(f'{len(rows):,} {part} rows' for part, rows in parts.items())} of {', '.join(first)}"
+        f"{' (chats)' if chat else ''}; {full:,} training rows fill all {args.max_length} tokens and may be cut"
+    )
+    return trainer
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -92,13 +127,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a causal LM: its folder with tokenizer, or its name on the Hub")
     parser.add_argument("--dataset", help="a data set on the Hub, with messages, prompts and completions, or text")
-    parser.add_argument("--data-dir", type=Path, help="local train and validation files: .jsonl, .csv or .parquet")
+    add_data_options(parser, "a folder of local files")
+    parser.add_argument("--chat-template", help="a Jinja file, where the tokenizer has no chat template")
     parser.add_argument("--density", type=float, help="tune this share of the norms, chosen by Fisher information")
     parser.add_argument("--num-samples", type=int, default=128, help="rows that Fisher scores look at; default 128")
     parser.add_argument("--max-steps", type=int, default=100, help="default 100")
     parser.add_argument("--batch-size", type=int, default=8, help="default 8")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a row; default 512")
-    parser.add_argument("--lr", type=float, default=5e-3, help="default 5e-3")
+    parser.add_argument("--lr", type=float, default=1e-3, help="default 1e-3")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--out", type=Path, default=Path("runs/sft"))
     return parser.parse_args(argv)
@@ -108,10 +144,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Tune, measure, save, reload."""
     args = parse_args(argv)
     quiet()
-    try:
-        trainer = make_trainer(args, read_rows(args.data_dir, args.dataset, args.seed))
-    except DataError as error:
-        raise SystemExit(f"error: {error}") from error
+    with errors_as_text():
+        trainer = make_trainer(args, read_rows(args.data_dir, args.dataset, args.seed, args.encoding))
     if args.density is not None:
         print(fit_fisher_masks(trainer.model, trainer.get_train_dataloader()))
     trainer.model.print_trainable_parameters()
@@ -125,10 +159,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     models = [trainer.model.eval(), PeftModel.from_pretrained(base, str(args.out)).eval()]
     ids = next(iter(trainer.get_eval_dataloader()))["input_ids"]
     with torch.no_grad():
-        logits = [model(input_ids=ids).logits for model in models]
-    if not torch.equal(*logits):
-        raise RuntimeError(f"what {args.out} holds answers differently after reloading")
-    print(f"reloaded {args.out}: logits are bit-equal to those after training")
+        trained, reloaded = (model(input_ids=ids).logits.float().cpu().numpy() for model in models)
+    check_equal(reloaded, trained, args.out, "logits")
 
 
 if __name__ == "__main__":

@@ -19,12 +19,13 @@ import torch
 import transformers
 from methods import METHODS, find_head
 from peft import get_peft_model
-from task_data import GLUE_COLUMNS, DataError
+from task_data import add_task_options, errors_as_text
 from text_classification import task_or_demo
 from training import Run, Task, load_base, make_trainer, quiet
 from transformers import TrainingArguments
 
 from peft_lntune import LNTuningConfig, ManyTasks
+from peft_lntune.analysis import Table
 from peft_lntune.tasks.trainer import TaskTrainer
 
 RATES = [float(f"{rate:.2g}") for rate in np.geomspace(1e-4, 1e-1, 16)]
@@ -110,10 +111,8 @@ def time_alone(task: Task, model: str, args: argparse.Namespace) -> float:
 def format_table(found: Found) -> str:
     """One rate a line."""
     columns = list(next(iter(found.values())))
-    rows = [["learning rate", *columns]]
-    rows += [[f"{rate:g}", *(f"{values[column]:.4f}" for column in columns)] for rate, values in found.items()]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)
+    rows = [[f"{rate:g}", *(f"{values[column]:.4f}" for column in columns)] for rate, values in found.items()]
+    return str(Table(["learning rate", *columns], rows))
 
 
 def plot(found: Found, path: Path) -> None:
@@ -133,8 +132,7 @@ def plot(found: Found, path: Path) -> None:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", help=f"one of GLUE's: {', '.join(GLUE_COLUMNS)}")
-    parser.add_argument("--data-dir", type=Path, help="local train and validation files: .jsonl, .csv or .parquet")
+    add_task_options(parser)
     parser.add_argument("--model", help="a checkpoint's name or folder; without it, an installed all-MiniLM-L6-v2")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="default: sixteen from 1e-4 to 1e-1")
     parser.add_argument("--max-steps", type=int, default=300, help="default 300")
@@ -149,11 +147,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     quiet()
     args.out.mkdir(parents=True, exist_ok=True)
-    try:
+    with errors_as_text():
         task, model = task_or_demo(args)
         found, seconds = sweep(task, model, args.rates, args)
-    except DataError as error:
-        raise SystemExit(f"error: {error}") from error
     print(format_table(found))
     alone = time_alone(task, model, args)
     rows = max(1, args.batch_size // len(args.rates))

@@ -19,13 +19,15 @@ import numpy as np
 import peft
 import torch
 import transformers
-from methods import METHODS, count_head
+from methods import HEAD_LR, METHODS, count_head, is_head
 from safetensors.torch import load_file, save_file
-from task_data import DataError
+from task_data import say
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
+from peft_lntune.analysis import Table
+from peft_lntune.errors import DataError, PeftLNTuneError
 from peft_lntune.interop import last_whole_checkpoint
 
 SAVE_EVERY = 200  # steps between checkpoints, which --resume goes on from
@@ -41,6 +43,7 @@ class Task:
         head: how that head is made: `num_labels` and the like.
         collator: rows -> one padded batch.
         evaluate: logits of the validation rows, in order -> metrics.
+        chance: the training loss of an answer that is always the same; None where it is not known.
     """
 
     peft_type: str
@@ -51,6 +54,7 @@ class Task:
     validation: datasets.Dataset
     collator: Callable[[list[dict]], Any]
     evaluate: Callable[[np.ndarray], dict[str, float]]
+    chance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class Run:
     batch_size: int = 32
     lr: float | None = None
     seed: int = 0
+    head_lr: float = HEAD_LR
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,26 @@ def load_base(task: Task, model: str, seed: int = 0) -> PreTrainedModel:
     return base
 
 
+class TwoRates(Trainer):
+    """Trainer with a learning rate of its own for the head."""
+
+    head_lr = HEAD_LR
+    optimizer: Any
+
+    def create_optimizer(self, model=None):
+        """AdamW without weight decay."""
+        if self.optimizer is None:
+            of_head = is_head(model or self.model)
+            groups: dict[float, list[nn.Parameter]] = {}
+            for name, parameter in (model or self.model).named_parameters():
+                if parameter.requires_grad:
+                    groups.setdefault(self.head_lr if of_head(name) else self.args.learning_rate, []).append(parameter)
+            self.optimizer = torch.optim.AdamW(
+                [{"params": group, "lr": rate} for rate, group in groups.items()], weight_decay=0.0
+            )
+        return self.optimizer
+
+
 def make_trainer(run: Run, model: nn.Module, task: Task, folder: Path | None = None) -> Trainer:
     """The loop all methods share: AdamW without weight decay, linear warm-up and decay; checkpoints go to `folder`."""
     args = TrainingArguments(
@@ -143,26 +168,27 @@ def make_trainer(run: Run, model: nn.Module, task: Task, folder: Path | None = N
         num_train_epochs=run.epochs,
         max_steps=run.steps or -1,
         learning_rate=run.lr or METHODS[run.method].lr,
-        weight_decay=0.0,  # gains, biases and their deltas are not to be pulled to zero
         warmup_steps=0.1,  # a share of all steps
         seed=run.seed,
         save_strategy="steps" if folder else "no",
         save_steps=SAVE_EVERY,
         save_total_limit=1,
         logging_steps=10,
+        logging_nan_inf_filter=False,
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,  # the collator reads the texts
         dataloader_pin_memory=torch.cuda.is_available(),
         label_names=["labels"],
     )
-    trainer = Trainer(
+    trainer = TwoRates(
         model,
         args,
         data_collator=task.collator,
         train_dataset=task.train,
         callbacks=[ProgressBar(run.method)],
     )
+    trainer.head_lr = run.head_lr
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
@@ -198,10 +224,26 @@ def reload(run: Run, task: Task, folder: Path, adapter_name: str = "default") ->
     base = load_base(task, run.model, run.seed + 1)  # another head, to be replaced
     model = load_tuned(base, folder, adapter_name)
     logits = predict(make_trainer(run, model, task), task)
-    if not np.array_equal(logits, np.load(folder / "validation_logits.npy")):
-        raise RuntimeError(f"what {folder} holds answers differently after reloading")
-    print(f"reloaded {folder}: all {len(logits)} validation logits are bit-equal to those after training")
+    check_equal(logits, np.load(folder / "validation_logits.npy"), folder, f"all {len(logits)} validation logits")
     return model
+
+
+def check_equal(reloaded: np.ndarray, trained: np.ndarray, folder: Path, what: str) -> None:
+    """Say that what was saved answers as the trained model did, bit for bit; raise where it does not."""
+    if not np.array_equal(reloaded, trained):
+        raise RuntimeError(f"what {folder} holds answers differently after reloading")
+    print(f"reloaded {folder}: {what} are bit-equal to those after training")
+
+
+def warn_of_chance(run: Run, task: Task, losses: Sequence[float]) -> None:
+    """Say so where the last losses are no better than those of an answer that is always the same."""
+    last = float(np.mean(losses[-5:])) if losses else None
+    if last is not None and task.chance is not None and not last < task.chance:
+        say(
+            f"warning: {run.method} ends with a loss of {last:.3f}, not below that of chance ({task.chance:.3f}): "
+            f"nothing was learned. Try a lower --lr (now {run.lr or METHODS[run.method].lr:g}), or more steps where it "
+            "still falls."
+        )
 
 
 def check_resumable(run: Run, folder: Path) -> None:
@@ -231,6 +273,7 @@ def train_method(run: Run, task: Task, folder: Path, *, resume: bool = False, ch
     trainer = make_trainer(run, model, task, kept if checkpoints else None)
     last = last_whole_checkpoint(kept) if resume else None
     trained = trainer.train(resume_from_checkpoint=last)
+    warn_of_chance(run, task, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     logits = predict(trainer, task)
     result = Result(
         method=run.method,
@@ -254,9 +297,7 @@ def format_table(results: Sequence[Result]) -> str:
         + [f"{r.seconds:.0f}"]
         for r in results
     ]
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in (header, *rows)]
-    return "\n".join("  ".join(line) for line in lines)
+    return str(Table(header, rows))
 
 
 def quiet() -> None:
@@ -277,14 +318,33 @@ def add_options(parser: argparse.ArgumentParser, out: Path) -> None:
     parser.add_argument("--epochs", type=float, default=3.0, help="default 3")
     parser.add_argument("--max-steps", type=int, help="instead of --epochs")
     parser.add_argument("--batch-size", type=int, default=32, help="default 32")
-    parser.add_argument("--lr", type=float, help="instead of the method's own")
+    parser.add_argument("--lr", type=float, help="of all but the head; default: the method's own, 1e-3 for most")
+    parser.add_argument("--head-learning-rate", type=float, default=HEAD_LR, help=f"default {HEAD_LR:g}")
     parser.add_argument("--seed", type=int, default=0, help="of the head, the order of the rows and dropout; default 0")
     parser.add_argument("--out", type=Path, default=out, help=f"default {out}")
     parser.add_argument("--resume", action="store_true", help="keep finished methods, go on with a killed one")
 
 
-def compare(args: argparse.Namespace, task: Task, data: str) -> None:
-    """Train each method of the command line, print the table, and check what was saved; `data` describes the data."""
+def try_methods(runs: Sequence[Run], task: Task) -> None:
+    """Set every method up once, so that none fails after others have trained for an hour."""
+    for run in runs:
+        try:
+            METHODS[run.method].prepare(load_base(task, run.model, run.seed), task.peft_type)
+        except (PeftLNTuneError, ValueError) as error:
+            raise DataError(f"the method {run.method} cannot be set up on {run.model}: {error}") from error
+
+
+def compare(
+    args: argparse.Namespace, task: Task, data: str, after: Callable[[Run, nn.Module, Path], None] | None = None
+) -> None:
+    """Train each method of the command line, print the table, and check what was saved.
+
+    Args:
+        args: the command line.
+        task: what is learned.
+        data: describes the data, for --resume.
+        after: called with each run, its reloaded model and its folder.
+    """
     runs = [
         Run(
             method=method,
@@ -295,9 +355,19 @@ def compare(args: argparse.Namespace, task: Task, data: str) -> None:
             batch_size=args.batch_size,
             lr=args.lr,
             seed=args.seed,
+            head_lr=args.head_learning_rate,
         )
         for method in args.method
     ]
-    print(format_table([train_method(run, task, args.out / run.method, resume=args.resume) for run in runs]))
+    try_methods(runs, task)
+    results: list[Result] = []
+    try:
+        for run in runs:
+            results.append(train_method(run, task, args.out / run.method, resume=args.resume))
+    finally:  # what is finished, also where a later method failed
+        if results:
+            print(format_table(results))
     for run in runs:
-        reload(run, task, args.out / run.method)
+        model = reload(run, task, args.out / run.method)
+        if after is not None:
+            after(run, model, args.out / run.method)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from task_data import add_task_options
 from text_classification import task_or_demo
 from training import Run, Task, format_table, load_base, quiet, reload, train_method
 
@@ -26,8 +27,7 @@ METHOD_NAMES = ("ln", "mha-adapter", "prefix", COMBINED)
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", help="a GLUE task")
-    parser.add_argument("--data-dir", type=Path, help="local train and validation files; without both, the demo's data")
+    add_task_options(parser)
     parser.add_argument("--model", help="a checkpoint's name or folder; without it, an installed all-MiniLM-L6-v2")
     parser.add_argument("--max-steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -56,7 +56,7 @@ def serve_together(runs: dict[str, Run], task: Task, out: Path) -> None:
             off = model(**batch).logits
     print("\none batch, the same text in every row, another adapter for each:")
     for name, logits in zip(names, mixed, strict=True):
-        print(f"  {name:16}", "  ".join(f"{value:7.3f}" for value in logits.tolist()))
+        print(f"  {name:16}", "  ".join(f"{value:9.5f}" for value in logits.tolist()))
     print(f"largest difference to the combined adapter alone: {(mixed[0] - switched[0]).abs().max():.0e}")
     print(f"largest difference to the model switched off:     {(mixed[-1] - off[-1]).abs().max():.0e}")
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import datasets
 import numpy as np
-from task_data import DataError
 from transformers import PreTrainedTokenizerBase
+
+from peft_lntune.errors import DataError
 
 ANSWER_TOKENS = 30  # the longest answer that is considered
 

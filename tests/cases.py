@@ -3,11 +3,12 @@
 A case is a lambda, so a table costs nothing to import. `build` and `inputs` run it, seeded.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
@@ -183,6 +184,19 @@ FAMILIES: dict[str, Family] = {
     "vit": Family(lambda: hf.ViTForImageClassification(hf.ViTConfig(**_BODY, image_size=8, patch_size=4)), _images),
     "clip": Family(_clip, lambda batch: {**_words(batch), **_images(batch)}),
 }
+
+
+QUICK = ("bert", "gpt2", "llama", "t5", "vit", "mixtral")
+"""A family of each kind: what a table of many families runs on in the quick tests."""
+
+
+def few(cases: Iterable[Any], quick: Sequence[str] = QUICK) -> list[Any]:
+    """Parameters, each a family or beginning with one: those of families that are not in `quick` for the full run."""
+    return [
+        case if values[0] in quick else pytest.param(*values, marks=pytest.mark.full)
+        for case in cases
+        for values in [case if isinstance(case, tuple) else (case,)]
+    ]
 
 
 def build(family: str, seed: int = 0) -> nn.Module:

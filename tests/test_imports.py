@@ -1,6 +1,7 @@
 """Imports run one way, and the parts that need no framework import none."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ FLOORS = [
     {"architectures", "storage"},
     {"norms"},
     {"routing", "selection"},
-    {"config", "analysis"},
-    {"layers", "planning"},
+    {"config", "analysis", "layers"},
+    {"planning"},
     {"tuner"},
     {"interop", "bank"},
     {"tasks", "plugin"},
@@ -79,12 +80,23 @@ def test_every_room_has_its_floor() -> None:
         ("core", "from peft_lntune.config import base", ["imports config"]),
         ("core", "import peft_lntune", ["imports __init__"]),
         ("tuner", "from peft_lntune.plugin import install", ["imports plugin"]),
-        ("planning", "from peft_lntune.layers import replacing", ["imports layers, its neighbour"]),
+        ("config", "from peft_lntune.layers import replacing", ["imports layers, its neighbour"]),
         ("plugin", "from peft import PeftModel\nfrom peft_lntune.tuner.model import LNTuneModel", []),
     ],
 )
 def test_the_check_itself(room_of_file: str, source: str, wrong: list[str]) -> None:
     assert problems(room_of_file, imported(source)) == wrong
+
+
+def test_what_the_extras_bring_is_imported_in_functions() -> None:
+    """So that nobody waits for matplotlib, or needs it, before something is drawn."""
+    needed = {*FRAMEWORKS, "click", "huggingface_hub", "safetensors", "torch", "tqdm", PACKAGE.name}
+    for file in FILES:
+        at_the_top = [
+            node for node in ast.parse(file.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))
+        ]
+        packages = {name.partition(".")[0] for node in at_the_top for name in imported(ast.unparse(node))}
+        assert packages - sys.stdlib_module_names <= needed, name_of(file)
 
 
 def test_nobody_imports_the_command_line() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness.claims import claim, time_claim
 from benchmarks.harness.counting import peak_bytes
 from benchmarks.harness.made import made_batch
 from benchmarks.harness.models import load_classifier
@@ -121,12 +122,11 @@ def write_report(rows: Rows, results: Path, planned: Sequence[Cell], protocol: s
 
 def _wanted(row: Row, protocol: str) -> list[str]:
     noise, ours, faster = row["arms"]["step again"]["ratio"], row["arms"]["fisher"]["ratio"], row["loop_to_fisher"]
-    near, far = ours[1] <= OF_A_STEP, faster[1] >= OF_THE_LOOP[protocol]
+    least = OF_THE_LOOP[protocol]
     return [
-        f"- Wanted: fisher at most {OF_A_STEP:g} of step. Measured: {_quartiles(ours)}: {_verdict(near)} "
-        f"(noise: {noise[0]:.3f} to {noise[2]:.3f}).\n"
-        f"- Wanted: at least {OF_THE_LOOP[protocol]:g} times faster than loop. Measured: {_quartiles(faster)}: "
-        f"{_verdict(far)}.",
+        time_claim(f"fisher at most {OF_A_STEP:g} of step", ours, noise, OF_A_STEP)
+        + "\n"
+        + claim(f"at least {least:g} times faster than loop", _quartiles(faster), faster[1] >= least),
         f"The two ways to the scores differ by at most {row['difference']:.1e} of the largest score. Measured on "
         f"{row['device']}.",
     ]
@@ -135,10 +135,6 @@ def _wanted(row: Row, protocol: str) -> list[str]:
 def _quartiles(values: Sequence[float]) -> str:
     low, middle, high = values
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
-
-
-def _verdict(held: bool) -> str:
-    return "held" if held else "did not hold"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 
+from benchmarks.harness.claims import time_claim
 from benchmarks.harness.costs import in_turns, training_call
 from benchmarks.harness.counting import count_operations
 from benchmarks.harness.made import made_batch
@@ -112,13 +113,10 @@ def _operations(row: Row) -> str:
 
 
 def _verdict(row: Row) -> str:
-    ratios = {count: row["arms"][said(count)]["ratio"][1] for count in TASKS}
     noise = row["arms"]["one again"]["ratio"]
-    measured = ", ".join(f"{ratio:.3f} for {said(count)}" for count, ratio in ratios.items())
-    held = "held" if max(ratios.values()) <= WANTED else "not held"
-    return (
-        f"- Wanted: at most {WANTED:.2f} of the time of one. Measured: {measured} (noise: {noise[0]:.3f} to "
-        f"{noise[2]:.3f}). {held.capitalize()}."
+    wanted = f"at most {WANTED:.2f} of the time of one"
+    return "\n".join(
+        time_claim(f"{said(count)}: {wanted}", row["arms"][said(count)]["ratio"], noise, WANTED) for count in TASKS
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.harness.claims import claim
 from benchmarks.harness.rows import Row, Rows
 from benchmarks.harness.tables import markdown
 
@@ -26,7 +27,7 @@ def page(
         parts += [f"## {model}", "### Evaluation without gradients, one adapter", _evaluation(rows, model, arms)]
         parts += ["### Training step: forward and backward", _training(rows, model, arms)]
         parts += ["### Mixed batch of 64 rows, body without head", _mixed(rows, model, mixed_arms, adapters)]
-        parts += ["\n".join(f"- {line}" for line in _wanted(rows, model, adapters))]
+        parts += ["\n".join(_wanted(rows, model, adapters))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -107,20 +108,16 @@ def _wanted(rows: Rows, model: str, adapters: Sequence[int]) -> list[str]:
     if norm is not None:
         first = one["operations_first"] - one["operations"]
         counted = f"{norm:+.2f}, and {first:,} once, in the first call after a change"
-        lines.append(_verdict(f"{A_NORM} more a norm in evaluation", counted, norm <= A_NORM))
+        lines.append(claim(f"{A_NORM} more a norm in evaluation", counted, norm <= A_NORM))
     if trainable is not None:
         wanted = f"at most {A_TRAINABLE} more a tuned tensor in evaluation while it can be trained"
-        lines.append(_verdict(wanted, f"{trainable:+.2f}", trainable <= A_TRAINABLE))
+        lines.append(claim(wanted, f"{trainable:+.2f}", trainable <= A_TRAINABLE))
     if tensor is not None:
         wanted = f"at most {A_TENSOR} more a tuned tensor in a training step than plain lines"
-        lines.append(_verdict(wanted, f"{tensor:+.2f}", tensor <= A_TENSOR))
+        lines.append(claim(wanted, f"{tensor:+.2f}", tensor <= A_TENSOR))
     known = [ratio for ratio in mixed if ratio is not None]
     if known:
         wanted = f"a mixed batch at most {MIXED:.2f} of the base, the same for any number of adapters"
         held = max(known) <= MIXED and max(known) == min(known)
-        lines.append(_verdict(wanted, f"{min(known):.3f} to {max(known):.3f}", held))
+        lines.append(claim(wanted, f"{min(known):.3f} to {max(known):.3f}", held))
     return lines
-
-
-def _verdict(wanted: str, measured: str, held: bool) -> str:
-    return f"Wanted: {wanted}. Counted: {measured}: {'held' if held else 'did not hold'}."

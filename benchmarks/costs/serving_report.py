@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks.harness.claims import claim, time_claim
 from benchmarks.harness.rows import Cell, Row, Rows
 from benchmarks.harness.tables import NOT_RUN, cost_table, markdown
 
@@ -50,21 +51,19 @@ def _operations(row: Row) -> list[str]:
     ratios = [count / base for counts in row["operations"].values() for count in counts.values()]
     held = max(ratios) <= OPERATIONS and min(ratios) == max(ratios)
     wanted = f"at most {OPERATIONS:.2f} of the base, the same for any number of adapters"
-    return [markdown(header, lines), _verdict(wanted, f"{min(ratios):.3f} to {max(ratios):.3f}", held)]
+    return [markdown(header, lines), claim(wanted, f"{min(ratios):.3f} to {max(ratios):.3f}", held)]
 
 
 def _time(row: Row) -> list[str]:
     ours, noise = row["arms"]["bank"]["ratio"], row["arms"]["base again"]["ratio"]
-    wanted = f"at most {SECONDS:.2f} of the base"
-    measured = f"{ours[1]:.3f} (noise: {noise[0]:.3f} to {noise[2]:.3f})"
-    return [cost_table(row["arms"]), _verdict(wanted, measured, ours[1] <= SECONDS)]
+    return [cost_table(row["arms"]), time_claim(f"at most {SECONDS:.2f} of the base", ours, noise, SECONDS)]
 
 
 def _mixed(row: Row) -> list[str]:
     parts = []
     for tokens, arms in row["by_tokens"].items():
         lines = [
-            _verdict(
+            claim(
                 f"at least {FASTER:g} times faster than PEFT's mixed batch of {name}",
                 f"{arms[name]['ratio'][1]:.2f}",
                 arms[name]["ratio"][1] >= FASTER,
@@ -88,7 +87,7 @@ def _switching(row: Row) -> list[str]:
     header = ("adapters in the bank", "entering the route, ms", "route and forward pass: ratio (quartiles)")
     last = list(row["whole"].values())[-1]["ratio"]
     wanted = f"with the largest bank at most {SWITCHING:.2f} of the smallest"
-    return [markdown(header, lines), _verdict(wanted, f"{last[1]:.3f}", last[1] <= SWITCHING)]
+    return [markdown(header, lines), claim(wanted, f"{last[1]:.3f}", last[1] <= SWITCHING)]
 
 
 def _loading(row: Row) -> list[str]:
@@ -102,7 +101,7 @@ def _loading(row: Row) -> list[str]:
     wanted = f"at least {LOADED:,.0f} adapters a second from a bank file"
     return [
         markdown(("from", "adapters", "adapters a second"), lines),
-        _verdict(wanted, f"{found:,.0f}", found >= LOADED),
+        claim(wanted, f"{found:,.0f}", found >= LOADED),
     ]
 
 
@@ -125,7 +124,3 @@ def _memory(row: Row) -> list[str]:
 def _ratios(ratio: Sequence[float]) -> list[str]:
     low, middle, high = ratio
     return [f"{middle:.3f} ({low:.3f} to {high:.3f})"]
-
-
-def _verdict(wanted: str, measured: str, held: bool) -> str:
-    return f"- Wanted: {wanted}. Measured: {measured}: {'held' if held else 'did not hold'}."

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks.harness.arms import find_arm, own_parameters
+from benchmarks.harness.claims import claim
 from benchmarks.harness.models import load_body
 from benchmarks.harness.rows import Cell, Row, Rows
 from benchmarks.harness.runner import run_script, stamp
@@ -57,8 +58,8 @@ def report(rows: Rows) -> str:
     parts.append(markdown(("arm", "tuned entries", "float32 base", "bf16 base"), lines))
     ours = rows.get({"model": "minilm", "arm": "ln", "dtype": "float32"})
     if ours:
-        verdict = "held" if ours["file_size"] <= LIMIT else "did not hold"
-        parts.append(f"- Wanted: ln in at most {LIMIT:,} bytes. Weighed: {ours['file_size']:,}: {verdict}.")
+        size = ours["file_size"]
+        parts.append(claim(f"ln in at most {LIMIT:,} bytes", f"{size:,}", size <= LIMIT))
     return "\n\n".join(parts) + "\n"
 
 

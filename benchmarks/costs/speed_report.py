@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.claims import time_claim
 from benchmarks.harness.rows import Cell, Row, Rows
 from benchmarks.harness.tables import NOT_RUN, cost_table
 
@@ -30,8 +31,4 @@ def _wanted(row: Row) -> str:
     arms: dict[str, Any] = row["arms"]
     reference, again = list(arms)[:2]
     ours, noise = arms["ln"]["ratio"], arms[again]["ratio"]
-    held = "held" if ours[1] <= SLOWER else "did not hold"
-    return (
-        f"- Wanted: ln at most {SLOWER:.2f} of {reference}. Measured: {ours[1]:.3f}: {held} "
-        f"(noise: {noise[0]:.3f} to {noise[2]:.3f})."
-    )
+    return time_claim(f"ln at most {SLOWER:.2f} of {reference}", ours, noise, SLOWER)

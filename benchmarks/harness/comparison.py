@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.harness.finals import Finals, by_seed, certainty, differences, figures, verdict
+from benchmarks.harness.claims import ABOUT_VERDICTS, FAILS, HOLDS, INCONCLUSIVE, seeds_claim, seeds_verdict
+from benchmarks.harness.finals import Finals, by_seed, differences, figures
 from benchmarks.harness.rows import Row
 from benchmarks.harness.tables import NOT_RUN, markdown, mean_and_spread
 
 ABOUT_DIFFERENCES = (
     "Differences in points, the first minus the second, each taken within a seed (the same head and batches{also}). "
     "`on average` is over {tasks}, seed by seed. A few seeds tell a difference well beyond its spread from none, and "
-    "no smaller one."
+    f"no smaller one. {ABOUT_VERDICTS}"
 )
 ABOUT_HEAD = "Every arm trains the head as well; `tuned entries` leaves it out."
 ABOUT_RATES = (
@@ -105,13 +106,10 @@ class Comparison:
         return over_seeds({task: by_task[task] for task in self.averaged})
 
     def wanted(self, bound: Bound) -> str:
-        """Return the line that says whether a bound held, and how sure that is."""
+        """Return the line of the claim that a difference is beyond a bound."""
         values = self.average(self.differences(bound.ours, bound.theirs))
         wanted = f"{bound.ours.said} {bound.wanted}, on average over {', '.join(self.averaged)}"
-        if not values:
-            return f"- Wanted: {wanted}. Not measured yet."
-        said = verdict(wanted, values, self.planned, bound.holds(statistics.mean(values), bound.bound))
-        return f"- {said} How sure: {certainty(values, bound.bound)}."
+        return seeds_claim(wanted, values, self.planned, bound.bound, bound.holds)
 
     def ranked(self, sides: Iterable[Side], against: Side) -> tuple[list[Side], list[Side]]:
         """Return sides by their mean difference from another, the worst first, and those that have none."""
@@ -131,9 +129,9 @@ class Comparison:
             by_task = self.differences(ours, theirs)
             values = self.average(by_task)
             each = (mean_and_spread(list(seeds.values()), self.planned) for seeds in by_task.values())
-            sure = certainty(values, 0.0) if values else None
-            table.append([f"{ours.said} - {theirs.said}", *each, mean_and_spread(values, self.planned), sure])
-        return markdown(("difference", *self.tasks, "on average", "how sure it is not 0"), table)
+            sign = {HOLDS: "yes", FAILS: "no", INCONCLUSIVE: INCONCLUSIVE}[seeds_verdict(values)] if values else None
+            table.append([f"{ours.said} - {theirs.said}", *each, mean_and_spread(values, self.planned), sign])
+        return markdown(("difference", *self.tasks, "on average", "above 0"), table)
 
     def scores(self, arm: str, **at: Any) -> list[object]:
         """Return the cells of a line that hold scores: each task, and the average of the seeds that all have."""

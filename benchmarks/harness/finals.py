@@ -1,6 +1,5 @@
-"""The reported rows of an experiment, and sentences about them."""
+"""The reported rows of an experiment."""
 
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +7,6 @@ from benchmarks.harness.arms import find_arm
 from benchmarks.harness.classification import Protocol, best_rates, final_cells
 from benchmarks.harness.metrics import ACCURACY, metric_of
 from benchmarks.harness.rows import Cell, Row, Rows
-from benchmarks.harness.tables import mean_and_spread
 
 
 class Finals:
@@ -61,34 +59,3 @@ def differences(ours: Sequence[Row], theirs: Sequence[Row]) -> dict[int, float]:
     shared = [seed for seed in first if seed in second]
     metric = metric_of(ours[0]["cell"]["task"]) if shared else ACCURACY
     return {seed: metric.gain(first[seed] - second[seed]) for seed in shared}
-
-
-def verdict(wanted: str, measured: Sequence[float], planned: int, held: bool) -> str:
-    """Return the sentence that says whether a bound held.
-
-    Example:
-        >>> verdict("a within 1 point of b", [-0.5, 0.5], planned=2, held=True)
-        'Wanted: a within 1 point of b. Measured, seed by seed: 0.0 ± 0.7: held.'
-    """
-    found = mean_and_spread(measured, planned)
-    return f"Wanted: {wanted}. Measured, seed by seed: {found}: {'held' if held else 'did not hold'}."
-
-
-def certainty(measured: Sequence[float], bound: float) -> str:
-    """Return how sure it is on which side of a bound the mean of the measured values lies.
-
-    Example:
-        >>> certainty([0.4, -0.2, 1.0], bound=0.0)
-        'open: mean ± spread covers 0 (by seed: 0.4, -0.2, 1.0)'
-        >>> certainty([1.4, 1.2], bound=0.0)
-        'mean ± spread is above 0 (by seed: 1.4, 1.2)'
-        >>> certainty([1.4], bound=0.0)
-        'open: one seed has no spread (by seed: 1.4)'
-    """
-    each = "(by seed: " + ", ".join(f"{value:.1f}" for value in measured) + ")"
-    if len(measured) < 2:
-        return f"open: one seed has no spread {each}"
-    mean, spread = statistics.mean(measured), statistics.stdev(measured)
-    if mean - spread <= bound <= mean + spread:
-        return f"open: mean ± spread covers {bound:g} {each}"
-    return f"mean ± spread is {'above' if mean > bound else 'below'} {bound:g} {each}"

@@ -4,11 +4,13 @@ python -m benchmarks.papers.accuracy --data-dir <folder>
 """
 
 import argparse
+import operator
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from benchmarks.harness.claims import seeds_claim
 from benchmarks.harness.classification import (
     PROTOCOLS,
     SEEDS,
@@ -18,7 +20,7 @@ from benchmarks.harness.classification import (
     run_experiment,
     search_first,
 )
-from benchmarks.harness.finals import Finals, differences, figures, verdict
+from benchmarks.harness.finals import Finals, differences, figures
 from benchmarks.harness.models import default_model
 from benchmarks.harness.plots import plot_against_size
 from benchmarks.harness.rows import Cell, Row, Rows
@@ -44,7 +46,7 @@ def write_report(
     found = Finals(rows, protocol, seeds)
     for task in tasks:
         parts += [f"## {task}", markdown(HEADER, [_line(found, task, arm) for arm in arms])]
-        parts += ["\n".join(f"- {line}" for line in _wanted(found, task))]
+        parts += ["\n".join(_wanted(found, task))]
     parts += [_notes()]
     results.mkdir(parents=True, exist_ok=True)
     (results / f"{stem}.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
@@ -89,17 +91,12 @@ def _wanted(found: Finals, task: str) -> list[str]:
     above_head = list(differences(ours, found.of(task, "head")).values())
     wide = list(differences(found.of(task, "ln", "bfloat16"), ours).values())
     planned = len(found.seeds)
-    lines = []
-    if near_full:
-        held = statistics.mean(near_full) >= -NEAR_FULL
-        lines.append(verdict(f"ln within {NEAR_FULL:g} points of full", near_full, planned, held))
-    if above_head:
-        held = statistics.mean(above_head) >= ABOVE_HEAD
-        lines.append(verdict(f"ln at least {ABOVE_HEAD:g} points above head", above_head, planned, held))
-    if wide:
-        held = abs(statistics.mean(wide)) <= NEAR_FLOAT32
-        lines.append(verdict(f"ln over a bf16 base within {NEAR_FLOAT32:g} point of float32", wide, planned, held))
-    return lines
+    near = f"ln over a bf16 base within {NEAR_FLOAT32:g} point of float32"
+    return [
+        seeds_claim(f"ln within {NEAR_FULL:g} points of full", near_full, planned, -NEAR_FULL, operator.ge),
+        seeds_claim(f"ln at least {ABOVE_HEAD:g} points above head", above_head, planned, ABOVE_HEAD, operator.ge),
+        seeds_claim(near, [-abs(value) for value in wide], planned, -NEAR_FLOAT32, operator.ge),
+    ]
 
 
 def _notes() -> str:

@@ -22,6 +22,7 @@ from transformers import AutoConfig
 
 from benchmarks.harness import classification, sparse
 from benchmarks.harness.arms import SPARSITY
+from benchmarks.harness.claims import FAILS, HOLDS, INCONCLUSIVE, open_claim
 from benchmarks.harness.classification import (
     PROTOCOLS,
     SEEDS,
@@ -45,8 +46,8 @@ from benchmarks.harness.sparse import DRAWS
 from benchmarks.harness.tables import as_row, markdown, mean_and_spread, mean_table
 from benchmarks.harness.tasks import TEXT_COLUMNS, Task, load_task
 from peft_lntune.analysis import Table, closeness, plot_closeness
-from peft_lntune.analysis.closeness import CONTROLS as DISTANCE_CONTROLS
-from peft_lntune.analysis.closeness import DISTANCES
+from peft_lntune.analysis.distances import CONTROLS as DISTANCE_CONTROLS
+from peft_lntune.analysis.distances import DISTANCES
 
 CLOSER = 10.0  # times closer than two random models are to each other: the bound set before measuring
 UNEVEN = 1.5  # times the layer that moves least: likewise
@@ -76,8 +77,8 @@ def distance_bounds(rows: Mapping[str, Sequence[Row]]) -> Iterator[str]:
         f"movement uneven over layers: the layer that moves most at least {UNEVEN:g} times the one that moves least"
     )
     for wanted, measured in ((close, _closer), (uneven, _uneven)):
-        said = ". ".join(measured(layers, measure) for measure in SAID) if layers else "Not measured yet"
-        yield f"- Wanted: {wanted}. {said}."
+        said = ". ".join(measured(layers, measure) for measure in SAID)
+        yield f"- Claim: {wanted}. {said}." if layers else open_claim(wanted)
 
 
 def _closer(layers: Sequence[Table], measure: str) -> str:
@@ -98,7 +99,7 @@ def _uneven(layers: Sequence[Table], measure: str) -> str:
 
 def _held(measure: str, ratios: Sequence[float], decisive: Sequence[float], bound: float) -> str:
     runs = sum(ratio >= bound for ratio in decisive)
-    verdict = "held" if runs == len(decisive) else "did not hold" if not runs else "held in part"
+    verdict = HOLDS if runs == len(decisive) else INCONCLUSIVE if runs else FAILS
     reach = f"{min(ratios):.1f} to {max(ratios):.1f} times"
     return f"By {SAID[measure]}: {reach}, {verdict} ({runs} of {len(decisive)} runs)"
 
@@ -260,7 +261,7 @@ def write_report(rows: Rows, results: Path, scope: Scope) -> None:
     end = "" if scope.protocol.name == "cpu" else f"_{scope.protocol.name}"
     results.mkdir(parents=True, exist_ok=True)
     full = {task: FULL.rows(compared.found, task) for task in scope.tasks}
-    parts = [_title(scope), "## What held"]
+    parts = [_title(scope), "## What holds"]
     parts.append("\n".join([*distance_bounds(full), *map(compared.wanted, (*BOUNDS_OF_MODULES, *BOUNDS_OF_ZEROS))]))
     parts += [*_modules(compared), *_zeros(compared, scope)]
     picture = f"{NAME}{end}.png"

@@ -251,7 +251,7 @@ BOUNDS = (
 
 def _held(compared: Comparison) -> Iterator[str]:
     """Yield the bounds set beforehand and the table of differences."""
-    yield "## What held"
+    yield "## What holds"
     full = [row for task in compared.tasks for row in FULL.rows(compared.found, task)]
     yield "\n".join([*map(compared.wanted, BOUNDS), f"- {output_norm(full)}"])
     yield ABOUT_DIFFERENCES.format(also=", for masks of scores the same rows", tasks="the tasks")

@@ -4,7 +4,6 @@ python -m benchmarks.papers.norm_entries --data-dir <folder>
 """
 
 import argparse
-import operator
 import statistics
 import sys
 import time
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import classification
+from benchmarks.harness.claims import seeds_claim
 from benchmarks.harness.classification import (
     PROTOCOLS,
     SEEDS,
@@ -32,7 +32,6 @@ from benchmarks.harness.classification import (
     search_cells,
 )
 from benchmarks.harness.comparison import over_seeds
-from benchmarks.harness.finals import certainty, verdict
 from benchmarks.harness.leave_out import (
     Answers,
     Named,
@@ -176,17 +175,13 @@ def _title(scope: Scope) -> str:
 
 
 def _held(scope: Scope) -> Iterator[str]:
-    yield "## What held"
+    yield "## What holds"
     yield "\n".join(_line(scope, wanted, value) for wanted, value in WANTED)
 
 
 def _line(scope: Scope, wanted: str, value: Value) -> str:
     said = f"{wanted}: rank correlation, or difference of two, above 0 on average over {', '.join(scope.rows)}"
-    values = scope.average(value)
-    if not values:
-        return f"- Wanted: {said}. Not measured yet."
-    held = operator.gt(statistics.mean(values), 0.0)
-    return f"- {verdict(said, values, scope.planned, held)} How sure: {certainty(values, 0.0)}."
+    return seeds_claim(said, scope.average(value), scope.planned)
 
 
 def _correlations(scope: Scope) -> Iterator[str]:

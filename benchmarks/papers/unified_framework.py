@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.harness import classification, questions, tagging, texts
 from benchmarks.harness.arms import SHARE, find_arm
+from benchmarks.harness.claims import open_claim
 from benchmarks.harness.classification import (
     PROTOCOLS,
     SEEDS,
@@ -162,7 +163,7 @@ def _title(scope: Scope) -> str:
 
 def _held(compared: Comparison, scope: Scope) -> Iterator[str]:
     """Yield the paper's claims and the table of differences."""
-    yield "## What held"
+    yield "## What holds"
     lines = [compared.wanted(bound) for bound in BOUNDS]
     lines += [_best(compared, scope), *(compared.wanted(bound) for bound in BOUNDS_OF_NORMS)]
     yield "\n".join(lines)
@@ -177,7 +178,7 @@ def _best(compared: Comparison, scope: Scope) -> str:
     others = [side(arm) for arm in (*FIRST, *COMBINED) if arm in scope.arms and arm not in (BEST, "full", "head")]
     ranked, left = compared.ranked(others, side(BEST))
     if not ranked:
-        return f"- Wanted: {BEST} above every other arm but full. Not measured yet."
+        return open_claim(f"{BEST} above every other arm but full")
     rival = ranked[-1]
     wanted = f"above every other arm but full, of which {rival.said} is best here{not_run(left)}"
     return compared.wanted(Bound(side(BEST), rival, wanted))

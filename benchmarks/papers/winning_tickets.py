@@ -21,6 +21,7 @@ from transformers import AutoConfig
 
 from benchmarks.harness import classification, masked
 from benchmarks.harness.arms import ALONE
+from benchmarks.harness.claims import open_claim, seeds_claim
 from benchmarks.harness.classification import (
     PROTOCOLS,
     SEEDS,
@@ -35,7 +36,7 @@ from benchmarks.harness.classification import (
     search_first,
 )
 from benchmarks.harness.comparison import ABOUT_DIFFERENCES, ABOUT_HEAD, ABOUT_RATES, Bound, Comparison, Side, not_run
-from benchmarks.harness.finals import Finals, certainty, figures, reported, verdict
+from benchmarks.harness.finals import Finals, figures, reported
 from benchmarks.harness.magnitude import COUNT, LARGEST, OTHER_LARGEST, mean_magnitude
 from benchmarks.harness.models import classes
 from benchmarks.harness.plots import Curves, plot_along, plot_curves
@@ -144,7 +145,7 @@ def _extreme(
     """Hold the worst or the best of some arms to a bound."""
     ranked, missing = compared.ranked(sides, against)
     if not ranked:
-        return f"- Wanted: {said} {wanted}. Not measured yet."
+        return open_claim(f"{said} {wanted}")
     chosen = ranked[-1] if which == "best" else ranked[0]
     named = replace(chosen, said=f"{said} (the {which} is {chosen.said}{not_run(missing)})")
     return compared.wanted(Bound(named, against, wanted, bound, operator.ge))
@@ -166,7 +167,7 @@ def _per_entry(compared: Comparison, others: Sequence[Side]) -> str:
     theirs = {side.said: points_per_entry(compared, side) for side in others}
     means = {said: statistics.mean(values) for said, gains in theirs.items() if (values := compared.average(gains))}
     if not means or not compared.average(ours):
-        return f"- Wanted: {wanted}. Not measured yet."
+        return open_claim(wanted)
     rival = max(means, key=lambda said: means[said])
     values = compared.average(
         {
@@ -176,12 +177,9 @@ def _per_entry(compared: Comparison, others: Sequence[Side]) -> str:
     )
     missing = not_run(side for side in others if side.said not in means)
     if not values:
-        return f"- Wanted: {wanted}. Not measured yet on equal seeds."
-    held = verdict(f"{wanted} ({rival} has most{missing})", values, compared.planned, statistics.mean(values) > 0)
-    return (
-        f"- {held} How sure: {certainty(values, 0.0)}. This ratio favours whatever is small; equal numbers of entries "
-        "are compared below."
-    )
+        return open_claim(wanted, "Not measured yet on equal seeds")
+    said = seeds_claim(f"{wanted} ({rival} has most{missing})", values, compared.planned)
+    return f"{said} This ratio favours whatever is small; equal numbers of entries are compared below."
 
 
 def bounds(scope: Scope) -> Iterator[Bound]:
@@ -241,7 +239,7 @@ def _title(scope: Scope) -> Iterator[str]:
 
 
 def _held(compared: Comparison, scope: Scope) -> Iterator[str]:
-    yield "## What held"
+    yield "## What holds"
     yield "\n".join(claims(compared, scope))
     yield (
         "Differences are taken within a seed; `open` says that their spread covers the bound. Which component or layer "

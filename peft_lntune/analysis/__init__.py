@@ -1,9 +1,8 @@
 """What the methods' papers look at: which components move, where scores are high, what tasks share. Torch only."""
 
-from peft_lntune.analysis.change import parameter_change, rank_flips
+from peft_lntune.analysis.change import parameter_change
 from peft_lntune.analysis.checkpoints import Checkpoint, match_tensors, open_tensors
-from peft_lntune.analysis.closeness import closeness
-from peft_lntune.analysis.magnitude import find_outliers, magnitude, outlier_overlap, outliers
+from peft_lntune.analysis.distances import closeness
 from peft_lntune.analysis.overlap import overlap_matrix
 from peft_lntune.analysis.plots import (
     plot_change,
@@ -13,7 +12,8 @@ from peft_lntune.analysis.plots import (
     plot_score_map,
     plot_sparsity,
 )
-from peft_lntune.analysis.score_map import score_map
+from peft_lntune.analysis.score_maps import score_map
+from peft_lntune.analysis.sizes import find_outliers, magnitude, outlier_overlap, outliers
 from peft_lntune.analysis.supermasks import off_overlap, sparsity
 from peft_lntune.analysis.tables import Table
 
@@ -36,7 +36,6 @@ __all__ = [
     "plot_overlap",
     "plot_score_map",
     "plot_sparsity",
-    "rank_flips",
     "score_map",
     "sparsity",
 ]

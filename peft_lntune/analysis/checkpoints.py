@@ -4,7 +4,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,7 +14,7 @@ from peft_lntune.core.module_tree import base_model, base_modules
 from peft_lntune.errors import AdapterFileError, ConfigError
 from peft_lntune.selection.effective import effective_parameters
 
-__all__ = ["Checkpoint", "CheckpointSource", "facts_of", "match_tensors", "one_sided", "open_tensors"]
+__all__ = ["Checkpoint", "CheckpointSource", "check_same", "facts_of", "match_tensors", "open_tensors"]
 
 CheckpointSource = nn.Module | Mapping[str, Tensor] | str | PathLike[str]
 """A model, tensors by name, or the path of a checkpoint: a safetensors file, the index of a sharded one, a folder."""
@@ -25,7 +25,7 @@ _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNor
 _SMALL = ("I8", "U8", "int8", "uint8")  # what quantized weights are kept in
 
 
-class Facts(NamedTuple):
+class TensorFacts(NamedTuple):
     """What is known of a tensor without its values; the dtype as torch says it, or as safetensors does (`F32`)."""
 
     shape: tuple[int, ...]
@@ -34,7 +34,22 @@ class Facts(NamedTuple):
     meta: bool = False
 
 
-class Checkpoint(Mapping[str, Tensor]):
+class _Named(Mapping[str, Tensor]):
+    """Tensors that are read when they are asked for, under names that are known before."""
+
+    names: Mapping[str, Any]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names  # a Mapping would read the tensor to tell
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class Checkpoint(_Named):
     """The tensors of safetensors files by name, each read when it is asked for, and none kept.
 
     The headers of all files are read at once, so that a file that is cut off or missing is noticed before any work.
@@ -45,6 +60,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     Attributes:
         facts: shape and dtype of each tensor.
+        names: file and key of each tensor.
 
     Raises:
         AdapterFileError: there is no such file, it is no safetensors file, or it is damaged.
@@ -59,15 +75,15 @@ class Checkpoint(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
-        self.facts: dict[str, Facts] = {}
-        self._places: dict[str, tuple[Path, str]] = {}
+        self.facts: dict[str, TensorFacts] = {}
+        self.names: dict[str, tuple[Path, str]] = {}
         found = [(*place, facts) for place, facts in _headers(Path(path))]
         for file, key, facts in sorted(found, key=lambda one: _counting(one[1])):
             name = _new_name(key)
-            self.facts[name], self._places[name] = facts, (file, key)
+            self.facts[name], self.names[name] = facts, (file, key)
 
     def __getitem__(self, name: str) -> Tensor:
-        file, key = self._places[name]
+        file, key = self.names[name]
         # Opened each time: what an open file has mapped would stay in memory with it.
         try:
             with safe_open(file, framework="pt") as opened:
@@ -75,17 +91,8 @@ class Checkpoint(Mapping[str, Tensor]):
         except (SafetensorError, OSError) as error:
             raise _damaged(file, error) from error
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._places  # a Mapping would read the tensor to tell
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-
-class _View(Mapping[str, Tensor]):
+class _View(_Named):
     """Some tensors of another mapping, under names that may be others."""
 
     def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
@@ -94,21 +101,19 @@ class _View(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[self.names[name]]
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
 
 def open_tensors(source: CheckpointSource) -> Mapping[str, Tensor]:
     """The floating tensors of a source by name; those of files are read when they are asked for.
 
     Of a model these are the parameters it computes with, active adapters merged in. A tensor that a dict holds under
     several names has the first of them; positions and counters, which are integers, are left out.
+
+    Args:
+        source: a model, tensors by name, or the path of a checkpoint: a safetensors file, the index of a sharded one,
+            or a folder.
+
+    Returns:
+        A mapping that reads a tensor of a file each time it is asked for, and keeps none.
 
     Raises:
         AdapterFileError: a path leads to no safetensors file, or to a damaged one.
@@ -161,20 +166,18 @@ def match_tensors(
     # Files hold some buffers (BART's `final_logits_bias`), which are no parameters of the model beside them.
     buffers = _buffers(before) | _buffers(after)
     old, new = (_without(open_tensors(source), buffers) for source in (before, after))
-    if not old:
-        raise ConfigError("there is no tensor to compare: before is empty.")
-    shapes = {name: fact.shape for name, fact in facts_of(old).items()}
-    others = {name: fact.shape for name, fact in facts_of(new).items()}
-    names = _pairs(shapes, others) if shared else {name: name for name in shapes if name in others}
-    if shared:
-        names = {name: other for name, other in names.items() if shapes[name] == others[other]}
+    facts, others = facts_of(old), facts_of(new)
+    if shared and old:
+        names = {
+            name: other for name, other in _pairs(facts, others).items() if facts[name].shape == others[other].shape
+        }
         if not names:
             raise ConfigError(
-                "before and after share no tensor of one name and shape: "
-                f"{_such(shapes)} before, {_such(others)} after."
+                f"before and after share no tensor of one name and shape: {_such(facts)} before, {_such(others)} after."
             )
     else:
-        _check_alike(shapes, others)
+        check_same(facts, others)
+        names = {name: name for name in facts}
     return _View(old, {name: name for name in names}), _View(new, names)
 
 
@@ -189,33 +192,38 @@ def _without(tensors: Mapping[str, Tensor], names: set[str]) -> Mapping[str, Ten
     return _View(tensors, {name: name for name in tensors if name not in names})
 
 
-def one_sided(before: Collection[str], after: Collection[str]) -> str:
-    """What an error says of names that only one side has; empty where both have the same.
+def check_same(before: Mapping[str, TensorFacts], after: Mapping[str, TensorFacts]) -> None:
+    """Raise where two sets of tensors have other names or shapes.
+
+    Args:
+        before: what is known of each tensor, by name; see `facts_of`.
+        after: likewise.
+
+    Raises:
+        ConfigError: there is nothing to compare, or a name or a shape differs; the message names the first.
 
     Example:
-        >>> one_sided(["a", "b"], ["b", "c", "d"])
-        '1 only before, such as a and 2 only after, such as c'
+        >>> check_same(facts_of({"w": torch.ones(2)}), facts_of({"w": torch.zeros(2)}))
     """
+    if not before:
+        raise ConfigError("there is no tensor to compare: before is empty.")
     sides = {"before": [n for n in before if n not in after], "after": [n for n in after if n not in before]}
-    return " and ".join(f"{len(names)} only {when}, such as {names[0]}" for when, names in sides.items() if names)
-
-
-def _check_alike(old: Mapping[str, tuple[int, ...]], new: Mapping[str, tuple[int, ...]]) -> None:
-    if said := one_sided(old, new):
+    if any(sides.values()):
+        said = " and ".join(f"{len(names)} only {side}, such as {names[0]}" for side, names in sides.items() if names)
         raise ConfigError(
-            f"before and after should have the same tensors, but {said}; {sum(name in new for name in old)} are in "
-            "both. To compare what both have, say shared=True (--shared)."
+            f"before and after should have the same tensors, but {said}; {sum(name in after for name in before)} are "
+            "in both. To compare those, match them with shared=True (--shared)."
         )
-    changed = [name for name in old if old[name] != new[name]]
+    changed = [name for name in before if before[name].shape != after[name].shape]
     if changed:
         first = changed[0]
         raise ConfigError(
-            f"{first} is {old[first]} before and {new[first]} after (and {len(changed) - 1} more have other shapes). "
-            "To compare what both have in one shape, say shared=True (--shared)."
+            f"{first} is {before[first].shape} before and {after[first].shape} after (and {len(changed) - 1} more have "
+            "other shapes). To leave out what differs, such as a head, match them with shared=True (--shared)."
         )
 
 
-def _pairs(old: Mapping[str, tuple[int, ...]], new: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+def _pairs(old: Collection[str], new: Collection[str]) -> dict[str, str]:
     """By name before, the name after: the same, or with the one prefix that makes most names agree put on or off."""
 
     def paired(on: str, off: str) -> dict[str, str]:
@@ -227,12 +235,12 @@ def _pairs(old: Mapping[str, tuple[int, ...]], new: Mapping[str, tuple[int, ...]
     return max((paired(*choice) for choice in choices), key=len)
 
 
-def _such(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    first = next(iter(shapes), None)
-    return f"{len(shapes)} tensors" + (f" such as {first} {shapes[first]}" if first else "")
+def _such(facts: Mapping[str, TensorFacts]) -> str:
+    first = next(iter(facts), None)
+    return f"{len(facts)} tensors" + (f" such as {first} {facts[first].shape}" if first else "")
 
 
-def facts_of(tensors: Mapping[str, Tensor]) -> dict[str, Facts]:
+def facts_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorFacts]:
     """What is known of each tensor; of those in files, from their headers alone."""
     if isinstance(tensors, Checkpoint):
         return tensors.facts
@@ -240,7 +248,7 @@ def facts_of(tensors: Mapping[str, Tensor]) -> dict[str, Facts]:
         known = facts_of(tensors.tensors)
         return {name: known[other] for name, other in tensors.names.items()}
     return {
-        name: Facts(tuple(t.shape), str(t.dtype).removeprefix("torch."), t.is_floating_point(), t.is_meta)
+        name: TensorFacts(tuple(t.shape), str(t.dtype).removeprefix("torch."), t.is_floating_point(), t.is_meta)
         for name, t in tensors.items()
     }
 
@@ -256,7 +264,7 @@ def _untied(tensors: Mapping[str, Tensor]) -> list[str]:
     return list(first.values())
 
 
-def _headers(path: Path) -> Iterator[tuple[tuple[Path, str], Facts]]:
+def _headers(path: Path) -> Iterator[tuple[tuple[Path, str], TensorFacts]]:
     """File and key of each tensor of a checkpoint, and what its header says of it."""
     path = _resolve(path)
     listed = _read_index(path) if path.name.endswith(".json") else {path: None}
@@ -276,7 +284,7 @@ def _headers(path: Path) -> Iterator[tuple[tuple[Path, str], Facts]]:
             )
         for key in found if wanted is None else wanted:
             shape, dtype = found[key]
-            yield (file, key), Facts(shape, dtype, dtype.startswith(("F", "BF")))
+            yield (file, key), TensorFacts(shape, dtype, dtype.startswith(("F", "BF")))
 
 
 def _resolve(path: Path) -> Path:

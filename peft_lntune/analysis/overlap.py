@@ -57,6 +57,14 @@ def expected_overlap(a: int, b: int, entries: int) -> float:
 
     The number of shared entries k is hypergeometric. Two empty masks count as equal, as in `mask_overlap`.
 
+    Args:
+        a: how many entries the one mask has.
+        b: how many the other has.
+        entries: of how many there are.
+
+    Returns:
+        The mean, from 0 to 1.
+
     Example:
         >>> round(expected_overlap(2, 2, 4), 4)  # k = 0, 1, 2 with chances 1/6, 4/6, 1/6
         0.3889

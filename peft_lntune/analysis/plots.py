@@ -6,14 +6,14 @@ from os import PathLike
 from typing import Any
 
 from peft_lntune.analysis.change import MEASURES
-from peft_lntune.analysis.closeness import DISTANCES
-from peft_lntune.analysis.magnitude import SIZES
+from peft_lntune.analysis.distances import DISTANCES
+from peft_lntune.analysis.sizes import SIZES
 from peft_lntune.analysis.tables import Table
 from peft_lntune.errors import ConfigError
 
 __all__ = ["plot_change", "plot_closeness", "plot_magnitude", "plot_overlap", "plot_score_map", "plot_sparsity"]
 
-Path = str | PathLike[str]
+FilePath = str | PathLike[str]
 Grid = Sequence[Sequence[float | None]]
 
 _SAID = {
@@ -42,7 +42,7 @@ _LAYERS = "layer (none: outside the layers; grey: no value)"
 _MOST_TICKS = 26  # layers named on one axis
 
 
-def plot_change(table: Table, path: Path, measure: str = "mean_change") -> None:
+def plot_change(table: Table, path: FilePath, measure: str = "mean_change") -> None:
     """Draw a `parameter_change` table: components by layers, on a logarithmic colour scale, weight and bias apart.
 
     Args:
@@ -59,7 +59,7 @@ def plot_change(table: Table, path: Path, measure: str = "mean_change") -> None:
     _draw_places(table, path, measure, f"{_capital(_SAID[measure])} of each component and layer", logarithmic=True)
 
 
-def plot_closeness(table: Table, path: Path, measure: str = "angle") -> None:
+def plot_closeness(table: Table, path: FilePath, measure: str = "angle") -> None:
     """Draw a `closeness` table by component: the two models, and beside them the controls, on one logarithmic scale.
 
     Args:
@@ -83,26 +83,19 @@ def plot_closeness(table: Table, path: Path, measure: str = "angle") -> None:
         f"random_{measure}": "Two random starts",
     }
     layered = "layer" in table.columns
-    numbers = table.column("layer") if layered else [None] * len(table.rows)
-    names = [f"{component}, {parameter}" for component, parameter in zip(*map(table.column, _NAMED), strict=True)]
-    rows, heads = list(dict.fromkeys(names)), _in_order(numbers)
-    grids, known = {}, []
-    for column in [column for column in said if column in table.columns]:
-        values = dict(zip(zip(names, numbers, strict=True), table.column(column), strict=True))
-        grids[said[column]] = [[values.get((row, head)) for head in heads] for row in rows]
-        known += [value for value in values.values() if value is not None]
-    figure, colors = _matplotlib()
-    broad = max(2.4, min(0.42 * len(heads), 8.0))
-    size = (0.085 * max(map(len, rows)) + 2.0 + len(grids) * (broad + 0.2), 1.9 + max(1.6, 0.25 * len(rows)))
-    drawing = figure(figsize=size, layout="constrained")
-    titles = ["none" if head is None else str(head) for head in heads] if layered else ["all"]
-    _draw(drawing, grids, rows, titles, _norm(colors, known, logarithmic=True), _DISTANCES[measure])
-    drawing.supxlabel(_LAYERS if layered else "layers pooled; grey: no value", fontsize="medium")
-    drawing.suptitle(f"{_capital(_DISTANCES[measure])} of each component" + (" and layer" if layered else ""))
-    drawing.savefig(path, dpi=120)
+    layers = table.column("layer") if layered else [None] * len(table.rows)
+    rows = [f"{component}, {parameter}" for component, parameter in zip(*map(table.column, _NAMED), strict=True)]
+    values = {
+        (said[column], row, layer): value
+        for column in said
+        if column in table.columns
+        for row, layer, value in zip(rows, layers, table.column(column), strict=True)
+    }
+    title = f"{_capital(_DISTANCES[measure])} of each component" + (" and layer" if layered else "")
+    _draw_layers(values, path, title, _DISTANCES[measure], logarithmic=True, layered=layered)
 
 
-def plot_magnitude(table: Table, path: Path, measure: str = "mean_magnitude") -> None:
+def plot_magnitude(table: Table, path: FilePath, measure: str = "mean_magnitude") -> None:
     """Draw a `magnitude` table: components by layers, on a logarithmic colour scale, weight and bias apart.
 
     Args:
@@ -119,8 +112,12 @@ def plot_magnitude(table: Table, path: Path, measure: str = "mean_magnitude") ->
     _draw_places(table, path, measure, f"{_capital(_SAID[measure])}, by component and layer", logarithmic=True)
 
 
-def plot_score_map(table: Table, path: Path) -> None:
-    """Draw a `score_map` table: components by layers, weight and bias apart; scores on a logarithmic colour scale.
+def plot_score_map(table: Table, path: FilePath) -> None:
+    """Draw the last column of a `score_map` table: components by layers, weight and bias apart.
+
+    Args:
+        table: of scores, drawn on a logarithmic colour scale, or of masks, drawn on a linear one.
+        path: PNG file, or another ending that matplotlib knows.
 
     Raises:
         ConfigError: the table is not one of `score_map`.
@@ -133,7 +130,7 @@ def plot_score_map(table: Table, path: Path) -> None:
     _draw_places(table, path, quantity, title, logarithmic="score" in quantity)
 
 
-def plot_sparsity(table: Table, path: Path, measure: str = "sparsity") -> None:
+def plot_sparsity(table: Table, path: FilePath, measure: str = "sparsity") -> None:
     """Draw a `sparsity` table: components by layers, on a linear colour scale.
 
     Args:
@@ -151,8 +148,12 @@ def plot_sparsity(table: Table, path: Path, measure: str = "sparsity") -> None:
     _draw_places(table, path, measure, f"{_capital(_SAID[measure])}, by component and layer", logarithmic=False)
 
 
-def plot_overlap(table: Table, path: Path) -> None:
+def plot_overlap(table: Table, path: FilePath) -> None:
     """Draw an `overlap_matrix` or `off_overlap` table: the overlap of each two tasks, and beside it what chance gives.
+
+    Args:
+        table: a row per task.
+        path: PNG file, or another ending that matplotlib knows.
 
     Raises:
         ConfigError: the table is neither of the two.
@@ -184,25 +185,35 @@ def plot_overlap(table: Table, path: Path) -> None:
     drawing.savefig(path, dpi=120)
 
 
-def _draw_places(table: Table, path: Path, column: str, title: str, *, logarithmic: bool) -> None:
+def _draw_places(table: Table, path: FilePath, column: str, title: str, *, logarithmic: bool) -> None:
     """Draw a column of a table whose rows are places: one panel for weights and one for biases."""
-    places = list(zip(*map(table.column, ("component", "layer", "parameter")), strict=True))
-    values = dict(zip(places, table.column(column), strict=True))
-    components = list(dict.fromkeys(component for component, _, _ in places))
-    layers = _in_order([layer for _, layer, _ in places])
-    grids = {
-        parameter: [[values.get((component, layer, parameter)) for layer in layers] for component in components]
-        for parameter in dict.fromkeys(parameter for _, _, parameter in places)
-    }
+    cells = zip(*map(table.column, ("component", "layer", "parameter", column)), strict=True)
+    values = {(parameter, component, layer): value for component, layer, parameter, value in cells}
+    _draw_layers(values, path, title, _SAID[column], logarithmic=logarithmic)
+
+
+def _draw_layers(
+    values: Mapping[tuple[str, str, int | None], float | None],
+    path: FilePath,
+    title: str,
+    quantity: str,
+    *,
+    logarithmic: bool,
+    layered: bool = True,
+) -> None:
+    """Draw values by panel, row and layer, panels side by side on one colour scale; `layered`: whether layers apart."""
+    panels = list(dict.fromkeys(panel for panel, _, _ in values))
+    rows = list(dict.fromkeys(row for _, row, _ in values))
+    layers = _in_order([layer for _, _, layer in values])
+    grids = {panel: [[values.get((panel, row, layer)) for layer in layers] for row in rows] for panel in panels}
     figure, colors = _matplotlib()
-    label = 0.085 * max(map(len, components))
     broad = max(2.4, min(0.42 * len(layers), 10.0))
-    size = (label + 2.0 + len(grids) * (broad + 0.2), 1.9 + max(1.6, 0.28 * len(components)))
+    size = (0.085 * max(map(len, rows)) + 2.0 + len(grids) * (broad + 0.2), 1.9 + max(1.6, 0.28 * len(rows)))
     drawing = figure(figsize=size, layout="constrained")
-    heads = ["none" if layer is None else str(layer) for layer in layers]
+    heads = ["none" if layer is None else str(layer) for layer in layers] if layered else ["all"]
     known = [value for value in values.values() if value is not None]
-    _draw(drawing, grids, components, heads, _norm(colors, known, logarithmic), _SAID[column])
-    drawing.supxlabel(_LAYERS, fontsize="medium")
+    _draw(drawing, grids, rows, heads, _norm(colors, known, logarithmic), quantity)
+    drawing.supxlabel(_LAYERS if layered else "layers pooled; grey: no value", fontsize="medium")
     drawing.suptitle(title)
     drawing.savefig(path, dpi=120)
 

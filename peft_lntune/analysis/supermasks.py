@@ -1,13 +1,13 @@
 """What supermasks switched off: how much of each tensor, how far from their start, and how alike for several tasks."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
 from peft_lntune.analysis.overlap import overlap_matrix
+from peft_lntune.analysis.pooling import rows_by_place
 from peft_lntune.analysis.tables import Table
-from peft_lntune.architectures.components import find_components, group_by_place
+from peft_lntune.architectures.components import find_components
 from peft_lntune.errors import ConfigError
 from peft_lntune.norms.find import Norm
 from peft_lntune.selection.masks import check_alike, check_bool
@@ -17,11 +17,13 @@ __all__ = ["FLIPS", "off_overlap", "sparsity"]
 FLIPS = ("sparsity_before", "turned_off", "turned_on", "flipped")
 """The columns of `sparsity` that need to know the start."""
 
-Masks = Mapping[str, Tensor]
-
 
 def sparsity(
-    keep: Masks, start: Masks | None = None, norms: Mapping[str, Norm] | None = None, *, by: str = "tensor"
+    keep: Mapping[str, Tensor],
+    start: Mapping[str, Tensor] | None = None,
+    norms: Mapping[str, Norm] | None = None,
+    *,
+    by: str = "tensor",
 ) -> Table:
     """The share of entries that masks switch off, and how many changed their state since the start.
 
@@ -53,17 +55,15 @@ def sparsity(
     if start is not None:
         check_bool(start, "start")
         check_alike(keep, start)
+    places = find_components(keep, {name: norm.roles for name, norm in (norms or {}).items()})
+    columns, groups = rows_by_place(places)
     if by == "tensor":
-        groups: dict[tuple[Any, ...], list[str]] = {(name,): [name] for name in keep}
-    else:
-        places = find_components(keep, {name: norm.roles for name, norm in (norms or {}).items()})
-        groups = {tuple(place): names for place, names in group_by_place(places).items()}
-    columns = ("tensor",) if by == "tensor" else ("component", "layer", "parameter")
+        columns, groups = ("tensor",), {(name,): [name] for name in keep}
     rows = [(*label, *_row(names, keep, start)) for label, names in groups.items()]
     return Table((*columns, "entries", "off", "sparsity", *(FLIPS if start is not None else ())), tuple(rows))
 
 
-def off_overlap(keeps: Mapping[str, Masks]) -> Table:
+def off_overlap(keeps: Mapping[str, Mapping[str, Tensor]]) -> Table:
     """How much of what each two tasks switch off is the same: entries off in both, over entries off in either.
 
     Two controls stand beside it: random masks with as many entries off in all, and random masks with as many off in
@@ -107,7 +107,7 @@ def _by_tensor(one: Mapping[str, int], other: Mapping[str, int], sizes: Mapping[
     return both / either if either else 1.0
 
 
-def _row(names: list[str], keep: Masks, start: Masks | None) -> tuple[int | float, ...]:
+def _row(names: list[str], keep: Mapping[str, Tensor], start: Mapping[str, Tensor] | None) -> tuple[int | float, ...]:
     entries = sum(keep[name].numel() for name in names)
     off = sum(int((~keep[name]).sum()) for name in names)
     row: tuple[int | float, ...] = (entries, off, off / max(1, entries))

@@ -40,7 +40,10 @@ class Table:
                 raise ConfigError(f"row {number} should have {len(self.columns)} values, but has {len(row)}: {row}.")
 
     def column(self, name: str) -> list[Any]:
-        """The values of a column, a row each.
+        """The values of a column, one per row.
+
+        Args:
+            name: of the column.
 
         Raises:
             ConfigError: there is no such column.
@@ -51,7 +54,18 @@ class Table:
         return [row[number] for row in self.rows]
 
     def sorted_by(self, column: str, *, largest: bool = False) -> "Table":
-        """The table with its rows in the order of a column, None last; rows that are equal keep their order."""
+        """The table with its rows in the order of a column; rows that are equal keep their order.
+
+        Args:
+            column: its name. None comes last.
+            largest: whether the largest value comes first.
+
+        Returns:
+            A new table.
+
+        Raises:
+            ConfigError: there is no such column.
+        """
         values = self.column(column)
         known = [number for number, value in enumerate(values) if value is not None]
         known.sort(key=lambda number: values[number], reverse=largest)
@@ -59,7 +73,13 @@ class Table:
         return Table(self.columns, tuple(self.rows[number] for number in known + unknown))
 
     def to_markdown(self, missing: str = "-") -> str:
-        """The table in markdown; `missing` is written for None.
+        """The table in Markdown.
+
+        Args:
+            missing: what is written for None.
+
+        Returns:
+            The lines, joined.
 
         Example:
             >>> print(Table(("norm", "score"), (("ln_1", 0.25),)).to_markdown())

@@ -6,7 +6,7 @@ that other packages may add to.
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,17 +113,25 @@ def find_attention(model: nn.Module) -> dict[str, AttentionFacts]:
         >>> facts.heads, facts.head_dim, facts.role
         (2, 4, 'attention')
     """
-    found, left_out = survey_attention(model)
+    modules = base_modules(model)
+    found, left_out = survey_attention(modules)
     if not found:
-        raise UnsupportedError(_nothing(base_modules(model), left_out))
+        raise UnsupportedError(_nothing(modules, left_out))
     return found
 
 
-def survey_attention(model: nn.Module) -> tuple[dict[str, AttentionFacts], dict[str, str]]:
-    """The attention modules of a model, and those whose keys are not known, with the reason; see `find_attention`."""
+def survey_attention(modules: Mapping[str, nn.Module]) -> tuple[dict[str, AttentionFacts], dict[str, str]]:
+    """The attention modules of a model, and those whose keys are not known, with the reason; see `find_attention`.
+
+    Args:
+        modules: the `base_modules` of the model.
+
+    Raises:
+        UnsupportedError: transformers' table of attention functions lacks ours.
+    """
     found: dict[str, AttentionFacts] = {}
     left_out: dict[str, str] = {}
-    for name, module in base_modules(model).items():
+    for name, module in modules.items():
         interface = Interface.of(type(module))
         if interface is None or not hasattr(module, "config"):
             continue
@@ -197,16 +205,7 @@ def _role(name: str, module: nn.Module) -> str:
 
 
 def lies_by_head(attention: nn.Module | None) -> bool:
-    """Whether an attention has queries, keys and values head by head in one matrix, told from the module itself.
-
-    GPT-BigCode has unless all heads share the keys.
-
-    Args:
-        attention: the module that holds the matrix, or None.
-
-    Returns:
-        Whether it says so; False where only `peft_lntune.architectures.table.Contents` may tell.
-    """
+    """Whether a module says that its queries, keys and values lie head by head, as GPT-BigCode's do."""
     return getattr(attention, "multi_query", None) is False
 
 

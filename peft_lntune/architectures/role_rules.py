@@ -8,11 +8,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from peft_lntune.architectures import role_names as says
+from peft_lntune.architectures.role_names import (
+    ATTENTION,
+    CROSS,
+    FFN,
+    MIXER,
+    Word,
+    below,
+    mentions,
+    number_of,
+    says,
+    sublayer,
+)
 
 __all__ = ["Tree", "role_in"]
 
-ATTENTION, CROSS, FFN, MIXER = says.ATTENTION, says.CROSS, says.FFN, says.MIXER
 _ORDER = (ATTENTION, CROSS, MIXER, FFN)  # in which a block has its sub-layers
 _BEHIND = ("merger", "neck")  # bridges that stand behind the last block of one body
 Roles = tuple[str, ...]
@@ -41,27 +51,27 @@ class Tree:
 
     def sublayer(self, name: str) -> str | None:
         """What sub-layer a module is; a list of modules is what its name says."""
-        return says.sublayer(name.rpartition(".")[2], self.children.get(name, ()))
+        return sublayer(name.rpartition(".")[2], self.children.get(name, ()))
 
     def sublayers(self, block: str) -> Roles:
         """The kinds of sub-layers among the children of a module, in the order of a block."""
         children = self.children.get(block, ())
-        kinds = {child: kind for child in children if (kind := self.sublayer(says.below(block, child))) is not None}
+        kinds = {child: kind for child in children if (kind := self.sublayer(below(block, child))) is not None}
         found = set(kinds.values())
         if found & {ATTENTION, CROSS}:
-            found = {kind for child, kind in kinds.items() if not says.is_bare_convolution(child)}
-        if found and any(says.is_first_linear(child) for child in children):
+            found = {kind for child, kind in kinds.items() if not says(child, Word.BARE_CONVOLUTION)}
+        if found and any(says(child, Word.FIRST_LINEAR) for child in children):
             found.add(FFN)
         return tuple(role for role in _ORDER if role in found)
 
     def norms(self, block: str) -> Roles:
-        return tuple(child for child in self.children.get(block, ()) if says.is_norm(child))
+        return tuple(child for child in self.children.get(block, ()) if says(child, Word.NORM))
 
     @cached_property
     def blocks(self) -> Roles:
         """The entries of lists that have sub-layers, in the model's order; not the bridges between bodies."""
         entries = (name for name in self.children if name.rpartition(".")[2].isdigit())
-        bridged = (name for name in entries if not any(says.is_bridge(part) for part in name.split(".")))
+        bridged = (name for name in entries if not any(says(part, Word.BRIDGE) for part in name.split(".")))
         return tuple(name for name in bridged if self.sublayers(name))
 
     @cached_property
@@ -89,18 +99,18 @@ def role_in(tree: Tree, above: str, path: str) -> Roles | None:
         The roles; empty where it is settled that they are not known, None where modules further up may know.
     """
     own, name = above.rpartition(".")[2], _direct(path)
-    if says.is_head(own):
+    if says(own, Word.HEAD):
         return ("final",)
     stack = above in tree.stacks
-    if says.is_norm(own) and not stack:  # what is beside it in a norm belongs to the norm
+    if says(own, Word.NORM) and not stack:  # what is beside it in a norm belongs to the norm
         return None
-    if says.is_bridge(_unnumbered(above)) and not says.is_embedding(own):
+    if says(_unnumbered(above), Word.BRIDGE) and not says(own, Word.EMBEDDING):
         return ("final",) if own in _BEHIND and above.rpartition(".")[0] in tree.stacks else ()
     if "output" in own and own.replace("output", "intermediate") in _siblings(tree, above):
         return (FFN,)  # BERT and its like: the FFN is two modules, `intermediate` and `output`
     kind = tree.sublayer(above) if own and not own.isdigit() else None
     if stack:
-        if kind is None and says.is_embedding(own):
+        if kind is None and says(own, Word.EMBEDDING):
             return ("embedding",)
         return None if name is None else _in_stack(tree, above, name)
     kinds = tree.sublayers(above)
@@ -108,7 +118,7 @@ def role_in(tree: Tree, above: str, path: str) -> Roles | None:
         return _in_block(name, kinds, tree.norms(above)) or _behind_one_with_its_own(tree, above, name, kinds)
     if kind is not None:
         return _inside(kind, path.rpartition(".")[2], above, tree)
-    if says.is_embedding(own):
+    if says(own, Word.EMBEDDING):
         return ("embedding",)
     if name is not None and kinds:
         return _beside_one(name, kinds[0], above, tree)
@@ -118,9 +128,9 @@ def role_in(tree: Tree, above: str, path: str) -> Roles | None:
 def _direct(path: str) -> str | None:
     """The name of the module's own child that is the norm, or that only wraps it: a list, or a norm in a norm."""
     first, *rest = path.split(".")
-    if first.isdigit() or not says.is_norm(first):
+    if first.isdigit() or not says(first, Word.NORM):
         return None
-    return first if all(part.isdigit() or says.is_norm(part) for part in rest) else None
+    return first if all(part.isdigit() or says(part, Word.NORM) for part in rest) else None
 
 
 def _siblings(tree: Tree, name: str) -> Roles:
@@ -135,22 +145,22 @@ def _unnumbered(name: str) -> str:
 def _inside(kind: str, name: str, above: str, tree: Tree) -> Roles:
     """The role of a norm within a sub-layer."""
     if kind in (ATTENTION, CROSS):
-        if says.is_qk(name):
+        if says(name, Word.QK):
             return ("qk",)
-        if says.is_value(name):
+        if says(name, Word.VALUE):
             return ()
     return _in_the_body(kind, above)
 
 
 def _beside_one(name: str, kind: str, above: str, tree: Tree) -> Roles:
     """The role of a norm in a block with sub-layers of one kind."""
-    told = says.mentions(name)
-    if kind in (ATTENTION, CROSS) and says.is_qk(name):
+    told = mentions(name)
+    if kind in (ATTENTION, CROSS) and says(name, Word.QK):
         return ("qk",)
     if told is not None and told != kind and {told, kind} != {ATTENTION, CROSS}:
         return ()
-    mixing = [child for child in tree.children[above] if tree.sublayer(says.below(above, child)) == MIXER]
-    if kind == MIXER and len(mixing) == 1 and mixing[0] == "conv" and not says.is_embedding(above):
+    mixing = [child for child in tree.children[above] if tree.sublayer(below(above, child)) == MIXER]
+    if kind == MIXER and len(mixing) == 1 and mixing[0] == "conv" and not says(above, Word.EMBEDDING):
         return ()  # one convolution with a norm: it may lead to the next stage, or up a pyramid
     return _in_the_body(kind, above)
 
@@ -158,7 +168,7 @@ def _beside_one(name: str, kind: str, above: str, tree: Tree) -> Roles:
 def _in_the_body(kind: str, above: str) -> Roles:
     """A sub-layer is one of a block's; convolutions before the first block make the embeddings."""
     parts = above.split(".")
-    if kind == MIXER and any(says.is_embedding(part) for part in parts):
+    if kind == MIXER and any(says(part, Word.EMBEDDING) for part in parts):
         return ("embedding",)
     if kind in (MIXER, FFN) and not any(part.isdigit() for part in parts):
         return ()
@@ -167,24 +177,24 @@ def _in_the_body(kind: str, above: str) -> Roles:
 
 def _in_stack(tree: Tree, above: str, name: str) -> Roles:
     """The role of a norm beside a list of blocks."""
-    if says.number_of(name) is not None and tree.sublayers(above):
+    if number_of(name) is not None and tree.sublayers(above):
         return _in_block(name, tree.sublayers(above), tree.norms(above))  # parallel lists of norms and sub-layers
     if name.lower().endswith("after"):
         return ("final",)
-    if says.is_embedding(name) or says.is_first(name) or says.mentions(name) == MIXER:
+    if says(name, Word.EMBEDDING) or says(name, Word.FIRST) or mentions(name) == MIXER:
         return ("embedding",)
-    if says.is_last(name) or says.says_post(name):
+    if says(name, Word.LAST) or says(name, Word.POST):
         return ("final",)
     children = tree.children[above]
-    plain = [norm for norm in tree.norms(above) if says.is_plain_norm_name(norm)]
+    plain = [norm for norm in tree.norms(above) if says(norm, Word.PLAIN_NORM)]
     if plain != [name]:
         return ()
     if "pos_conv_embed" in children:
         # wav2vec 2.0 and its like: the same names, and only the class says at which end the norm is.
         kind = tree.classes.get(above)
         return () if kind is None else ("final",) if "Stable" in kind or "Conformer" in kind else ("embedding",)
-    carriers = [child for child in children if says.below(above, child) in tree.stacks]
-    lists = [child for child in carriers if any(part.isdigit() for part in tree.children[says.below(above, child)])]
+    carriers = [child for child in children if below(above, child) in tree.stacks]
+    lists = [child for child in carriers if any(part.isdigit() for part in tree.children[below(above, child)])]
     if len(carriers) > 1 and "layers" not in lists:
         return ()
     if tree.classes and "embed_tokens" not in children and children.index(name) < children.index(carriers[0]):
@@ -194,17 +204,17 @@ def _in_stack(tree: Tree, above: str, name: str) -> Roles:
 
 def _in_block(name: str, kinds: Roles, norms: Roles) -> Roles:
     """The role of a norm in a block with several kinds of sub-layers."""
-    if says.is_embedding(name):
+    if says(name, Word.EMBEDDING):
         return ("embedding",)
-    told = says.mentions(name)
+    told = mentions(name)
     tokens = [kind for kind in kinds if kind != FFN]
-    if says.reads_tokens(name):
+    if says(name, Word.TOKENS):
         return (tokens[0],) if len(tokens) == 1 else ()
     if told == ATTENTION:
         attention = next((kind for kind in tokens if kind in (ATTENTION, CROSS)), None)
         if attention is None:
-            return _behind_tokens(name, norms, tokens) if says.says_post(name) else ()
-        return _behind_tokens(name, norms, [attention]) if says.says_post(name) else (attention,)
+            return _behind_tokens(name, norms, tokens) if says(name, Word.POST) else ()
+        return _behind_tokens(name, norms, [attention]) if says(name, Word.POST) else (attention,)
     if told is not None:
         return (told,) if told in kinds or (told == CROSS and ATTENTION in kinds) else ()
     return _by_place(name, kinds, tokens, norms)
@@ -213,15 +223,15 @@ def _in_block(name: str, kinds: Roles, norms: Roles) -> Roles:
 def _behind_tokens(name: str, norms: Roles, tokens: list[str]) -> Roles:
     """`post_attention_layernorm` closes the attention, or feeds the FFN behind it, as its neighbours say."""
     others = [norm for norm in norms if norm != name]
-    before = any(says.mentions(norm) == ATTENTION and says.is_first(norm) for norm in others)
+    before = any(mentions(norm) == ATTENTION and says(norm, Word.FIRST) for norm in others)
     closes: Roles = (tokens[0],) if len(tokens) == 1 else ()
-    if says.says_self(name):
+    if says(name, Word.SELF):
         return closes
-    if any(says.says_post(norm) and says.says_self(norm) for norm in others):
+    if any(says(norm, Word.POST) and says(norm, Word.SELF) for norm in others):
         return (FFN,)
-    ffn = [norm for norm in others if says.mentions(norm) == FFN]
-    first = any(says.is_first(norm) and norm not in ffn for norm in others)
-    if any(not says.says_post(norm) for norm in ffn):
+    ffn = [norm for norm in others if mentions(norm) == FFN]
+    first = any(says(norm, Word.FIRST) and norm not in ffn for norm in others)
+    if any(not says(norm, Word.POST) for norm in ffn):
         return closes
     if ffn:
         return () if first else closes
@@ -232,13 +242,13 @@ def _behind_tokens(name: str, norms: Roles, tokens: list[str]) -> Roles:
 
 def _behind_one_with_its_own(tree: Tree, above: str, name: str, kinds: Roles) -> Roles:
     """A plain norm is the FFN's where the attention beside it has a norm within."""
-    if not says.is_plain_norm_name(name) or len(tree.norms(above)) > 1 or len(kinds) != 2 or FFN not in kinds:
+    if not says(name, Word.PLAIN_NORM) or len(tree.norms(above)) > 1 or len(kinds) != 2 or FFN not in kinds:
         return ()
     holders = set()
     for child in tree.children[above]:
-        place = says.below(above, child)
-        inner = [norm for norm in tree.norms(place) if not says.is_qk(norm)]
-        if inner or any(tree.norms(says.below(place, deeper)) for deeper in tree.children.get(place, ())):
+        place = below(above, child)
+        inner = [norm for norm in tree.norms(place) if not says(norm, Word.QK)]
+        if inner or any(tree.norms(below(place, deeper)) for deeper in tree.children.get(place, ())):
             holders.add(tree.sublayer(place))
     return (FFN,) if len(holders) == 1 and FFN not in holders and None not in holders else ()
 
@@ -248,25 +258,25 @@ def _by_place(name: str, kinds: Roles, tokens: list[str], norms: Roles) -> Roles
     if FFN not in kinds or not tokens:
         return ()
     alone = len(norms) == 1
-    numbered = says.number_of(name)
+    numbered = number_of(name)
     if numbered is not None:
         return _by_number(numbered, kinds, norms)
-    if says.is_last(name):
+    if says(name, Word.LAST):
         return (FFN,)
-    if says.is_first(name) and not says.says_post(name):
+    if says(name, Word.FIRST) and not says(name, Word.POST):
         if alone:
             return _parallel(kinds)
         if tokens == [ATTENTION, MIXER] and len(norms) == 2:
             return (ATTENTION, MIXER)  # side by side, before an FFN with the other norm
         return (tokens[0],) if len(tokens) == 1 or tokens[0] == ATTENTION else ()
-    if says.says_post(name) and not says.is_first(name):
+    if says(name, Word.POST) and not says(name, Word.FIRST):
         if name.lower().replace("after", "before") in {norm.lower() for norm in norms} - {name.lower()}:
             return (FFN,)
-        first = [norm for norm in norms if says.is_first(norm)]
+        first = [norm for norm in norms if says(norm, Word.FIRST)]
         return (FFN,) if len(norms) == 2 and len(first) == 1 else ()
-    if says.is_plain_norm_name(name) and len(kinds) == 2 and len(norms) == 2:
+    if says(name, Word.PLAIN_NORM) and len(kinds) == 2 and len(norms) == 2:
         (other,) = (norm for norm in norms if norm != name)
-        its = () if says.is_plain_norm_name(other) else _in_block(other, kinds, norms)
+        its = () if says(other, Word.PLAIN_NORM) else _in_block(other, kinds, norms)
         return tuple(kind for kind in kinds if kind not in its) if len(its) == 1 else ()
     return ()
 
@@ -274,11 +284,11 @@ def _by_place(name: str, kinds: Roles, tokens: list[str], norms: Roles) -> Roles
 def _by_number(numbered: tuple[str, int], kinds: Roles, norms: Roles) -> Roles:
     """The role of `norm1`, `norm2`: one for each sub-layer that no other norm is called after."""
     stem, number = numbered
-    found = {norm: says.number_of(norm) for norm in norms}
+    found = {norm: number_of(norm) for norm in norms}
     alike = sorted(its[1] for its in found.values() if its is not None and its[0] == stem)
     if len(norms) == 1:
         return _parallel(kinds)
-    named = {says.mentions(norm) for norm, its in found.items() if its is None or its[0] != stem}
+    named = {mentions(norm) for norm, its in found.items() if its is None or its[0] != stem}
     left = [kind for kind in kinds if kind not in named]
     return (left[alike.index(number)],) if len(alike) == len(left) else ()
 

@@ -5,7 +5,7 @@ Four questions are answered from the rows: which sub-layer a norm serves (`roles
 """
 
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 from peft_lntune.architectures.role_names import ATTENTION, CROSS, FFN, MIXER, below
@@ -84,83 +84,79 @@ class Contents:
 UNKNOWN = Contents((), "")
 
 
-@dataclass(frozen=True, kw_only=True)
-class NormPlace:
-    """A module below which there are norms.
-
-    Attributes:
-        roles: the roles of each norm, by its path below the module.
-        has: paths that there must be below the module.
-        lacks: paths that there must not be.
-    """
-
-    roles: Mapping[str, tuple[str, ...]]
-    has: tuple[str, ...]
-    lacks: tuple[str, ...] = ()
+class _Place:
+    def __init__(self, has: Iterable[str], lacks: str) -> None:
+        self.has, self.lacks = tuple(has), tuple(lacks.split())
 
     def fits(self, module: str, names: Container[str]) -> bool:
         """Whether a module is built that way, told from the names of all modules."""
-        return _fits(self.has, self.lacks, module, names)
+        found = all(below(module, path) in names for path in self.has)
+        return found and not any(below(module, path) in names for path in self.lacks)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Span:
-    """A sub-layer below a block: its modules, from the one that reads its input to the one that gives its output.
+class NormPlace(_Place):
+    """A module below which there are norms.
 
-    Attributes:
-        role: `"attention"`, `"cross_attention"` or `"ffn"`.
-        modules: what each module holds, by its path below the block; `UNKNOWN` where the path alone does not tell. The
-            first reads the input, the last gives the output.
-        has: further paths that there must be below the block.
-        lacks: paths that there must not be.
+    Args:
+        has: paths that there must be below the module, with spaces between.
+        roles: the role or roles of each norm, by its path below the module.
+        lacks: paths that there must not be, with spaces between.
+
+    Example:
+        >>> place = NormPlace("attn mlp", {"ln": ("attention", "ffn")})
+        >>> place.fits("h.0", ["h.0", "h.0.ln", "h.0.attn", "h.0.mlp"])
+        True
     """
 
-    role: str
-    modules: Mapping[str, Contents]
-    has: tuple[str, ...] = ()
-    lacks: tuple[str, ...] = ()
-
-    @property
-    def entry(self) -> str:
-        return next(iter(self.modules))
-
-    @property
-    def exit(self) -> str:
-        return next(reversed(tuple(self.modules)))
-
-    def fits(self, block: str, names: Container[str]) -> bool:
-        """Whether a block has this sub-layer, told from the names of all modules."""
-        return _fits((self.entry, self.exit, *self.has), self.lacks, block, names)
+    def __init__(self, has: str, roles: Mapping[str, str | tuple[str, ...]], lacks: str = "") -> None:
+        super().__init__(has.split(), lacks)
+        self.roles = {path: (its,) if isinstance(its, str) else its for path, its in roles.items()}
 
 
-def _fits(has: Iterable[str], lacks: Iterable[str], module: str, names: Container[str]) -> bool:
-    return all(below(module, path) in names for path in has) and all(below(module, path) not in names for path in lacks)
+class Span(_Place):
+    """A sub-layer below a block, from the leaf that reads its input to the one that gives its output.
+
+    Args:
+        role: `"attention"`, `"cross_attention"` or `"ffn"`.
+        modules: what its modules hold, by their paths below the block; `UNKNOWN` where the path alone does not tell.
+            The first reads the input, the last gives the output.
+        has: further paths that there must be below the block, with spaces between.
+        lacks: paths that there must not be, with spaces between.
+
+    Example:
+        >>> span = Span("ffn", {"mlp.up": UP, "mlp.down": DOWN})
+        >>> span.entry, span.exit
+        ('mlp.up', 'mlp.down')
+    """
+
+    def __init__(self, role: str, modules: Mapping[str, Contents], has: str = "", lacks: str = "") -> None:
+        self.role, self.modules = role, modules
+        self.entry, *_, self.exit = modules
+        super().__init__((self.entry, self.exit, *has.split()), lacks)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """One row of the table. What it shares with other rows need not be repeated.
 
-    Attributes:
-        norms: places with norms whose roles the rules by names (`role_rules.py`) do not read, or would read wrongly.
-        sublayers: where a bottleneck adapter finds the sub-layers.
+    Args:
+        places: sub-layers; and places with norms whose roles the rules by names (`role_rules.py`) do not read, or
+            would read wrongly.
         modules: what further modules hold, by the end of their path; the longest end that is known wins.
-        lora: the names of the modules that LoRA tunes by default, for models that PEFT has no list of.
+        lora: the names of the modules that LoRA tunes by default, with spaces between, for models that PEFT has no
+            list of.
 
     Example:
         >>> row = Architecture(
-        ...     norms=(NormPlace(has=("mix", "mlp"), roles={"mix_ln": ("attention",)}),),
-        ...     sublayers=(attention("mix", "wq wk wv wo"), ffn("mlp", "up down")),
-        ...     lora=("wq", "wv"),
+        ...     NormPlace("mix mlp", {"mix_ln": "attention"}), attention("mix", "wq wk wv wo"), ffn("mlp", "up down")
         ... )
         >>> row.sublayers[0].entry, row.sublayers[0].modules["mix.wk"].label
         ('mix.wq', 'key')
     """
 
-    norms: tuple[NormPlace, ...] = ()
-    sublayers: tuple[Span, ...] = ()
-    modules: Mapping[str, Contents] = field(default_factory=dict)
-    lora: tuple[str, ...] = ()
+    def __init__(self, *places: NormPlace | Span, modules: Mapping[str, Contents] = {}, lora: str = "") -> None:
+        self.norms = [place for place in places if isinstance(place, NormPlace)]
+        self.sublayers = [place for place in places if isinstance(place, Span)]
+        self.modules, self.lora = modules, tuple(lora.split())
 
 
 def _holds(*components: Component, cross: bool = False, by_head: bool = False) -> Contents:
@@ -197,24 +193,22 @@ def attention(module: str, names: str, *, cross: bool = False, by_head: bool = F
     parts = (*_SPLITS[len(paths)], (Component.ATTENTION_OUTPUT,))
     held = [_holds(*its, cross=cross, by_head=by_head and len(its) > 1) for its in parts]
     modules = {f"{module}.{path}": contents for path, contents in zip(paths, held, strict=True)}
-    return Span(role=CROSS if cross else ATTENTION, modules=modules)
+    return Span(CROSS if cross else ATTENTION, modules)
 
 
 UP, GATE, DOWN = _holds(Component.FFN_UP), _holds(Component.FFN_GATE), _holds(Component.FFN_DOWN)
 GATE_UP = _holds(Component.FFN_GATE, Component.FFN_UP)
 
 
-def ffn(
-    module: str, names: str, *, gated: bool = False, has: tuple[str, ...] = (), lacks: tuple[str, ...] = ()
-) -> Span:
+def ffn(module: str, names: str, *, gated: bool = False, has: str = "", lacks: str = "") -> Span:
     """A feed-forward sub-layer.
 
     Args:
         module: the path of the FFN below its block; empty where its projections are the block's own.
         names: paths below that module, with spaces between: of the gate, where there is one, then up, then down.
         gated: whether the first of two holds the gate and the projection up, in this order.
-        has: further paths that there must be below the block.
-        lacks: paths that there must not be.
+        has: further paths that there must be below the block, with spaces between.
+        lacks: paths that there must not be, with spaces between.
 
     Returns:
         The sub-layer.
@@ -226,12 +220,7 @@ def ffn(
     paths = names.split()
     held = (GATE_UP, DOWN) if gated else (GATE, UP, DOWN)[-len(paths) :]
     modules = {below(module, path): contents for path, contents in zip(paths, held, strict=True)}
-    return Span(role=FFN, modules=modules, has=has, lacks=lacks)
-
-
-def _norms(has: str, roles: Mapping[str, str | tuple[str, str]], lacks: str = "") -> NormPlace:
-    served = {path: (role,) if isinstance(role, str) else role for path, role in roles.items()}
-    return NormPlace(roles=served, has=tuple(has.split()), lacks=tuple(lacks.split()))
+    return Span(FFN, modules, has, lacks)
 
 
 WORDS, POSITIONS, TYPES, PATCHES = (
@@ -243,107 +232,83 @@ _CONVNEXT = (FFN, MIXER)  # one norm between the convolution and the FFN closes 
 # Experts are no sub-layer: each works on some of the tokens, and no leaf's output is that of the whole FFN.
 ARCHITECTURES: dict[str, Architecture] = {
     "Llama, Mistral, Qwen, Gemma, OLMo, Cohere": Architecture(
-        sublayers=(
-            attention("self_attn", "q_proj k_proj v_proj o_proj"),
-            ffn("mlp", "gate_proj up_proj down_proj", lacks=("experts", "router")),
-        ),
+        attention("self_attn", "q_proj k_proj v_proj o_proj"),
+        ffn("mlp", "gate_proj up_proj down_proj", lacks="experts router"),
         modules={"embed_tokens": WORDS},
-        lora=("q_proj", "v_proj"),
+        lora="q_proj v_proj",
     ),
     "Mixtral": Architecture(
-        modules={
-            "mlp.gate": Contents((), "router"),
-            "mlp.experts.gate_up_proj": GATE_UP,
-            "mlp.experts.down_proj": DOWN,
-        },
+        modules={"mlp.gate": Contents((), "router"), "mlp.experts.gate_up_proj": GATE_UP, "mlp.experts.down_proj": DOWN}
     ),
     "BERT, RoBERTa, ELECTRA": Architecture(
-        norms=(
-            _norms("transform decoder", {"transform.LayerNorm": FINAL}),
-            _norms("dense layer_norm decoder", {"layer_norm": FINAL}),
-        ),
-        sublayers=(
-            attention("attention", "self.query self.key self.value output.dense"),
-            attention("crossattention", "self.query self.key self.value output.dense", cross=True),
-            ffn("", "intermediate.dense output.dense", has=("attention",)),
-        ),
+        NormPlace("transform decoder", {"transform.LayerNorm": FINAL}),
+        attention("attention", "self.query self.key self.value output.dense"),
+        attention("crossattention", "self.query self.key self.value output.dense", cross=True),
+        ffn("", "intermediate.dense output.dense", has="attention"),
         modules={
             "word_embeddings": WORDS,
             "embeddings.position_embeddings": POSITIONS,
             "token_type_embeddings": TYPES,
             "pooler.dense": POOLER,
         },
-        lora=("query", "value"),
+        lora="query value",
     ),
     "DistilBERT": Architecture(
-        norms=(_norms("vocab_transform vocab_layer_norm", {"vocab_layer_norm": FINAL}),),
-        sublayers=(attention("attention", "q_lin k_lin v_lin out_lin"), ffn("ffn", "lin1 lin2")),
-        lora=("q_lin", "v_lin"),
+        NormPlace("vocab_transform vocab_layer_norm", {"vocab_layer_norm": FINAL}),
+        attention("attention", "q_lin k_lin v_lin out_lin"),
+        ffn("ffn", "lin1 lin2"),
+        lora="q_lin v_lin",
     ),
     "T5, mT5": Architecture(
-        sublayers=(
-            attention("SelfAttention", "q k v o"),
-            attention("EncDecAttention", "q k v o", cross=True),
-            ffn("DenseReluDense", "wi wo"),
-            ffn("DenseReluDense", "wi_0 wi_1 wo"),
-        ),
+        attention("SelfAttention", "q k v o"),
+        attention("EncDecAttention", "q k v o", cross=True),
+        ffn("DenseReluDense", "wi wo"),
+        ffn("DenseReluDense", "wi_0 wi_1 wo"),
         modules={"shared": WORDS, "relative_attention_bias": POSITIONS},
-        lora=("q", "v"),
+        lora="q v",
     ),
-    "MPNet": Architecture(sublayers=(attention("attention.attn", "q k v o"),)),
+    "MPNet": Architecture(attention("attention.attn", "q k v o")),
     "GPT-NeoX": Architecture(
-        sublayers=(
-            attention("attention", "query_key_value dense", by_head=True),
-            ffn("mlp", "dense_h_to_4h dense_4h_to_h"),
-        ),
+        attention("attention", "query_key_value dense", by_head=True),
+        ffn("mlp", "dense_h_to_4h dense_4h_to_h"),
         modules={"embed_in": WORDS},
-        lora=("query_key_value",),
+        lora="query_key_value",
     ),
     "BLOOM, Falcon": Architecture(
-        norms=(_norms("word_embeddings h", {"word_embeddings_layernorm": EMBEDDING}),),
-        sublayers=(attention("self_attention", "query_key_value dense", by_head=True),),
+        NormPlace("word_embeddings h", {"word_embeddings_layernorm": EMBEDDING}),
+        attention("self_attention", "query_key_value dense", by_head=True),
     ),
     "Phi-3": Architecture(
-        sublayers=(attention("self_attn", "qkv_proj o_proj"), ffn("mlp", "gate_up_proj down_proj", gated=True)),
-        lora=("qkv_proj",),
+        attention("self_attn", "qkv_proj o_proj"), ffn("mlp", "gate_up_proj down_proj", gated=True), lora="qkv_proj"
     ),
-    "Phi": Architecture(sublayers=(attention("self_attn", "q_proj k_proj v_proj dense"),)),
+    "Phi": Architecture(attention("self_attn", "q_proj k_proj v_proj dense")),
     "GPT-2": Architecture(
-        sublayers=(
-            attention("attn", "c_attn c_proj"),
-            attention("crossattention", "q_attn c_attn c_proj", cross=True),
-            ffn("mlp", "c_fc c_proj"),
-        ),
+        attention("attn", "c_attn c_proj"),
+        attention("crossattention", "q_attn c_attn c_proj", cross=True),
+        ffn("mlp", "c_fc c_proj"),
         modules={"wte": WORDS, "wpe": POSITIONS},
-        lora=("c_attn",),
+        lora="c_attn",
     ),
-    "GPT-Neo": Architecture(sublayers=(attention("attn.attention", "q_proj k_proj v_proj out_proj"),)),
+    "GPT-Neo": Architecture(attention("attn.attention", "q_proj k_proj v_proj out_proj")),
     "GPT-J, CodeGen": Architecture(
-        sublayers=(attention("attn", "q_proj k_proj v_proj out_proj"), ffn("mlp", "fc_in fc_out")),
+        attention("attn", "q_proj k_proj v_proj out_proj"),
+        ffn("mlp", "fc_in fc_out"),
         modules={"attn.qkv_proj": BY_HEAD},
     ),
     "ModernBERT": Architecture(
-        sublayers=(attention("attn", "Wqkv Wo"), ffn("mlp", "Wi Wo", gated=True)),
-        modules={"tok_embeddings": WORDS},
-        lora=("Wqkv",),
+        attention("attn", "Wqkv Wo"), ffn("mlp", "Wi Wo", gated=True), modules={"tok_embeddings": WORDS}, lora="Wqkv"
     ),
     "MPT": Architecture(modules={"ffn.up_proj": UP, "ffn.down_proj": DOWN}),
     "DeBERTa": Architecture(
-        norms=(
-            _norms("conv LayerNorm", {"LayerNorm": MIXER}, lacks="layer activation"),
-            _norms("rel_embeddings LayerNorm", {"LayerNorm": EMBEDDING}),
-        ),
-        sublayers=(
-            attention("attention", "self.in_proj output.dense", by_head=True),
-            attention("attention", "self.query_proj self.key_proj self.value_proj output.dense"),
-        ),
+        NormPlace("conv LayerNorm", {"LayerNorm": MIXER}, lacks="layer activation"),
+        NormPlace("rel_embeddings LayerNorm", {"LayerNorm": EMBEDDING}),
+        attention("attention", "self.in_proj output.dense", by_head=True),
+        attention("attention", "self.query_proj self.key_proj self.value_proj output.dense"),
     ),
     "ALBERT": Architecture(
-        norms=(_norms("attention ffn full_layer_layer_norm", {"full_layer_layer_norm": FFN}),),
-        sublayers=(
-            attention("attention", "query key value dense"),
-            Span(role=FFN, modules={"ffn": UNKNOWN, "ffn_output": DOWN}, has=("attention",)),
-        ),
+        NormPlace("attention ffn full_layer_layer_norm", {"full_layer_layer_norm": FFN}),
+        attention("attention", "query key value dense"),
+        Span(FFN, {"ffn": UNKNOWN, "ffn_output": DOWN}, has="attention"),
         modules={"albert_layers.0.ffn": UP, "pooler": POOLER},
     ),
     "ProphetNet": Architecture(
@@ -353,29 +318,22 @@ ARCHITECTURES: dict[str, Architecture] = {
             **attention("cross_attn", "query_proj key_proj value_proj out_proj", cross=True).modules,
             "feed_forward.intermediate": UP,
             "feed_forward.output": DOWN,
-        },
+        }
     ),
     "BART, OPT, Whisper": Architecture(
-        sublayers=(
-            attention("self_attn", "q_proj k_proj v_proj out_proj"),
-            attention("encoder_attn", "q_proj k_proj v_proj out_proj", cross=True),
-            ffn("", "fc1 fc2", has=("self_attn",)),
-        ),
+        attention("self_attn", "q_proj k_proj v_proj out_proj"),
+        attention("encoder_attn", "q_proj k_proj v_proj out_proj", cross=True),
+        ffn("", "fc1 fc2", has="self_attn"),
         modules={"embed_positions": POSITIONS},
     ),
     # torch's own attention computes with the weights of its leaves and calls none of them, so it is no sub-layer here.
     "torch's own layers": Architecture(
-        norms=(
-            _norms(
-                "self_attn multihead_attn linear1 linear2",
-                {"norm1": ATTENTION, "norm2": CROSS, "norm3": FFN},
-            ),
-        ),
-        sublayers=(Span(role=FFN, modules={"linear1": UNKNOWN, "linear2": UNKNOWN}, has=("self_attn",)),),
+        NormPlace("self_attn multihead_attn linear1 linear2", {"norm1": ATTENTION, "norm2": CROSS, "norm3": FFN}),
+        Span(FFN, {"linear1": UNKNOWN, "linear2": UNKNOWN}, has="self_attn"),
     ),
     # Recurrence
     "RWKV": Architecture(
-        norms=(_norms("pre_ln attention feed_forward", {"pre_ln": EMBEDDING}),),
+        NormPlace("pre_ln attention feed_forward", {"pre_ln": EMBEDDING}),
         modules={
             "embeddings": WORDS,
             "attention.output": _holds(Component.ATTENTION_OUTPUT),
@@ -385,14 +343,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
     ),
     "xLSTM": Architecture(modules={"ffn.proj_up_gate": GATE, "ffn.proj_up": UP, "ffn.proj_down": DOWN}),
-    "LFM2": Architecture(norms=(_norms("embed_tokens layers embedding_norm", {"embedding_norm": FINAL}),)),
+    "LFM2": Architecture(NormPlace("embed_tokens layers embedding_norm", {"embedding_norm": FINAL})),
     # Vision, sound, and both with language
     "ViT, CLIP, SigLIP, DINOv2": Architecture(
-        sublayers=(
-            attention("attention", "q_proj k_proj v_proj o_proj"),
-            attention("attention", "attention.query attention.key attention.value output.dense"),
-            ffn("mlp", "fc1 fc2"),
-        ),
+        attention("attention", "q_proj k_proj v_proj o_proj"),
+        attention("attention", "attention.query attention.key attention.value output.dense"),
+        ffn("mlp", "fc1 fc2"),
         modules={
             "embeddings.cls_token": Contents((), "class token"),
             "patch_embeddings.projection": PATCHES,
@@ -409,48 +365,34 @@ ARCHITECTURES: dict[str, Architecture] = {
             "attention.out_proj": _holds(Component.ATTENTION_OUTPUT),
             "feed_forward.intermediate_dense": UP,
             "feed_forward.output_dense": DOWN,
-        },
+        }
     ),
     "SAM": Architecture(
-        norms=(
-            _norms(
-                "self_attn cross_attn_token_to_image mlp cross_attn_image_to_token",
-                {
-                    "layer_norm1": ATTENTION,
-                    "layer_norm2": CROSS,
-                    "layer_norm3": FFN,
-                    "layer_norm4": CROSS,
-                },
-            ),
-        ),
+        NormPlace(
+            "self_attn cross_attn_token_to_image mlp cross_attn_image_to_token",
+            {"layer_norm1": ATTENTION, "layer_norm2": CROSS, "layer_norm3": FFN, "layer_norm4": CROSS},
+        )
     ),
-    "LXMERT": Architecture(norms=(_norms("visual_attention", {"visual_attention.output.LayerNorm": CROSS}),)),
-    "PoolFormer": Architecture(norms=(_norms("pooling output", {"before_norm": MIXER, "after_norm": FFN}),)),
+    "LXMERT": Architecture(NormPlace("visual_attention", {"visual_attention.output.LayerNorm": CROSS})),
+    "PoolFormer": Architecture(NormPlace("pooling output", {"before_norm": MIXER, "after_norm": FFN})),
     "ConvNeXt, and what fuses the memory of SAM 2": Architecture(
-        norms=(
-            _norms("dwconv pwconv1", {"layernorm": _CONVNEXT, "norm": _CONVNEXT}),
-            _norms("depthwise_conv pointwise_conv1", {"layer_norm": _CONVNEXT}, lacks="glu"),
-        ),
+        NormPlace("dwconv pwconv1", {"layernorm": _CONVNEXT, "norm": _CONVNEXT}),
+        NormPlace("depthwise_conv pointwise_conv1", {"layer_norm": _CONVNEXT}, lacks="glu"),
     ),
     "LayoutLMv3": Architecture(
-        norms=(_norms("LayerNorm patch_embed norm encoder", {"LayerNorm": EMBEDDING, "norm": EMBEDDING}),),
+        NormPlace("LayerNorm patch_embed norm encoder", {"LayerNorm": EMBEDDING, "norm": EMBEDDING})
     ),
     "Q-Former": Architecture(
-        norms=(_norms("layernorm dropout encoder", {"layernorm": EMBEDDING}, lacks="embeddings pooler"),),
+        NormPlace("layernorm dropout encoder", {"layernorm": EMBEDDING}, lacks="embeddings pooler")
     ),
-    "Moonshine": Architecture(norms=(_norms("conv1 groupnorm layers", {"groupnorm": EMBEDDING}),)),
-    "timm": Architecture(norms=(_norms("patch_embed blocks", {"norm": FINAL, "fc_norm": FINAL}),)),
+    "Moonshine": Architecture(NormPlace("conv1 groupnorm layers", {"groupnorm": EMBEDDING})),
+    "timm": Architecture(NormPlace("patch_embed blocks", {"norm": FINAL, "fc_norm": FINAL})),
     "diffusers": Architecture(
-        norms=(
-            _norms("norm_cross to_q to_k", {"norm_cross": CROSS}),
-            _norms("group_norm to_q to_k", {"group_norm": ATTENTION}),
-            _norms(
-                "norm1 attn1 norm3 ff",
-                {"norm1": ATTENTION, "norm1.norm": ATTENTION, "norm2": CROSS, "norm3": FFN},
-            ),
-            _norms("norm1 conv1 norm2 conv2", {"norm1": MIXER, "norm2": MIXER}, lacks="ffn"),
-            _norms("conv_norm_out conv_out", {"conv_norm_out": FINAL}),
-        ),
+        NormPlace("norm_cross to_q to_k", {"norm_cross": CROSS}),
+        NormPlace("group_norm to_q to_k", {"group_norm": ATTENTION}),
+        NormPlace("norm1 attn1 norm3 ff", {"norm1": ATTENTION, "norm1.norm": ATTENTION, "norm2": CROSS, "norm3": FFN}),
+        NormPlace("norm1 conv1 norm2 conv2", {"norm1": MIXER, "norm2": MIXER}, lacks="ffn"),
+        NormPlace("conv_norm_out conv_out", {"conv_norm_out": FINAL}),
     ),
 }
 """The rows, by what is built that way. A row may be added for an architecture that is missing."""

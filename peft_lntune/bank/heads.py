@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,51 +11,98 @@ from peft_lntune.core.detour import Detour
 from peft_lntune.errors import UnsupportedError
 from peft_lntune.routing.heads import HeadRun, layers_of, tensors_within
 from peft_lntune.routing.route import Route
-from peft_lntune.routing.stacks import Stacks, as_rows
-from peft_lntune.tuner.read_adapter import Adapter, Sources, tensors_of
+from peft_lntune.routing.stacks import Stacks, as_rows, unstacked
+from peft_lntune.tuner.read_adapter import Adapter, AdapterReader, tensors_of
 
 __all__ = ["Heads"]
+
+
+@dataclass(eq=False)
+class _Layer:
+    """A layer of a head: its parameters of all adapters, and what stands in its place.
+
+    Attributes:
+        stacks: rows by slot; row 0 is the base model's.
+        owners: the slots that have parameters of their own; the others use row 0.
+        run: runs the layer by row.
+        detour: while the bank is attached, what leads calls there.
+    """
+
+    stacks: Stacks
+    run: HeadRun
+    owners: set[int] = field(default_factory=set)
+    detour: Detour | None = None
+
+    def patch(self) -> None:
+        self.detour = Detour(self.run.call.head, self.run.route, self.run)
+        self.detour.patch()
+
+    def restore(self) -> None:
+        if self.detour is not None:
+            self.detour.restore()
+        self.detour = None
 
 
 class Heads:
     """The heads of all adapters, by slot. Not for two threads at once; the bank has a lock.
 
+    Attributes:
+        layers: of all heads, by name.
+
     Args:
-        sources: of the model.
+        reader: of the model.
         route: shared with the norms.
     """
 
-    def __init__(self, sources: Sources, route: Route) -> None:
-        self._sources, self._route = sources, route
-        self.layers: dict[str, Stacks] = {}
-        self.owners: dict[str, set[int]] = {}
-        """For each layer the slots that have parameters of their own for it; the others use row 0, the base model's."""
+    def __init__(self, reader: AdapterReader, route: Route) -> None:
+        self._reader, self._route = reader, route
+        self.layers: dict[str, _Layer] = {}
         self.held: dict[int, dict[str, Mapping[str, Tensor] | None]] = {}
         """For each slot its heads, with their tensors where they are of another shape and so in no stack."""
-        self._runs: dict[str, HeadRun] = {}
-        self._detours: dict[str, Detour] = {}
         self._attached = False
 
     def check(self, adapter: Adapter) -> None:
-        """Raise an `UnsupportedError` where a head cannot be taken apart."""
+        """Check that the heads of an adapter can be taken apart.
+
+        Args:
+            adapter: the adapter.
+
+        Raises:
+            UnsupportedError: a head has parameters of its own beside a norm in it.
+        """
         for head in adapter.heads:
             self._layers_of(head)
 
     def write(self, slots: Sequence[int], adapters: Sequence[Adapter]) -> None:
-        """Take in the heads of adapters."""
+        """Take in the heads of adapters.
+
+        Args:
+            slots: one for each adapter.
+            adapters: the adapters, checked.
+
+        Raises:
+            UnsupportedError: one head is inside another.
+        """
         for slot, adapter in zip(slots, adapters, strict=True):
             for head, tensors in adapter.heads.items():
                 fits = self._shapes(head) == {name: tensor.shape for name, tensor in tensors.items()}
                 self.held.setdefault(slot, {})[head] = None if fits else tensors
-                for layer in self._layers_of(head):
-                    self._make(layer, slot + 1)
+                for name in self._layers_of(head):
+                    layer = self._layer(name)
+                    layer.stacks.grow(slot + 1)
                     if fits:
-                        own = tensors_within(tensors, layer, head)
-                        self.layers[layer].write([slot], as_rows(self.layers[layer], [own]))
-                        self.owners[layer].add(slot)
+                        layer.stacks.write([slot], as_rows(layer.stacks, [tensors_within(tensors, name, head)]))
+                        layer.owners.add(slot)
 
     def read(self, slot: int) -> dict[str, dict[str, Tensor]]:
-        """Copies of the heads in a slot."""
+        """Copy the heads in a slot.
+
+        Args:
+            slot: of an adapter.
+
+        Returns:
+            The tensors of each head by their names in the head.
+        """
         found: dict[str, dict[str, Tensor]] = {}
         for head, tensors in self.held.get(slot, {}).items():
             if tensors is not None:
@@ -64,52 +112,55 @@ class Heads:
             found[head] = {
                 prefix + name: tensor
                 for layer, prefix in prefixes.items()
-                for name, tensor in self.layers[layer].read(slot).items()
+                for name, tensor in self.layers[layer].stacks.read(slot).items()
             }
         return found
 
     def forget(self, slots: Sequence[int]) -> None:
-        """Slots that are free again have no heads, and a layer that nobody has is as it was."""
+        """Take the heads out of slots; a layer that no slot has a head for is as it was.
+
+        Args:
+            slots: those that are free again.
+        """
         for slot in slots:
             self.held.pop(slot, None)
-            for owners in self.owners.values():
-                owners.discard(slot)
-        self._clear()
-
-    def _clear(self) -> None:
-        """Take the detours away from layers of which no slot has a head; while a route is on they are in use."""
-        if self._route.active:
+            for layer in self.layers.values():
+                layer.owners.discard(slot)
+        if self._route.active:  # the detours are in use
             return
-        used = {layer for heads in self.held.values() for head in heads for layer in self._layers_of(head)}
-        for layer in self.layers.keys() - used:
-            if layer in self._detours:
-                self._detours.pop(layer).restore()
-            del self.layers[layer], self.owners[layer], self._runs[layer]
+        used = {name for heads in self.held.values() for head in heads for name in self._layers_of(head)}
+        for name in self.layers.keys() - used:
+            self.layers.pop(name).restore()
 
     def attach(self) -> None:
         """Let the layers follow the route, those there are and those to come."""
         self._attached = True
-        for layer in self.layers:
-            self._put(layer)
+        for layer in self.layers.values():
+            layer.patch()
 
     def detach(self) -> None:
         """Leave the layers as they were."""
         self._attached = False
-        for detour in self._detours.values():
-            detour.restore()
-        self._detours = {}
+        for layer in self.layers.values():
+            layer.restore()
 
     @contextmanager
     def serving(self, names: Sequence[str], slots: Sequence[int]) -> Iterator[None]:
-        """Inside this context the layers have the rows of these slots; they are gathered on entering."""
-        for layer, run in self._runs.items():
-            run.rows = self._gather(layer, slots)
+        """Inside this context the layers have the rows of a batch, which are gathered on entering.
+
+        Args:
+            names: the adapter of each row, for errors.
+            slots: the slot of each row.
+        """
+        layers = dict(self.layers)
+        for name, layer in layers.items():
+            layer.run.rows = self._gather(name, slots)
         try:
             self._refuse(names, slots)
             yield
         finally:
-            for run in self._runs.values():
-                run.rows, run.refused = {}, ""
+            for layer in layers.values():
+                layer.run.rows, layer.run.refused = {}, ""
 
     def _refuse(self, names: Sequence[str], slots: Sequence[int]) -> None:
         for name, slot in zip(names, slots, strict=True):
@@ -126,49 +177,39 @@ class Heads:
                     f"own head, of which bank.heads({name!r}) has the tensors."
                 )
                 for layer in self._layers_of(head):
-                    self._runs[layer].refused = self._runs[layer].refused or message
+                    self.layers[layer].run.refused = self.layers[layer].run.refused or message
 
-    def _gather(self, layer: str, slots: Sequence[int]) -> dict[str, Tensor]:
+    def _gather(self, name: str, slots: Sequence[int]) -> dict[str, Tensor]:
         """The tensors of a layer for each row, also where all are the base model's: a compiled graph stays the same."""
-        stacks, owners = self.layers[layer], self.owners[layer]
+        stacks, owners = self.layers[name].stacks, self.layers[name].owners
         rows = [slot if slot in owners else 0 for slot in slots]
-        own = tensors_of(self._sources.modules, layer)
+        own = tensors_of(self._reader.modules, name)
         with torch.inference_mode(False), torch.no_grad():
             if 0 in rows:  # read anew each time, as the base's norms are: what was trained tells nothing
-                stacks.write([0], [torch.stack([own[name] for name in names])[None] for names, _ in stacks])
+                stacks.write([0], [torch.stack([own[key] for key in names])[None] for names, _ in stacks])
             gathered = stacks.gather(torch.tensor(rows, dtype=torch.long))
-        return {
-            # The model may have been moved or cast since the head was added.
-            name: values.to(own[name].device, own[name].dtype)
-            for names, block in gathered
-            for name, values in zip(names, block.unbind(1), strict=True)
-        }
+        # The model may have been moved or cast since the head was added.
+        return {key: rows.to(own[key].device, own[key].dtype) for key, rows in unstacked(gathered).items()}
 
-    def _make(self, layer: str, rows: int) -> None:
-        if layer in self.layers:
-            self.layers[layer].grow(rows)
-            return
-        nested = [
-            other for other in self.layers if f"{other}.".startswith(f"{layer}.") or layer.startswith(f"{other}.")
-        ]
+    def _layer(self, name: str) -> _Layer:
+        """The layer of this name, a new one where there is none yet."""
+        if name in self.layers:
+            return self.layers[name]
+        nested = [other for other in self.layers if f"{other}.".startswith(f"{name}.") or name.startswith(f"{other}.")]
         if nested:
-            raise UnsupportedError(f"{layer} and {nested[0]} are heads of adapters in one bank, one inside the other.")
-        self.layers[layer] = Stacks(tensors_of(self._sources.modules, layer), max(rows, 2))
-        self.owners[layer] = set()
-        self._runs[layer] = HeadRun(self._sources.modules[layer], layer, self._route)
+            raise UnsupportedError(f"{name} and {nested[0]} are heads of adapters in one bank, one inside the other.")
+        run = HeadRun(self._reader.modules[name], name, self._route)
+        self.layers[name] = layer = _Layer(Stacks(tensors_of(self._reader.modules, name), 2), run)
         if self._attached:
-            self._put(layer)
-
-    def _put(self, layer: str) -> None:
-        self._detours[layer] = Detour(self._sources.modules[layer], self._route, self._runs[layer])
-        self._detours[layer].patch()
+            layer.patch()
+        return layer
 
     def _layers_of(self, head: str) -> list[str]:
-        return layers_of(self._sources.modules, self._sources.norms, head)
+        return layers_of(self._reader.modules, self._reader.norms, head)
 
     def _shapes(self, head: str) -> dict[str, torch.Size]:
         """The shapes of the model's own head, norms aside."""
-        modules = self._sources.modules
+        modules = self._reader.modules
         return {
             f"{layer}.{name}".removeprefix(f"{head}."): tensor.shape
             for layer in self._layers_of(head)

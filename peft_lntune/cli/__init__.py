@@ -1,8 +1,8 @@
 """The command line, `peft-lntune`: one command a file, each beside the function that does its work.
 
 Commands only read arguments and print. From Python, call the functions: `peft_lntune.cli.inspect.inspect_adapter`,
-`merge.merge_adapter`, `export.export_stock`, `fisher.fisher_masks`, `plan.plan_model`, `change.change_between`,
-`magnitude.magnitude_of`, and those of `peft_lntune.analysis`.
+`merge.merge_adapter`, `export.export_peft_ln_tuning`, `fisher.fisher_masks`, `plan.plan_model`,
+`change.change_between`, `magnitude.magnitude_of`, and those of `peft_lntune.analysis`.
 """
 
 import click

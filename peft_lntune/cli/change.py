@@ -22,6 +22,9 @@ def change_between(before: str, after: str, *, layers: bool = True, shared: bool
         layers: one row a component and layer; False: one row a component.
         shared: compare what both have in one shape.
 
+    Returns:
+        The table of `parameter_change`.
+
     Raises:
         ConfigError: names or shapes differ.
         AdapterFileError: a file is missing or damaged.

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from peft_lntune.analysis import closeness, plot_closeness
-from peft_lntune.analysis.closeness import BY, DISTANCES
+from peft_lntune.analysis.distances import BY, DISTANCES
 from peft_lntune.cli.tables import csv_option, layers_option, plot_option, shared_option, show
 
 __all__ = ["command"]

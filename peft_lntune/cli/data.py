@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ENDINGS",
+    "NAME_COLUMNS",
     "TEXT_COLUMNS",
     "Labels",
     "count_cut",
@@ -43,6 +44,9 @@ TEXT_COLUMNS = (
     ("text",),
 )
 """Text columns that are found where none is named; pairs first, since they contain single ones."""
+
+NAME_COLUMNS = "Name yours: --text-column, --label-column."
+"""Advice where columns are not found."""
 
 MISSING = {"na", "n/a", "null", "none", "-", "?"}
 """What spreadsheets write for a missing number. Beside names it is a class."""
@@ -156,13 +160,16 @@ def _read_arrow(path: Path, encoding: str) -> "Dataset":
             datasets.enable_progress_bars()
 
 
-def find_columns(present: Sequence[str], choices: Sequence[tuple[str, ...]], source: str) -> tuple[str, ...]:
+def find_columns(
+    present: Sequence[str], choices: Sequence[tuple[str, ...]], source: str, advice: str = ""
+) -> tuple[str, ...]:
     """The first choice whose columns are all present.
 
     Args:
         present: the columns of a table.
         choices: tuples of columns, in order of preference.
         source: the table's name, for errors.
+        advice: what to do where no choice fits, for the error.
 
     Returns:
         One of the choices.
@@ -174,10 +181,7 @@ def find_columns(present: Sequence[str], choices: Sequence[tuple[str, ...]], sou
         if set(columns) <= set(present):
             return columns
     wanted = " or ".join(", ".join(columns) for columns in choices)
-    raise DataError(
-        f"{source} has the columns {', '.join(present)}; wanted are {wanted}. Name yours: --text-column, "
-        "--label-column."
-    )
+    raise DataError(f"{source} has the columns {', '.join(present)}; wanted are {wanted}. {advice}".rstrip())
 
 
 def read_texts(values: Iterable[Any], column: str, source: str) -> list[str]:
@@ -280,7 +284,7 @@ class Labels:
         else:
             found = Counter(encoded)
             counts, kind = [found[number] for number in range(len(self.names))], "classes"
-        shown = [f"{name} {count:,}" for name, count in zip(self.names, counts, strict=True)]
+        shown = [f"{name} ({count:,})" for name, count in zip(self.names, counts, strict=True)]
         more = f" and {len(shown) - 10} more" if len(shown) > 10 else ""
         return f"{len(shown)} {kind}: {', '.join(shown[:10])}{more}"
 
@@ -311,30 +315,43 @@ def find_labels(
         ('1', '2')
     """
     _check(labels, source)
-    if isinstance(labels[0], (list, tuple)):
-        if _are_vectors(labels):
-            return Labels("multi_label_classification", tuple(map(str, range(len(labels[0])))))
-        return Labels("multi_label_classification", _names([one for label in labels for one in label]))
-    if known and all(str(label) in known for label in labels):
-        return Labels("single_label_classification", tuple(sorted(known, key=lambda name: known[name])))
-    values = [_number(label) for label in labels]
+    several = isinstance(labels[0], (list, tuple))
+    kind = "multi_label_classification" if several else "single_label_classification"
+    flat = [one for label in labels for one in label] if several else labels
+    if known and all(str(one) in known for one in flat):
+        return Labels(kind, tuple(sorted(known, key=lambda name: known[name])))
+    if not flat:
+        raise DataError(f"{source}: no row has a class, so there is nothing to learn.")
+    values = [_number(one) for one in flat]
     numbers = [value for value in values if value is not None]
-    if len(numbers) < len(labels):
-        row, label = next((row, label) for row, label in enumerate(labels) if values[row] is None)
-        if regression or (
-            numbers and {str(labels[i]).strip().lower() for i, v in enumerate(values) if v is None} <= MISSING
-        ):
+    spelled = [(row, one) for row, (one, value) in enumerate(zip(flat, values, strict=True)) if value is None]
+    vectors = several and _are_vectors(labels)
+    if vectors:
+        numbers = [len(labels[0]) - 1.0]  # the last class, whether a row has it or not
+    if spelled:
+        row, label = spelled[0]
+        missing = numbers and not several and all(str(one).strip().lower() in MISSING for _, one in spelled)
+        if regression or missing:
             raise DataError(f"{source}: the label of row {row} is {label!r}: no number, as the others. Remove the row.")
-    elif regression or (regression is None and not all(map(float.is_integer, numbers))):
+        if known:
+            raise DataError(
+                f"the model's head knows {', '.join(known)}, and the data has {', '.join(_names(flat)[:5])}."
+            )
+    elif not several and (regression or (regression is None and not all(map(float.is_integer, numbers)))):
         return Labels("regression")
     elif min(numbers) < 0:
         row = numbers.index(min(numbers))
-        raise DataError(f"{source}: labels of classes are counted from 0, but that of row {row} is {labels[row]!r}.")
-    elif known:
-        return Labels("single_label_classification", tuple(map(str, range(int(max(numbers)) + 1))))
-    names = _names(labels)
+        raise DataError(f"{source}: labels of classes are counted from 0, but that of row {row} is {flat[row]!r}.")
+    elif known and max(numbers) >= len(known):
+        raise DataError(
+            f"the data has {int(max(numbers)) + 1} classes, and the head of the model {len(known)}. Give the model "
+            "without its head, or data of its own task."
+        )
     if known:
-        raise DataError(f"the model's head knows {', '.join(known)}, and the data has {', '.join(names[:5])}.")
+        return Labels(kind, tuple(map(str, range(len(known)))))
+    if several:
+        return Labels(kind, tuple(map(str, range(len(labels[0])))) if vectors else _names(flat))
+    names = _names(labels)
     if len(names) == 1:
         raise DataError(f"{source}: every label is {names[0]!r}, so there is nothing to learn.")
     many = 2 * len(names) > len(labels) > 20
@@ -347,7 +364,7 @@ def find_labels(
             )
     elif many and regression is None:
         raise DataError(f"{source}: {len(names)} classes in {len(labels)} rows. Is this the label column?")
-    return Labels("single_label_classification", names)
+    return Labels(kind, names)
 
 
 def _check(labels: Sequence[Any], source: str) -> None:

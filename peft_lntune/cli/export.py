@@ -8,10 +8,10 @@ from peft_lntune.cli.models import adapter_to_folder, load_adapted
 from peft_lntune.cli.output import new_folder
 from peft_lntune.interop.peft_ln_tuning import to_peft_ln_tuning
 
-__all__ = ["command", "export_stock"]
+__all__ = ["command", "export_peft_ln_tuning"]
 
 
-def export_stock(adapter: str, out: str | Path, model: str | None = None) -> Path:
+def export_peft_ln_tuning(adapter: str, out: str | Path, model: str | None = None) -> Path:
     """Write a saved adapter in PEFT's own LN_TUNING format; see `to_peft_ln_tuning`.
 
     Args:
@@ -19,6 +19,9 @@ def export_stock(adapter: str, out: str | Path, model: str | None = None) -> Pat
         out: folder to make; it appears when all is written.
         model: folder of the base model; None: the one that the adapter's config names. Its norms are needed, since
             PEFT's format holds whole norms, not deltas.
+
+    Returns:
+        The folder.
 
     Raises:
         ConfigError: there is something at `out`, or no model is named.
@@ -40,6 +43,6 @@ def command(adapter: str, out: Path, model: str | None) -> None:
 
     \b
     Example:
-      peft-lntune export ./my-adapter ./my-adapter-stock --model ./bert-base
+      peft-lntune export ./my-adapter ./my-adapter-for-peft --model ./bert-base
     """
-    click.echo(f"The adapter in PEFT's format is in {export_stock(adapter, out, model)}.")
+    click.echo(f"The adapter in PEFT's format is in {export_peft_ln_tuning(adapter, out, model)}.")

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 import torch
@@ -15,11 +15,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from peft_lntune.analysis import Table, score_map
-from peft_lntune.cli.data import TEXT_COLUMNS, count_cut, find_columns, find_labels, read_table, read_texts
+from peft_lntune.analysis import Table, plot_score_map, score_map
+from peft_lntune.cli.data import (
+    NAME_COLUMNS,
+    TEXT_COLUMNS,
+    count_cut,
+    find_columns,
+    find_labels,
+    read_table,
+    read_texts,
+)
 from peft_lntune.cli.models import load_model
-from peft_lntune.cli.tables import csv_option, show
-from peft_lntune.errors import DataError
+from peft_lntune.cli.tables import csv_option, plot_option, show
 from peft_lntune.norms.find import find_norms
 from peft_lntune.selection import FisherState, find_score, mask_density, select
 from peft_lntune.selection.fisher import FISHER_KINDS
@@ -79,14 +86,8 @@ def load_classifier(
     config = AutoConfig.from_pretrained(model)
     headed = any("ForSequenceClassification" in name for name in config.architectures or ())
     known = {str(name): number for name, number in (config.label2id or {}).items()} if headed else {}
-    found = find_labels(labels, source, regression, known)
-    classes = len(found.names) or 1
-    if headed and config.num_labels < classes:
-        raise DataError(
-            f"the data has {classes} classes, and the head of {model} {config.num_labels}. Give the model without its "
-            "head, or data of its own task."
-        )
-    options = {} if headed else {"num_labels": classes, "problem_type": found.problem_type}
+    found = find_labels(labels, source, True if len(known) == 1 else regression, known)
+    options = {} if headed else {"num_labels": len(found.names) or 1, "problem_type": found.problem_type}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         loaded = AutoModelForSequenceClassification.from_pretrained(model, **options)
@@ -153,7 +154,9 @@ def fisher_masks(
         for start in range(0, len(chosen), batch_size):
             rows = chosen[start : start + batch_size]
             columns = [list(column) for column in zip(*(texts[row] for row in rows), strict=True)]
-            batch = tokenizer(*columns, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+            batch = cast(PreTrainedTokenizerBase, tokenizer)(
+                *columns, padding=True, truncation=True, max_length=max_length, return_tensors="pt"
+            )
             yield {**batch.to(device), "labels": torch.tensor([labels[row] for row in rows], device=device)}
 
     state = FisherState()
@@ -228,6 +231,7 @@ def _table(model: nn.Module, scores: Mapping[str, Tensor], masks: Mapping[str, T
     "--scores", type=click.Path(path_type=Path, dir_okay=False), help="Write the scores there too, as safetensors."
 )
 @csv_option
+@plot_option
 def command(
     model: str,
     score: str,
@@ -243,6 +247,7 @@ def command(
     device: str,
     scores: Path | None,
     csv_file: Path | None,
+    plot: Path | None,
     **settings: Any,
 ) -> None:
     """Score every gain and bias of the norms, by Fisher information on labelled texts or otherwise, and write masks of
@@ -273,7 +278,9 @@ def command(
     else:
         rows = read_table(data, encoding)
         choices = [text_columns] if text_columns else TEXT_COLUMNS
-        *columns, _ = find_columns(rows.column_names, [(*names, label_column) for names in choices], str(data))
+        *columns, _ = find_columns(
+            rows.column_names, [(*names, label_column) for names in choices], str(data), NAME_COLUMNS
+        )
         texts = [read_texts(rows[column], column, str(data)) for column in columns]
         loaded, tokenizer, labels = load_classifier(model, rows[label_column][:], seed, str(data), regression)
         cut = count_cut(tokenizer, texts, settings["max_length"])
@@ -282,7 +289,7 @@ def command(
     _save(found.masks, out, found.source)
     if scores is not None:
         _save(found.scores, scores, found.source)
-    show(found.table, csv_file)
+    show(found.table, csv_file, plot, plot_score_map)
     tuned = sum(int(mask.sum()) for mask in found.masks.values())
     by = f"{found.source['samples']:,} samples" if "samples" in found.source else score
     click.echo(f"\n{tuned:,} entries ({mask_density(found.masks):.1%}) chosen by {by}; the masks are in {out}.")

@@ -1,29 +1,27 @@
 """`peft-lntune inspect`: what is in an adapter directory, without any model."""
 
-import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from torch import Tensor
 
-from peft_lntune.analysis import Checkpoint, Table
-from peft_lntune.analysis.checkpoints import Facts
+from peft_lntune.analysis import Table
 from peft_lntune.architectures.components import find_components
 from peft_lntune.config import LNTuneConfig, SupermaskConfig, parts_of
-from peft_lntune.config.base import CONFIG_FILE, PEFT_TYPE
 from peft_lntune.config.parts import build
 from peft_lntune.config.stored import KINDS, StoredConfig
 from peft_lntune.core.delta import unpack_bits
 from peft_lntune.core.supermask import kept
 from peft_lntune.errors import AdapterFileError
-from peft_lntune.storage.adapter_file import WEIGHTS_FILE, find_weights
+from peft_lntune.storage.adapter_file import CONFIG_FILE, WEIGHTS_FILE
 from peft_lntune.storage.keys import CONTAINERS, LORA, is_ours
-from peft_lntune.storage.manifest import check_directory
 from peft_lntune.storage.packing import DELTAS, KEEP, PREFIX, ROOT, SCORES, is_packed
+from peft_lntune.storage.saved_adapter import SavedAdapter
 
 __all__ = ["AdapterReport", "command", "inspect_adapter"]
 
@@ -103,25 +101,23 @@ def inspect_adapter(directory: str | Path) -> AdapterReport:
         >>> report.digest, report.entries.column("entries")
         ('ok', [4, 4])
     """
-    folder = Path(directory)
-    config = _read_config(folder)
+    folder, saved, problem = Path(directory), SavedAdapter(directory), None
+    config = build(saved.own_fields, KINDS)
     weights = folder / WEIGHTS_FILE
-    problem = None
-    if not weights.is_file():
-        find_weights(folder, None, {})  # says what is missing
+    if saved.weights != weights:
         raise AdapterFileError(f"{folder} holds pickled weights, which are not read: they may run code.")
-    tensors = Checkpoint(weights)
+    tensors = dict(sorted(saved.tensors.items()))
     try:
-        StoredConfig(**LNTuneConfig.from_json_file(str(folder / CONFIG_FILE)))  # says which fields were changed
-        check_directory(config.manifest, folder)
+        StoredConfig(**saved.own_fields)  # says which fields were changed
+        saved.check(config.manifest)
     except AdapterFileError as error:
         problem = str(error)
     masks = {type(part).__name__: source for part in parts_of(config) if (source := _source(part, tensors))}
     sizes = {file.name: file.stat().st_size for file in (folder / CONFIG_FILE, weights)}
-    return AdapterReport(folder, config, _entries(tensors.facts, config.manifest or {}), sizes, masks, problem)
+    return AdapterReport(folder, config, _entries(tensors, config.manifest or {}), sizes, masks, problem)
 
 
-def _source(part: Any, tensors: Checkpoint) -> dict[str, Any] | None:
+def _source(part: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """How the mask of a part was made."""
     if not isinstance(part, SupermaskConfig):
         return getattr(part, "mask_source", None)
@@ -144,38 +140,25 @@ def _supermasks(tensors: Iterable[str]) -> list[str]:
     ]
 
 
-def _read_config(folder: Path) -> LNTuneConfig:
-    file = folder / CONFIG_FILE
-    if not file.is_file():
-        raise AdapterFileError(f"{folder} holds no {CONFIG_FILE}, so it is no adapter. Give the directory of one.")
-    stored = LNTuneConfig.from_json_file(str(file))
-    if stored.get("peft_type") != PEFT_TYPE:
-        raise AdapterFileError(
-            f"{folder} holds an adapter of PEFT type {stored.get('peft_type')!r}, and this reads {PEFT_TYPE}. Look at "
-            "it with PeftConfig.from_pretrained."
-        )
-    return build(stored, KINDS)
-
-
-def _entries(facts: dict[str, Facts], manifest: dict[str, Any]) -> Table:
+def _entries(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> Table:
     """Tensors of a file, those of one place in all layers as one row."""
     found: list[tuple[str, str, int, int]] = []  # method, name of a parameter, entries, bytes
-    rest, supermasks = 0, set(_supermasks(facts))
-    for key, fact in facts.items():
-        name, size = key.removeprefix(ROOT), _size(fact)
+    rest, supermasks = 0, set(_supermasks(tensors))
+    for key, tensor in tensors.items():
+        name, size = key.removeprefix(ROOT), tensor.nbytes
         if is_packed([key]):
             rest += size if key.endswith(".mask") else 0
         elif name.endswith(KEEP):
             found.append((*_method(name), 8 * size if key in supermasks else 0, size))
         else:
-            found.append((*_method(name), 0 if name.endswith(".mask") else size // _itemsize(fact), size))
-    packed = next((fact for key, fact in facts.items() if is_packed([key]) and not key.endswith(".mask")), None)
+            found.append((*_method(name), 0 if name.endswith(".mask") else tensor.numel(), size))
+    packed = next((tensor for key, tensor in tensors.items() if is_packed([key]) and not key.endswith(".mask")), None)
     if packed is not None:
         alone = {name for _, name, _, _ in found}
         for name, count in manifest.get("tuned", {}).items():
             parameter = name.replace(f".{PREFIX}", ".")
             if count is not None and parameter not in alone:
-                found.append(("delta", parameter, count, count * _itemsize(packed)))
+                found.append(("delta", parameter, count, count * packed.itemsize))
     places = find_components(name for _, name, _, _ in found)
     rows: dict[tuple[str, str, str], list[tuple[int | None, str, int, int]]] = defaultdict(list)
     for method, name, entries, size in found:
@@ -212,19 +195,6 @@ def _method(name: str) -> tuple[str, str]:
         return "supermask", f"{host}.weight"
     host, _, child = host.rpartition(".")  # a layer beside a module, such as attention_bottleneck or kv_prefix
     return child.rpartition("_")[2], f"{host}.weight"
-
-
-def _itemsize(fact: Facts) -> int:
-    """Bytes of an entry, from a dtype such as F32, BF16, F8_E4M3, BOOL."""
-    bits = re.search(r"\d+", fact.dtype)
-    return int(bits[0]) // 8 if bits else 1
-
-
-def _size(fact: Facts) -> int:
-    count = 1
-    for length in fact.shape:
-        count *= length
-    return count * _itemsize(fact)
 
 
 def _ranges(layers: Iterable[int]) -> str | None:

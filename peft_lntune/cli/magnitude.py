@@ -15,8 +15,9 @@ from peft_lntune.analysis import (
     plot_magnitude,
 )
 from peft_lntune.analysis.checkpoints import CheckpointSource
-from peft_lntune.analysis.magnitude import DEVIATIONS, SIZES
-from peft_lntune.architectures.components import find_components, group_by_place
+from peft_lntune.analysis.pooling import rows_by_place
+from peft_lntune.analysis.sizes import DEVIATIONS, SIZES
+from peft_lntune.architectures.components import find_components
 from peft_lntune.cli.models import load_adapted
 from peft_lntune.cli.tables import csv_option, layers_option, plot_option, show, to_csv, with_layers
 from peft_lntune.errors import ConfigError
@@ -50,8 +51,8 @@ def magnitude_of(source: CheckpointSource, *, layers: bool = True, deviations: f
     tensors = open_tensors(source)
     table = magnitude(tensors, layers=layers)
     numbers = {name: int(mask.sum()) for name, mask in find_outliers(tensors, deviations=deviations).items()}
-    groups = group_by_place(find_components(tensors), layers=layers).values()
-    found = [[numbers[name] for name in names if name in numbers] for names in groups]
+    _, groups = rows_by_place(find_components(tensors), layers=layers)
+    found = [[numbers[name] for name in names if name in numbers] for names in groups.values()]
     rows = [(*row, sum(own) if own else None) for row, own in zip(table.rows, found, strict=True)]
     return Table((*table.columns, "outliers"), tuple(rows))
 
@@ -63,6 +64,9 @@ def overlap_with_adapter(model: str, adapter: str, *, deviations: float = DEVIAT
         model: folder of the model that the adapter was trained on.
         adapter: directory of an adapter with a mask, such as one of a `FisherLNConfig`.
         deviations: how many standard deviations from the mean of its own vector an outlier begins.
+
+    Returns:
+        The table of `outlier_overlap`.
 
     Raises:
         ConfigError: the adapter has no mask, or `model` is no folder.

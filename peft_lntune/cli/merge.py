@@ -34,6 +34,9 @@ def merge_adapter(adapter: str, out: str | Path, model: str | None = None) -> Pa
         out: folder to make; it appears when all is written.
         model: folder of the base model; None: the one that the adapter's config names.
 
+    Returns:
+        The folder.
+
     Raises:
         ConfigError: there is something at `out`, or no model is named.
         AdapterFileError: the adapter is damaged, or one of another model.

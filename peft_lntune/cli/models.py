@@ -7,18 +7,17 @@ from typing import Any
 import click
 import torch
 import transformers
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig
 
-from peft_lntune.analysis import Checkpoint
-from peft_lntune.config import LNTuneConfig
+from peft_lntune.config import StoredConfig
 from peft_lntune.errors import ConfigError
 from peft_lntune.planning.claims import check_architecture
-from peft_lntune.storage.adapter_file import WEIGHTS_FILE
 from peft_lntune.storage.keys import is_ours
+from peft_lntune.storage.saved_adapter import SavedAdapter
 
-__all__ = ["adapter_config", "adapter_to_folder", "empty_model", "load_adapted", "load_model"]
+__all__ = ["adapter_to_folder", "empty_model", "load_adapted", "load_model"]
 
 CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -60,24 +59,13 @@ def load_model(model: str, task_type: str | None = None, class_name: str | None 
         task_type: of PEFT; which head the model has. None: the class that the folder was saved from.
         class_name: of transformers; instead of a task.
         options: for `from_pretrained`.
+
+    Returns:
+        The model, in evaluation mode.
     """
     known = getattr(transformers, CLASSES.get(str(task_type), class_name or ""), None)
     kind: Any = known or _own_class(AutoConfig.from_pretrained(model)) or transformers.AutoModel
     return kind.from_pretrained(model, **options)
-
-
-def adapter_config(adapter: str) -> LNTuneConfig:
-    """The config of a saved adapter, its weights checked.
-
-    Raises:
-        ConfigError: it is of another package.
-    """
-    config = PeftConfig.from_pretrained(adapter)
-    if not isinstance(config, LNTuneConfig):
-        raise ConfigError(
-            f"{adapter} holds an adapter of PEFT type {config.peft_type}, not one of peft_lntune. Load it with PEFT."
-        )
-    return config
 
 
 def load_adapted(adapter: str, model: str | None = None) -> PeftModel:
@@ -89,11 +77,14 @@ def load_adapted(adapter: str, model: str | None = None) -> PeftModel:
         adapter: directory of the adapter.
         model: folder of the base model; None: the one that the adapter's config names.
 
+    Returns:
+        The model with the adapter as `"default"`.
+
     Raises:
-        ConfigError: no model is named, or the adapter is of another package.
-        AdapterFileError: the adapter is damaged, or of another architecture than that model.
+        ConfigError: no model is named, or the config is damaged.
+        AdapterFileError: the adapter is damaged, of another package, or of another architecture than that model.
     """
-    config = adapter_config(adapter)
+    config = StoredConfig.from_pretrained(adapter)
     base = model or config.base_model_name_or_path
     if not base:
         raise ConfigError(f"the config of {adapter} does not say which model it is for. Name it: --model FOLDER.")
@@ -114,7 +105,6 @@ def _own_class(config: Any) -> Any:
 
 def _labels(adapter: str) -> int | None:
     """How many labels the head saved with an adapter tells: the rows of its last layer, the narrowest."""
-    file = Path(adapter, WEIGHTS_FILE)
-    facts = Checkpoint(file).facts if file.is_file() else {}
-    rows = [fact.shape[0] for key, fact in facts.items() if not is_ours(key) and len(fact.shape) == 2]
+    shapes = SavedAdapter(adapter, {}).shapes
+    rows = [shape[0] for key, shape in shapes.items() if not is_ours(key) and len(shape) == 2]
     return min(rows, default=None)

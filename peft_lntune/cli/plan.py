@@ -6,8 +6,8 @@ from typing import Any
 import click
 
 from peft_lntune.architectures.roles import ROLES
-from peft_lntune.cli.models import adapter_config, empty_model
-from peft_lntune.config import LNTuneConfig, LNTuningConfig, UnifiedConfig
+from peft_lntune.cli.models import empty_model
+from peft_lntune.config import LNTuneConfig, LNTuningConfig, StoredConfig, UnifiedConfig
 from peft_lntune.planning.plan import plan
 from peft_lntune.planning.types import Plan
 
@@ -20,6 +20,9 @@ def plan_model(model: str, config: LNTuneConfig) -> tuple[Plan, int]:
     Args:
         model: folder with a `config.json`, or a name on the Hub.
         config: any config of this package; one that was loaded with an adapter counts what that adapter tunes.
+
+    Returns:
+        The plan, and the number of parameters of the whole model.
     """
     empty = empty_model(model)
     counts = (config.manifest or {}).get("tuned")
@@ -87,7 +90,7 @@ def command(
     if bool(preset) + bool(adapter) + bool(given) > 1:
         raise click.UsageError("give --preset, or --adapter, or options of norms (--tune, --role, --layers, --target).")
     if adapter:
-        config = adapter_config(adapter)
+        config = StoredConfig.from_pretrained(adapter)
     else:
         config = UnifiedConfig(preset=preset) if preset else LNTuningConfig(**given)
     found, size = plan_model(model, config)

@@ -46,7 +46,14 @@ def show(
     plot: Path | None = None,
     draw: Callable[[Table, Path], Any] | None = None,
 ) -> None:
-    """Print a table, and write it as CSV and, by `draw`, as a picture where that is asked for."""
+    """Print a table, and write it into files where that is asked for.
+
+    Args:
+        table: what a command found.
+        csv_file: where to write it as CSV; None: nowhere.
+        plot: where to draw it; None: nowhere.
+        draw: draws a table into a file, such as `plot_change`.
+    """
     if csv_file is not None:
         to_csv(table, csv_file)
     if plot is not None and draw is not None:

@@ -9,7 +9,7 @@ from peft_lntune.config.module_tuning import ModuleTuningConfig
 from peft_lntune.config.prefix import PrefixConfig
 from peft_lntune.config.stored import KINDS, StoredConfig
 from peft_lntune.config.supermask import SupermaskConfig
-from peft_lntune.config.unified import UnifiedConfig, delta_part, parts_of, record_mask
+from peft_lntune.config.unified import UnifiedConfig, parts_of, record_mask
 
 __all__ = [
     "FORMAT_VERSION",
@@ -24,7 +24,6 @@ __all__ = [
     "StoredConfig",
     "SupermaskConfig",
     "UnifiedConfig",
-    "delta_part",
     "parts_of",
     "record_mask",
 ]

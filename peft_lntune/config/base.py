@@ -4,21 +4,24 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftConfig
 from peft.utils import PeftType
 
 from peft_lntune.errors import AdapterFileError, ConfigError
-from peft_lntune.storage.adapter_file import CONFIG_FILE, PEFT_TYPE, find_weights
+from peft_lntune.storage.adapter_file import CONFIG_FILE, PEFT_TYPE
 from peft_lntune.storage.atomic import new_file
-from peft_lntune.storage.manifest import is_sealed, read_config, seal_file
+from peft_lntune.storage.manifest import is_sealed, seal_file
 from peft_lntune.storage.model_card import name_import
 from peft_lntune.storage.renaming import new_name
+from peft_lntune.storage.saved_adapter import SavedAdapter, read_config
 from peft_lntune.version import __version__
 
-__all__ = ["CONFIG_FILE", "FORMAT_VERSION", "PEFT_TYPE", "LNTuneConfig"]
+__all__ = ["CONFIG_FILE", "FORMAT_VERSION", "PART_KINDS", "PEFT_TYPE", "LNTuneConfig", "part_kind"]
+
+Kind = TypeVar("Kind", bound="LNTuneConfig")
 
 FORMAT_VERSION = 1
 """Version of the saved files. A file of another version is refused, never guessed at."""
@@ -128,7 +131,7 @@ class LNTuneConfig(PeftConfig):
         with new_file(target / CONFIG_FILE) as written:
             super().save_pretrained(str(written.parent), **kwargs)
             with suppress(AdapterFileError):  # the weights are still to be written, or damaged: then loading says so
-                seal_file(written, find_weights(target, None, {}))
+                seal_file(written, SavedAdapter(target).weights)
 
     @property
     def is_sealed(self) -> bool:
@@ -138,6 +141,16 @@ class LNTuneConfig(PeftConfig):
         parts alone; load and save such an adapter once to have it covered.
         """
         return is_sealed(self.manifest)
+
+    @property
+    def deltas(self) -> Any:
+        """The `DeltaConfig` that this config is or contains; None where there is none."""
+        return None
+
+    @property
+    def masks_are_fixed(self) -> bool:
+        """Whether this config is of an adapter that has masks, which training does not change."""
+        return False
 
     def unmasked(self) -> "LNTuneConfig":
         """A copy for a new adapter that tunes every entry, whatever adapter this config is of.
@@ -175,22 +188,21 @@ class LNTuneConfig(PeftConfig):
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """As PEFT's, with an error that names the file where it is no JSON object; see `manifest.read_config`."""
+        """As PEFT's, with an error that names the file where it is no JSON object; see `read_config`."""
         try:
-            config = read_config(path_json_file)
+            return read_config(path_json_file)
         except AdapterFileError as error:
             raise ConfigError(str(error)) from error
-        return without_runtime(config)
 
 
-def without_runtime(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a config file without `runtime_config`, which PEFT too passes over: it belongs to one process.
+PART_KINDS: dict[str, type[LNTuneConfig]] = {}
+"""The configs by name, as `kind` in a file has it, that stand for one method each; see `part_kind`."""
 
-    Example:
-        >>> without_runtime({"tune": "weight", "runtime_config": {}})
-        {'tune': 'weight'}
-    """
-    return {name: value for name, value in config.items() if name != "runtime_config"}
+
+def part_kind(cls: type[Kind]) -> type[Kind]:
+    """Decorate a config class that an adapter, or a part of one, may have; files then find it by its name."""
+    PART_KINDS[cls.__name__] = cls
+    return cls
 
 
 def plain(value: Any, arrays: bool = True) -> Any:
@@ -234,7 +246,18 @@ def check_counts(counts: Any) -> None:
 
 
 def floating_dtype(config: LNTuneConfig, name: str) -> torch.dtype | None:
-    """The dtype that a field names; None where it is None. Raise a `ConfigError` where it names none."""
+    """The dtype that a field names.
+
+    Args:
+        config: the config.
+        name: of the field.
+
+    Returns:
+        The dtype; None where the field is None.
+
+    Raises:
+        ConfigError: the field names no floating dtype.
+    """
     value = getattr(config, name)
     if value is None:
         return None
@@ -248,7 +271,16 @@ def floating_dtype(config: LNTuneConfig, name: str) -> torch.dtype | None:
 
 
 def check_names(config: LNTuneConfig, name: str, one_string: bool = True) -> None:
-    """Raise a `ConfigError` where a field that holds names holds anything else; one string is for expressions."""
+    """Check a field that holds names of modules.
+
+    Args:
+        config: the config.
+        name: of the field.
+        one_string: whether one string is allowed.
+
+    Raises:
+        ConfigError: the field holds anything but names.
+    """
     value = getattr(config, name)
     if value is None or (one_string and isinstance(value, str)):
         return
@@ -259,7 +291,15 @@ def check_names(config: LNTuneConfig, name: str, one_string: bool = True) -> Non
 
 
 def check_layers(config: LNTuneConfig, name: str) -> None:
-    """Raise a `ConfigError` where a field holds neither a layer index nor a list of them."""
+    """Check a field that holds indices of layers.
+
+    Args:
+        config: the config.
+        name: of the field.
+
+    Raises:
+        ConfigError: the field holds neither an index nor a list of them.
+    """
     value = getattr(config, name)
     if value is None:
         return
@@ -272,7 +312,16 @@ def check_layers(config: LNTuneConfig, name: str) -> None:
 
 
 def check_type(config: LNTuneConfig, name: str, kind: type) -> None:
-    """Raise a `ConfigError` where a field holds another type than `kind`."""
+    """Check a field that holds a value of one type.
+
+    Args:
+        config: the config.
+        name: of the field.
+        kind: the type.
+
+    Raises:
+        ConfigError: the field holds a value of another type.
+    """
     value = getattr(config, name)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         article = "an" if kind is int else "a"
@@ -280,7 +329,16 @@ def check_type(config: LNTuneConfig, name: str, kind: type) -> None:
 
 
 def check_choice(config: LNTuneConfig, name: str, allowed: tuple[str, ...]) -> None:
-    """Raise a `ConfigError` where a field holds none of the allowed values."""
+    """Check a field that holds one of a few values.
+
+    Args:
+        config: the config.
+        name: of the field.
+        allowed: the values.
+
+    Raises:
+        ConfigError: the field holds none of the values.
+    """
     value = getattr(config, name)
     if value not in allowed:
         raise ConfigError(f"{name}={value!r} is not allowed; choose one of {', '.join(map(repr, allowed))}.")

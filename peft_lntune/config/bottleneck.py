@@ -5,18 +5,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft_lntune.architectures.sublayers import SUBLAYER_ROLES
-from peft_lntune.config.base import LNTuneConfig, check_choice, check_names, check_type
+from peft_lntune.config.base import LNTuneConfig, check_choice, check_names, check_type, part_kind
 from peft_lntune.core.bottleneck import ACTIVATIONS
 from peft_lntune.errors import ConfigError
 
-__all__ = ["LEARNED", "BottleneckConfig"]
+__all__ = ["BottleneckConfig"]
 
 REDUCTION_FACTORS = {"sequential": 16.0, "parallel": 2.0}
 """The positions, and how many times narrower than the model a bottleneck there is where nothing else is said."""
 
-LEARNED = "learned"
+_LEARNED = "learned"
 
 
+@part_kind
 @dataclass(kw_only=True)
 class BottleneckConfig(LNTuneConfig):
     """Put a bottleneck on the attention, the FFN, or both. `BottleneckConfig()` alone is complete: Houlsby's adapters.
@@ -70,8 +71,8 @@ class BottleneckConfig(LNTuneConfig):
         check_choice(self, "activation", tuple(ACTIVATIONS))
         self._check_roles()
         self._check_size()
-        if self.scale != LEARNED and not (_is_number(self.scale) and self.scale != 0):
-            raise ConfigError(f"scale={self.scale!r} should be a number other than 0, or {LEARNED!r}.")
+        if self.scale != _LEARNED and not (_is_number(self.scale) and self.scale != 0):
+            raise ConfigError(f"scale={self.scale!r} should be a number other than 0, or {_LEARNED!r}.")
         if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ConfigError(f"dropout={self.dropout!r} should be a probability, at least 0 and below 1.")
 
@@ -100,6 +101,11 @@ class BottleneckConfig(LNTuneConfig):
                 f"reduction_factor={self.reduction_factor!r} should be a number above 0: how many times narrower than "
                 "the model the bottleneck is."
             )
+
+    @property
+    def learns_scale(self) -> bool:
+        """Whether s is trained, one scalar for each sub-layer."""
+        return self.scale == _LEARNED
 
     def size_of(self, width: int) -> int:
         """Width of the bottleneck on a sub-layer of this width; at least 1."""

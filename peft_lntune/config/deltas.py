@@ -33,6 +33,23 @@ class DeltaConfig(LNTuneConfig):
         self.mask_source = None if self.mask_source is None else recorded(self.mask_source)
         check_choice(self, "tune", TUNE)
 
+    @property
+    def deltas(self) -> "DeltaConfig":
+        return self
+
+    @property
+    def masks_are_fixed(self) -> bool:
+        return self.mask_source is not None
+
+    @property
+    def chooses_entries(self) -> bool:
+        """Whether only some entries are tuned, or shall be."""
+        return self.mask_source is not None
+
+    def with_mask_source(self, source: dict[str, Any] | None) -> "DeltaConfig":
+        """A copy that says how the mask of its adapter was made."""
+        return replace(self, mask_source=source)
+
     def unmasked(self) -> "DeltaConfig":
         return replace(self, manifest=None, mask_source=None)
 

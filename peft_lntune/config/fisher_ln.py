@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from peft_lntune.config.base import check_choice, check_type
+from peft_lntune.config.base import check_choice, check_type, part_kind
 from peft_lntune.config.ln_tuning import LNTuningConfig
 from peft_lntune.errors import ConfigError
 from peft_lntune.selection.fisher import FISHER_KINDS
@@ -11,6 +11,7 @@ from peft_lntune.selection.select import SCOPES
 __all__ = ["FisherLNConfig"]
 
 
+@part_kind
 @dataclass(kw_only=True)
 class FisherLNConfig(LNTuningConfig):
     """Tune the entries of the norms that matter most for a task: those with the largest Fisher information.
@@ -47,6 +48,10 @@ class FisherLNConfig(LNTuningConfig):
     scope: str = "global"
     num_samples: int = 1024
     seed: int = 0
+
+    @property
+    def chooses_entries(self) -> bool:
+        return True
 
     def _check(self) -> None:
         super()._check()

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 
 from peft_lntune.architectures.roles import ROLES
-from peft_lntune.config.base import check_names
+from peft_lntune.config.base import check_names, part_kind
 from peft_lntune.config.deltas import DeltaConfig
 from peft_lntune.errors import ConfigError
 
 __all__ = ["LNTuningConfig"]
 
 
+@part_kind
 @dataclass(kw_only=True)
 class LNTuningConfig(DeltaConfig):
     """Tune the normalization layers of a model. `LNTuningConfig()` alone is complete: every norm, gain and bias.

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft_lntune.architectures.table import Component
+from peft_lntune.config.base import part_kind
 from peft_lntune.config.components import check_components
 from peft_lntune.config.deltas import DeltaConfig
 from peft_lntune.errors import ConfigError
@@ -18,6 +19,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 layers that the second leaves out as well depend on the model, so give them as `layers_to_exclude`."""
 
 
+@part_kind
 @dataclass(kw_only=True)
 class ModuleTuningConfig(DeltaConfig):
     """Tune chosen modules of the model, whole, as deltas: the adapter of fine-tuning just these parameters.

@@ -8,23 +8,15 @@ from typing import Any
 from peft import LoraConfig, PeftConfig
 from peft.utils import PeftType
 
-from peft_lntune.config.base import FORMAT_VERSION, LNTuneConfig, check_format
+from peft_lntune.config.base import FORMAT_VERSION, PART_KINDS, LNTuneConfig, check_format
 from peft_lntune.config.bottleneck import BottleneckConfig
 from peft_lntune.config.fisher_ln import FisherLNConfig
 from peft_lntune.config.ln_tuning import LNTuningConfig
-from peft_lntune.config.module_tuning import ModuleTuningConfig
 from peft_lntune.config.prefix import PrefixConfig
-from peft_lntune.config.supermask import SupermaskConfig
 from peft_lntune.errors import ConfigError
 from peft_lntune.version import __version__
 
-__all__ = ["NAMED_PARTS", "PART_KINDS", "build", "check_part", "parts_of_preset", "read_part"]
-
-PART_KINDS: dict[str, type[LNTuneConfig]] = {
-    kind.__name__: kind
-    for kind in (LNTuningConfig, FisherLNConfig, ModuleTuningConfig, SupermaskConfig, BottleneckConfig, PrefixConfig)
-}
-"""The kinds of this family that may be parts, by name."""
+__all__ = ["NAMED_PARTS", "build", "check_part", "parts_of_preset", "read_part"]
 
 NAMED_PARTS: dict[str, Callable[[], list[PeftConfig]]] = {
     "ln": lambda: [LNTuningConfig()],

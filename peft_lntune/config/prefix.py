@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from peft_lntune.config.base import LNTuneConfig, check_names, check_type
+from peft_lntune.config.base import LNTuneConfig, check_names, check_type, part_kind
 from peft_lntune.errors import ConfigError
 
 __all__ = ["ATTENTION_ROLES", "PrefixConfig"]
@@ -11,6 +11,7 @@ ATTENTION_ROLES = ("attention", "cross_attention")
 """The kinds of attention that a prefix can be at: over the tokens themselves, and over an encoder's output."""
 
 
+@part_kind
 @dataclass(kw_only=True)
 class PrefixConfig(LNTuneConfig):
     """Train keys and values that every query of an attention also sees. `PrefixConfig()` puts them at each attention.

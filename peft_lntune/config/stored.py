@@ -4,22 +4,21 @@ PEFT calls the class registered for a PEFT type with the fields of the JSON. One
 here, so what is registered is a door: calling it builds the kind that the JSON names.
 """
 
+from collections import ChainMap
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from peft_lntune.config.base import LNTuneConfig
-from peft_lntune.config.parts import PART_KINDS, build
+from peft_lntune.config.base import PART_KINDS, LNTuneConfig
+from peft_lntune.config.parts import build
 from peft_lntune.config.unified import UnifiedConfig
 from peft_lntune.errors import AdapterFileError, PeftLNTuneError
-from peft_lntune.storage.adapter_file import hub_options
-from peft_lntune.storage.manifest import changes, check_directory
+from peft_lntune.storage.manifest import changes
+from peft_lntune.storage.saved_adapter import SavedAdapter
 
-__all__ = [
-    "KINDS",
-    "StoredConfig",
-]
+__all__ = ["KINDS", "StoredConfig"]
 
-KINDS: dict[str, type[LNTuneConfig]] = {**PART_KINDS, UnifiedConfig.__name__: UnifiedConfig}
+KINDS: Mapping[str, type[LNTuneConfig]] = ChainMap(PART_KINDS, {UnifiedConfig.__name__: UnifiedConfig})
 """The kinds of the family by name, as `kind` in the JSON has it."""
 
 
@@ -53,18 +52,22 @@ class StoredConfig(LNTuneConfig):
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
         """Load the config, and check the weight file beside it before PEFT changes any model.
 
+        Args:
+            pretrained_model_name_or_path: the directory of the adapter, or its repository on the Hub.
+            subfolder: in it.
+            kwargs: where else on the Hub to look: `revision`, `token`, ...
+
+        Returns:
+            The config, of the kind that was saved.
+
         Raises:
             AdapterFileError: the adapter is of another PEFT type, or its weights are missing, damaged, torn from this
                 config, foreign or not finite.
+            ConfigError: the config is damaged, or of another format.
         """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if not isinstance(config, LNTuneConfig):
-            raise AdapterFileError(
-                f"{pretrained_model_name_or_path} holds an adapter of PEFT type {config.peft_type}, not one of "
-                "peft_lntune. Load it under a name of its own, into a model with adapters of that type."
-            )
-        shapes = check_directory(config.manifest, pretrained_model_name_or_path, subfolder, **hub_options(kwargs))
-        if shapes is not None:
-            config.take_shapes(shapes)
+        saved = SavedAdapter(pretrained_model_name_or_path, {"subfolder": subfolder, **kwargs})
+        config = cls(**saved.own_fields)
+        if saved.weights is not None:
+            config.take_shapes(saved.check(config.manifest).shapes)
             _ = config.stored_counts  # from here on `renaming` knows which name of the file each new name was
         return config

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 
 from peft_lntune.architectures.table import LAYER_MATRICES, MATRICES
-from peft_lntune.config.base import LNTuneConfig, check_type
+from peft_lntune.config.base import LNTuneConfig, check_type, part_kind
 from peft_lntune.config.components import check_components
 from peft_lntune.errors import ConfigError
 
 __all__ = ["SupermaskConfig"]
 
 
+@part_kind
 @dataclass(kw_only=True)
 class SupermaskConfig(LNTuneConfig):
     """Learn which weights to switch off, and change none: sparsified fine-tuning. The adapter is one bit a weight.
@@ -77,6 +78,10 @@ class SupermaskConfig(LNTuneConfig):
             raise ConfigError(
                 f"initial_score={self.initial_score} should be above 0 and at most 15, where sigmoid still has a slope."
             )
+
+    @property
+    def masks_are_fixed(self) -> bool:
+        return bool(self.inference_mode)
 
     @property
     def parameters(self) -> tuple[str, ...]:

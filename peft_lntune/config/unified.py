@@ -7,11 +7,10 @@ from peft import LoraConfig, PeftConfig
 
 from peft_lntune.config.base import LNTuneConfig
 from peft_lntune.config.deltas import DeltaConfig
-from peft_lntune.config.fisher_ln import FisherLNConfig
 from peft_lntune.config.parts import check_part, parts_of_preset, read_part
 from peft_lntune.errors import ConfigError
 
-__all__ = ["UnifiedConfig", "delta_part", "parts_of", "record_mask"]
+__all__ = ["UnifiedConfig", "parts_of", "record_mask"]
 
 # What says where and how to tune belongs to a part; here it would do nothing.
 _OF_PARTS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "delta_dtype")
@@ -74,6 +73,22 @@ class UnifiedConfig(LNTuneConfig):
         stored: dict[str, Any] = super().to_dict()
         return {**stored, "parts": [_listed(part.to_dict()) for part in self.parts or ()]}
 
+    @property
+    def deltas(self) -> DeltaConfig | None:
+        """The part that tunes deltas; of several the first with a mask or a way to fit one."""
+        found = [part for part in self.parts or () if isinstance(part, DeltaConfig)]
+        return next((part for part in found if part.chooses_entries), next(iter(found), None))
+
+    @property
+    def masks_are_fixed(self) -> bool:
+        return any(getattr(part, "masks_are_fixed", False) for part in self.parts or ())
+
+    def with_mask_source(self, source: dict[str, Any] | None) -> "UnifiedConfig":
+        """A copy in which `deltas` says how the mask of its adapter was made."""
+        deltas = self.deltas
+        parts = [deltas.with_mask_source(source) if deltas and part is deltas else part for part in self.parts or ()]
+        return replace(self, parts=parts)
+
     def unmasked(self) -> "UnifiedConfig":
         parts = [part.unmasked() if isinstance(part, LNTuneConfig) else part for part in self.parts or ()]
         return replace(self, manifest=None, parts=parts)
@@ -98,22 +113,6 @@ def parts_of(config: PeftConfig) -> list[PeftConfig]:
     return list(config.parts or ()) if isinstance(config, UnifiedConfig) else [config]
 
 
-def delta_part(config: PeftConfig) -> DeltaConfig | None:
-    """The part that tunes deltas, if there is one; of several the first with a mask or a way to fit one."""
-    found = [part for part in parts_of(config) if isinstance(part, DeltaConfig)]
-    special = [part for part in found if isinstance(part, FisherLNConfig) or part.mask_source is not None]
-    return next(iter((*special, *found)), None)
-
-
-def _with_delta_part(config: LNTuneConfig, **changes: Any) -> LNTuneConfig:
-    """A copy of a config with fields of its `delta_part` changed."""
-    if not isinstance(config, UnifiedConfig):
-        return replace(config, **changes)
-    own = delta_part(config)
-    parts = [replace(own, **changes) if own is not None and part is own else part for part in parts_of(config)]
-    return replace(config, parts=parts)
-
-
 def record_mask(configs: dict[str, Any], adapter_name: str, source: dict[str, Any] | None) -> None:
     """Say how the mask of an adapter was made, in a config of its own: users make several adapters from one.
 
@@ -123,12 +122,12 @@ def record_mask(configs: dict[str, Any], adapter_name: str, source: dict[str, An
         source: what `mask_source` shall be.
     """
     given = configs[adapter_name]
-    deltas = delta_part(given)
+    deltas = given.deltas
     if deltas is None or deltas.mask_source == source:
         return
     if given.modules_to_save is None and given.task_type in _NAMED_LATE:
         given.modules_to_save = []  # what PEFT writes into this list, the copy has too
-    configs[adapter_name] = _with_delta_part(given, mask_source=source)
+    configs[adapter_name] = given.with_mask_source(source)
     if "selected" in given.__dict__:  # of an adapter that is in a model, see `inject.prepare`
         configs[adapter_name].__dict__["selected"] = given.__dict__["selected"]
 

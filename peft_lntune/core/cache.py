@@ -120,9 +120,10 @@ def is_traced() -> bool:
         >>> is_traced()
         False
     """
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    # Each in the one call that costs least; what exports without Dynamo has modes on.
+    if torch.compiler.is_dynamo_compiling() or torch._C._is_tracing():
         return True
-    if torch._C._len_torch_dispatch_stack():  # some mode is on, such as one that counts operations
+    if torch._C._len_torch_dispatch_stack():  # some mode is on, perhaps one that only counts operations
         mode, keys = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
         if any(mode(key) is not None for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL)):
             return True

@@ -5,14 +5,15 @@ around the module's own forward. Who asks for a module's forward by `forward_of`
 """
 
 import copy
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import MethodType
 from typing import Any, Protocol
 
 from torch import nn
 
-__all__ = ["Detour", "Switch", "computes", "forward_of", "put_on_copy"]
+__all__ = ["Detour", "Switch", "computes", "forward_of", "patched", "put_on_copy"]
 
 
 class Switch(Protocol):
@@ -114,8 +115,34 @@ def _itself(method: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
+@contextmanager
+def patched(detours: Iterable[Detour]) -> Iterator[None]:
+    """Inside this context detours stand in their modules.
+
+    Args:
+        detours: each of another method or module.
+    """
+    with ExitStack() as stack:
+        for detour in detours:
+            detour.patch()
+            stack.callback(detour.restore)
+        yield
+
+
 def forward_of(module: nn.Module) -> Callable[..., Any]:
-    """The forward of a module as it is without a detour."""
+    """The forward of a module as it is without a detour.
+
+    Args:
+        module: any module.
+
+    Returns:
+        The method of its class, or what has been put into the instance in its place.
+
+    Example:
+        >>> norm = nn.LayerNorm(2)
+        >>> forward_of(norm) == norm.forward
+        True
+    """
     forward: Any = module.forward
     while isinstance(forward, Detour):
         forward = forward.own
@@ -123,23 +150,32 @@ def forward_of(module: nn.Module) -> Callable[..., Any]:
 
 
 def computes(module: nn.Module) -> Any:
-    """What tells which forward runs on a module: a function, where it is a method of the module, or the forward itself.
+    """What tells which forward runs on a module.
+
+    Args:
+        module: any module.
+
+    Returns:
+        The function, where the forward is a method of the module or of a copy of it; else the forward itself.
 
     Example:
         >>> computes(nn.LayerNorm(2)) is nn.LayerNorm.forward
         True
     """
     forward = _innermost(module)
-    # A method of a twin or of a former copy counts as one of the module, as calls do.
+    # A method of a copy counts as one of the module, as calls do.
     return forward.__func__ if isinstance(forward, MethodType) and _is_own(forward, module) else forward
 
 
 def put_on_copy(module: nn.Module, other: nn.Module) -> bool:
-    """Give a copy of a module the forward that runs on the module; False where that runs on the module only.
+    """Give a copy of a module the forward that runs on the module.
 
     Args:
         module: the module.
         other: its copy, with the forward of its class.
+
+    Returns:
+        False where that forward runs on the module only, so that the copy cannot have it.
     """
     forward = _innermost(module)
     if isinstance(forward, MethodType) and _is_own(forward, module):

@@ -22,8 +22,10 @@ def can_rebuild() -> bool:
         >>> can_rebuild()
         True
     """
+    if is_traced() or not torch.is_grad_enabled():  # what follows, Dynamo does not know
+        return False
     hooks_allowed: bool = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
-    return hooks_allowed and torch.is_grad_enabled() and not is_traced()
+    return hooks_allowed
 
 
 def is_plain(module: nn.Module, name: str) -> bool:

@@ -7,7 +7,6 @@ from pathlib import Path
 import peft
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils import PeftType
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -15,18 +14,19 @@ from torch import Tensor, nn
 from peft_lntune.config import LNTuneConfig, LNTuningConfig, parts_of
 from peft_lntune.core.module_tree import base_modules
 from peft_lntune.errors import AdapterFileError, ConfigError, UnsupportedError
+from peft_lntune.interop.foreign import check_foreign, read_foreign
 from peft_lntune.layers import PARAMETERS, ReplacementLayer
 from peft_lntune.layers.offloaded import all_onloaded, onloaded
 from peft_lntune.norms.names import role_of
-from peft_lntune.storage.adapter_file import WEIGHTS_FILE, find_weights, read_tensors
+from peft_lntune.storage.adapter_file import WEIGHTS_FILE
 from peft_lntune.storage.keys import is_ours
-from peft_lntune.storage.manifest import check_foreign, digest_of
+from peft_lntune.storage.manifest import digest_of
+from peft_lntune.storage.packing import ROOT
 from peft_lntune.storage.saving import new_adapters
 from peft_lntune.tuner.restoring import restored_on_error, told_by_us
 
 __all__ = ["from_peft_ln_tuning", "to_peft_ln_tuning"]
 
-_ROOT = "base_model.model."
 _CONTAINER = "ln_tuning_layers"
 _DIGEST = "peft_lntune_digest"  # in the metadata of the weight file, which PEFT does not read
 
@@ -72,9 +72,9 @@ def to_peft_ln_tuning(peft_model: PeftModel, directory: str | os.PathLike, adapt
     tensors = {key: value for key, value in state.items() if not is_ours(key)}  # heads
     for layer in layers:
         for name, value in _whole(layer, adapter_name).items():
-            tensors[f"{_ROOT}{layer.label}.{_CONTAINER}.{name}"] = value
+            tensors[f"{ROOT}{layer.label}.{_CONTAINER}.{name}"] = value
     tensors = {key: value.contiguous() for key, value in tensors.items()}
-    stock = peft.LNTuningConfig(
+    saved = peft.LNTuningConfig(
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
@@ -82,15 +82,15 @@ def to_peft_ln_tuning(peft_model: PeftModel, directory: str | os.PathLike, adapt
         modules_to_save=config.modules_to_save,
     )
     with new_adapters(directory) as folder:
-        said = {"format": "pt", _DIGEST: _digest(tensors, stock)}
+        said = {"format": "pt", _DIGEST: _digest(tensors, saved)}
         save_file(tensors, folder / WEIGHTS_FILE, said)
-        stock.save_pretrained(str(folder))
+        saved.save_pretrained(str(folder))
 
 
 def from_peft_ln_tuning(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> PeftModel:
     """Read an adapter in PEFT's own LN_TUNING format as one of this package.
 
-    A stock file holds whole norms, so the deltas are those norms minus the ones of `model`: it must be the base model
+    Such a file holds whole norms, so the deltas are those norms minus the ones of `model`: it must be the base model
     that the adapter was trained on, which the file cannot tell.
 
     Args:
@@ -105,29 +105,21 @@ def from_peft_ln_tuning(model: nn.Module, directory: str | os.PathLike, adapter_
         AdapterFileError: not an LN_TUNING adapter, damaged, or one of another model. Nothing has changed.
     """
     with restored_on_error(model, adapter_name), told_by_us(directory, lambda: True):
-        return _from_stock(model, directory, adapter_name)
+        return _from_peft(model, directory, adapter_name)
 
 
-def _from_stock(model: nn.Module, directory: str | os.PathLike, adapter_name: str) -> PeftModel:
-    stock = PeftConfig.from_pretrained(str(directory))
-    if stock.peft_type != PeftType.LN_TUNING:
-        raise AdapterFileError(
-            f"{directory} holds an adapter of type {stock.peft_type}, and from_peft_ln_tuning reads LN_TUNING. "
-            "Load it with PeftModel.from_pretrained."
-        )
-    file = find_weights(directory, None, {})
-    if file is None:
-        raise AdapterFileError(f"{directory} holds no weights of an adapter. Get the whole adapter.")
-    loaded = read_tensors(file)
-    _check_digest(file, loaded, stock)
+def _from_peft(model: nn.Module, directory: str | os.PathLike, adapter_name: str) -> PeftModel:
+    saved, files = read_foreign(directory, "LN_TUNING", "from_peft_ln_tuning")
+    loaded = files.tensors
+    _check_digest(files.weights, loaded, saved)
     base = base_modules(model.get_base_model() if isinstance(model, PeftModel) else model)
     heads = {key: value for key, value in loaded.items() if f".{_CONTAINER}." not in key}
     deltas = _deltas(loaded, base, str(directory))
     config = LNTuningConfig(
-        task_type=stock.task_type,
-        base_model_name_or_path=stock.base_model_name_or_path,
-        target_modules=sorted({key.rpartition(".lntune_")[0].removeprefix(_ROOT) for key in deltas}),
-        modules_to_save=stock.modules_to_save,
+        task_type=saved.task_type,
+        base_model_name_or_path=saved.base_model_name_or_path,
+        target_modules=sorted({key.rpartition(".lntune_")[0].removeprefix(ROOT) for key in deltas}),
+        modules_to_save=saved.modules_to_save,
     )
     if isinstance(model, PeftModel):
         model.add_adapter(adapter_name, config)
@@ -147,9 +139,9 @@ def _digest(tensors: Mapping[str, Tensor], config: PeftConfig) -> str:
     return f"{digest_of(tensors)} {','.join(sorted(config.modules_to_save or ()))} {config.task_type}"
 
 
-def _check_digest(file: Path, tensors: Mapping[str, Tensor], config: PeftConfig) -> None:
+def _check_digest(file: Path | None, tensors: Mapping[str, Tensor], config: PeftConfig) -> None:
     """Raise where a file written by `to_peft_ln_tuning` has changed since; PEFT's own files carry no digest."""
-    if file.name != WEIGHTS_FILE:
+    if file is None or file.name != WEIGHTS_FILE:
         return
     try:
         with safe_open(file, framework="pt") as opened:
@@ -186,7 +178,7 @@ def _deltas(loaded: Mapping[str, Tensor], base: Mapping[str, nn.Module], where: 
         path, found, parameter = key.partition(f".{_CONTAINER}.")
         if not found:
             continue
-        name = path.removeprefix(_ROOT)
+        name = path.removeprefix(ROOT)
         own = getattr(base.get(name), parameter, None)
         parameter = role_of(base[name], parameter) if name in base else parameter
         if parameter not in PARAMETERS or own is None or own.shape != value.shape:
@@ -197,7 +189,7 @@ def _deltas(loaded: Mapping[str, Tensor], base: Mapping[str, nn.Module], where: 
             )
         with onloaded(base[name]):
             own = getattr(base[name], parameter).detach().cpu()
-        deltas[f"{_ROOT}{name}.lntune_{parameter}.weight"] = _difference(value, own)
+        deltas[f"{ROOT}{name}.lntune_{parameter}.weight"] = _difference(value, own)
     if not deltas:
         raise AdapterFileError(f"{where} holds no tensor named `...{_CONTAINER}...`; it is no LN_TUNING adapter.")
     return deltas
@@ -207,7 +199,7 @@ def _like(loaded: Mapping[str, Tensor], base: Mapping[str, nn.Module]) -> dict[s
     """The model's own tensors, by the names that they have in the file."""
     found = {}
     for key in loaded:
-        path, _, parameter = key.replace(f".{_CONTAINER}.", ".").removeprefix(_ROOT).rpartition(".")
+        path, _, parameter = key.replace(f".{_CONTAINER}.", ".").removeprefix(ROOT).rpartition(".")
         own = getattr(base.get(path), parameter, None)
         if isinstance(own, Tensor):
             found[key] = own

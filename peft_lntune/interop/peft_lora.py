@@ -3,13 +3,12 @@
 import os
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftModel
 
 from peft_lntune.config import LNTuneConfig, parts_of
 from peft_lntune.errors import AdapterFileError, ConfigError
-from peft_lntune.storage.adapter_file import find_weights, read_tensors
+from peft_lntune.interop.foreign import check_foreign, read_foreign
 from peft_lntune.storage.keys import has_lora, is_part, without_adapter_name
-from peft_lntune.storage.manifest import check_foreign
 from peft_lntune.tuner.restoring import told_by_us
 
 __all__ = ["load_lora"]
@@ -56,11 +55,7 @@ def load_lora(peft_model: PeftModel, directory: str | os.PathLike, adapter_name:
 
 
 def _load(peft_model: PeftModel, directory: str | os.PathLike, adapter_name: str, part: LoraConfig) -> None:
-    saved = PeftConfig.from_pretrained(str(directory))
-    if not isinstance(saved, LoraConfig):
-        raise AdapterFileError(
-            f"{directory} holds an adapter of PEFT type {saved.peft_type}, and load_lora reads LORA. Load it by itself."
-        )
+    saved, file = read_foreign(directory, "LORA", "load_lora")
     wrong = [name for name in _SAME if getattr(saved, name) != getattr(part, name)]
     if wrong:
         raise ConfigError(
@@ -70,11 +65,8 @@ def _load(peft_model: PeftModel, directory: str | os.PathLike, adapter_name: str
     named = {name: tensor for name, tensor in peft_model.state_dict().items() if is_part(name, adapter_name)}
     targets = {without_adapter_name(name, adapter_name): tensor for name, tensor in named.items()}
     targets = {name: tensor for name, tensor in targets.items() if has_lora([name])}
-    file = find_weights(directory, None, {})
-    if file is None:
-        raise AdapterFileError(f"{directory} holds no weights of an adapter. Get the whole adapter.")
     # PEFT leaves `.weight` off the name of DoRA's magnitudes in a file.
-    found = {name if name in targets else f"{name}.weight": tensor for name, tensor in read_tensors(file).items()}
+    found = {name if name in targets else f"{name}.weight": tensor for name, tensor in file.tensors.items()}
     differing = targets.keys() ^ found.keys()
     shapes = [name for name in targets.keys() & found.keys() if targets[name].shape != found[name].shape]
     if differing or shapes:
@@ -83,7 +75,7 @@ def _load(peft_model: PeftModel, directory: str | os.PathLike, adapter_name: str
             f"{directory} does not fit the LoRA part of adapter {adapter_name!r}: {len(differing)} names and "
             f"{len(shapes)} shapes differ, the first is {first}. It was trained on another model or other modules."
         )
-    check_foreign(found, targets, str(file))
+    check_foreign(found, targets, str(file.weights))
     with torch.no_grad():
         for name, tensor in found.items():
             targets[name].copy_(tensor)

@@ -92,10 +92,8 @@ def _check(folder: Path) -> str | None:
     if missing:
         raise AdapterFileError(f"it has no {missing[0]}. It was not written to its end, or is not meant to go on from.")
     _check_json(folder / STATE_FILE)
-    for file in _files(folder, ("*.pt", "*.pth", "*.bin")):
-        _check_pickled(file)
-    for file in _files(folder, ("*.safetensors", "*/*.safetensors")):
-        _check_header(file)
+    for file in _files(folder, ("*.pt", "*.pth", "*.bin", "*.safetensors", "*/*.safetensors")):
+        _check_end(file)
     adapters = _files(folder, (WEIGHTS_FILE, CONFIG_FILE, f"*/{WEIGHTS_FILE}", f"*/{CONFIG_FILE}"))
     for own in sorted({file.parent for file in adapters}):
         _check_adapter(own)
@@ -118,7 +116,7 @@ def _check_deepspeed(folder: Path) -> str:
     if not any("model_states" in file.name for file in files):
         raise AdapterFileError(f"{step} has no model states. It was not written to its end.")
     for file in files:
-        _check_pickled(file)
+        _check_end(file)
     return (
         f"it is DeepSpeed's: whether {step} has the part of every process cannot be told from here. It holds "
         f"{len(files)} files; compare with the number of processes."
@@ -158,19 +156,12 @@ def _check_json(file: Path) -> dict[str, object]:
     return content
 
 
-def _check_pickled(file: Path) -> None:
-    """What torch saves is a zip file, whose directory is written last."""
+def _check_end(file: Path) -> None:
+    """The header of safetensors says how long a file is; what torch saves is a zip file, whose directory comes last."""
     try:
-        zipfile.ZipFile(file).close()
-    except (zipfile.BadZipFile, OSError) as error:
-        raise AdapterFileError(f"{file.name} is cut off ({error}).") from error
-
-
-def _check_header(file: Path) -> None:
-    try:
-        with safe_open(file, framework="pt"):
+        with safe_open(file, framework="pt") if file.suffix == ".safetensors" else zipfile.ZipFile(file):
             pass
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, zipfile.BadZipFile, OSError) as error:
         raise AdapterFileError(f"{file.name} is cut off ({error}).") from error
 
 

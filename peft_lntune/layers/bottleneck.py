@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from peft_lntune.architectures.sublayers import Sublayer
-from peft_lntune.config.bottleneck import LEARNED, BottleneckConfig
 from peft_lntune.core.bottleneck import (
     ACTIVATIONS,
     PARTS,
@@ -94,7 +93,7 @@ class BottleneckLayer(InsertedLayer):
 
     # Adapters.
 
-    def update_layer(self, adapter_name: str, config: BottleneckConfig, stored: bool = False) -> None:
+    def update_layer(self, adapter_name: str, config: Any, stored: bool = False) -> None:
         device = device_of(self._leaves[1]) or torch.device("cpu")
         place: dict[str, Any] = {"dtype": delta_dtype(self.base_dtype, config.torch_delta_dtype), "device": device}
         width = self._reads["sequential"]
@@ -103,9 +102,9 @@ class BottleneckLayer(InsertedLayer):
         reset(down, up, identity=config.init_weights)
         self._drop(adapter_name)
         self.lntune_down[adapter_name], self.lntune_up[adapter_name] = down, up
-        if config.scale == LEARNED:
+        if config.learns_scale:
             self.lntune_scale[adapter_name] = Scale(**place)
-        scale = 1.0 if config.scale == LEARNED else float(config.scale)
+        scale = 1.0 if config.learns_scale else float(config.scale)
         self._recipes[adapter_name] = Recipe(config.position, config.activation, scale, float(config.dropout))
         self._watch()
         self.settle(adapter_name, config, device)

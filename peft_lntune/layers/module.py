@@ -1,7 +1,7 @@
 """The layer around any other module with a floating weight: its full delta, or a mask over its weight."""
 
 from collections.abc import Callable, Sequence
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from peft_lntune.core.delta import ParameterSlice, delta_dtype
 from peft_lntune.core.override import forward_with, overridden, runs_own_forward
 from peft_lntune.core.rebuild import can_rebuild, is_plain, rebuilt_in_backward, unwritten
 from peft_lntune.core.supermask import Supermask
-from peft_lntune.layers.replacing import EffectiveCall, ReplacementLayer
+from peft_lntune.layers.replacing import CachedCall, ReplacementLayer
 from peft_lntune.routing.route import BASE, Route
 
 __all__ = ["ModuleLayer"]
@@ -67,14 +67,12 @@ class ModuleLayer(ReplacementLayer):
         self.lntune_supermask[adapter_name].sampling = sampling  # type: ignore[assignment]  # a module's attribute
         self._forget()
 
-    def _effective_call(self, adapters: Sequence[str]) -> EffectiveCall:
+    def _cached(self, adapters: Sequence[str]) -> CachedCall | None:
         masks: Any = self._modules["lntune_supermask"]._modules  # type: ignore[union-attr]
-        if not any(masks[name].drawn for name in adapters if name in masks):
-            return super()._effective_call(adapters)
-        self._cache = None  # another mask at every call
-        call = super()._effective_call(adapters)
-        self._cache = None
-        return call
+        if any(masks[name].drawn for name in adapters if name in masks):
+            self._cache = None  # another mask at every call
+            return None
+        return super()._cached(adapters)
 
     def _tuned(self, adapters: Any) -> list[tuple[str, Any]]:
         masks = self._modules["lntune_supermask"]._modules  # type: ignore[union-attr]
@@ -86,20 +84,16 @@ class ModuleLayer(ReplacementLayer):
         if adapter_name in masks and not getattr(masks[adapter_name], masks[adapter_name].stored).is_meta:
             masks[adapter_name].to(device or self.base_parameter("weight").device)
 
-    def _trained_call(self, adapters: Sequence[str], tuned: list[tuple[str, Any]], traced: bool) -> EffectiveCall:
-        """The backward pass makes the effective weight again, and does not keep it until then."""
-        base_layer: Any = self.get_base_layer()
+    def _call(self, adapters: Sequence[str]) -> Callable[..., Tensor] | None:
+        cached = self._cached(adapters)
+        if cached is not None:
+            return cached.call
+        tuned = self._tuned(adapters)
         masks_and_deltas = [module for parameter, module in tuned if parameter == "weight"]
-        if traced or not masks_and_deltas or not can_rebuild() or not is_plain(base_layer, "weight"):
-            return super()._trained_call(adapters, tuned, traced)
-        value, steps, read = base_layer.weight, [], unwritten(base_layer.weight)
-        for module in masks_and_deltas:
-            value, step = module.with_rebuild(value)
-            steps.append(step)
-        sums = {"weight": value, **self._sums([found for found in tuned if found[0] != "weight"])}
-        if None in steps:  # sharded
-            return EffectiveCall(adapters, None, sums, self.bind(sums))
-        return EffectiveCall(adapters, None, sums, partial(self._run_rebuilding, sums, steps, read))
+        if not masks_and_deltas or not can_rebuild() or not is_plain(self.get_base_layer(), "weight"):
+            return partial(self.run, self._sums(tuned)) if tuned else None
+        sums = self._sums([found for found in tuned if found[0] != "weight"])
+        return partial(self._run_rebuilding, masks_and_deltas, sums)
 
     def run(self, parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         inner = self.get_base_layer()
@@ -110,17 +104,26 @@ class ModuleLayer(ReplacementLayer):
         return overridden(inner, rounded, self.base_layer, *args, **kwargs)
 
     def _run_rebuilding(
-        self,
-        sums: dict[str, Tensor],
-        steps: Sequence[Callable[[Tensor], Tensor]],
-        read: Callable[[], Tensor],
-        *args: Any,
-        **kwargs: Any,
+        self, masks_and_deltas: Sequence[Any], others: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> Tensor:
-        dtype = read().dtype
-        rounded = sums["weight"].to(dtype)
-        with rebuilt_in_backward([(rounded, lambda: reduce(lambda value, step: step(value), steps, read()).to(dtype))]):
-            return self.run({**sums, "weight": rounded}, *args, **kwargs)
+        """As `run`, but for the effective weight: the backward pass makes it again, and it is not kept until then."""
+        base: Any = self.get_base_layer().weight
+        read, value, steps = unwritten(base), base, []
+        for module in masks_and_deltas:
+            value, step = module.with_rebuild(value)
+            steps.append(step)
+        parameters = {"weight": value.to(base.dtype), **others}
+        if None in steps:
+            return self.run(parameters, *args, **kwargs)
+
+        def make() -> Tensor:
+            again = read()
+            for step in steps:
+                again = step(again)
+            return again.to(base.dtype)
+
+        with rebuilt_in_backward([(parameters["weight"], make)]):
+            return self.run(parameters, *args, **kwargs)
 
     def run_routed(self, *args: Any, **kwargs: Any) -> Tensor:
         """One pass for each adapter in the batch, as PEFT's LoRA does it: a full delta a row would not fit."""
@@ -128,5 +131,5 @@ class ModuleLayer(ReplacementLayer):
         return self._route.by_adapter(x, self.label, lambda name, rows: self._run_one(name, rows, *others, **kwargs))
 
     def _run_one(self, adapter: str, *args: Any, **kwargs: Any) -> Tensor:
-        call = self._effective_call([] if adapter == BASE else [adapter]).call or self.base_layer
+        call = self._call([] if adapter == BASE else [adapter]) or self.base_layer
         return call(*args, **kwargs)

@@ -25,7 +25,7 @@ class NormLayer(ReplacementLayer):
 
     Args:
         base_layer: the norm.
-        route: see `ReplacementLayer`.
+        route: which row of a batch uses which adapter; one object shared by all layers of a model.
         norm: what `find_norms` found out about it.
     """
 
@@ -53,7 +53,7 @@ class NormLayer(ReplacementLayer):
         norm: Any = self._modules["base_layer"]
         if self._norm_call is None or self._norm_call.norm is not norm:
             self._norm_call = NormCall(norm)
-        return partial(self._norm_call, parameters.get("weight"), parameters.get("bias"))
+        return self._norm_call.bind(parameters.get("weight"), parameters.get("bias"))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_norm_call": None}

@@ -24,18 +24,18 @@ from peft_lntune.routing.route import Route
 __all__ = ["PARAMETERS", "ReplacementLayer"]
 
 
-class EffectiveCall(NamedTuple):
-    """Effective parameters, a forward call with them, and what these were made from.
+class CachedCall(NamedTuple):
+    """Cached forward call and the tensors it was built from.
 
     Attributes:
         adapters: whose deltas are in the parameters.
-        sources: the tensors that they were made from; None where the call may not be cached.
+        sources: the tensors that the parameters were made from, as they were then.
         parameters: the effective parameters, those that differ from the base's.
         call: runs the wrapped module with these parameters; None where there are none.
     """
 
     adapters: Sequence[str]
-    sources: list[TensorState] | None
+    sources: tuple[TensorState, ...]
     parameters: dict[str, Tensor]
     call: Callable[..., Tensor] | None
 
@@ -66,16 +66,32 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
         self._unmerged: dict[str, Tensor] = {}
         # Layers around modules that share a parameter with this one's, with what it is there.
         self._tied: dict[str, list[tuple[ReplacementLayer, str]]] = {}
-        self._cache: EffectiveCall | None = None
+        self._cache: CachedCall | None = None
 
     # What a subclass says.
 
     @abstractmethod
     def run(self, parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Run the wrapped module with these parameters in place of its own."""
+        """Run the wrapped module with these parameters in place of its own.
+
+        Args:
+            parameters: effective weight and bias, of the shapes of the module's; those that it keeps are left out.
+            *args: of the module's forward.
+            **kwargs: of the module's forward.
+
+        Returns:
+            The module's output.
+        """
 
     def bind(self, parameters: dict[str, Tensor]) -> Callable[..., Tensor]:
-        """`run` with these parameters, prepared; not for operations that are traced."""
+        """Prepare `run` for these parameters.
+
+        Args:
+            parameters: effective weight and bias, of the shapes of the module's; those that it keeps are left out.
+
+        Returns:
+            A function of the arguments of the module's forward; not for operations that are traced.
+        """
         return partial(self.run, parameters)
 
     @abstractmethod
@@ -116,17 +132,25 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The weight with which this layer computes now, as merging would write it; see `bias`."""
+        """The weight with which this layer computes now, rounded to the dtype of the base.
+
+        For code that computes with a layer's parameters in place of calling it: fused kernels, torch's fused encoder
+        and attention. Gradients reach the deltas through it. While adapters are disabled or merged it is that of the
+        base.
+
+        Raises:
+            RoutingError: by whatever computes with it while each row of the batch has its own adapter; its shape, dtype
+                and device can be read.
+        """
         return self._read("weight")
 
     @property
     def bias(self) -> Tensor:
-        """The bias with which this layer computes now.
+        """The bias with which this layer computes now, rounded to the dtype of the base.
 
         For code that computes with a layer's parameters in place of calling it: fused kernels, torch's fused encoder
-        and attention. The value is that of the active adapters, rounded to the dtype of the base, and gradients reach
-        the deltas through it. While adapters are disabled or merged it is the base's own. `base_parameter` gives the
-        base's parameter in every state.
+        and attention. Gradients reach the deltas through it. While adapters are disabled or merged it is that of the
+        base.
 
         Raises:
             RoutingError: by whatever computes with it while each row of the batch has its own adapter; its shape, dtype
@@ -154,7 +178,8 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
             return self.unmerged(parameter)
         if self.merged_adapters:
             return base
-        sums = self._effective_call(self.active_adapters).parameters
+        cached = self._cached(self.active_adapters)
+        sums = self._sums(self._tuned(self.active_adapters)) if cached is None else cached.parameters
         return sums[parameter].to(base.dtype) if parameter in sums else base
 
     def _differs(self, parameter: str) -> bool:
@@ -170,14 +195,28 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
     # Parameters that other modules share.
 
     def tie(self, parameter: str, other: "ReplacementLayer", its: str) -> None:
-        """Say that a parameter is also that of another layer's module: what tunes both is one delta."""
+        """Say that a parameter is also that of another layer's module: what tunes both is one delta.
+
+        Args:
+            parameter: one of `PARAMETERS`, of this layer's module.
+            other: the layer around the other module.
+            its: which parameter of the other module it is.
+        """
         for layer, name, to in ((self, parameter, (other, its)), (other, its, (self, parameter))):
             known = layer._tied.setdefault(name, [])
             if to not in known:
                 known.append(to)
 
     def tied_to(self, parameter: str, adapter_name: str) -> list["ReplacementLayer"]:
-        """The other layers in which an adapter tunes this very parameter."""
+        """The other layers in which an adapter tunes this very parameter.
+
+        Args:
+            parameter: one of `PARAMETERS`.
+            adapter_name: the adapter.
+
+        Returns:
+            The layers, without this one.
+        """
         return [other for other, its in self._tied.get(parameter, ()) if its in other.tunes(adapter_name)]
 
     def tunes(self, adapter_name: str) -> list[str]:
@@ -190,7 +229,13 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
         return [f"{layer.label}.{layer.own_name(name)}" for layer, name in places]
 
     def put(self, parameter: str, adapter_name: str, delta: Delta | None) -> None:
-        """Set an adapter's delta, or take it away; in all layers that share the parameter and have one."""
+        """Set an adapter's delta, or take it away; in all layers that share the parameter and have one.
+
+        Args:
+            parameter: one of `PARAMETERS`.
+            adapter_name: the adapter.
+            delta: the delta; None takes the adapter's away.
+        """
         others = [(o, its) for o, its in self._tied.get(parameter, ()) if adapter_name in o.deltas(its)]
         for layer, name in [(self, parameter), *others]:
             if delta is None:
@@ -238,7 +283,13 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def set_mask(self, parameter: str, adapter_name: str, mask: Tensor | None) -> None:
-        """Tune only the entries where `mask` is True, keeping their values; without one, drop the delta."""
+        """Tune only some entries of a parameter, keeping their values.
+
+        Args:
+            parameter: one of `PARAMETERS`.
+            adapter_name: an adapter that tunes it.
+            mask: bool, of the shape of the parameter: the entries to tune. None, or a mask of none, drops the delta.
+        """
         if adapter_name not in self.deltas(parameter):  # taken away with that of a layer that shares it
             return
         old = self.deltas(parameter)[adapter_name]
@@ -254,7 +305,15 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
         self.put(parameter, adapter_name, delta)
 
     def effective(self, parameter: str, adapters: Sequence[str]) -> Tensor:
-        """The parameter under these adapters: base plus each delta that there is."""
+        """The parameter under these adapters: base plus each delta that there is.
+
+        Args:
+            parameter: one of `PARAMETERS`.
+            adapters: their names; those without a delta here change nothing.
+
+        Returns:
+            Of the shape of the parameter, in float32 or wider where a delta was added.
+        """
         tuned = [found for found in self._tuned(adapters) if found[0] == parameter]
         with onloaded(self.get_base_layer()):
             return self._sums(tuned).get(parameter, self.base_parameter(parameter))
@@ -274,45 +333,47 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
             sums[parameter] = delta(sums[parameter] if parameter in sums else getattr(base, self.own_name(parameter)))
         return sums
 
-    def _effective_call(self, adapters: Sequence[str]) -> EffectiveCall:
-        """What runs under these adapters; cached where nothing it was made from is trained.
+    def _call(self, adapters: Sequence[str]) -> Callable[..., Tensor] | None:
+        """What to call in place of the wrapped module under these adapters; None where none has a delta here."""
+        cached = self._cached(adapters)
+        if cached is not None:
+            return cached.call
+        sums = self._sums(self._tuned(adapters))
+        return None if not sums else partial(self.run, sums) if is_traced() else self.bind(sums)
+
+    def _cached(self, adapters: Sequence[str]) -> CachedCall | None:
+        """The call under these adapters, where it may be cached: nothing it was built from is trained.
 
         An adapter that was loaded for inference so costs no operation in a forward pass.
         """
-        cache, traced = self._cache, is_traced()
-        if traced:
+        cache = self._cache
+        if is_traced():
             if cache is not None and not torch.compiler.is_exporting():
                 self._cache = None  # a compiled step may train what it came from
-        elif cache is not None and cache.adapters == adapters and is_valid(*cache.sources):  # type: ignore[misc]  # cached
+            return None
+        if cache is not None and cache.adapters == adapters and is_valid(*cache.sources):
             return cache
         tuned = self._tuned(adapters)
-        sources = None if traced else self._sources(tuned)
-        if sources is not None:
-            with torch.inference_mode(False), torch.no_grad():  # what is cached may be needed in a graph later
-                sums = self._sums(tuned)
-                self._cache = EffectiveCall(list(adapters), sources, sums, self.bind(sums) if sums else None)
-            return self._cache
-        if not traced:
-            self._cache = None
+        sources = self._sources(tuned)
+        if sources is None:
+            if cache is not None:
+                self._cache = None
             if torch.is_grad_enabled() and not self._route.active:
                 self._route.drop()  # what is stacked for mixed batches came from the same deltas
-        return self._trained_call(adapters, tuned, traced)
+            return None
+        with torch.inference_mode(False), torch.no_grad():  # what is cached may be needed in a graph later
+            sums = self._sums(tuned)
+            self._cache = CachedCall(list(adapters), sources, sums, self.bind(sums) if sums else None)
+        return self._cache
 
-    def _trained_call(self, adapters: Sequence[str], tuned: list[tuple[str, Any]], traced: bool) -> EffectiveCall:
-        """What runs where the deltas may be trained: made anew for each call."""
-        sums = self._sums(tuned)
-        call = None if not sums else partial(self.run, sums) if traced else self.bind(sums)
-        return EffectiveCall(adapters, None, sums, call)
-
-    def _sources(self, tuned: list[tuple[str, Any]]) -> list[TensorState] | None:
+    def _sources(self, tuned: list[tuple[str, Any]]) -> tuple[TensorState, ...] | None:
         """The tensors that the effective parameters are made from; None where one of them may be trained."""
-        base, sources = self.get_base_layer(), []
-        for parameter, delta in tuned:
-            sources += states_of(delta)
-            if any(source.tensor is None for source in sources):  # usually this one
-                return None
-            sources.append(state_of(base, self.own_name(parameter)))
-        return None if any(source.tensor is None for source in sources) else sources
+        if any(module.weight is not None and module.weight.requires_grad for _, module in tuned):
+            return None
+        base = self.get_base_layer()
+        sources = [state_of(base, self.own_name(parameter)) for parameter, _ in tuned]
+        sources += [state for _, module in tuned for state in states_of(module)]
+        return None if any(state.tensor is None for state in sources) else tuple(sources)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes its own sums: kept ones hold on to this layer's tensors.
@@ -325,6 +386,18 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
     # The state machine.
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        cache = self._cache
+        if (  # the usual call of an adapter that is not trained, with as few steps as it takes to be sure of that
+            cache is not None
+            and not is_traced()
+            and cache.adapters == self._active_adapter
+            and not (self._disable_adapters or self.merged_adapters or "adapter_names" in kwargs)
+            and is_valid(*cache.sources)
+            and not self._route.held()
+            and cache.call is not None
+            and "_hf_hook" not in self.get_base_layer().__dict__
+        ):
+            return cache.call(*args, **kwargs)
         kwargs.pop("adapter_names", None)  # hooks of other tuners pass it on; here the route holds it
         base = self.get_base_layer()
         if offload_hook(base) is None:
@@ -345,7 +418,7 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(*args, **kwargs)
         if self._route.on():
             return self.run_routed(*args, **kwargs)
-        call = self._effective_call(self.active_adapters).call or self.base_layer
+        call = self._call(self.active_adapters) or self.base_layer
         return call(*args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -375,7 +448,10 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
         self._forget()
 
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
-        """Raise as `merge(safe_merge=True)` would, without merging.
+        """Raise where a merged value would not be finite, without merging.
+
+        Args:
+            adapter_names: which adapters would be merged; None for the active ones.
 
         Raises:
             ValueError: a merged value would be NaN or infinite.
@@ -385,7 +461,14 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
             self._check_finite(self._merged([*self.merged_adapters, *added]), added)
 
     def added(self, adapter_names: Sequence[str] | None = None) -> list[str]:
-        """Those of some adapters (None: the active ones) that `merge` would merge here."""
+        """The adapters that `merge` would merge here.
+
+        Args:
+            adapter_names: of which adapters; None for the active ones.
+
+        Returns:
+            Those that have a delta here and are not merged yet.
+        """
         names = self.active_adapters if adapter_names is None else adapter_names
         return [name for name in names if name not in self.merged_adapters and self._tuned([name])]
 

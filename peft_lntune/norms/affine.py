@@ -5,6 +5,7 @@ Where its class has a fast path, and nothing is attached to the module that this
 """
 
 from collections.abc import Callable
+from operator import is_
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from peft_lntune.core.cache import is_traced
 from peft_lntune.core.detour import forward_of
 from peft_lntune.core.override import call_hooked, copy_with, is_of_class, runs_own_forward
 from peft_lntune.errors import UnsupportedError
-from peft_lntune.norms.fast_paths import fast_path_of
+from peft_lntune.norms.fast_paths import FAST_PATHS, fast_path_of
 from peft_lntune.norms.names import own_name
 from peft_lntune.norms.rounding import Rule, by_rule, neutral, parameter, rule_for, widened
 
@@ -83,60 +84,66 @@ def _differentiable(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 class NormCall:
-    """`call_with` for many calls of one norm: the rule is looked up once, and as little Python as possible runs.
+    """`call_with` for many calls of one norm: what can be found out before a call is, and little Python runs in it.
 
     Args:
         norm: the module; what is attached to it or changed on it later is seen.
 
     Example:
-        >>> call = NormCall(nn.LayerNorm(2))
-        >>> call(None, torch.ones(2), torch.zeros(1, 2)).tolist()
+        >>> call = NormCall(nn.LayerNorm(2)).bind(None, torch.ones(2))
+        >>> call(torch.zeros(1, 2)).tolist()
         [[1.0, 1.0]]
     """
 
     def __init__(self, norm: nn.Module) -> None:
         self.norm = norm
-        self._weight, self._bias = own_name(norm, "weight"), own_name(norm, "bias")
+        self._names = own_name(norm, "weight"), own_name(norm, "bias")
         self._rules: dict[tuple[object, ...], Rule] = {}
 
-    def __call__(self, weight: Tensor | None, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Call the norm with these effective parameters in place of its own.
+    def bind(self, weight: Tensor | None, bias: Tensor | None) -> Callable[..., Tensor]:
+        """The norm with these effective parameters in place of its own.
 
         Args:
             weight: of the shape of the norm's weight, in float32 or wider; None keeps the norm's own.
             bias: of the shape of the norm's bias, in float32 or wider; None keeps the norm's own.
-            *args: of the module's forward: the input `(B, ..., d)`, and perhaps others.
-            **kwargs: further arguments by name, the input among them where `args` is empty.
 
         Returns:
-            The same as `call_with(norm, x, weight, bias, ...)`.
+            `(x, *args, **kwargs) -> y`, the same as `call_with(norm, x, weight, bias, *args, **kwargs)`; the input may
+            be given by name.
         """
-        norm = self.norm
-        if weight is not None and self._has_all(bias) and runs_own_forward(norm):
-            path = fast_path_of(norm)
-            if path is not None and len(args) == 1 and not kwargs:
-                return path.forward(norm, args[0], weight, bias)
-            rule = self._rule(args[0] if args else next(iter(kwargs.values())), weight)
-            if rule.mode == "native":
-                entries = {self._weight: weight} if bias is None else {self._weight: weight, self._bias: bias}
-                y: Tensor = type(norm).forward(copy_with(norm, entries), *args, **kwargs)
-                return y if rule.dtype is None or y.dtype is rule.dtype else y.to(rule.dtype)
-        x, args, kwargs = split_call(args, kwargs)
-        return call_with(norm, x, weight, bias, *args, **kwargs)
+        norm, names = self.norm, self._names
+        given = {name: value for name, value in zip(names, (weight, bias), strict=True) if value is not None}
+        own = {name for name in names if name in norm.__dict__ or norm._parameters.get(name) is not None}
+        is_direct = weight is not None and given.keys() == own
+        if isinstance(norm, nn.GroupNorm) and any(value.requires_grad for value in given.values()):
+            is_direct = False  # its input may have to be changed, see `_differentiable`
+        copy: tuple[nn.Module, list[Any]] = norm, []
 
-    def _has_all(self, bias: Tensor | None) -> bool:
-        """Whether the norm has no parameters but a weight and this bias, and the input is taken as it is."""
-        norm = self.norm
-        if self._bias in norm.__dict__ or (isinstance(norm, nn.GroupNorm) and torch.is_grad_enabled()):
-            return False
-        return (bias is None) is (norm._parameters.get(self._bias) is None)
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            nonlocal copy
+            if is_direct and weight is not None and runs_own_forward(norm):
+                forward, path = type(norm).forward, FAST_PATHS.get(type(norm))
+                if path is not None and path.of is forward and len(args) == 1 and not kwargs:
+                    return path.forward(norm, args[0], weight, bias)
+                rule = self._rule(forward, args[0] if args else next(iter(kwargs.values())), weight)
+                if rule.mode == "native":
+                    (override, values), state = copy, norm.__dict__
+                    # An attribute that was changed since, such as eps, is another object.
+                    if len(values) != len(state) or not all(map(is_, values, state.values())):
+                        copy = override, values = copy_with(norm, given), [*state.values()]
+                    y: Tensor = forward(override, *args, **kwargs)
+                    return y if rule.dtype is None or y.dtype is rule.dtype else y.to(rule.dtype)
+            x, args, kwargs = split_call(args, kwargs)
+            return call_with(norm, x, weight, bias, *args, **kwargs)
 
-    def _rule(self, x: Tensor, weight: Tensor) -> Rule:
+        return call
+
+    def _rule(self, forward: object, x: Tensor, weight: Tensor) -> Rule:
         norm, cast = self.norm, None
         if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
             cast = torch.get_autocast_dtype(x.device.type)
-        own = norm._parameters.get(self._weight)
-        key = (type(norm).forward, x.dtype, x.device, weight.dtype, None if own is None else own.dtype, cast)
+        own = norm._parameters.get(self._names[0])
+        key = (forward, x.dtype, x.device, weight.dtype, None if own is None else own.dtype, cast)
         rule = self._rules.get(key)
         if rule is None:
             rule = rule_for(norm, x.device, x.dtype, weight.dtype, False)

@@ -20,12 +20,10 @@ class FastPath(NamedTuple):
     """How to compute a norm of one class.
 
     Attributes:
-        forward: `(norm, x, weight, bias) -> y` in the dtype that `norm(x)` has. Bit-equal to it where the parameters
-        are
-            the norm's own in float32 or wider, in every dtype; a test must show that.
-        rows: `(norm, x, weight, bias) -> y` in the dtype of `weight`, with parameters per sample: `(B, 1, ...,
-        *shape)`,
-            or whatever broadcasts over `x`.
+        forward: `(norm, x, weight, bias) -> y` in the dtype that `norm(x)` has. Bit-equal to `norm(x)` where the
+            parameters are the norm's own in float32 or wider, in every dtype; a test must show that.
+        rows: `(norm, x, weight, bias) -> y` in the dtype of `weight`, with parameters per sample:
+            `(B, 1, ..., *shape)`, or whatever broadcasts over `x`.
         normalize: `(norm, x) -> xhat` in float32 or wider: the output before weight and bias. Per-sample gradients are
             sums over it.
         of: the forward of the class that the functions were written for. Where another one takes its place, such as a

@@ -100,7 +100,7 @@ def find_norms(model: nn.Module, *, parameterless: bool = False) -> dict[str, No
         >>> {name: norm.weight_shape for name, norm in find_norms(model).items()}
         {'1': (4,)}
     """
-    return survey(model, parameterless=parameterless)[0]
+    return survey(base_modules(model), parameterless=parameterless)[0]
 
 
 def find_missed(model: nn.Module) -> dict[str, Missed]:
@@ -111,12 +111,21 @@ def find_missed(model: nn.Module) -> dict[str, Missed]:
         >>> print(find_missed(model)["2"].reason)
         BatchNorm normalizes by a statistic of the batch
     """
-    return survey(model)[1]
+    return survey(base_modules(model))[1]
 
 
-def survey(model: nn.Module, *, parameterless: bool = False) -> tuple[dict[str, Norm], dict[str, Missed]]:
-    """The norms of a model and what it has beside them that looks like one; see `find_norms` and `find_missed`."""
-    modules = base_modules(model)
+def survey(
+    modules: Mapping[str, nn.Module], *, parameterless: bool = False
+) -> tuple[dict[str, Norm], dict[str, Missed]]:
+    """The norms of a model and what it has beside them that looks like one; see `find_norms` and `find_missed`.
+
+    Args:
+        modules: the `base_modules` of the model.
+        parameterless: also list norms that have no weight.
+
+    Returns:
+        The norms, and the modules that look like norms and cannot be tuned as such; both by name.
+    """
     seen: dict[tuple[object, ...], probe.NormFacts | str] = {}
     found: dict[str, tuple[nn.Module, probe.NormFacts]] = {}
     reasons: dict[str, str] = {}

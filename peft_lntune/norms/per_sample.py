@@ -5,7 +5,7 @@ A norm is `y = xhat * (weight + offset) + bias`, so with g the gradient of a sam
     d loss / d weight = sum_t g * xhat        d loss / d bias = sum_t g
 
 and for a linear module, `y = x W^T + b`, `d loss / d W = sum_t g x^T`. Samples do not meet in a model, so one backward
-of the sum of all losses gives every sample its own g. A tap behind the module takes g on its way; xhat is computed
+of the sum of all losses gives every sample its own g. A forward hook on the module takes g on its way; xhat is computed
 again from the input that autograd keeps anyway, so memory is that of an ordinary step.
 """
 
@@ -22,7 +22,7 @@ from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.core.module_tree import base_modules, called_modules
 from peft_lntune.errors import UnsupportedError
 from peft_lntune.norms.affine import normalize, split_call
-from peft_lntune.norms.find import Norm, find_norms
+from peft_lntune.norms.find import Norm, survey
 from peft_lntune.norms.names import role_of
 from peft_lntune.norms.probe import summed
 
@@ -32,15 +32,16 @@ _CHUNK = 2**24  # entries of per-sample gradients of one linear weight that are 
 
 
 class PerSample:
-    """What taps on a model have gathered; made by `per_sample`.
+    """What hooks on a model have gathered; made by `per_sample`.
 
     Attributes:
-        tapped: names of the wanted parameters that have taps.
-        loose: names of those without a rule, such as an embedding's weight.
+        hooked: names of the wanted parameters whose gradients the hooks take.
+        fallback: names of those without a rule, such as an embedding's weight: they need a backward pass per sample.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
-        bases, norms = base_modules(model), find_norms(model)
+        bases = base_modules(model)
+        norms, _ = survey(bases)
         wanted: dict[int, str] = {}
         for name in names:
             module, _, parameter = name.rpartition(".")
@@ -56,8 +57,8 @@ class PerSample:
                 self._keys[module_name] = keys
             else:
                 unruled |= set(keys.values())
-        self.loose = [name for name in wanted.values() if name in unruled]
-        self.tapped = [name for name in wanted.values() if name not in unruled]
+        self.fallback = [name for name in wanted.values() if name in unruled]
+        self.hooked = [name for name in wanted.values() if name not in unruled]
         self._bases, self._norms = bases, norms
         self._size, self._lengths = 0, frozenset[int]()
         self._calls: dict[str, int] = {}
@@ -91,17 +92,25 @@ class PerSample:
         return found
 
     def drop(self, names: Iterable[str]) -> None:
-        """Treat these parameters as loose from now on."""
+        """Take no gradients of these parameters from now on; they become `fallback`."""
         gone = set(names)
-        self.loose += [name for name in self.tapped if name in gone]
-        self.tapped = [name for name in self.tapped if name not in gone]
+        self.fallback += [name for name in self.hooked if name in gone]
+        self.hooked = [name for name in self.hooked if name not in gone]
 
-    # Taps.
+    # Hooks.
 
     def hook(self, name: str, anchor: Tensor) -> Any:
-        """The forward hook of one module."""
+        """The forward hook of one module.
 
-        def tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
+        Args:
+            name: of the module.
+            anchor: a scalar that requires a gradient, on the module's device.
+
+        Returns:
+            A hook that is registered `with_kwargs=True`.
+        """
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
             x, more, named = split_call(args, kwargs)
             if not isinstance(y, Tensor):
                 raise UnsupportedError(f"{name} ({type(module).__name__}) returns {type(y).__name__}, not a tensor.")
@@ -114,9 +123,9 @@ class PerSample:
                     self._calls[key] = self._calls.get(key, 0) + 1
             tensors = [x]
             call = [_set_aside(value, tensors) for value in more], {k: _set_aside(v, tensors) for k, v in named.items()}
-            return _Tap.apply(y, anchor, partial(self._note, name, call), *tensors)
+            return _Identity.apply(y, anchor, partial(self._note, name, call), *tensors)
 
-        return tap
+        return hook
 
     def _check_rows(self, name: str, x: Tensor) -> None:
         whole = self._size == 1 and not (name in self._norms and self._norms[name].axis == 1)  # all rows are its own
@@ -137,7 +146,7 @@ class PerSample:
     def _note(self, name: str, call: tuple[list[Any], dict[str, Any]], gradient: Tensor, *tensors: Tensor) -> None:
         """Take the gradient by the output of one call of the module `name`."""
         self._backward = True
-        keys = {parameter: key for parameter, key in self._keys[name].items() if key in self.tapped}
+        keys = {parameter: key for parameter, key in self._keys[name].items() if key in self.hooked}
         if name not in self._norms:
             self._note_linear(keys, gradient, tensors[0])
             return
@@ -183,39 +192,42 @@ class PerSample:
 
 @contextmanager
 def per_sample(model: nn.Module, names: Iterable[str]) -> Iterator[PerSample]:
-    """Put taps on the modules that hold these parameters, for as long as the context is open.
+    """Put hooks on the modules that hold these parameters, for as long as the context is open.
 
     Args:
         model: a model, plain or with adapters; parameters should not require gradients, so that none are computed
             twice.
         names: parameters by their names in the base model.
 
+    Yields:
+        The gathered gradients; `start` must be called before each forward pass.
+
     Example:
         >>> model = nn.Sequential(nn.LayerNorm(2), nn.Linear(2, 1))
-        >>> with per_sample(model, ["0.bias"]) as taps:
-        ...     taps.start(size=3, lengths=())
+        >>> with per_sample(model, ["0.bias"]) as hooks:
+        ...     hooks.start(size=3, lengths=())
         ...     model(torch.randn(3, 2)).sum().backward()
-        ...     gradients = taps.gradients()
+        ...     gradients = hooks.gradients()
         >>> gradients["0.bias"].shape
         torch.Size([3, 2])
     """
-    taps = PerSample(model, names)
+    hooks = PerSample(model, names)
     called = called_modules(model)
     anchors: dict[torch.device, Tensor] = {}
     handles = []
     try:
-        for name in taps._keys:
+        for name in hooks._keys:
             device = next(called[name].parameters()).device
             # Something that requires a gradient, so that there is a backward pass through a frozen model.
             anchor = anchors.setdefault(device, torch.zeros((), device=device, requires_grad=True))
-            handles.append(called[name].register_forward_hook(taps.hook(name, anchor), with_kwargs=True))
-        yield taps
+            handles.append(called[name].register_forward_hook(hooks.hook(name, anchor), with_kwargs=True))
+        yield hooks
     finally:
         for handle in handles:
             handle.remove()
 
 
-class _Tap(torch.autograd.Function):
+class _Identity(torch.autograd.Function):
     """The identity; its backward shows the gradient to `note`.
 
     The input goes through `save_for_backward`, not a closure, so that gradient checkpointing can drop it.

@@ -8,9 +8,9 @@ called in the first of these modes that repeats the base's bits, found by runnin
     upcast       the norm's own forward on a widened input, tried first where the result must not be rounded yet
     postscale    the norm's own forward with neutral parameters of its own dtype, then the affine part outside
     compensated  upcast, plus the difference between that with unchanged parameters and the base's output
-    downcast     the norm's own forward with parameters rounded to its own dtype, where no other mode could be tried or
-                 repeats the bits: a kernel that takes one dtype only, a forward that cannot be run on a copy, and a
-                 norm whose output is no affine tensor (`NormFacts.by_sample`)
+    downcast     the norm's own forward with parameters rounded to its own dtype, where no other mode could be tried
+                 or repeats the bits: a kernel that takes one dtype only, a forward that cannot be run on a copy, and
+                 a norm whose output is no affine tensor (`NormFacts.by_sample`)
 
 A rule is remembered for the forward that ran: for a kernel that takes its place, a new one is found. While something
 traces or fakes the operations of this thread, the copy runs in another thread, where they are real, and nothing is
@@ -221,8 +221,7 @@ def by_rule(
     """
     weight, bias = wider
     if rule.mode == "compensated":
-        # Rounded before the difference is added, which has the same spacing: the sum is exact where nothing has
-        # changed.
+        # Rounded first, to the spacing of the difference: the sum is exact where nothing has changed.
         y = by_rule(norm, replace(rule, mode="upcast"), own, wider, x, args, kwargs).to(rule.wide)
         return (y + _difference(norm, rule, own, x, args, kwargs)).to(rule.dtype)
     if rule.mode == "postscale":

@@ -5,12 +5,11 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from torch import nn
 
-from peft_lntune.architectures.attention import AttentionFacts
-from peft_lntune.config import LNTuneConfig, PrefixConfig
-from peft_lntune.core.module_tree import base_modules
+from peft_lntune.config import LNTuneConfig
 from peft_lntune.errors import AdapterFileError
+from peft_lntune.planning.facts import ModelFacts
+from peft_lntune.planning.methods import method_of
 from peft_lntune.planning.types import Plan
 from peft_lntune.storage.keys import is_ours
 from peft_lntune.storage.renaming import is_renamed
@@ -32,6 +31,11 @@ def check_architecture(config: PeftConfig, model: Any, where: str = "this adapte
 
     Whoever gives a `key_mapping` says that the one is the other under other names.
 
+    Args:
+        config: of the saved adapter.
+        model: the model to load into, or its config.
+        where: what to call the adapter in the message.
+
     Raises:
         AdapterFileError: it was.
     """
@@ -45,14 +49,14 @@ def check_architecture(config: PeftConfig, model: Any, where: str = "this adapte
         )
 
 
-def check_claims(config: LNTuneConfig, model: nn.Module, planned: Sequence[tuple[PeftConfig, Plan]]) -> None:
+def check_claims(config: LNTuneConfig, facts: ModelFacts, planned: Sequence[tuple[PeftConfig, Plan]]) -> None:
     """Raise where what is about to be made for a saved adapter is not in its weight file.
 
     A config is small, and a number in it can ask for any amount of memory.
 
     Args:
         config: of the saved adapter; one that is not about to be loaded from a file passes.
-        model: the model to load into.
+        facts: of the model to load into.
         planned: what `plan_parts` has found for it.
 
     Raises:
@@ -61,36 +65,21 @@ def check_claims(config: LNTuneConfig, model: nn.Module, planned: Sequence[tuple
     shapes = config.stored_shapes
     if shapes is None:
         return
-    check_architecture(config, model)
-    wanted = sum(_entries(part, plan) for part, plan in planned)
+    check_architecture(config, facts.model)
+    wanted = sum(method_of(part).stored_entries(part, its) for part, plan in planned for its in plan.parts.values())
     held = sum(shape.numel() for name, shape in shapes.items() if is_ours(name))
     if wanted > held + _SLACK:
         raise AdapterFileError(
             f"the config of this adapter asks for {wanted:,} values in this model, and its weight file holds {held:,}. "
             "It was trained on another model, or its adapter_config.json was changed; get a good copy of both files."
         )
-    _check_heads(config, model, shapes)
+    _check_heads(config, facts, shapes)
 
 
-def _entries(part: PeftConfig, plan: Plan) -> int:
-    """How many elements of tensors in a file are the least for what is planned: eight bits of a supermask are one."""
-    total = 0
-    for place in plan.parts.values():
-        tuned = sum(count for count, _ in place.entries.values())
-        if place.method == "supermask":
-            total += -(-tuned // 8)
-        elif isinstance(part, PrefixConfig) and isinstance(place.place, AttentionFacts):
-            # Planned is the network that it is trained through, if any; saved, and made for a file, are its values.
-            total += 2 * part.num_virtual_tokens * place.place.heads * place.place.head_dim
-        else:
-            total += tuned
-    return total
-
-
-def _check_heads(config: LNTuneConfig, model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
+def _check_heads(config: LNTuneConfig, facts: ModelFacts, shapes: Mapping[str, torch.Size]) -> None:
     """PEFT copies every module that `modules_to_save` names, before it looks for the tensors of the copies."""
     endings = tuple(config.modules_to_save or ())
-    modules = base_modules(model) if endings else {}
+    modules = facts.modules if endings else {}
     heads = tuple(f"{name}." for name in modules if name and name.endswith(endings))
     for name, module in modules.items():
         if not f"{name}.".startswith(heads):

@@ -4,31 +4,27 @@ from collections.abc import Iterable, Mapping
 from itertools import accumulate, pairwise
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from peft_lntune.architectures.attention import find_attention, lies_by_head
+from peft_lntune.architectures.attention import lies_by_head
 from peft_lntune.architectures.components import HEAD, find_contents
 from peft_lntune.architectures.table import Component, Contents
 from peft_lntune.core.delta import ParameterSlice
-from peft_lntune.core.module_tree import base_modules
 from peft_lntune.errors import UnsupportedError
-from peft_lntune.norms.find import Norm, find_norms
+from peft_lntune.norms.find import Norm
+from peft_lntune.planning.facts import ModelFacts
 
 __all__ = ["find_component_parameters"]
 
 
 def find_component_parameters(
-    model: nn.Module,
-    components: Iterable[str],
-    norms: Mapping[str, Norm] | None = None,
-    tune: tuple[str, ...] = ("weight", "bias"),
+    facts: ModelFacts, components: Iterable[str], tune: tuple[str, ...] = ("weight", "bias")
 ) -> dict[str, dict[str, ParameterSlice | None]]:
     """The parameters of some components, in the order of the model's modules.
 
     Args:
-        model: the model, plain or with adapters.
+        facts: of the model, plain or with adapters.
         components: members of `peft_lntune.architectures.table.Component`, or their values.
-        norms: what `find_norms(model)` has found, where that is at hand.
         tune: which parameters of the modules.
 
     Returns:
@@ -42,12 +38,11 @@ def find_component_parameters(
     Example:
         >>> from transformers import GPT2Config, GPT2Model
         >>> model = GPT2Model(GPT2Config(n_layer=1, n_embd=4, n_head=2, vocab_size=9, n_positions=4))
-        >>> find_component_parameters(model, ["key"])["h.0.attn.c_attn"]["weight"]
+        >>> find_component_parameters(ModelFacts(model), ["key"])["h.0.attn.c_attn"]["weight"]
         ParameterSlice(axis=1, ranges=((4, 8),))
     """
     wanted = set(components)
-    modules = base_modules(model)
-    norms = find_norms(model) if norms is None else norms
+    modules, norms = facts.modules, facts.norms
     owned = {
         f"{name}.{parameter}": (name, parameter, tensor)
         for name, module in modules.items()
@@ -62,7 +57,7 @@ def find_component_parameters(
         if wanted.isdisjoint(parts):
             continue
         whole = wanted.issuperset(parts)
-        part = None if whole else _slice(model, modules, name, parameter, held, wanted)
+        part = None if whole else _slice(facts, name, parameter, held, wanted)
         found.setdefault(name, {})[parameter] = part
     for full, (name, parameter, tensor) in owned.items():
         if found.get(name, {}).get(parameter, ()) is None:
@@ -76,12 +71,10 @@ def _own_name(norm: Norm | None, parameter: str) -> str:
     return parameter if norm is None else norm.parameters[parameter]
 
 
-def _slice(
-    model: nn.Module, modules: Mapping[str, nn.Module], name: str, parameter: str, held: Contents, wanted: set[str]
-) -> ParameterSlice:
+def _slice(facts: ModelFacts, name: str, parameter: str, held: Contents, wanted: set[str]) -> ParameterSlice:
     """The wanted part of a fused projection."""
-    fused, module = held.components, modules[name]
-    if held.by_head or lies_by_head(modules.get(name.rpartition(".")[0])):
+    fused, module = held.components, facts.modules[name]
+    if held.by_head or lies_by_head(facts.modules.get(name.rpartition(".")[0])):
         asked = ", ".join(sorted(wanted.intersection(fused)))
         raise UnsupportedError(
             f"{name} ({type(module).__name__}) holds {', '.join(fused)} in one matrix, head by head or in an order "
@@ -91,21 +84,21 @@ def _slice(
     tensor = getattr(module, parameter)
     # GPT-2's linear maps have their weight the other way round.
     axis = 1 if tensor.dim() == 2 and hasattr(module, "nf") else 0
-    ends = [0, *accumulate(_sizes(model, name, tensor.shape[axis], fused))]
+    ends = [0, *accumulate(_sizes(facts, name, tensor.shape[axis], fused))]
     ranges = [place for part, place in zip(fused, pairwise(ends), strict=True) if part in wanted]
     return ParameterSlice(axis, tuple(ranges))
 
 
-def _sizes(model: nn.Module, name: str, size: int, fused: tuple[Component, ...]) -> list[int]:
+def _sizes(facts: ModelFacts, name: str, size: int, fused: tuple[Component, ...]) -> list[int]:
     """How many outputs each part of a fused projection has: keys and values may be fewer than queries."""
     if Component.QUERY not in fused:
         return [size // len(fused)] * len(fused)
     try:
-        facts = find_attention(model).get(name.rpartition(".")[0])
+        attention = facts.attention[0].get(name.rpartition(".")[0])
     except UnsupportedError:  # attention of the model's own, which takes no prefix
-        facts = None
-    key = size // 3 if facts is None else facts.heads * facts.head_dim
-    if facts is None and size % 3:
+        attention = None
+    key = size // 3 if attention is None else attention.heads * attention.head_dim
+    if attention is None and size % 3:
         raise UnsupportedError(
             f"{name} holds {', '.join(fused)} in one matrix of {size} outputs, and how many are keys is not known. "
             "Choose all of them or none."

@@ -1,20 +1,23 @@
-"""What a config asks for and does not find: sub-layers without a place, and norms without a role."""
+"""What a config asks for and does not find: sub-layers without a place, norms without a role, and what is no norm."""
 
 import warnings
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from peft_lntune.architectures.role_names import ATTENTION, MIXER
 from peft_lntune.architectures.role_rules import Tree
+from peft_lntune.norms.find import Missed
 from peft_lntune.planning.targets import is_chosen
 from peft_lntune.planning.types import Plan
 
-__all__ = ["NO_ROLE", "find_gaps", "warn_of_gaps"]
+__all__ = ["NO_ROLE", "find_gaps", "warn_of_gaps", "warn_of_missed", "warn_of_unknown_roles"]
 
 NO_ROLE = "role unknown"
 """Why a norm is left out that has no role, where a config chooses by role."""
 
 _SHOWN = 3
+_NAMED = 20  # modules of one kind that the warning of modules which look like norms names
 
 
 def find_gaps(
@@ -57,19 +60,28 @@ def _above(name: str) -> list[str]:
 
 
 def warn_of_gaps(config: Any, plan: Plan) -> None:
-    """Say once what a config asks for and the plan has no place for.
+    """Name sub-layers that a config asks for and its plan has no place at.
 
     Args:
         config: one part of what is injected.
         plan: its plan.
     """
-    if any(part.method in ("bottleneck", "prefix") for part in plan.parts.values()) and plan.left_out:
+    if plan.left_out:
         _warn(
             f"{type(config).__name__} finds a place at {len(plan.parts)} sub-layers and none at {len(plan.left_out)}",
             [f"{name} ({reason})" for name, reason in plan.left_out.items()],
             "`plan(model, config)` lists all. Tune these layers by another part, such as LNTuningConfig or LoRA; or "
             "leave them out with exclude_modules or layers_to_transform, which ends this warning.",
         )
+
+
+def warn_of_unknown_roles(config: Any, plan: Plan) -> None:
+    """Name norms that a config leaves out because it chooses by role, and theirs is not known.
+
+    Args:
+        config: one part of what is injected.
+        plan: its plan.
+    """
     if getattr(config, "roles", None) is None:
         return
     unknown = [name for name, reason in plan.left_out.items() if reason == NO_ROLE and is_chosen(config, name)]
@@ -79,6 +91,29 @@ def warn_of_gaps(config: Any, plan: Plan) -> None:
             unknown,
             "`plan(model, config)` lists all. Name norms in target_modules, in place of roles, to tune these too; or "
             "leave them out with exclude_modules, which ends this warning.",
+        )
+
+
+def warn_of_missed(missed: Mapping[str, Missed]) -> None:
+    """Name modules that a config would tune if they could be tuned as norms, those that are alike with one reason.
+
+    Args:
+        missed: by name; nothing is said where there are none.
+    """
+    alike: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name, its in missed.items():
+        alike[its.module_class, its.reason].append(name)
+    groups = []
+    for (module_class, reason), names in alike.items():
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        groups.append(f"{', '.join(names[:_NAMED])}{more} ({module_class}): {reason}")
+    if groups:
+        one = len(missed) == 1
+        which = "1 module looks like a norm and is" if one else f"{len(missed)} modules look like norms and are"
+        warnings.warn(
+            f"{which} not tuned. {'; '.join(groups)}. print(plan(model, config)) lists each. Name it in target_modules "
+            "to tune it as any other module, or in exclude_modules to leave it out without this warning.",
+            stacklevel=3,
         )
 
 

@@ -1,23 +1,14 @@
 """What a config would do to a model: which modules, which parameters, at what cost. Decided before anything changes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from peft import PeftConfig
 from torch import nn
 
-from peft_lntune.config import (
-    BottleneckConfig,
-    DeltaConfig,
-    LNTuneConfig,
-    ModuleTuningConfig,
-    PrefixConfig,
-    SupermaskConfig,
-    UnifiedConfig,
-)
+from peft_lntune.config import LNTuneConfig, UnifiedConfig
 from peft_lntune.errors import AdapterFileError, ConfigError
-from peft_lntune.planning.deltas import plan_components, plan_deltas
-from peft_lntune.planning.inserted import plan_bottlenecks, plan_lora, plan_prefixes
-from peft_lntune.planning.supermasks import plan_masks
+from peft_lntune.planning.facts import ModelFacts
+from peft_lntune.planning.methods import method_of
 from peft_lntune.planning.types import Plan
 
 __all__ = ["check_selected", "plan", "plan_parts"]
@@ -47,7 +38,7 @@ def plan(model: nn.Module, config: PeftConfig, counts: Mapping[str, int | None] 
         >>> plan(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), LNTuningConfig()).entries
         8
     """
-    plans = [planned for _, planned in plan_parts(model, config, counts)]
+    plans = [planned for _, planned in plan_parts(ModelFacts(model), config, counts)]
     left_out = {name: reason for planned in plans for name, reason in planned.left_out.items()}
     missed = {name: one for planned in plans for name, one in planned.missed.items()}
     parts = {name: part for planned in plans for name, part in planned.parts.items()}
@@ -55,11 +46,23 @@ def plan(model: nn.Module, config: PeftConfig, counts: Mapping[str, int | None] 
 
 
 def plan_parts(
-    model: nn.Module, config: PeftConfig, counts: Mapping[str, int | None] | None = None
+    facts: ModelFacts, config: PeftConfig, counts: Mapping[str, int | None] | None = None
 ) -> list[tuple[PeftConfig, Plan]]:
-    """The plan of each part of a config, with the part as it can be injected by itself; see `plan`."""
+    """The plan of each part of a config, with the part as it can be injected by itself.
+
+    Args:
+        facts: of the model.
+        config: any config of this package.
+        counts: for each tuned parameter the number of tuned entries, None for all.
+
+    Returns:
+        Each part of the config, resolved, with its plan.
+
+    Raises:
+        The same as `plan`.
+    """
     parts = config.effective_parts() if isinstance(config, UnifiedConfig) else [config]
-    planned = [_plan_part(model, part, counts) for part in parts]
+    planned = [(part, method_of(part).plan(facts, part, counts)) for part in _resolved(facts, parts)]
     taken: dict[str, PeftConfig] = {}
     for part, its in planned:
         for name in its.parts:
@@ -75,6 +78,10 @@ def plan_parts(
 def check_selected(config: LNTuneConfig, selected: int) -> None:
     """Raise where a saved mask was chosen among another number of entries than its config selects in this model.
 
+    Args:
+        config: of the saved adapter.
+        selected: how many entries it selects in this model.
+
     Raises:
         AdapterFileError: it was.
     """
@@ -86,17 +93,5 @@ def check_selected(config: LNTuneConfig, selected: int) -> None:
         )
 
 
-def _plan_part(
-    model: nn.Module, config: PeftConfig, counts: Mapping[str, int | None] | None
-) -> tuple[PeftConfig, Plan]:
-    if isinstance(config, ModuleTuningConfig) and config.components is not None:
-        return config, plan_components(model, config, counts)
-    if isinstance(config, DeltaConfig):
-        return config, plan_deltas(model, config, counts)
-    if isinstance(config, SupermaskConfig):
-        return config, plan_masks(model, config)
-    if isinstance(config, BottleneckConfig):
-        return config, plan_bottlenecks(model, config)
-    if isinstance(config, PrefixConfig):
-        return config, plan_prefixes(model, config)
-    return plan_lora(model, config)
+def _resolved(facts: ModelFacts, parts: Iterable[PeftConfig]) -> Iterator[PeftConfig]:
+    return (method_of(part).resolve(facts, part) for part in parts)

@@ -10,18 +10,46 @@ __all__ = ["in_layers", "is_chosen", "is_saved", "matches"]
 
 
 def is_chosen(config: Any, name: str) -> bool:
-    """Whether a place found by structure is among the target modules, if any are named, and in the layers."""
+    """Tell whether a place found by structure is among the target modules, if any are named, and in the layers.
+
+    Args:
+        config: any config of this package.
+        name: of the module.
+
+    Returns:
+        Whether it is, and is not excluded.
+    """
     named = config.target_modules is None or matches(config.target_modules, name)
     return named and not matches(config.exclude_modules, name) and in_layers(config, name)
 
 
 def is_saved(config: LNTuneConfig, name: str) -> bool:
-    """PEFT's rule: whether a module is one of `modules_to_save`, or inside one."""
+    """Tell whether a module is one of `modules_to_save`, or inside one, by PEFT's rule.
+
+    Args:
+        config: any config of this package.
+        name: of the module.
+
+    Returns:
+        Whether it is.
+    """
     return any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save or ())
 
 
 def matches(pattern: Iterable[str] | str | None, name: str) -> bool:
-    """PEFT's rule: a string is a regular expression for the whole name, a list holds names or endings of names."""
+    """Match a name by PEFT's rule: a string is a regular expression for all of it, a list holds names or endings.
+
+    Args:
+        pattern: the string or the list; None or an empty one matches nothing.
+        name: of a module.
+
+    Returns:
+        Whether it matches.
+
+    Example:
+        >>> matches(["ln_1"], "h.0.ln_1"), matches("ln_1", "h.0.ln_1")
+        (True, False)
+    """
     if not pattern:
         return False
     if isinstance(pattern, str):
@@ -30,7 +58,15 @@ def matches(pattern: Iterable[str] | str | None, name: str) -> bool:
 
 
 def in_layers(config: LNTuneConfig, name: str) -> bool:
-    """Whether a module is in the layers that a config chooses, and in none that it leaves out."""
+    """Tell whether a module is in the layers that a config chooses, and in none that it leaves out.
+
+    Args:
+        config: any config of this package.
+        name: of the module.
+
+    Returns:
+        Whether it is.
+    """
     chosen, excluded = config.layers_to_transform, getattr(config, "layers_to_exclude", None)
     if excluded is not None and _is_in(config, name, excluded):
         return False

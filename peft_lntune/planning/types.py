@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from peft_lntune.analysis.tables import Table
 from peft_lntune.architectures.attention import AttentionFacts
 from peft_lntune.architectures.sublayers import Sublayer
 from peft_lntune.core.delta import ParameterSlice
@@ -90,11 +91,7 @@ class Plan:
         rows.append((f"{len(self.parts)} modules", "", "", "", f"{self.entries:,}", f"{self.bytes:,}"))
         if all(part.method == "delta" for part in self.parts.values()):
             header, rows = header[:2] + header[3:], [row[:2] + row[3:] for row in rows]
-        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)
-        ]
-        lines = [line.rstrip() for line in lines]
+        lines = [str(Table(header, rows))]
         if self.left_out:
             lines += ["", "not tuned:", *(f"  {name}: {reason}" for name, reason in self.left_out.items())]
         if self.missed:

@@ -5,14 +5,14 @@ delta to the pretrained value, and a score to the threshold where its entry is s
 """
 
 import sys
-from collections.abc import Sequence
-from functools import wraps
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import trainer_pt_utils
 
 from peft_lntune.core.delta_module import Delta
 from peft_lntune.core.supermask import Supermask
+from peft_lntune.plugin.wrapping import wrap_once
 
 __all__ = ["leave_out_deltas"]
 
@@ -21,18 +21,13 @@ _USERS = ("transformers.trainer", "peft.optimizers.loraplus")  # they import the
 
 def leave_out_deltas() -> None:
     """Let transformers' `get_parameter_names` pass over deltas and masks. Idempotent."""
-    original = trainer_pt_utils.get_parameter_names
-    if hasattr(original, "_lntune_decay"):
-        return
+    users = [sys.modules[name] for name in _USERS if hasattr(sys.modules.get(name), "get_parameter_names")]
+    wrap_once([(module, "get_parameter_names", _wrapped) for module in (trainer_pt_utils, *users)])
 
-    @wraps(original)
+
+def _wrapped(original: Callable[..., list[str]]) -> Callable[..., list[str]]:
     def get_parameter_names(model: Any, forbidden_layer_types: Sequence[type], *args: Any, **kwargs: Any) -> list[str]:
         ours = [kind for kind in (Delta, Supermask) if kind not in forbidden_layer_types]
         return original(model, [*forbidden_layer_types, *ours], *args, **kwargs)
 
-    get_parameter_names._lntune_decay = True  # type: ignore[attr-defined]
-    trainer_pt_utils.get_parameter_names = get_parameter_names
-    for name in _USERS:
-        user = sys.modules.get(name)
-        if user is not None and getattr(user, "get_parameter_names", None) is original:
-            user.get_parameter_names = get_parameter_names  # type: ignore[attr-defined]
+    return get_parameter_names

@@ -4,7 +4,6 @@ A compiled model is not compiled again by it. PEFT's `hotswap_adapter` knows LoR
 wrapped, so that code which has imported it already has adapters of ours too.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,28 +11,23 @@ from peft.utils import hotswap, set_peft_model_state_dict
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
-from peft_lntune.config import LNTuneConfig, delta_part, record_mask
+from peft_lntune.config import LNTuneConfig, record_mask
 from peft_lntune.errors import AdapterFileError, ConfigError
+from peft_lntune.plugin.wrapping import wrap_once
 from peft_lntune.storage.keys import without_adapter_name
 from peft_lntune.tuner.replacement import check_replacement
 
 __all__ = ["offer_hotswap"]
 
-_MARK = "_lntune_hotswap"
-
 
 def offer_hotswap() -> None:
     """Let PEFT's `hotswap_adapter` take adapters of this package. Idempotent."""
-    wraps = {
-        "check_hotswap_configs_compatible": _guarded_check,
-        "hotswap_adapter_from_state_dict": _guarded_swap,
-    }
-    originals = {name: getattr(hotswap, name) for name in wraps}
-    for name, original in originals.items():
-        if not getattr(original, _MARK, False):
-            wrapped = functools.wraps(original)(wraps[name](original))
-            setattr(wrapped, _MARK, True)
-            setattr(hotswap, name, wrapped)
+    wrap_once(
+        [
+            (hotswap, "check_hotswap_configs_compatible", _guarded_check),
+            (hotswap, "hotswap_adapter_from_state_dict", _guarded_swap),
+        ]
+    )
 
 
 def _guarded_check(original: Callable[..., None]) -> Callable[..., None]:
@@ -74,6 +68,6 @@ def _swap(model: Any, tensors: Mapping[str, Tensor], adapter_name: str, config: 
             f"{error} A hot swap keeps the places and the number of tuned entries of adapter {adapter_name!r}; load an "
             "adapter with others under another name."
         ) from error
-    norms = delta_part(config)
+    norms = config.deltas
     if norms is not None:
         record_mask(model.peft_config, adapter_name, norms.mask_source)

@@ -5,11 +5,9 @@ behind, and transformers' own loader only reports keys that do not fit. The load
 first, and where loading fails all the same, the model is put back as it was.
 """
 
-import functools
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import transformers
@@ -19,25 +17,19 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.integrations.peft import PeftAdapterMixin
 
-from peft_lntune.config import LNTuneConfig, StoredConfig, delta_part, record_mask
-from peft_lntune.config.base import without_runtime
+from peft_lntune.config import LNTuneConfig, StoredConfig, record_mask
 from peft_lntune.core.delta import delta_dtype
 from peft_lntune.core.module_tree import base_modules
-from peft_lntune.errors import AdapterFileError, PeftLNTuneError, UnsupportedError
+from peft_lntune.errors import AdapterFileError, UnsupportedError
 from peft_lntune.layers.offloaded import is_offloaded
 from peft_lntune.planning.claims import check_architecture
-from peft_lntune.storage.adapter_file import (
-    CONFIG_FILE,
-    PEFT_TYPE,
-    WEIGHTS_FILE,
-    cast_values,
-    hub_options,
-    read_tensors,
-)
+from peft_lntune.plugin.wrapping import wrap_once
+from peft_lntune.storage.adapter_file import PEFT_TYPE, cast_values
 from peft_lntune.storage.keys import has_lora, is_ours, of_adapter, with_lora_name
-from peft_lntune.storage.manifest import check_directory, check_tensors, read_config
-from peft_lntune.storage.packing import KEEP, PREFIX, SCORES, is_packed
+from peft_lntune.storage.manifest import check_tensors
+from peft_lntune.storage.packing import KEEP, SCORES, is_packed
 from peft_lntune.storage.renaming import renaming
+from peft_lntune.storage.saved_adapter import SavedAdapter, hub_options, read_config
 from peft_lntune.tuner.model import LNTuneModel
 from peft_lntune.tuner.replacement import check_replacement
 from peft_lntune.tuner.restoring import configs_of, restored_on_error, told_by_us
@@ -48,29 +40,19 @@ __all__ = ["guard_loading"]
 HEADS_SINCE = 5, 18
 """The first transformers whose own `load_adapter` loads heads (`modules_to_save`)."""
 
-_MARK = "_lntune_guarded"
-
 
 def guard_loading() -> None:
     """Wrap PEFT's and transformers' loaders. Idempotent."""
-    wraps: list[tuple[type, str, Callable[..., Any]]] = [
-        (PeftConfig.__mro__[1], "from_json_file", _guarded_json),
-        (PeftModel, "load_adapter", _guarded_load),
-        (PeftModel, "from_pretrained", _guarded_from_pretrained),
-        (PeftMixedModel, "from_pretrained", _guarded_from_pretrained),
-        (AutoPeftModel.__mro__[1], "from_pretrained", _guarded_auto),
-        (PeftAdapterMixin, "load_adapter", _guarded_native),
-    ]
-    # Everything is looked up before anything is changed.
-    _ = PeftConfig._get_peft_type
-    originals = [getattr(owner, name) for owner, name, _ in wraps]
-    for (owner, name, wrap), original in zip(wraps, originals, strict=True):
-        if getattr(original, _MARK, False):
-            continue
-        function = getattr(original, "__func__", original)
-        wrapped = functools.wraps(function)(wrap(function))
-        setattr(wrapped, _MARK, True)
-        setattr(owner, name, classmethod(wrapped) if inspect.ismethod(original) else wrapped)
+    wrap_once(
+        [
+            (PeftConfig.__mro__[1], "from_json_file", _guarded_json),
+            (PeftModel, "load_adapter", _guarded_load),
+            (PeftModel, "from_pretrained", _guarded_from_pretrained),
+            (PeftMixedModel, "from_pretrained", _guarded_from_pretrained),
+            (AutoPeftModel.__mro__[1], "from_pretrained", _guarded_auto),
+            (PeftAdapterMixin, "load_adapter", _guarded_native),
+        ]
+    )
 
 
 def _guarded_json(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -78,9 +60,7 @@ def _guarded_json(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def from_json_file(cls: type, path_json_file: str, **kwargs: Any) -> Any:
         config = read_config(path_json_file)
-        if config.get("peft_type") != PEFT_TYPE:
-            return original(cls, path_json_file, **kwargs)
-        return without_runtime(config)
+        return config if config.get("peft_type") == PEFT_TYPE else original(cls, path_json_file, **kwargs)
 
     return from_json_file
 
@@ -98,7 +78,7 @@ def _guarded_load(original: Callable[..., Any]) -> Callable[..., Any]:
                     check_replacement(self, adapter_name, saved, str(model_id))
             with _dispatched_as_it_is(self, model_id, kwargs):
                 loaded = original(self, model_id, adapter_name, *args, **kwargs)
-        norms = delta_part(saved) if saved is not None else None
+        norms = saved.deltas if saved is not None else None
         if norms is not None:
             record_mask(self.peft_config, adapter_name, norms.mask_source)
         return loaded
@@ -127,8 +107,8 @@ def _guarded_auto(original: Callable[..., Any]) -> Callable[..., Any]:
     def from_pretrained(cls: type, path: Any, *args: Any, **kwargs: Any) -> Any:
         # Before the weights of a model are read for an adapter that is not whole, or not for it. What that model's own
         # files lack is not the adapter's fault.
-        with told_by_us(path, lambda: is_about_ours(path, kwargs)):
-            if is_about_ours(path, kwargs):
+        with told_by_us(path, lambda: SavedAdapter(path, kwargs).seems_ours):
+            if SavedAdapter(path, kwargs).seems_ours:
                 config = StoredConfig.from_pretrained(str(path), **hub_options(kwargs))
                 check_architecture(config, _base_config(config, kwargs), str(path))
         return original(cls, path, *args, **kwargs)
@@ -175,7 +155,7 @@ def _guarded_native(original: Callable[..., Any]) -> Callable[..., Any]:
 def _check_not_offloaded(model: nn.Module, config: Any, model_id: Any, hub: dict[str, Any]) -> None:
     if not is_offloaded(model):
         return
-    if isinstance(config, LNTuneConfig) or (model_id is not None and _holds_ours(model_id, hub)):
+    if isinstance(config, LNTuneConfig) or (model_id is not None and SavedAdapter(model_id, hub).is_ours):
         raise UnsupportedError(
             "this model is offloaded, and transformers' own load_adapter would leave the adapter without values. Load "
             "it with PeftModel.from_pretrained(model, ...)."
@@ -193,7 +173,7 @@ def _read_ours(model: nn.Module, given: dict[str, Any], model_id: Any, hub: dict
         hub: where on the Hub to look.
     """
     config, tensors = given.get("peft_config"), given.get("adapter_state_dict")
-    if config is None and model_id is not None and _holds_ours(model_id, hub):
+    if config is None and model_id is not None and SavedAdapter(model_id, hub).is_ours:
         config = _check_files(model_id, hub)
     elif isinstance(config, LNTuneConfig) and not tensors and model_id is not None:
         config.take_sizes(_check_files(model_id, hub) or config)
@@ -233,48 +213,24 @@ def _check_heads_load() -> None:
         )
 
 
-def _holds_ours(model_id: Any, hub: dict[str, Any]) -> bool:
-    try:
-        return PeftConfig._get_peft_type(str(model_id), **hub_options(hub)) == PEFT_TYPE
-    except PeftLNTuneError:
-        raise
-    except (ValueError, KeyError):
-        return False  # the loader itself will say what is missing
-
-
 def _check_files(model_id: Any, kwargs: dict[str, Any]) -> LNTuneConfig | None:
-    hub = hub_options(kwargs)
-    try:
-        PeftConfig._get_peft_type(str(model_id), **hub)
-    except PeftLNTuneError:
-        raise
-    except ValueError:  # there is no config, and where PEFT has one already it needs no other
-        check_directory(None, str(model_id), **hub)
-        return None
-    return StoredConfig.from_pretrained(str(model_id), **hub)
+    """Check a saved adapter; its config, or None where it has none: where PEFT has one already it needs no other."""
+    saved = SavedAdapter(model_id, kwargs)
+    if saved.fields is not None:
+        return StoredConfig.from_pretrained(str(model_id), **hub_options(kwargs))
+    if saved.weights is not None:
+        saved.check(None)
+    return None
 
 
 @contextmanager
 def _loading(model: nn.Module, model_id: Any, hub: Mapping[str, Any], key_mapping: Any = None) -> Iterator[None]:
     """What is common to the loaders: how names are mapped, and who tells what went wrong."""
-    with told_by_us(model_id, lambda: bool(configs_of(model)) or is_about_ours(model_id, hub)), renaming(key_mapping):
+    with (
+        told_by_us(model_id, lambda: bool(configs_of(model)) or SavedAdapter(model_id, hub).seems_ours),
+        renaming(key_mapping),
+    ):
         yield
-
-
-def is_about_ours(model_id: Any, hub: Mapping[str, Any]) -> bool:
-    """Whether what cannot be loaded is of this package, as far as what is left of it says."""
-    folder = Path(str(model_id), hub.get("subfolder") or "")
-    try:
-        if (folder / CONFIG_FILE).is_file() or not folder.is_dir():
-            return PeftConfig._get_peft_type(str(model_id), **hub_options(hub)) == PEFT_TYPE
-    except PeftLNTuneError:
-        return True  # its config is damaged, and what it was cannot be told
-    except Exception:
-        return False  # there is no config, or one without a type; the loader itself has said so
-    try:
-        return any(f".{PREFIX}" in f".{name}" for name in read_tensors(folder / WEIGHTS_FILE))
-    except PeftLNTuneError:
-        return False  # neither of the two files says anything
 
 
 @contextmanager
@@ -286,7 +242,7 @@ def _dispatched_as_it_is(model: nn.Module, model_id: Any, hub: dict[str, Any]) -
     the device on which its module computes.
     """
     holder = next((part for part in model.modules() if "hf_device_map" in part.__dict__), None)
-    if holder is None or not _holds_ours(model_id, hub):
+    if holder is None or not SavedAdapter(model_id, hub).is_ours:
         yield
         return
     device_map = holder.__dict__.pop("hf_device_map")

@@ -17,7 +17,8 @@ from peft_lntune.config.base import PEFT_TYPE
 from peft_lntune.errors import UnsupportedError
 from peft_lntune.layers import ReplacementLayer
 from peft_lntune.layers.padded import stop_keeping_padded
-from peft_lntune.tuner.inject import create_and_replace, injecting, is_target, prepare
+from peft_lntune.planning.methods import Spot
+from peft_lntune.tuner.inject import injecting, is_target, prepare
 from peft_lntune.tuner.merge import everywhere, merge_layers, take_out_layers, unmerge_layers
 from peft_lntune.tuner.model import LNTuneModel
 
@@ -69,10 +70,13 @@ def _cases(originals: dict[str, Callable[..., Any]]) -> dict[str, Any]:
         with injecting(self, injection):
             return originals["inject_adapter"](self, model, adapter_name, *args, **kw)
 
-    def _create_and_replace(self: Any, config: Any, adapter_name: str, target: Any, *args: Any, **kw: Any) -> None:
+    def _create_and_replace(
+        self: Any, config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, **kw: Any
+    ) -> None:
         if not isinstance(config, LNTuneConfig):
-            return originals["_create_and_replace"](self, config, adapter_name, target, *args, **kw)
-        return create_and_replace(self, self._injection, config, adapter_name, target, *args, **kw)
+            return originals["_create_and_replace"](self, config, adapter_name, target, target_name, parent, **kw)
+        spot = Spot(target, target_name, parent, kw["current_key"])
+        return self._injection.method.put(self, self._injection, config, adapter_name, spot)
 
     def _prepare_adapter_config(peft_config: Any, model_config: Any) -> Any:
         if isinstance(peft_config, LNTuneConfig):
@@ -81,7 +85,7 @@ def _cases(originals: dict[str, Callable[..., Any]]) -> dict[str, Any]:
 
     def _check_target_module_exists(self: Any, peft_config: Any, key: str) -> Any:
         if isinstance(peft_config, LNTuneConfig):
-            return is_target(self._injection, key)
+            return is_target(self._injection, peft_config, key)
         return originals["_check_target_module_exists"](peft_config, key)
 
     def _unload_and_optionally_merge(

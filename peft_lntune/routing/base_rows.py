@@ -1,12 +1,12 @@
 """The parameters of the base model's norms, as rows of adapters are added to them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from peft_lntune.errors import UnsupportedError
-from peft_lntune.routing.stacks import Stack, Stacks, one_dtype
+from peft_lntune.routing.stacks import Stack, one_dtype
 
 __all__ = ["BaseRows"]
 
@@ -24,14 +24,16 @@ class BaseRows:
 
     Example:
         >>> model, offsets = nn.Sequential(nn.LayerNorm(2)), {"0.weight": 0.0, "0.bias": 0.0}
-        >>> rows = BaseRows(model.get_parameter, offsets, Stacks({"0.weight": torch.zeros(2)}, rows=3))
+        >>> rows = BaseRows(model.get_parameter, offsets, [Stack(("0.weight",), torch.zeros(3, 1, 2))])
         >>> rows.add_to([Stack(("0.weight",), torch.full((1, 1, 2), 0.5))])
         [Stack(names=('0.weight',), values=tensor([[[1.5000, 1.5000]]]))]
         >>> rows.others()
         [Stack(names=('0.bias',), values=tensor([[[0., 0.]]]))]
     """
 
-    def __init__(self, parameter: Callable[[str], Tensor], offsets: Mapping[str, float], stacks: Stacks) -> None:
+    def __init__(
+        self, parameter: Callable[[str], Tensor], offsets: Mapping[str, float], stacks: Iterable[Stack]
+    ) -> None:
         self._parameter, self._offsets = parameter, offsets
         self._groups = [names for names, _ in stacks]
         self._rest = offsets.keys() - {name for names in self._groups for name in names}
@@ -53,7 +55,10 @@ class BaseRows:
         return [Stack(names, own.to(base.device) + base) for (names, own), base in zip(gathered, bases, strict=True)]
 
     def others(self) -> list[Stack]:
-        """The parameters that are in no stack, one row `(1, 1, *shape)` for all samples.
+        """The parameters that are in no stack.
+
+        Returns:
+            A stack for each, with one row `(1, 1, *shape)` for all samples.
 
         Raises:
             UnsupportedError: a norm is on the meta device.

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from peft_lntune.core.detour import Detour
 from peft_lntune.errors import RoutingError
 from peft_lntune.routing.recomputed import in_backward
-from peft_lntune.routing.route import Route, expansions_of
+from peft_lntune.routing.route import Route
 from peft_lntune.routing.samples import Fact, measure_samples, tensors_in
 
-__all__ = ["CONTINUOUS", "Entries", "check_inputs", "entry_names", "has_packed_rows", "refuse_continuous"]
+__all__ = ["CONTINUOUS", "Entries", "refuse_continuous"]
 
 CONTINUOUS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 """The methods of transformers that pack requests into one row, in a thread of their own."""
@@ -60,10 +60,13 @@ class Entries:
         Args:
             modules: of the model by name, as it calls them.
             places: the names of those that follow the route.
+
+        Returns:
+            Detours of the model, of the parts that hold some of these places, and of `generate`.
         """
         found = [
             Detour(modules[name], self.route, partial(self._run, modules[name]))
-            for name in entry_names(modules, places)
+            for name in _entry_names(modules, places)
         ]
         if callable(getattr(self.root, "generate", None)):
             found.append(Detour(self.root, self.route, self._generate, "generate"))
@@ -91,8 +94,8 @@ class Entries:
         named = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
         self._check(named)
         if not self.route.one:
-            check_inputs(self.root, self.route, named)
-        with self.route.expanding(expansions_of(self.root, named)):
+            _check_inputs(self.root, self.route, named)
+        with self.route.expanding(_expansions_of(self.root, named)):
             return own(*args, **kwargs)
 
     def _check(self, named: Mapping[str, Any]) -> None:
@@ -101,7 +104,7 @@ class Entries:
                 f"a route is on, and the model got `adapter_names` beside {self.route.what}. Give the names once: "
                 "leave the route, or leave `adapter_names` out."
             )
-        if not self.route.one and has_packed_rows(named):
+        if not self.route.one and _has_packed_rows(named):
             raise RoutingError(
                 "the rows of this batch are packed: each holds several samples one after the other (position_ids that "
                 "begin again, or cu_seq_lens), and a route has one adapter for each row. Give batches with a sample a "
@@ -138,12 +141,12 @@ class Entries:
         return tuple(tuple((ids == number).flatten(1).sum(1).tolist()) for number in self._placeholders)
 
 
-def entry_names(modules: Mapping[str, nn.Module], places: Iterable[str]) -> list[str]:
+def _entry_names(modules: Mapping[str, nn.Module], places: Iterable[str]) -> list[str]:
     """The names of the model itself and of the parts that hold some of these places, but for the layers of a list.
 
     Example:
         >>> model = nn.ModuleDict({"encoder": nn.ModuleDict({"layers": nn.ModuleList([nn.LayerNorm(2)])})})
-        >>> entry_names(dict(model.named_modules()), ["encoder.layers.0"])
+        >>> _entry_names(dict(model.named_modules()), ["encoder.layers.0"])
         ['', 'encoder']
     """
     lists = tuple(f"{name}." for name, module in modules.items() if isinstance(module, nn.ModuleList))
@@ -152,15 +155,10 @@ def entry_names(modules: Mapping[str, nn.Module], places: Iterable[str]) -> list
     return ["", *callable_]
 
 
-def check_inputs(model: Any, route: Route, named: Mapping[str, Any]) -> None:
-    """Raise a `RoutingError` where `generate` gets another number of samples than the route has names.
+def _check_inputs(model: Any, route: Route, named: Mapping[str, Any]) -> None:
+    """Check that `generate` gets as many samples as the route has names.
 
     Before samples are repeated for beams and return sequences, where eight samples and two names could pass for two.
-
-    Args:
-        model: whose `generate` is called.
-        route: the route.
-        named: the arguments.
     """
     first = getattr(model, "main_input_name", "input_ids")
     for name in ("inputs", first, *_INPUTS):
@@ -172,11 +170,11 @@ def check_inputs(model: Any, route: Route, named: Mapping[str, Any]) -> None:
             return
 
 
-def has_packed_rows(named: Mapping[str, Any]) -> bool:
+def _has_packed_rows(named: Mapping[str, Any]) -> bool:
     """Whether the rows of a batch hold several samples each, by the arguments that say so.
 
     Example:
-        >>> has_packed_rows({"position_ids": torch.tensor([[0, 1, 2, 0, 1]])})
+        >>> _has_packed_rows({"position_ids": torch.tensor([[0, 1, 2, 0, 1]])})
         True
     """
     if any(name.startswith(("cu_seq", "seq_idx")) and value is not None for name, value in named.items()):
@@ -191,12 +189,36 @@ def has_packed_rows(named: Mapping[str, Any]) -> bool:
 
 
 def refuse_continuous(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Stands in place of the methods in `CONTINUOUS` while a route is on."""
+    """Stands in place of the methods in `CONTINUOUS` while a route is on.
+
+    Args:
+        own: the method.
+        *args: of the call.
+        **kwargs: of the call.
+
+    Raises:
+        RoutingError: always.
+    """
     raise RoutingError(
         f"continuous batching ({', '.join(CONTINUOUS)}) packs requests into one row and runs in a thread of its own, "
         "so it follows no route and no `adapter_names`. Call generate, with a name for each sample, or make one "
         "adapter active."
     )
+
+
+def _expansions_of(model: object, options: Mapping[str, Any]) -> set[int]:
+    """By which factors `model.generate(**options)` may repeat the samples of a batch: beams, or return sequences.
+
+    Example:
+        >>> sorted(_expansions_of(None, {"num_beams": 4, "num_return_sequences": 2}))
+        [1, 2, 4]
+    """
+    configs = [options.get("generation_config"), getattr(model, "generation_config", None)]
+    factors = {1}
+    for name in ("num_beams", "num_return_sequences"):
+        values = [options.get(name), *(getattr(config, name, None) for config in configs)]
+        factors.add(next((value for value in values if value), 1))
+    return factors
 
 
 @contextmanager

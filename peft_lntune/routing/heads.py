@@ -82,7 +82,7 @@ class RowGroups(NamedTuple):
         places: where each row of the batch is among all places, `(B,)` int64.
     """
 
-    owners: list[int]
+    owners: list[Any]
     rows: Tensor
     places: Tensor
 
@@ -96,11 +96,11 @@ class RowGroups(NamedTuple):
         return tensor.index_select(0, (self.places // self.rows.shape[1]).to(tensor.device))
 
 
-def group_rows(owners: Sequence[int]) -> RowGroups:
+def group_rows(owners: Sequence[Any]) -> RowGroups:
     """Groups of rows of one owner each, at most twice as many as there are owners.
 
     Args:
-        owners: the owner of each row of a batch.
+        owners: the owner of each row of a batch: the name or number of an adapter.
 
     Returns:
         The groups, in the order of the owners' first rows.
@@ -110,7 +110,7 @@ def group_rows(owners: Sequence[int]) -> RowGroups:
         >>> groups.owners, groups.rows.tolist(), groups.places.tolist()
         ([7, 7, 5], [[0, 2], [3, 3], [1, 1]], [0, 4, 1, 2])
     """
-    of_owner: dict[int, list[int]] = {}
+    of_owner: dict[Any, list[int]] = {}
     for row, owner in enumerate(owners):
         of_owner.setdefault(owner, []).append(row)
     size = len(owners) // len(of_owner)

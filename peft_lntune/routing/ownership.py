@@ -79,7 +79,7 @@ class Ownership:
         """Whether the route is on for the caller.
 
         Raises:
-            RoutingError: it is on for another thread or task; or the caller was started in one that has ended.
+            RoutingError: the route is on for another thread or task, or the caller was started in one that has ended.
         """
         entries, current = _ENTERED.get(), self._current
         if not entries and current is None:

@@ -20,7 +20,7 @@ Again = Callable[[], AbstractContextManager[None]]
 
 
 def in_backward() -> bool:
-    """Whether autograd is running a backward pass in this thread. `torch.utils.checkpoint` asks it this way too."""
+    """Whether autograd is running a backward pass in this thread; `torch.utils.checkpoint` asks in this way too."""
     return torch._C._current_graph_task_id() != -1
 
 

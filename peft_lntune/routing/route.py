@@ -5,7 +5,6 @@ One `Route` is shared by all layers of a model; a layer asks it for its own rows
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,22 +14,7 @@ from peft_lntune.routing.ownership import Ownership
 from peft_lntune.routing.samples import Fact
 from peft_lntune.routing.stacks import BASE, KeptRows, NormRows, Stack, spread
 
-__all__ = ["BASE", "Route", "expansions_of"]
-
-
-def expansions_of(model: object, options: Mapping[str, Any]) -> set[int]:
-    """By which factors `model.generate(**options)` may repeat the samples of a batch: beams, or return sequences.
-
-    Example:
-        >>> sorted(expansions_of(None, {"num_beams": 4, "num_return_sequences": 2}))
-        [1, 2, 4]
-    """
-    configs = [options.get("generation_config"), getattr(model, "generation_config", None)]
-    factors = {1}
-    for name in ("num_beams", "num_return_sequences"):
-        values = [options.get(name), *(getattr(config, name, None) for config in configs)]
-        factors.add(next((value for value in values if value), 1))
-    return factors
+__all__ = ["BASE", "Route"]
 
 
 class Route:
@@ -61,6 +45,7 @@ class Route:
         self.known: dict[object, Mapping[str, Fact]] = {}
         self.kept: KeptRows = {}
         self._ownership = Ownership()
+        self.held = self._ownership.held  # `on`, for callers that know that nothing is compiled
         self._indices: dict[tuple[int, torch.device], Tensor] = {}
         self._index = torch.empty(0, dtype=torch.long)
         self._expansions: set[int] = {1}
@@ -80,7 +65,7 @@ class Route:
         self.kept = {}
 
     def on(self) -> bool:
-        """Whether the caller's forward pass is routed.
+        """Whether the caller's forward pass is routed; see `Ownership.held`.
 
         Raises:
             RoutingError: the route is on in another thread or task, or the caller was started in one that has ended.
@@ -89,7 +74,7 @@ class Route:
         return self.active if torch.compiler.is_compiling() else self._ownership.held()
 
     def lent(self) -> AbstractContextManager[None]:
-        """A context in which the caller's thread may use the route of another; for threads of autograd."""
+        """Return a context in which the caller's thread may use the route of another; for threads of autograd."""
         return self._ownership.lent()
 
     @contextmanager
@@ -138,7 +123,11 @@ class Route:
 
     @contextmanager
     def expanding(self, expansions: set[int]) -> Iterator[None]:
-        """Within a generation that repeats the samples by these factors."""
+        """Inside this context a generation repeats the samples.
+
+        Args:
+            expansions: by which factors it may.
+        """
         before = self._expansions
         self._expansions = before if self.one else expansions
         try:
@@ -147,7 +136,14 @@ class Route:
             self._expansions = before
 
     def size(self, lengths: Sequence[int]) -> int | None:
-        """How many samples a batch has whose tensors have these lengths; None where none of them fits the names."""
+        """How many samples a batch has.
+
+        Args:
+            lengths: of its tensors along the first axis.
+
+        Returns:
+            The first length that fits the names; None where none does.
+        """
         possible = {self.count * factor for factor in self._expansions}
         return next((length for length in lengths if length in possible), None)
 
@@ -214,11 +210,14 @@ class Route:
         return torch.cat(outputs)[order.argsort()]
 
     def factor(self, shape: Sequence[int], label: str) -> int:
-        """How many rows of an input belong to one name; 1 where one name is for all rows.
+        """How many rows of an input belong to one name.
 
         Args:
             shape: of a layer's input, `(B, ...)`.
             label: name of the layer, for errors.
+
+        Returns:
+            The number of rows; 1 where one name is for all rows.
 
         Raises:
             RoutingError: the batch has another length than the list of names, or its rows are not those of samples, or
@@ -253,7 +252,15 @@ class Route:
         return factor
 
     def another_length(self, length: int, where: str) -> str:
-        """The message about a batch of another length than the list of names."""
+        """The message about a batch of another length than the list of names.
+
+        Args:
+            length: of the batch.
+            where: it was seen, in words.
+
+        Returns:
+            A message that begins as PEFT's does.
+        """
         return (
             f"Length of {self.what} should be the same as the number of inputs, but got {self.count} and {length} "
             f"respectively. (Seen {where}; where a model reorders or drops tokens before a layer, as experts do, it "

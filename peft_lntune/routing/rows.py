@@ -30,6 +30,13 @@ def fitted_rows(route: Route, owner: str, label: str, x: Tensor, axis: int = -1)
 
     Raises:
         RoutingError: the rows of the input are not those of the names.
+
+    Example:
+        >>> from peft_lntune.routing.stacks import Stack
+        >>> route, x = Route(), torch.randn(2, 3, 5, 4)
+        >>> with route.serving(["a", "b"], [Stack(("norm.weight",), torch.ones(2, 1, 4))]):
+        ...     fitted_rows(route, "norm", "norm", x).weight.shape
+        torch.Size([2, 1, 1, 4])
     """
     weight, bias = route.rows(owner, x.shape, label)
     return NormRows(

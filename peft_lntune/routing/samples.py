@@ -202,7 +202,19 @@ def _judge(calls: list[_Sums], noisy: list[tuple[list[_Sums], int]], size: int) 
 
 
 def tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors in nested tuples, lists and mappings, each with the key or keys that lead to it."""
+    """Find the tensors in nested tuples, lists and mappings.
+
+    Args:
+        value: where to look.
+        name: what the keys begin with.
+
+    Yields:
+        Each tensor, with the key or keys that lead to it before it.
+
+    Example:
+        >>> [name for name, _ in tensors_in({"a": torch.ones(1), "b": [torch.ones(1)]})]
+        ['.a', '.b']
+    """
     if isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, Mapping):

@@ -14,7 +14,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["BASE", "LayerTensor", "NormRows", "Stack", "Stacks", "as_rows", "one_dtype", "rows_of_layers", "spread"]
+__all__ = [
+    "BASE",
+    "LayerTensor",
+    "NormRows",
+    "Stack",
+    "Stacks",
+    "as_rows",
+    "one_dtype",
+    "rows_of_layers",
+    "spread",
+    "unstacked",
+]
 
 BASE = "__base__"
 """The name that stands for the base model in a list of adapter names, as in PEFT."""
@@ -266,6 +277,24 @@ def spread(gathered: Sequence[Stack], factor: int = 1) -> dict[str, NormRows]:
             owner, _, parameter = name.rpartition(".")
             found.setdefault(owner, {})[parameter] = own
     return {owner: NormRows(**parameters) for owner, parameters in found.items()}
+
+
+def unstacked(gathered: Sequence[Stack]) -> dict[str, Tensor]:
+    """Rows of stacks by the names of the tensors.
+
+    Args:
+        gathered: stacks of rows, `(B, k, *shape)`.
+
+    Returns:
+        Rows `(B, *shape)` by name.
+
+    Example:
+        >>> unstacked([Stack(("weight", "bias"), torch.ones(3, 2, 4))])["bias"].shape
+        torch.Size([3, 4])
+    """
+    # A backward pass through `unbind` copies.
+    each = ((names, [rows.squeeze(1)] if len(names) == 1 else rows.unbind(1)) for names, rows in gathered)
+    return {name: values for names, parts in each for name, values in zip(names, parts, strict=True)}
 
 
 def one_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:

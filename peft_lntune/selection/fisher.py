@@ -214,8 +214,8 @@ def add_samples(
             f"{away} is on the meta device, as accelerate leaves the parameters of modules that it offloads, so no "
             "gradient can be compared with it. Compute the scores of a model that is loaded, and set_masks from them."
         )
-    with _frozen(model), per_sample(base_model(model), found) as taps:
-        scorer = _Scorer(model, found, taps, kind, loss, seed)
+    with _frozen(model), per_sample(base_model(model), found) as hooks:
+        scorer = _Scorer(model, found, hooks, kind, loss, seed)
         for batch, size in _left(batches, state, num_samples, progress):
             scorer.add(batch, size, state)
 
@@ -227,12 +227,12 @@ class _Scorer:
         self,
         model: nn.Module,
         parameters: Mapping[str, Tensor],
-        taps: PerSample,
+        hooks: PerSample,
         kind: str,
         loss: Loss | str | None,
         seed: int,
     ) -> None:
-        self.model, self.parameters, self.taps, self.kind, self.seed = model, parameters, taps, kind, seed
+        self.model, self.parameters, self.hooks, self.kind, self.seed = model, parameters, hooks, kind, seed
         self.device = next(iter(parameters.values())).device
         self.head: Head | None = LOSS_HEADS[loss] if isinstance(loss, str) else None
         self.loss: Loss | None = loss if callable(loss) else None
@@ -255,11 +255,11 @@ class _Scorer:
         if self.head is None and self.loss is None:
             self.head = self._find_head(batch, size)
         if not self.checked:
-            self._check_taps(batch, size, number)
+            self._check_hooks(batch, size, number)
             self.checked = True
         found = self._tapped_squares(batch, size, number)
-        for sample in range(size) if self.taps.loose else ():
-            for name, square in self._loose_squares(_rows(batch, size, sample, sample + 1), number + sample).items():
+        for sample in range(size) if self.hooks.fallback else ():
+            for name, square in self._fallback_squares(_rows(batch, size, sample, sample + 1), number + sample).items():
                 found[name] = found[name] + square if name in found else square
         for name, parameter in self.parameters.items():
             wide = torch.promote_types(parameter.dtype, torch.float32)
@@ -276,7 +276,7 @@ class _Scorer:
             counted = (labels != -100).flatten(1).sum(1)
             sample = int(counted.argmax())  # most tokens: the readings differ most there
         one = _rows(batch, size, sample, sample + 1)
-        self.taps.start(1, _lengths(one, 1))
+        self.hooks.start(1, _lengths(one, 1))
         return find_head(self.model, self.model(**one), one)
 
     def _losses(self, batch: Batch, size: int, number: int) -> list[tuple[Tensor | None, Tensor]]:
@@ -336,41 +336,41 @@ class _Scorer:
             yield
 
     def _tapped_squares(self, batch: Batch, size: int, number: int) -> dict[str, Tensor]:
-        if not self.taps.tapped:
+        if not self.hooks.hooked:
             return {}
-        self.taps.start(size, _lengths(batch, size))
+        self.hooks.start(size, _lengths(batch, size))
         found: dict[str, Tensor] = {}
         for _ in self._send_back(self._losses(batch, size, number)):
-            for name, square in self.taps.squares().items():
+            for name, square in self.hooks.squares().items():
                 found[name] = found[name] + square if name in found else square
         return found
 
-    def _loose_squares(self, one: Batch, number: int) -> dict[str, Tensor]:
+    def _fallback_squares(self, one: Batch, number: int) -> dict[str, Tensor]:
         """The squares of one sample by an ordinary backward pass."""
         found: dict[str, Tensor] = {}
-        with _gradients_of({name: self.parameters[name] for name in self.taps.loose}) as gradients:
-            self.taps.start(1, _lengths(one, 1))
+        with _gradients_of({name: self.parameters[name] for name in self.hooks.fallback}) as gradients:
+            self.hooks.start(1, _lengths(one, 1))
             for _ in self._send_back(self._losses(one, 1, number)):
                 for name, gradient in gradients().items():
                     square = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).square()
                     found[name] = found[name] + square if name in found else square
         return found
 
-    def _check_taps(self, batch: Batch, size: int, number: int) -> None:
-        """Compare the taps with autograd on the first sample, in a batch of two where there are two.
+    def _check_hooks(self, batch: Batch, size: int, number: int) -> None:
+        """Compare the hooks with autograd on the first sample, in a batch of two where there are two.
 
         A parameter that the model uses outside its module's call has another gradient there; it goes the slow way.
         And a loss that reaches the rows of another sample means that the rows are not what they seem.
         """
-        if not self.taps.tapped:
+        if not self.hooks.hooked:
             return
         pair = min(size, 2)
         some = _rows(batch, size, 0, pair)
-        with _gradients_of({name: self.parameters[name] for name in self.taps.tapped}) as gradients:
-            self.taps.start(pair, _lengths(some, pair), whole=True)
+        with _gradients_of({name: self.parameters[name] for name in self.hooks.hooked}) as gradients:
+            self.hooks.start(pair, _lengths(some, pair), whole=True)
             weights, losses = self._losses(some, pair, number)[0]
             for _ in self._send_back([(weights, losses * torch.eye(pair, device=losses.device)[0])]):
-                ours, theirs = self.taps.gradients(), gradients()
+                ours, theirs = self.hooks.gradients(), gradients()
         for name, gradient in ours.items():
             if gradient[1:].any():
                 raise UnsupportedError(
@@ -378,7 +378,7 @@ class _Scorer:
                     "no gradient a sample: the batch axis is not the first there, or samples are mixed. Leave it out "
                     "with parameters=, or give batches of one sample."
                 )
-        self.taps.drop(name for name in self.taps.tapped if not _agree(ours.get(name), theirs.get(name)))
+        self.hooks.drop(name for name in self.hooks.hooked if not _agree(ours.get(name), theirs.get(name)))
 
 
 def _takes(model: nn.Module, name: str) -> bool:

@@ -1,20 +1,11 @@
 """What is in a weight file: names of tensors, and the tensors themselves, read without trust in the file."""
 
-import inspect
 import os
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -28,8 +19,6 @@ __all__ = [
     "WEIGHTS_FILE",
     "cast_values",
     "dropped_tensors",
-    "find_weights",
-    "hub_options",
     "read_tensors",
 ]
 
@@ -43,7 +32,15 @@ PICKLED_FILE = "adapter_model.bin"
 
 
 def cast_values(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The state dict of an adapter with the values of its own tensors, not of heads, in this dtype; None: as it is."""
+    """The state dict of an adapter with its values in one dtype; heads and masks stay as they are.
+
+    Args:
+        tensors: by name in a file.
+        dtype: of the values; None: as they are.
+
+    Returns:
+        A new dict with the same names.
+    """
     return {
         key: value.to(dtype) if dtype is not None and is_ours(key) and value.is_floating_point() else value
         for key, value in tensors.items()
@@ -55,6 +52,14 @@ def dropped_tensors(model: nn.Module, adapter_name: str, others: Iterable[str]) 
 
     Before it saves an adapter, PEFT drops every tensor with the name of another one in it. Beside an adapter called
     `weight`, `LayerNorm` or `0`, that would be nearly all of ours.
+
+    Args:
+        model: which holds the adapter.
+        adapter_name: the adapter that is saved.
+        others: names of the other adapters.
+
+    Returns:
+        The tensors that would be lost, by their names in the model.
     """
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     own = {key: tensor for key, tensor in named.items() if of_adapter(key, adapter_name)}
@@ -63,7 +68,13 @@ def dropped_tensors(model: nn.Module, adapter_name: str, others: Iterable[str]) 
 
 
 def read_tensors(file: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a weight file: safetensors, or what PEFT has pickled where its name ends in `.bin`.
+    """The tensors of a weight file.
+
+    Args:
+        file: safetensors, or what PEFT has pickled where its name ends in `.bin`.
+
+    Returns:
+        The tensors by name, on the CPU.
 
     Raises:
         AdapterFileError: it cannot be read, or holds something else than named tensors.
@@ -91,35 +102,3 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
     ):
         raise ValueError("it is no state dict of tensors")
     return tensors
-
-
-def hub_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a loader's keyword arguments that say where on the Hub to look: revision, token, subfolder, ..."""
-    known = inspect.signature(hf_hub_download).parameters
-    return {name: value for name, value in given.items() if name in known}
-
-
-def find_weights(path: str | os.PathLike, subfolder: str | None, hub: Mapping[str, Any]) -> Path | None:
-    """The weight file of an adapter, as PEFT chooses it: safetensors before pickled; None where there is none.
-
-    Args:
-        path: a local directory, or a repository on the Hub.
-        subfolder: in it.
-        hub: see `hub_options`.
-
-    Raises:
-        AdapterFileError: a local directory holds neither.
-    """
-    folder = Path(path, subfolder or "")
-    if folder.is_dir():
-        found = next((folder / name for name in (WEIGHTS_FILE, PICKLED_FILE) if (folder / name).exists()), None)
-        if found is None:
-            # PEFT would take the path for the name of a repository on the Hub, and complain about its spelling.
-            raise AdapterFileError(f"{folder} holds a config, but no {WEIGHTS_FILE}. Get the whole adapter.")
-        return found
-    for name in (WEIGHTS_FILE, PICKLED_FILE):
-        try:
-            return Path(hf_hub_download(str(path), name, subfolder=subfolder, **hub))
-        except (EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError):
-            continue
-    return None

@@ -27,6 +27,14 @@ def new_file(path: str | os.PathLike) -> Iterator[Path]:
     """A file to write, of the same name elsewhere, which takes its place at `path` when all of it is written.
 
     Who has the old file open keeps it. Where the block raises or the process is killed, the old file stays.
+
+    Args:
+        path: of the file; its folder is made if it is missing.
+
+    Example:
+        >>> import tempfile
+        >>> with new_file(Path(tempfile.mkdtemp(), "table.csv")) as made:
+        ...     _ = made.write_text("norm,score")
     """
     target = Path(path)
     with staging(target.parent) as folder:
@@ -59,6 +67,10 @@ def put(made: Path, target: Path) -> None:
     """Move a finished file to its place, in one step, with the mode that a file has which is simply opened for writing.
 
     safetensors and `tempfile` make files that nobody else may read.
+
+    Args:
+        made: the file, inside a folder that `staging` gave.
+        target: its place, on the same file system.
     """
     with made.open("rb") as file:
         os.fsync(file.fileno())

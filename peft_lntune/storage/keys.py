@@ -1,4 +1,4 @@
-"""The names of tensors in an adapter"s file: which are ours, and which adapter"s."""
+"""The names of tensors in an adapter's file and in a model: which are ours, and of which adapter."""
 
 from collections.abc import Iterable
 from itertools import pairwise
@@ -36,7 +36,12 @@ def is_ours(key: str) -> bool:
 
 
 def is_part(key: str, adapter_name: str) -> bool:
-    """Whether a name in a model is of a tensor of this adapter, but not of a head in `modules_to_save`."""
+    """Whether a name in a model is of a tensor of this adapter, but not of a head in `modules_to_save`.
+
+    Example:
+        >>> is_part("norm.lntune_weight.default.weight", "default"), is_part("head.bias", "default")
+        (True, False)
+    """
     return any(name == adapter_name and above.startswith(CONTAINERS) for above, name in pairwise(key.split(".")))
 
 
@@ -50,6 +55,13 @@ def without_adapter_name(key: str, adapter_name: str) -> str:
 
     Told by structure: PEFT's own rule takes `bias` off `classifier.bias` where that is the name of the adapter. And
     where another adapter has put a layer around this one's, the file does not say so.
+
+    Args:
+        key: the name in a model.
+        adapter_name: the adapter that it may be of.
+
+    Returns:
+        The name in a file.
 
     Example:
         >>> without_adapter_name("0.base_layer.lora_A.default.weight", "default")
@@ -70,7 +82,14 @@ def has_lora(keys: Iterable[str]) -> bool:
 
 
 def with_lora_name(key: str, adapter_name: str) -> str:
-    """The name in a model of a tensor of LoRA, from its name in a file; any other name as it is.
+    """The name in a model of a tensor of LoRA; any other name as it is.
+
+    Args:
+        key: the name in a file.
+        adapter_name: the adapter that it is loaded as.
+
+    Returns:
+        The name in a model.
 
     Example:
         >>> with_lora_name("0.lora_A.weight", "default")

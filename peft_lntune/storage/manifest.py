@@ -7,7 +7,6 @@ covers too. Provenance is left out, because people and Hubs rightly edit it.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from peft_lntune.errors import AdapterFileError
-from peft_lntune.storage.adapter_file import CONFIG_FILE, PEFT_TYPE, find_weights, read_tensors
+from peft_lntune.storage.adapter_file import read_tensors
 from peft_lntune.storage.keys import is_ours
 from peft_lntune.storage.packing import KEEP, PREFIX, ROOT, counts_of, pack
 
@@ -24,15 +23,11 @@ __all__ = [
     "PREVIOUS",
     "PROVENANCE",
     "changes",
-    "check_directory",
-    "check_foreign",
     "check_tensors",
-    "current_config",
     "digest_of",
+    "is_finite",
     "is_sealed",
     "manifest_of",
-    "of_weights",
-    "read_config",
     "seal",
     "seal_file",
 ]
@@ -52,9 +47,6 @@ PROVENANCE = frozenset(
 
 FIELDS, FULL, PREVIOUS = "fields", "full_digest", "previous"
 """Keys of a manifest: the fields as they were saved; the digest of all; the config whose weights are being replaced."""
-
-# Keys by which a config is known for one of this package, whatever its `peft_type` says.
-_MARKS = ("kind", "format_version", "peft_lntune_version", "manifest")
 
 
 def manifest_of(tensors: Mapping[str, Tensor], partial: bool = False) -> dict[str, Any]:
@@ -94,7 +86,12 @@ def seal(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, 
 
 
 def seal_file(config_file: Path, weights: Path | None) -> None:
-    """`seal` the manifest in a config file by the weight file beside which it is to stand, if there is one."""
+    """`seal` the manifest in a config file.
+
+    Args:
+        config_file: is written anew, if its config has a manifest.
+        weights: the weight file beside which it is to stand; None: there is none, and nothing is done.
+    """
     config = json.loads(config_file.read_text(encoding="utf-8"))
     if weights is None or not isinstance(config.get("manifest"), dict):
         return
@@ -113,6 +110,9 @@ def changes(config: Mapping[str, Any], known: Iterable[str]) -> list[str]:
     Args:
         config: as JSON has it.
         known: the fields that its kind has; other tools may add fields of their own, which nothing here reads.
+
+    Returns:
+        A text per field that differs, with both values.
 
     Example:
         >>> changes({"scale": 2.0, "manifest": {"fields": {"scale": 1.0}}}, ["scale"])
@@ -148,7 +148,7 @@ def check_tensors(manifest: Mapping[str, Any] | None, tensors: Mapping[str, Tens
         if (tensor.dtype == torch.uint8) if wanted == "uint8" else tensor.is_floating_point():
             continue
         raise AdapterFileError(f"{where}: {name} should be of {wanted}, but is {tensor.dtype}. Get a good copy.")
-    broken = [name for name, t in tensors.items() if t.is_floating_point() and not _finite(t)]
+    broken = [name for name, t in tensors.items() if t.is_floating_point() and not is_finite(t)]
     if broken:
         raise AdapterFileError(
             f"{where}: {len(broken)} tensors hold NaN or infinite values, the first is {broken[0]}. "
@@ -167,111 +167,6 @@ def check_tensors(manifest: Mapping[str, Any] | None, tensors: Mapping[str, Tens
                 "heads (modules_to_save) and the manifest in the config. One of the two files was changed since, or "
                 "comes from another save. Get both from one save."
             )
-
-
-def check_foreign(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor], where: str) -> None:
-    """Raise where tensors that no manifest covers cannot be as they were saved.
-
-    Args:
-        tensors: of a file in a format of PEFT's own.
-        like: the tensors of the model that they are for, by the same names. A file has one dtype where the model has.
-        where: the file, for the message.
-
-    Raises:
-        AdapterFileError: a value is not finite, a dtype is not floating, or not that of the others.
-    """
-    dtypes: dict[torch.dtype, tuple[str, torch.dtype]] = {}
-    for name, tensor in sorted(tensors.items()):
-        if not tensor.is_floating_point():
-            raise AdapterFileError(f"{where}: {name} should be of a floating dtype, but is {tensor.dtype}.")
-        if not _finite(tensor):
-            raise AdapterFileError(
-                f"{where}: {name} holds NaN or infinite values. The training that wrote it diverged, or the file is "
-                "damaged; take an earlier checkpoint."
-            )
-        if name in like:
-            first, dtype = dtypes.setdefault(like[name].dtype, (name, tensor.dtype))
-            if dtype != tensor.dtype:
-                raise AdapterFileError(
-                    f"{where}: {name} is {tensor.dtype}, and {first} is {dtype}, while both are of one dtype in the "
-                    "model. The file was changed since it was saved; get a good copy."
-                )
-
-
-def check_directory(
-    manifest: Mapping[str, Any] | None, path: str | os.PathLike, subfolder: str | None = None, **hub: Any
-) -> dict[str, torch.Size] | None:
-    """Check the weight file beside a config, local or on the Hub.
-
-    Returns:
-        The shapes of its tensors by name, without PEFT's prefix; None where the file is neither here nor there.
-
-    Raises:
-        AdapterFileError: a local directory holds no weights, the file cannot be read, or `check_tensors` refuses it.
-    """
-    file = find_weights(path, subfolder, hub)
-    if file is None:
-        return None
-    tensors = read_tensors(file)
-    check_tensors(manifest, tensors, str(file))
-    return {name.removeprefix(ROOT): tensor.shape for name, tensor in tensors.items()}
-
-
-def read_config(file: str | os.PathLike) -> dict[str, Any]:
-    """The fields of a config file, of any adapter of PEFT.
-
-    Where a save was killed between its two files, the config of the weights that are there: the new one, or the one
-    that it was about to replace.
-
-    Raises:
-        AdapterFileError: it is damaged, no JSON object, or one of this package that says it is of another PEFT type.
-    """
-    try:
-        config = json.loads(Path(file).read_bytes())
-    except (ValueError, RecursionError, OSError) as error:
-        said = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise AdapterFileError(f"{file} is damaged: {said}. Get a good copy of the adapter.") from error
-    if not isinstance(config, dict):
-        raise AdapterFileError(
-            f"{file} is damaged: it should hold a JSON object, and holds a {type(config).__name__}. Get a good copy of "
-            "the adapter."
-        )
-    marks = [mark for mark in _MARKS if mark in config]
-    if len(marks) > 1 and config.get("peft_type") != PEFT_TYPE:
-        raise AdapterFileError(
-            f"{file} is damaged: it is of peft_lntune, as {', '.join(marks)} say, but its peft_type is "
-            f"{config.get('peft_type')!r} in place of {PEFT_TYPE!r}. Get a good copy of the adapter."
-        )
-    return of_weights(config, Path(file).parent)
-
-
-def of_weights(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A config as it belongs to the weights in its folder; see `read_config`."""
-    manifest = config.get("manifest")
-    if not isinstance(manifest, dict) or PREVIOUS not in manifest:
-        return config
-    new = {**config, "manifest": {key: value for key, value in manifest.items() if key != PREVIOUS}}
-    old = manifest[PREVIOUS]
-    return old if isinstance(old, dict) and not _fits(new, folder) and _fits(old, folder) else new
-
-
-def current_config(folder: Path) -> dict[str, Any] | None:
-    """The config of the adapter of ours in a folder; None where there is none that could be loaded."""
-    try:
-        config = read_config(folder / CONFIG_FILE)
-    except AdapterFileError:
-        return None
-    return config if _fits(config, folder) else None
-
-
-def _fits(config: Mapping[str, Any], folder: Path) -> bool:
-    manifest = config.get("manifest")
-    try:
-        if isinstance(manifest, dict) and manifest.get("digest"):
-            return check_directory(manifest, folder) is not None
-    except AdapterFileError:
-        pass
-    return False
 
 
 def _covered(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -328,6 +223,6 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _finite(tensor: Tensor) -> bool:
-    """Small floats have no `isfinite` of their own."""
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no entry of a floating tensor is NaN or infinite. Small floats have no `isfinite` of their own."""
     return bool((tensor if tensor.element_size() > 1 else tensor.float()).isfinite().all())

@@ -128,6 +128,9 @@ def pack_scores(tensors: Mapping[str, Tensor], scores: bool = False) -> dict[str
         tensors: an adapter's state dict without the adapter's name.
         scores: whether to keep the scores too.
 
+    Returns:
+        A new dict with `.keep`, uint8, one bit per score, for each supermask; and all that is of none as it was.
+
     Example:
         >>> list(pack_scores({"query.lntune_supermask.weight": torch.ones(2, 4)}))
         ['query.lntune_supermask.keep']

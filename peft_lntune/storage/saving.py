@@ -2,7 +2,7 @@
 
 The weights and the config that belongs to them cannot change places in one step. So the new config comes first, with
 the old one inside it; then the weights; then the new config alone. Whoever reads in between takes the config whose
-digest is that of the weights, see `manifest.read_config`.
+digest is that of the weights, see `saved_adapter.read_config`.
 """
 
 import json
@@ -13,7 +13,8 @@ from pathlib import Path
 
 from peft_lntune.storage.adapter_file import CONFIG_FILE, PICKLED_FILE, WEIGHTS_FILE
 from peft_lntune.storage.atomic import put, staging
-from peft_lntune.storage.manifest import PREVIOUS, current_config, seal_file
+from peft_lntune.storage.manifest import PREVIOUS, seal_file
+from peft_lntune.storage.saved_adapter import current_config
 
 __all__ = ["new_adapters"]
 

@@ -53,7 +53,11 @@ class TaskBatches:
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch the next pass is of."""
+        """Set the epoch of the next pass.
+
+        Args:
+            epoch: its number, from 0.
+        """
         self.epoch = epoch
 
     def __len__(self) -> int:

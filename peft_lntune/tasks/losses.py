@@ -9,20 +9,10 @@ from torch import Tensor, nn
 from peft_lntune.errors import DataError, UnsupportedError
 from peft_lntune.selection.losses import Batch, Head, find_head, grouped_losses
 
-__all__ = ["RowLoss", "default_losses", "losses_of_rows", "order_of", "rows_of"]
+__all__ = ["RowLoss", "default_losses", "losses_of_rows", "rows_of"]
 
 RowLoss = Callable[[Any, Batch], Tensor]
 """`(outputs, batch) -> scalar`, of the rows of one task."""
-
-
-def order_of(names: Sequence[str]) -> dict[str, int]:
-    """A number for each name, in the order in which they first appear.
-
-    Example:
-        >>> order_of(["b", "a", "b"])
-        {'b': 0, 'a': 1}
-    """
-    return {name: number for number, name in enumerate(dict.fromkeys(names))}
 
 
 def default_losses(
@@ -40,6 +30,10 @@ def default_losses(
 
     Returns:
         The losses in the order of the numbers, and the head.
+
+    Raises:
+        DataError: the batch has no labels, or another number of rows than the route.
+        UnsupportedError: the model's own loss is none that is known.
     """
     head = find_head(model, outputs, batch) if head is None else head
     labels = batch.get(head.labels[0])
@@ -62,6 +56,13 @@ def losses_of_rows(
         order: the number of each task.
         groups: of each row the number of its task.
         one: whether all rows are of one task.
+
+    Returns:
+        Scalars by task.
+
+    Raises:
+        DataError: the batch has another number of rows than the route.
+        UnsupportedError: the function does not return a scalar.
     """
     size = next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()), 0)
     _check_rows(size, groups, one)
@@ -87,6 +88,9 @@ def rows_of(value: Any, index: Tensor, size: int) -> Any:
         value: a tensor, or a mapping, list or tuple of such.
         index: which rows, int64.
         size: how many rows a batch has.
+
+    Returns:
+        The same, with those rows alone.
 
     Example:
         >>> rows_of({"logits": torch.arange(3), "loss": torch.tensor(1.0)}, torch.tensor([0, 2]), 3)

@@ -25,14 +25,14 @@ from peft_lntune.routing.heads import HeadRun, RowGroups, group_rows, layers_of,
 from peft_lntune.routing.recomputed import RecomputedDetour
 from peft_lntune.routing.route import Route
 from peft_lntune.routing.rows import NormRun, check_free
-from peft_lntune.routing.stacks import Stack
+from peft_lntune.routing.stacks import Stack, unstacked
 from peft_lntune.selection.losses import Batch, Head
-from peft_lntune.tasks.losses import RowLoss, default_losses, losses_of_rows, order_of
+from peft_lntune.tasks.losses import RowLoss, default_losses, losses_of_rows
 from peft_lntune.tasks.optimizer import TaskOptimizer
 from peft_lntune.tasks.parameters import TaskParameters
-from peft_lntune.tuner.read_adapter import Adapter, Sources, deltas_in, tensors_of
+from peft_lntune.tuner.read_adapter import Adapter, AdapterReader, deltas_in, tensors_of
 
-__all__ = ["ManyTasks", "above", "tuned_in", "write_adapter"]
+__all__ = ["ManyTasks"]
 
 
 @dataclass(eq=False)
@@ -56,6 +56,10 @@ class ManyTasks:
 
     The values are in the adapters again after `write`, `save` or `close`; until then the adapters are as they were.
     Inside a route the model's own adapters are off; outside of it the model is what it was.
+
+    Attributes:
+        names: the tasks.
+        norms: the names of the norms that some task trains.
 
     Args:
         peft_model: holds an adapter a task, of LNTuningConfig or FisherLNConfig, with masks where these are wanted.
@@ -91,12 +95,12 @@ class ManyTasks:
         self.names = _checked_names(peft_model, adapter_names)
         self.model = peft_model
         self._base: Any = peft_model.get_base_model()
-        self._sources = Sources(self._base, "training many tasks")
-        self._modules = self._sources.modules
+        self._reader = AdapterReader(self._base, "training many tasks")
+        self._modules = self._reader.modules
         self._tuners()
-        check_free(self._modules[name] for name in self._sources.norms)
+        check_free(self._modules[name] for name in self._reader.norms)
         _check_untied(self._base, self.names)
-        adapters = [self._sources.read(name, (peft_model, name)) for name in self.names]
+        adapters = [self._reader.read(name, (peft_model, name)) for name in self.names]
         peft_model.base_model.warn_of_missing_masks(self.names)
         self._head_layers = self._layers_in(adapters)
         self._route = Route()
@@ -113,30 +117,29 @@ class ManyTasks:
 
     def _make_norms(self, adapters: Sequence[Adapter]) -> TaskParameters:
         tuned = {name for adapter in adapters for name in adapter.deltas}
-        every = {norm: [f"{norm}.{parameter}" for parameter in PARAMETERS] for norm in self._sources.norms}
+        every = {norm: [f"{norm}.{parameter}" for parameter in PARAMETERS] for norm in self._reader.norms}
         self.norms = {norm for norm, names in every.items() if not tuned.isdisjoint(names)}
         names = [name for norm in every if norm in self.norms for name in every[norm]]
-        self._parameters = [name for name in names if self._sources.parameter(name) is not None]
-        zeros = {name: torch.zeros_like(self._sources.parameter(name)) for name in self._parameters if name in tuned}
-        masks = [tuned_in(self.model, name, each) for name, each in zip(self.names, adapters, strict=True)]
+        self._parameters = [name for name in names if self._reader.parameter(name) is not None]
+        zeros = {name: torch.zeros_like(self._reader.parameter(name)) for name in self._parameters if name in tuned}
+        masks = [_tuned_in(self.model, name, each) for name, each in zip(self.names, adapters, strict=True)]
         parameters = TaskParameters(zeros, [adapter.deltas for adapter in adapters], masks)
-        offsets = {name: self._sources.offset(name) for name in self._parameters}
-        self._base_rows = BaseRows(self._sources.parameter, offsets, parameters.source)
+        offsets = {name: self._reader.offset(name) for name in self._parameters}
+        self._base_rows = BaseRows(self._reader.parameter, offsets, parameters.stacks)
         return parameters
 
     def _make_heads(self, adapters: Sequence[Adapter]) -> dict[str, TaskParameters]:
         heads = {}
         for layer, head in self._head_layers.items():
             own = [tensors_within(each.heads[head], layer, head) if head in each.heads else {} for each in adapters]
-            masks = [{key: torch.ones(value.shape, dtype=torch.bool) for key, value in task.items()} for task in own]
-            heads[layer] = TaskParameters(tensors_of(self._modules, layer), own, masks)
+            heads[layer] = TaskParameters(tensors_of(self._modules, layer), own)
         return heads
 
     def _layers_in(self, adapters: Sequence[Adapter]) -> dict[str, str]:
         """The layers of all heads, and the head that each is in."""
         found: dict[str, str] = {}
         for head in dict.fromkeys(head for adapter in adapters for head in adapter.heads):
-            for layer in layers_of(self._modules, self._sources.norms, head):
+            for layer in layers_of(self._modules, self._reader.norms, head):
                 buffers = [name for name, value in self._modules[layer]._buffers.items() if value is not None]
                 if buffers:
                     raise UnsupportedError(
@@ -161,7 +164,13 @@ class ManyTasks:
     # Routing.
 
     def index(self, names: Sequence[str]) -> Tensor:
-        """Tasks as numbers, which `route` takes in place of names: `(len(names),)` int64.
+        """Tasks as numbers, which `route` takes in place of names.
+
+        Args:
+            names: of tasks.
+
+        Returns:
+            `(len(names),)` int64.
 
         Raises:
             RoutingError: there is no such task.
@@ -217,17 +226,12 @@ class ManyTasks:
             routed.groups = group_rows(slots)
             slots, index = routed.groups.owners, torch.tensor(routed.groups.owners)
         for layer, parameters in self._heads.items():
-            routed.heads[layer] = {
-                name: value
-                for names, block in parameters.gather(slots, index, finish)
-                # A backward pass through `unbind` copies.
-                for name, value in zip(names, block.unbind(1) if len(names) > 1 else [block.squeeze(1)], strict=True)
-            }
+            routed.heads[layer] = unstacked(parameters.gather(slots, index, finish))
         return routed
 
     def _follow(self) -> None:
         """Move to where the model is by now."""
-        moved = self._norms.follow({name: self._sources.parameter(name) for name in self._parameters})
+        moved = self._norms.follow({name: self._reader.parameter(name) for name in self._parameters})
         for layer, parameters in self._heads.items():
             moved |= parameters.follow(tensors_of(self._modules, layer))
         if moved and self._optimizers:
@@ -294,7 +298,7 @@ class ManyTasks:
         """
         if self._latest is None:
             raise RoutingError("losses are those of a routed batch. Call the model inside tasks.route(names) first.")
-        order = order_of(self._latest.names)
+        order = {name: number for number, name in enumerate(dict.fromkeys(self._latest.names))}
         groups = [order[name] for name in self._latest.names]
         if loss is not None:
             return losses_of_rows(loss, outputs, batch, order, groups, self._latest.one)
@@ -320,6 +324,9 @@ class ManyTasks:
                 go together, of the norms and of a layer of a head: where one has none, they all have none.
             **options: of the class, such as `lr`; a dict by name gives each task one of its own.
 
+        Returns:
+            What steps all tasks.
+
         Raises:
             ConfigError: a dict lacks a task, or names one that is not there.
         """
@@ -339,11 +346,14 @@ class ManyTasks:
     # The way back.
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """What each task trains, by task and by the names of the base model's tensors: deltas of norms, and heads."""
+        """Return what each task trains, by task and by the names of the base model's tensors: deltas, and heads."""
         return {name: self._read(slot) for slot, name in enumerate(self.names)}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take what `state_dict` gave, bit for bit.
+        """Take values bit for bit.
+
+        Args:
+            state: what `state_dict` returned.
 
         Raises:
             ConfigError: it is of other tasks, or of other tensors. Nothing has changed.
@@ -374,10 +384,14 @@ class ManyTasks:
                 own = {prefix + key: value for key, value in self._heads[layer].read(slot).items()}
                 if own:
                     heads.setdefault(head, {}).update(own)
-            write_adapter(self._sources, self.model, name, Adapter(self._norms.read(slot), heads))
+            _write_adapter(self._reader, self.model, name, Adapter(self._norms.read(slot), heads))
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write the values into the adapters, and save each as `save_pretrained` does, into `directory/<task>`."""
+        """Write the values into the adapters, and save each as `save_pretrained` does, into `directory/<task>`.
+
+        Args:
+            directory: of all tasks.
+        """
         self.write()
         for name in self.names:
             # PEFT puts each adapter into a folder of its name, but for the one that is called "default".
@@ -418,7 +432,7 @@ class ManyTasks:
         return tuners
 
     def _attach(self) -> None:
-        route, modules, norms = self._route, self._modules, self._sources.norms
+        route, modules, norms = self._route, self._modules, self._reader.norms
         runs: dict[str, Any] = {
             name: NormRun(modules[name], norm, route) for name, norm in norms.items() if name in self.norms
         }
@@ -427,7 +441,7 @@ class ManyTasks:
         called = called_modules(self._base)
         tuners = {name for name, module in called.items() if isinstance(module, BaseTunerLayer)}
         detours: list[Detour] = [RecomputedDetour(modules[name], route, run, self._again) for name, run in runs.items()]
-        for name in above(called, {*runs, *tuners}):
+        for name in _above(called, {*runs, *tuners}):
             if not (name in runs and called[name] is modules[name]):
                 detours.append(RecomputedDetour(called[name], route, None, self._again))
         detours.append(RecomputedDetour(self._base, route, None, self._again, partial(self._begin, None)))
@@ -465,7 +479,7 @@ def _checked_names(peft_model: PeftModel, adapter_names: Sequence[str] | None) -
     return names
 
 
-def tuned_in(peft_model: PeftModel, name: str, adapter: Adapter) -> dict[str, Tensor]:
+def _tuned_in(peft_model: PeftModel, name: str, adapter: Adapter) -> dict[str, Tensor]:
     """Which entries of its deltas an adapter trains: bool, by the base parameter's name; in a head all of them."""
     deltas = deltas_in(called_modules(peft_model.get_base_model()), name)
     return {
@@ -475,8 +489,8 @@ def tuned_in(peft_model: PeftModel, name: str, adapter: Adapter) -> dict[str, Te
 
 
 @torch.no_grad()
-def write_adapter(sources: Sources, peft_model: PeftModel, name: str, adapter: Adapter) -> None:
-    """Put values into an adapter of a model: the inverse of `Sources.read(name, (peft_model, name))`."""
+def _write_adapter(reader: AdapterReader, peft_model: PeftModel, name: str, adapter: Adapter) -> None:
+    """Put values into an adapter of a model: the inverse of `AdapterReader.read(name, (peft_model, name))`."""
     called = called_modules(peft_model.get_base_model())
     deltas = deltas_in(called, name)
     for key, delta in deltas.items():
@@ -485,19 +499,14 @@ def write_adapter(sources: Sources, peft_model: PeftModel, name: str, adapter: A
         wrapper = called[head]
         assert isinstance(wrapper, ModulesToSaveWrapper)
         for key, place in tensors_of(base_modules(wrapper.modules_to_save[name])).items():
-            its_place = sources.place(f"{head}.{key}")
+            its_place = reader.place(f"{head}.{key}")
             norm = adapter.deltas.get(its_place)
-            value = tensors[key] if norm is None else norm + sources.parameter(its_place).to(norm)
+            value = tensors[key] if norm is None else norm + reader.parameter(its_place).to(norm)
             place.copy_(value)
 
 
-def above(modules: Mapping[str, nn.Module], places: set[str]) -> Iterator[str]:
-    """The names of these places and of all modules that hold one of them, but for the model itself.
-
-    Example:
-        >>> list(above({"": None, "body": None, "body.norm": None, "head": None}, {"body.norm"}))
-        ['body', 'body.norm']
-    """
+def _above(modules: Mapping[str, nn.Module], places: set[str]) -> Iterator[str]:
+    """The names of these places and of all modules that hold one of them, but for the model itself."""
     for name in modules:
         if name and any(f"{place}.".startswith(f"{name}.") for place in places):
             yield name

@@ -32,8 +32,16 @@ class TaskOptimizer:
     entry by itself, such as SGD or Adam, does what it would have done alone; one that looks at a tensor as a whole,
     such as Adafactor, does not.
 
-    Attributes:
-        optimizers: by task, of the class that was asked for. Their tensors share memory with what all tasks hold.
+    Args:
+        parameters: what is trained: of the norms, and of each layer of a head.
+        names: the tasks.
+        optimizer_class: of torch, or like torch's.
+        max_grad_norm: the largest norm of a task's gradient, or one for each task by name; None: no limit.
+        options: of the class by name; a dict by task gives each task one of its own.
+        free: the stacks without weight decay, by the number of the parameters and of the stack in them.
+
+    Raises:
+        ConfigError: a dict lacks a task, or names one that is not there.
     """
 
     def __init__(
@@ -82,12 +90,8 @@ class TaskOptimizer:
 
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """The optimizer of each task. Its tensors share memory with what all tasks hold."""
         return {name: task.optimizer for name, task in self._tasks.items()}
-
-    @property
-    def schedules(self) -> dict[str, Any]:
-        """The schedule of each task that has one."""
-        return {name: task.schedule for name, task in self._tasks.items() if task.schedule is not None}
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -110,7 +114,7 @@ class TaskOptimizer:
         return [name for name, task in self._tasks.items() if not task.stopped]
 
     def grad_norms(self) -> dict[str, float]:
-        """The norm of each task's gradient before it was clipped in the latest step; empty where nothing is clipped."""
+        """Return the norm of each task's gradient before the latest step clipped it; empty where nothing is clipped."""
         if self._norms is None:
             return {}
         return dict(zip(self._names, self._norms.tolist(), strict=True))
@@ -144,7 +148,10 @@ class TaskOptimizer:
                 row.grad = None
 
     def stop(self, name: str) -> None:
-        """A task no longer steps. Its rows may still be routed.
+        """Stop the steps of a task. Its rows may still be routed.
+
+        Args:
+            name: of the task.
 
         Raises:
             ConfigError: there is no such task.
@@ -154,7 +161,7 @@ class TaskOptimizer:
         self._tasks[name].stopped = True
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """For each task the state of its optimizer and schedule, its steps, and whether it was stopped."""
+        """Return for each task the state of its optimizer and schedule, its steps, and whether it was stopped."""
         return {
             name: {
                 "optimizer": task.optimizer.state_dict(),
@@ -166,7 +173,10 @@ class TaskOptimizer:
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Go on from what `state_dict` gave.
+        """Go on from a saved state.
+
+        Args:
+            state: what `state_dict` returned.
 
         Raises:
             ConfigError: it is of other tasks. Nothing has changed.

@@ -18,11 +18,11 @@ class TaskParameters:
     Args:
         base: for each name the tensor that a task has which does not train it.
         own: for each task its tensors by name.
-        tuned: for each task by name which entries it trains, bool; what is not named it does not train.
+        tuned: for each task by name which entries it trains, bool; what is not named it does not train. None: each task
+            trains all that is its own.
 
     Attributes:
-        source: the stacks as one, for what reads their names.
-        stacks: the same; `values.grad` of each is what backward passes have added up.
+        stacks: leaf tensors; `values.grad` of each is what backward passes have added up.
         reached: for each stack the tasks whose rows a backward pass has come down to since the last `forget`.
 
     Example:
@@ -36,25 +36,32 @@ class TaskParameters:
     """
 
     def __init__(
-        self, base: Mapping[str, Tensor], own: Sequence[Mapping[str, Tensor]], tuned: Sequence[Mapping[str, Tensor]]
+        self,
+        base: Mapping[str, Tensor],
+        own: Sequence[Mapping[str, Tensor]],
+        tuned: Sequence[Mapping[str, Tensor]] | None = None,
     ) -> None:
         # The widest dtype that a task has for a tensor: a base in half precision has deltas in float32.
         like = {
             name: one_dtype([task[name].detach() for task in own if name in task] or [tensor])[0].to(tensor.device)
             for name, tensor in base.items()
         }
-        self.source = Stacks(like, len(own))
-        rows = as_rows(self.source, [{**base, **task} for task in own])
-        self.source.write(range(len(own)), rows)
+        self._stacks = Stacks(like, len(own))
+        self._stacks.write(range(len(own)), as_rows(self._stacks, [{**base, **task} for task in own]))
         self._own = [set(task) for task in own]
-        self.stacks = list(self.source)
-        self._outside = [self._untuned(stack, tuned) for stack in self.stacks]
-        self.reached: list[set[int]] = [set() for _ in self.stacks]
-        for _, values in self.stacks:
-            values.requires_grad_()
+        if tuned is None:
+            tuned = [{name: torch.ones(value.shape, dtype=torch.bool) for name, value in task.items()} for task in own]
+        self._outside = [self._untuned(stack, tuned) for stack in self._stacks]
+        self.reached: list[set[int]] = [set() for _ in self._stacks]
+        self._require_grad()
 
     def owns(self, number: int, slot: int) -> bool:
-        """Whether a task trains something in a stack."""
+        """Whether a task trains something in a stack.
+
+        Args:
+            number: of the stack.
+            slot: of the task.
+        """
         return not self._own[slot].isdisjoint(self.stacks[number].names)
 
     def gather(self, slots: Sequence[int], index: Tensor, reached: Callable[[], None] | None = None) -> list[Stack]:
@@ -77,7 +84,14 @@ class TaskParameters:
         return gathered
 
     def read(self, slot: int) -> dict[str, Tensor]:
-        """Copies of what is a task's own, by name."""
+        """Return copies of what is a task's own.
+
+        Args:
+            slot: of the task.
+
+        Returns:
+            Tensors by name.
+        """
         return {
             name: value.detach().clone()
             for names, values in self.stacks
@@ -87,7 +101,12 @@ class TaskParameters:
 
     @torch.no_grad()
     def write(self, slot: int, tensors: Mapping[str, Tensor]) -> None:
-        """Put values in the place of a task's own, in place; by name."""
+        """Write a task's own values in place.
+
+        Args:
+            slot: of the task.
+            tensors: the values by name.
+        """
         for names, values in self.stacks:
             for name, place in zip(names, values[slot], strict=True):
                 if name in self._own[slot]:
@@ -100,19 +119,29 @@ class TaskParameters:
             reached.clear()
 
     def follow(self, like: Mapping[str, Tensor]) -> bool:
-        """Move to where these tensors are by now; whether anything was moved."""
+        """Move to where other tensors are.
+
+        Args:
+            like: tensors with the names of the stacks.
+
+        Returns:
+            Whether anything was moved.
+        """
         if all(values.device == like[names[0]].device for names, values in self.stacks):
             return False
         with torch.no_grad():
-            self.source.follow(like)
-        self.stacks = list(self.source)
-        for _, values in self.stacks:
-            values.requires_grad_()
+            self._stacks.follow(like)
+        self._require_grad()
         self._outside = [
             None if outside is None else outside.to(stack.values.device)
             for outside, stack in zip(self._outside, self.stacks, strict=True)
         ]
         return True
+
+    def _require_grad(self) -> None:
+        self.stacks = list(self._stacks)
+        for _, values in self.stacks:
+            values.requires_grad_()
 
     def _untuned(self, stack: Stack, tuned: Sequence[Mapping[str, Tensor]]) -> Tensor | None:
         """Which entries of a stack a task has but does not train; None where there are none."""

@@ -68,9 +68,13 @@ class EarlyStopping:
         return [name for name in active if self.worse[name] >= self.patience]
 
     def state_dict(self) -> dict[str, Any]:
-        """What going on needs."""
+        """Return what going on needs."""
         return {"best": dict(self.best), "worse": dict(self.worse)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Go on from a saved state.
+
+        Args:
+            state: what `state_dict` returned.
+        """
         self.best, self.worse = dict(state["best"]), dict(state["worse"])

@@ -94,7 +94,13 @@ class TaskTrainer(Trainer):
     # Data.
 
     def tasks_of(self, dataset: Any) -> list[str]:
-        """The task of each row of a data set, by name.
+        """The task of each row of a data set.
+
+        Args:
+            dataset: with a column that names the task, or a sequence of rows with such a key.
+
+        Returns:
+            Names of tasks.
 
         Raises:
             DataError: the data set has no such column, or a row is of no task.
@@ -130,10 +136,13 @@ class TaskTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
     def steps_of_tasks(self, steps: int) -> dict[str, int]:
-        """How many steps each task makes in so many of all; expected ones, where batches are mixed by chance.
+        """How many steps each task makes in so many of all.
 
         Args:
             steps: of the whole run.
+
+        Returns:
+            Steps by task; expected ones, where batches are mixed by chance.
         """
         counts = dict.fromkeys(self.tasks.names, 0)
         for name in self.tasks_of(self.train_dataset):

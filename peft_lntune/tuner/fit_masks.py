@@ -11,15 +11,16 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
 
-from peft_lntune.config import FisherLNConfig, delta_part
+from peft_lntune.config import FisherLNConfig
 from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.errors import ConfigError, PeftLNTuneError, UnsupportedError
-from peft_lntune.planning.plan import plan
+from peft_lntune.layers.held import deltas_of
+from peft_lntune.planning.facts import ModelFacts
 from peft_lntune.selection import FisherState, mask_density, select
 from peft_lntune.selection.fisher import add_samples, own_share, several_processes
 from peft_lntune.selection.losses import Batch, Loss
 from peft_lntune.tuner.model import LNTuneModel
-from peft_lntune.tuner.state_dict import deltas_of
+from peft_lntune.tuner.state_dict import planned_deltas
 
 __all__ = ["FisherFit", "fit_fisher_masks"]
 
@@ -168,9 +169,8 @@ def _in_all_processes(work: Callable[[], T]) -> list[T]:
 def _prepared(peft_model: PeftModel, adapter_name: str, refit: bool) -> tuple[FisherLNConfig, dict[str, str]]:
     """The config of the adapter, and the role of each parameter that it selects."""
     config = _fitting(peft_model, adapter_name, refit)
-    parts = plan(peft_model.get_base_model(), peft_model.peft_config[adapter_name]).parts
-    norms = {name: part for name, part in parts.items() if part.method == "delta"}
-    return config, {f"{name}.{part.own_name(p)}": part.roles for name, part in norms.items() for p in part.entries}
+    parts = planned_deltas(ModelFacts(peft_model.get_base_model()), peft_model.peft_config[adapter_name])
+    return config, {f"{name}.{part.own_name(p)}": part.roles for name, part in parts.items() for p in part.entries}
 
 
 def _fitting(peft_model: PeftModel, adapter_name: str, refit: bool) -> FisherLNConfig:
@@ -184,7 +184,7 @@ def _fitting(peft_model: PeftModel, adapter_name: str, refit: bool) -> FisherLNC
     whole = peft_model.peft_config.get(adapter_name)
     if whole is None:
         raise ConfigError(f"adapter {adapter_name!r} not found; this model has {list(peft_model.peft_config)}.")
-    config = delta_part(whole)
+    config = whole.deltas
     if not isinstance(config, FisherLNConfig):
         raise ConfigError(
             f"adapter {adapter_name!r} has a {type(whole).__name__}, and masks are fitted for a FisherLNConfig. "

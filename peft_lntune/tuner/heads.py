@@ -1,7 +1,7 @@
 """Heads in `modules_to_save`: each row of a batch with the head of its adapter; and heads copied between adapters."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -9,10 +9,11 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from peft_lntune.core.detour import Detour
+from peft_lntune.core.detour import Detour, patched
 from peft_lntune.core.module_tree import is_tuner_layer
 from peft_lntune.errors import MixedHeadError
-from peft_lntune.routing.heads import HeadRun, layers_of
+from peft_lntune.norms.affine import split_call
+from peft_lntune.routing.heads import HeadRun, group_rows, layers_of
 from peft_lntune.routing.route import Route
 
 __all__ = ["copy_heads", "routed_heads"]
@@ -21,8 +22,8 @@ STACKED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LOOPED = (*STACKED, nn.Embedding)
 """The classes that PEFT mixes by row, one adapter after the other."""
 
-LARGE = 2**22
-"""A layer with more entries is run adapter by adapter: a copy of it for each row would be larger than the model."""
+LARGE = 2**26
+"""A layer that would have more entries than this for a batch is run adapter by adapter: 256 MiB in float32."""
 
 
 @contextmanager
@@ -44,27 +45,26 @@ def routed_heads(model: nn.Module, route: Route) -> Iterator[dict[str, nn.Module
     """
     heads = {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
     watched: dict[str, nn.Module] = {}
-    with ExitStack() as stack:
-        for label, head in heads.items():
-            own = {name: copy for name, copy in head.modules_to_save.items() if name in route.names}
-            copies = dict.fromkeys(route.names, head.original_module) | own
-            alike = len(set(copies.values())) <= 1
-            module = next(iter(copies.values()), head) if alike else head.original_module
-            detours = [Detour(head, route, partial(_checked, module, route, label))]
-            for path in () if alike else _layers(head.original_module, label):
-                name = f"{label}.{path}" if path else label
-                layers = {adapter: copy.get_submodule(path) for adapter, copy in copies.items()}
-                detours.append(_detour(head.original_module.get_submodule(path), name, layers, route))
-                watched[name] = _active(head).get_submodule(path)
-            for detour in detours:
-                detour.patch()
-                stack.callback(detour.restore)
+    detours: list[Detour] = []
+    for label, head in heads.items():
+        own = {name: copy for name, copy in head.modules_to_save.items() if name in route.names}
+        copies = dict.fromkeys(route.names, head.original_module) | own
+        alike = len(set(copies.values())) <= 1
+        module = next(iter(copies.values()), head) if alike else head.original_module
+        detours.append(Detour(head, route, partial(_checked, module, route, label)))
+        for path in () if alike else _layers(head.original_module, label):
+            name = f"{label}.{path}" if path else label
+            layers = {adapter: copy.get_submodule(path) for adapter, copy in copies.items()}
+            detours.append(_detour(head.original_module.get_submodule(path), name, layers, route))
+            watched[name] = _active(head).get_submodule(path)
+    with patched(detours):
         yield watched
 
 
-def _checked(module: nn.Module, route: Route, label: str, own: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _checked(module: nn.Module, route: Route, label: str, own: Any, *args: Any, **kwargs: Any) -> Any:
+    x, _, _ = split_call(args, kwargs)
     route.factor(x.shape, label)
-    return module(x, *args, **kwargs)
+    return module(*args, **kwargs)
 
 
 def _layers(head: nn.Module, label: str) -> list[str]:
@@ -85,11 +85,14 @@ def _detour(layer: nn.Module, label: str, layers: Mapping[str, nn.Module], route
         route: the route in force.
     """
     tensors = {name: _tensors(each) for name, each in layers.items()}
+    groups = group_rows(route.names)
+    copied = len(groups.owners if type(layer) is nn.Linear else route.names)
     known = type(layer) in STACKED or not isinstance(layer, LOOPED)  # a class made from these may do something else
-    if known and all(t.numel() <= LARGE and not t.is_meta for own in tensors.values() for t in own.values()):
+    held = [tensor for own in tensors.values() for tensor in own.values()]
+    if known and all(copied * tensor.numel() <= LARGE and not tensor.is_meta for tensor in held):
         run = HeadRun(layer, label, route)
-        names = route.names
-        run.rows = {key: torch.stack([tensors[name][key] for name in names]) for key in tensors[names[0]]}
+        run.groups = groups
+        run.rows = {key: torch.stack([tensors[name][key] for name in groups.owners]) for key in _tensors(layer)}
         return Detour(layer, route, run)
     if not isinstance(layer, LOOPED):
         raise _refusal(layer, label, "it is too large to have a copy for each row, or is offloaded")

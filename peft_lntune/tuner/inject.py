@@ -1,8 +1,7 @@
 """Putting a planned adapter into a model, for our tuner and for PEFT's mixed one."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,55 +10,22 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import Tensor, nn
 
-from peft_lntune.architectures.attention import AttentionFacts
-from peft_lntune.architectures.sublayers import Sublayer
-from peft_lntune.config import DeltaConfig, LNTuneConfig, SupermaskConfig, parts_of
-from peft_lntune.core.module_tree import base_modules, called_modules
+from peft_lntune.config import LNTuneConfig, parts_of
 from peft_lntune.core.shared import Place, find_places
 from peft_lntune.errors import ConfigError, UnsupportedError
-from peft_lntune.layers import BottleneckLayer, InsertedLayer, ModuleLayer, NormLayer, PrefixLayer, ReplacementLayer
-from peft_lntune.layers.offloaded import all_onloaded, offload_hook
+from peft_lntune.layers import InsertedLayer, ReplacementLayer
+from peft_lntune.layers.held import deltas_of, supermasks_of
+from peft_lntune.layers.offloaded import offload_hook
 from peft_lntune.layers.padded import keep_padded
-from peft_lntune.norms.find import Norm
 from peft_lntune.planning.claims import check_claims
-from peft_lntune.planning.deltas import part_of
-from peft_lntune.planning.gaps import warn_of_gaps
-from peft_lntune.planning.missed import warn_of_missed
+from peft_lntune.planning.facts import ModelFacts
+from peft_lntune.planning.gaps import warn_of_missed
+from peft_lntune.planning.methods import Injection, method_of
 from peft_lntune.planning.plan import check_selected, plan_parts
-from peft_lntune.planning.types import Plan, PlannedModule
 from peft_lntune.routing.route import Route
-from peft_lntune.storage.packing import ROOT
-from peft_lntune.tuner.state_dict import deltas_of, supermasks_of
-from peft_lntune.tuner.tied import Ties, ties_of
+from peft_lntune.tuner.tied import ties_of
 
-__all__ = ["Injection", "create_and_replace", "injecting", "is_target", "prepare", "route_of"]
-
-
-@dataclass(frozen=True)
-class Injection:
-    """What the injection of one part needs at hand. A tuner keeps it while `injecting`, and a config never.
-
-    Attributes:
-        plan: where the part goes.
-        route: of all layers of the model.
-        modules: the base modules of the model, by name.
-        matcher: what PEFT's own matching asks, for its messages.
-        stored: whether the values come from a file.
-        source: the adapter of this model whose masks the new one has, if it is made from the config of one.
-        ties: which tuned parameters are one.
-        places: of each module that will be replaced, where else than under its name the model holds it.
-        layers: those that the adapter has so far, by name; all parts share them.
-    """
-
-    plan: Plan
-    route: Route
-    modules: dict[str, nn.Module]
-    matcher: Any
-    stored: bool
-    source: str | None = None
-    ties: Ties = field(default_factory=dict)
-    places: Mapping[nn.Module, Sequence[Place]] = field(default_factory=dict)
-    layers: dict[str, ReplacementLayer] = field(default_factory=dict)
+__all__ = ["injecting", "is_target", "prepare", "route_of"]
 
 
 def prepare(
@@ -94,46 +60,46 @@ def prepare(
     stored = "stored" in config.__dict__
     source = None if stored or unmasked else _source(configs, adapter_name, model)
     counts = config.stored_counts if source is None else _counts(model, source)
-    planned = plan_parts(model, config, counts)
+    facts = ModelFacts(model)
+    planned = plan_parts(facts, config, counts)
     selected = sum(plan.selected for _, plan in planned)
     check_selected(config, selected)
-    check_claims(config, model, planned)
+    check_claims(config, facts, planned)
     config.__dict__["selected"] = selected  # for the file: a model that is wrapped by then cannot be planned for again
     config.__dict__.pop("stored", None)
-    route, modules = route_of(model), base_modules(model)
-    parts = {name: part for _, plan in planned for name, part in plan.parts.items()}
-    ties, places, layers = ties_of(parts, modules), _places(model, parts), dict[str, ReplacementLayer]()
+    replaced = {name: its for part, plan in planned if method_of(part).replaces for name, its in plan.parts.items()}
+    shared: dict[str, Any] = {
+        "route": route_of(model),
+        "modules": facts.modules,
+        "stored": stored,
+        "source": source,
+        "ties": ties_of(replaced, facts.tied),
+        "places": _places(facts, replaced),
+        "layers": {},
+    }
     if not stored:  # of a saved adapter the file says what it tunes
         warn_of_missed({name: one for _, plan in planned for name, one in plan.missed.items() if name not in told})
     found = []
     for part, plan in planned:
         part.__dict__.pop("stored", None)
+        method = method_of(part)
         if not stored and source is None:
-            warn_of_gaps(part, plan)
-        named = isinstance(part, DeltaConfig) and part.target_modules is not None
-        matcher = SimpleNamespace(
-            target_modules=part.target_modules if named else plan.parts.keys(),
-            exclude_modules=part.exclude_modules,
-            modules_to_save=part.modules_to_save,
-            layers_to_transform=part.layers_to_transform if named else None,
-            layers_pattern=part.layers_pattern,
-        )
-        found.append((part, Injection(plan, route, modules, matcher, stored, source, ties, places, layers)))
+            method.warn(part, plan)
+        found.append((part, Injection(method, plan, **shared)))
     return found
 
 
-def _places(model: nn.Module, parts: Mapping[str, PlannedModule]) -> dict[nn.Module, list[Place]]:
+def _places(facts: ModelFacts, names: Iterable[str]) -> dict[nn.Module, list[Place]]:
     """Where else the model holds the modules that layers will be put around: shared blocks, plain lists.
 
     Raises:
         UnsupportedError: a layer cannot be put there.
     """
-    called, bases = called_modules(model), base_modules(model)
-    names = [name for name, part in parts.items() if part.method in ("delta", "supermask")]
+    called, bases = facts.called, facts.modules
     replaced = {called[name]: name for name in names if not isinstance(called[name], ReplacementLayer)}
     # What another tuner has put its layer around under one name may go on being called under another.
     inner = {bases[name]: name for name in names if called[name] is not bases[name]}
-    found = find_places(model, [*replaced, *inner])
+    found = find_places(facts.model, [*replaced, *inner])
     for module, places in found.items():
         stuck = [place.name for place in places if place.put is None or module in inner]
         if stuck:
@@ -186,11 +152,10 @@ def _source(configs: Mapping[str, PeftConfig], adapter_name: str, model: nn.Modu
     Raises:
         ConfigError: no adapter of this model has the mask that the config tells of, or several have different ones.
     """
-    config = configs[adapter_name]
-    masked = [part for part in parts_of(config) if getattr(part, "mask_source", None) is not None]
-    bits = any(isinstance(part, SupermaskConfig) and part.inference_mode for part in parts_of(config))
-    if not masked and not bits:
+    config: Any = configs[adapter_name]
+    if not config.masks_are_fixed:
         return None
+    masked = [part for part in parts_of(config) if getattr(part, "mask_source", None) is not None]
     others = {name: other for name, other in configs.items() if name != adapter_name}
     same = [name for name, other in others.items() if other is config]
     same = same or [name for name, other in others.items() if other == config]
@@ -236,100 +201,13 @@ def _counts(model: nn.Module, adapter_name: str) -> dict[str, int | None]:
     return {place: None if delta.mask is None else delta.weight.numel() for place, delta in deltas.items()}
 
 
-def is_target(injection: Injection, key: str) -> Any:
-    """Whether the plan tunes the module `key`; falsy answers are PEFT's own, which its messages tell apart."""
-    return check_target_module_exists(injection.matcher, key) and key in injection.plan.parts
-
-
-def create_and_replace(
-    tuner: BaseTuner,
-    injection: Injection,
-    config: LNTuneConfig,
-    adapter_name: str,
-    target: nn.Module,
-    target_name: str,
-    parent: nn.Module,
-    current_key: str,
-) -> None:
-    """Give the module `target` what the plan says of it for `adapter_name`, in a new layer if there is none yet.
-
-    Args:
-        tuner: ours or PEFT's mixed one.
-        injection: the one under way.
-        config: the part that it is of.
-        adapter_name: the new adapter.
-        target: the module, or the layer around it.
-        target_name: its name in `parent`.
-        parent: the module that holds it.
-        current_key: its name in the model.
-    """
-    part = injection.plan.parts.get(current_key)
-    if part is not None and part.method in ("bottleneck", "prefix"):
-        beside = _beside(injection, part, parent if part.method == "bottleneck" else target)
-        beside.update_layer(adapter_name, config, injection.stored)
-        return
-    part = part or part_of(config, current_key, target).tuned
-    if isinstance(target, ReplacementLayer):
-        _tie(injection, target, part)
-        with all_onloaded(target):  # an adapter lives where the module computes
-            _update(target, adapter_name, config, part, injection)
-        return
-    layer: ReplacementLayer
-    if isinstance(part.place, Norm):
-        layer = NormLayer(target, injection.route, part.place)
-    else:
-        # A mixed model injects its second adapter into itself, and so gives names from there.
-        layer = ModuleLayer(target, injection.route, part.name.removeprefix(ROOT))
-    layer.set_adapter(adapter_name)
-    _tie(injection, layer, part)
-    with all_onloaded(layer):
-        _update(layer, adapter_name, config, part, injection)
-        if adapter_name not in tuner.active_adapters:
-            layer.requires_grad_(False)
-        tuner._replace_module(parent, target_name, layer, target)
-    for place in injection.places.get(target, ()):
-        assert place.put is not None
-        place.put(layer)
-
-
-def _tie(injection: Injection, layer: ReplacementLayer, part: PlannedModule) -> None:
-    injection.layers[part.name] = layer
-    for parameter in part.entries:
-        for other, its in injection.ties.get((part.name, parameter), ()):
-            if other in injection.layers:
-                layer.tie(parameter, injection.layers[other], its)
-
-
-def _update(
-    layer: ReplacementLayer, adapter_name: str, config: LNTuneConfig, part: PlannedModule, injection: Injection
-) -> None:
-    if part.method == "supermask":
-        assert isinstance(layer, ModuleLayer)  # the plan refuses norms
-        layer.add_supermask(adapter_name, config, part.blocks.get("weight"), injection.stored)
-    else:
-        layer.update_layer(adapter_name, config, part.counts, part.blocks)
-    for container in layer.adapter_layer_names:
-        held: Any = getattr(layer, container)
-        if adapter_name in held and injection.source in held:
-            # Masks are buffers, and fixed; what is trained starts anew. Not in place: a new buffer may be on meta.
-            for name, _ in list(held[adapter_name].named_buffers()):
-                setattr(held[adapter_name], name, getattr(held[injection.source], name).clone())
-
-
-def _beside(injection: Injection, part: PlannedModule, host: nn.Module) -> InsertedLayer:
-    """The layer of a part beside `host`; a new one where it has none yet."""
-    layer: InsertedLayer
-    if isinstance(part.place, Sublayer):
-        layer = BottleneckLayer.of(injection.route, part.place, injection.modules)
-    elif isinstance(part.place, AttentionFacts):
-        layer = PrefixLayer(injection.route, part.place)
-    else:
-        raise TypeError(f"{part.name} is no place to put a layer beside")
-    known = host._modules.get(layer.child)
-    if isinstance(known, InsertedLayer):
-        return known
-    layer.attach(host)
-    return layer
+def is_target(injection: Injection, config: LNTuneConfig, key: str) -> Any:
+    """Whether the plan tunes the module `key`; for one that is left out the falsy answer that PEFT tells apart."""
+    excluded = SimpleNamespace(
+        exclude_modules=config.exclude_modules, modules_to_save=config.modules_to_save, target_modules=()
+    )
+    found = check_target_module_exists(excluded, key)
+    return key in injection.plan.parts if found is False else found
 
 
 def route_of(model: nn.Module) -> Route:

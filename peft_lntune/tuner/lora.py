@@ -1,40 +1,17 @@
-"""LoRA as a part of a unified adapter: PEFT's own layers, with a row of a batch for each adapter."""
+"""PEFT's LoRA layers, with an adapter for each row of a batch."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from peft_lntune.layers.offloaded import all_onloaded
 from peft_lntune.routing.route import Route
 
-__all__ = ["LoraPart", "routed_lora"]
-
-
-class LoraPart(LoraModel):
-    """PEFT's LoRA tuner for a moment, at work in the model of another tuner. It owns nothing and replaces nothing.
-
-    Args:
-        model: the model that the other tuner has.
-        configs: the configs of all its adapters, a LoRA part in place of an adapter that has one.
-        active: the other tuner's active adapters.
-    """
-
-    def __init__(self, model: nn.Module, configs: Mapping[str, Any], active: list[str]) -> None:
-        nn.Module.__init__(self)  # PEFT's own would inject, and put its configs into the model
-        self.model = model
-        self.peft_config = dict(configs)
-        self.active_adapter = active
-        self.targeted_module_names: list[str] = []
-        self.targeted_parameter_names: list[str] = []
-
-    def _create_and_replace(self, config: Any, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any) -> None:
-        with all_onloaded(target):  # PEFT puts an adapter where it finds the base's weight
-            super()._create_and_replace(config, adapter_name, target, *args, **kwargs)
+__all__ = ["routed_lora"]
 
 
 @contextmanager

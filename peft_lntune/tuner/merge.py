@@ -21,7 +21,11 @@ __all__ = ["check_shared", "everywhere", "merge_layers", "take_out_layers", "unm
 
 
 def check_shared(model: nn.Module, adapter_names: Sequence[str] | None) -> None:
-    """Raise where merging these adapters (None: the active ones) would put LoRA's weights behind an active mask.
+    """Raise where merging adapters would put LoRA's weights behind an active mask.
+
+    Args:
+        model: the model.
+        adapter_names: which would be merged; None for the active ones.
 
     Raises:
         UnsupportedError: a supermask is active and stays unmerged on a module where another tuner's layer is merged.
@@ -41,7 +45,12 @@ def check_shared(model: nn.Module, adapter_names: Sequence[str] | None) -> None:
 
 
 def merge_layers(model: nn.Module, adapter_names: Sequence[str] | None, safe_merge: bool) -> None:
-    """Merge adapters (None: the active ones) in all layers of a model; what is merged where ours will be comes again.
+    """Merge adapters in all layers of a model; what is merged where ours will be is merged again.
+
+    Args:
+        model: the model.
+        adapter_names: which; None for the active ones.
+        safe_merge: raise where a merged value would not be finite.
 
     Raises:
         UnsupportedError: see `check_shared` and `check_tied`. Nothing has changed.
@@ -81,6 +90,12 @@ def take_out_layers(model: nn.Module, merge: bool, safe_merge: bool, adapter_nam
 
     What is left is other tuners', which PEFT unloads by itself. It would write a `weight` and a `bias` into norms too,
     and these may call them something else.
+
+    Args:
+        model: the model.
+        merge: whether to merge adapters first.
+        safe_merge: raise where a merged value would not be finite.
+        adapter_names: the adapters to merge; None for the active ones.
 
     Raises:
         UnsupportedError: see `check_shared` and `check_tied`. Nothing has changed.

@@ -3,36 +3,28 @@
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import PeftConfig
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, cast_adapter_dtype
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from peft_lntune.config import (
-    BottleneckConfig,
-    DeltaConfig,
-    FisherLNConfig,
-    LNTuneConfig,
-    LNTuningConfig,
-    UnifiedConfig,
-    delta_part,
-    parts_of,
-    record_mask,
-)
+from peft_lntune.config import BottleneckConfig, LNTuneConfig, LNTuningConfig, UnifiedConfig, parts_of, record_mask
 from peft_lntune.config.deltas import recorded
-from peft_lntune.core.detour import Detour
+from peft_lntune.core.detour import Detour, patched
 from peft_lntune.errors import ConfigError, RoutingError, UnsupportedError
 from peft_lntune.layers import PARAMETERS, InsertedLayer, NormLayer, ReplacementLayer
+from peft_lntune.layers.held import deltas_of, supermasks_of
 from peft_lntune.layers.offloaded import all_onloaded, stored_tensors
 from peft_lntune.layers.padded import stop_keeping_padded
 from peft_lntune.planning.claims import model_type_of
-from peft_lntune.planning.lora import LoraLayer
+from peft_lntune.planning.facts import ModelFacts
+from peft_lntune.planning.methods import Injection, Spot, WeightedSum, method_of
 from peft_lntune.routing.entries import CONTINUOUS, Entries, refuse_continuous
 from peft_lntune.routing.route import BASE, Route
 from peft_lntune.routing.stacks import rows_of_layers
@@ -40,26 +32,13 @@ from peft_lntune.selection.masks import check_masks
 from peft_lntune.storage.adapter_file import cast_values, dropped_tensors
 from peft_lntune.storage.keys import of_adapter, without_adapter_name
 from peft_lntune.storage.manifest import check_tensors, manifest_of
-from peft_lntune.storage.packing import pack, pack_scores
-from peft_lntune.tuner.combine import MAJORITY_SIGNS, combine, combined_config
-from peft_lntune.tuner.concatenate import concatenate
+from peft_lntune.storage.packing import pack
+from peft_lntune.tuner.combine import combined_config
 from peft_lntune.tuner.heads import copy_heads, routed_heads
-from peft_lntune.tuner.inject import Injection, create_and_replace, injecting, is_target, prepare, route_of
-from peft_lntune.tuner.lora import LoraPart, routed_lora
+from peft_lntune.tuner.inject import injecting, is_target, prepare, route_of
+from peft_lntune.tuner.lora import routed_lora
 from peft_lntune.tuner.merge import everywhere, merge_layers, take_out_layers, unmerge_layers
-from peft_lntune.tuner.state_dict import (
-    as_in_model,
-    check_fit,
-    deltas_of,
-    fold,
-    folded,
-    held_tensors,
-    own_tensors,
-    scores_for,
-    supermasks_of,
-    under_all_names,
-    unpack_for,
-)
+from peft_lntune.tuner.state_dict import as_in_model, check_fit, held_tensors, own_tensors, under_all_names
 
 __all__ = ["LNTuneModel"]
 
@@ -73,7 +52,7 @@ class LNTuneModel(BaseTuner):
     _warned_of: frozenset[str] = frozenset()
     _looked_for_statistics = False
     _told_missed: frozenset[str] = frozenset()
-    _injection: Injection | None = None  # while one is under way, see `injecting`
+    _injection: Injection | None = None  # while one is under way: PEFT's loop over modules hands on nothing of ours
 
     # What PEFT's injection asks for.
 
@@ -82,17 +61,25 @@ class LNTuneModel(BaseTuner):
 
     def _check_target_module_exists(self, peft_config: LNTuneConfig, key: str) -> Any:
         if self._injection is not None:
-            return is_target(self._injection, key)
+            return is_target(self._injection, peft_config, key)
         # PEFT's `inspect_matched_modules` asks afterwards.
         names = [name for name, config in self.peft_config.items() if config is peft_config]
         deltas = [place.rpartition(".")[0] for name in names for place in deltas_of(self.model, name)]
         return key in deltas or any(key in supermasks_of(self.model, name) for name in names)
 
     def _create_and_replace(
-        self, peft_config: Any, adapter_name: str, target: nn.Module, *args: Any, **kw: Any
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
     ) -> None:
         assert self._injection is not None
-        create_and_replace(self, self._injection, peft_config, adapter_name, target, *args, **kw)
+        spot = Spot(target, target_name, parent, current_key)
+        self._injection.method.put(self, self._injection, peft_config, adapter_name, spot)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
@@ -102,38 +89,32 @@ class LNTuneModel(BaseTuner):
             )
         config = self.peft_config[adapter_name]
         stored = "stored" in config.__dict__
-        parts = self._inject(model, adapter_name, PeftConfig, *args, **kwargs)
+        parts = self._inject(model, adapter_name, *args, **kwargs)
         if isinstance(config, UnifiedConfig):
-            config.parts = _with_targets(config, parts)  # in place, as PEFT does it: PeftModel holds on to this config
+            given = zip(config.parts or (), parts, strict=True)
+            # In place, as PEFT does it: PeftModel holds on to this config.
+            config.parts = [method_of(part).recorded(mine, part) for mine, part in given]
             if not stored:
                 _warn_of_combination(config)
 
     def _inject(
-        self, model: nn.Module, adapter_name: str, kind: type, *args: Any, unmasked: bool = False, **kwargs: Any
+        self, model: nn.Module, adapter_name: str, *args: Any, unmasked: bool = False, **kwargs: Any
     ) -> list[PeftConfig]:
-        """Put those parts of an adapter into the model that are of a kind; returns all its parts."""
+        """Put the parts of an adapter into the model, `unmasked` only those that have masks; returns all its parts."""
         config = self.peft_config[adapter_name]
         prepared = prepare(self.peft_config, adapter_name, model, unmasked=unmasked, told=self._told_missed)
         self._told_missed |= {name for _, injection in prepared for name in injection.plan.missed}
         try:
             for part, injection in prepared:
-                if not isinstance(part, kind):
+                if unmasked and not injection.method.has_masks:
                     continue
                 # PEFT takes the config of what it injects from here.
                 self.peft_config[adapter_name] = part
-                inject = self._lora().inject_adapter if isinstance(part, LoraConfig) else super().inject_adapter
                 with injecting(self, injection):
-                    inject(model, adapter_name, *args, **kwargs)
+                    injection.method.inject(self, model, adapter_name, *args, **kwargs)
         finally:
             self.peft_config[adapter_name] = config
         return [part for part, _ in prepared]
-
-    def _lora(self) -> LoraPart:
-        configs = {
-            name: next((part for part in parts_of(config) if isinstance(part, LoraConfig)), config)
-            for name, config in self.peft_config.items()
-        }
-        return LoraPart(self.model, configs, self.active_adapters)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         for layer in self._layers(LoraLayer):
@@ -236,13 +217,14 @@ class LNTuneModel(BaseTuner):
         trained = {name: value for name, value in kwargs["state_dict"].items() if of_adapter(name, adapter_name)}
         kwargs["state_dict"].update(stored_tensors(model, trained))
         # Not PEFT's search: where FSDP has wrapped modules inside the model, it finds nothing, and says nothing.
-        tensors = folded(adapter_name, held_tensors(model, adapter_name, kwargs["state_dict"]))
+        tensors = held_tensors(model, adapter_name, kwargs["state_dict"])
         stored = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in tensors.items()}
-        stored = pack_scores(stored, any(getattr(part, "save_scores", False) for part in parts_of(config)))
+        for part in parts_of(config):
+            stored = method_of(part).to_file(stored, part)
         stored = cast_values(stored, config.torch_save_dtype)
         # A sharded or empty state dict is not what the file will hold, so nothing is claimed about it.
         whole = bool(stored) and not any(value.is_meta for value in stored.values())
-        norms = delta_part(config)
+        norms = config.deltas
         partial = norms is not None and norms.mask_source is not None
         config.manifest = manifest_of(stored, partial=partial) if whole else None
         if config.manifest is not None:
@@ -250,7 +232,7 @@ class LNTuneModel(BaseTuner):
                 config.manifest["selected"] = config.__dict__["selected"]
             if (model_type := model_type_of(model)) is not None:
                 config.manifest["model_type"] = model_type
-        return pack(stored) if whole else cast_values(tensors, config.torch_save_dtype)
+        return pack(stored) if whole else stored
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -261,8 +243,9 @@ class LNTuneModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         check_tensors(None, state_dict, f"the weights for adapter {adapter_name!r}")
-        tensors = scores_for(model, adapter_name, unpack_for(model, adapter_name, state_dict))
-        fold(model, adapter_name)
+        tensors: Mapping[str, Tensor] = state_dict
+        for part in parts_of(config):
+            tensors = method_of(part).from_file(model, adapter_name, tensors)
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
         own = own_tensors(model, adapter_name)
         check_fit(own, adapter_name, renamed)
@@ -335,7 +318,7 @@ class LNTuneModel(BaseTuner):
         self._check_deltas(adapter_name)
         old = {(layer, p): layer.deltas(p)[adapter_name] for layer, p in self._places(adapter_name).values()}
         own_dtype = all(delta.weight.dtype == layer.base_parameter(p).dtype for (layer, p), delta in old.items())
-        self._inject(self.model, adapter_name, DeltaConfig, unmasked=True)
+        self._inject(self.model, adapter_name, unmasked=True)
         record_mask(self.peft_config, adapter_name, None)
         for layer in self.tuner_layers() if own_dtype else ():
             layer.to_base_dtype(adapter_name)
@@ -348,7 +331,7 @@ class LNTuneModel(BaseTuner):
         if adapter_name not in self.peft_config:
             raise ConfigError(f"adapter {adapter_name!r} not found; this model has {list(self.peft_config)}.")
         config = self.peft_config[adapter_name]
-        if delta_part(config) is None:
+        if config.deltas is None:
             kinds = ", ".join(type(part).__name__ for part in parts_of(config))
             raise ConfigError(
                 f"adapter {adapter_name!r} has {kinds}, and no deltas, whose entries these masks choose. Use an "
@@ -393,26 +376,21 @@ class LNTuneModel(BaseTuner):
                 position or activation. Nothing has changed.
         """
         self._check_weighted(adapters, weights, adapter_name)
-        if majority_sign_method not in MAJORITY_SIGNS:
-            allowed = ", ".join(map(repr, MAJORITY_SIGNS))
-            raise ConfigError(f"majority_sign_method={majority_sign_method!r}: choose one of {allowed}.")
         sources = {name: self.peft_config[name] for name in adapters}
-        config = combined_config(self.model, sources, combination_type, density)
+        wanted = WeightedSum(adapters, weights, combination_type, density, majority_sign_method)
+        config = combined_config(ModelFacts(self.model), sources, wanted)
         self.peft_config[adapter_name] = config
         try:
             self.inject_adapter(self.model, adapter_name)
         except Exception:
             del self.peft_config[adapter_name]
             raise
-        how = combination_type, density, majority_sign_method
-        narrowed = [combine(layer, adapters, weights, adapter_name, *how) for layer in self.tuner_layers()]
+        methods = {method_of(part): None for part in parts_of(config)}
+        narrowed = [method.sum_into(self.model, wanted, adapter_name) for method in methods]
         if any(narrowed):
-            parts = {name: delta_part(source) for name, source in sources.items()}
-            of = {name: part.mask_source for name, part in parts.items() if part is not None}
+            of = {name: source.deltas.mask_source for name, source in sources.items() if source.deltas is not None}
             made = {"made": "combination", "combination_type": combination_type, "of": of}
             record_mask(self.peft_config, adapter_name, made)
-        totals = {name: sum(w for n, w in zip(adapters, weights, strict=True) if n == name) for name in adapters}
-        concatenate(self.model, list(totals), list(totals.values()), adapter_name)
         for donor in sources:
             copy_heads(self.model, donor, adapter_name)
 
@@ -432,8 +410,9 @@ class LNTuneModel(BaseTuner):
     def warn_of_missing_masks(self, names: Sequence[str]) -> None:
         """Say, once for each adapter, that it is about to train more than its config means to."""
         for name in names:
-            config = delta_part(self.peft_config[name]) if name in self.peft_config else None
-            if isinstance(config, FisherLNConfig) and config.mask_source is None and name not in self._warned_of:
+            config = self.peft_config[name].deltas if name in self.peft_config else None
+            fits = config is not None and config.chooses_entries and config.mask_source is None
+            if fits and name not in self._warned_of:
                 self._warned_of |= {name}
                 warnings.warn(
                     f"adapter {name!r} has a FisherLNConfig, but no mask was fitted, so all its entries are trained. "
@@ -507,10 +486,7 @@ class LNTuneModel(BaseTuner):
             labels = {getattr(module, "label", name): module for name, module in places.items()}
             return {**{label: modules.get(label) or module for label, module in labels.items()}, **heads}
 
-        with ExitStack() as stack:
-            for detour in Entries(self.model, route, watched, route.known).detours(modules, places):
-                detour.patch()
-                stack.callback(detour.restore)
+        with patched(Entries(self.model, route, watched, route.known).detours(modules, places)):
             yield
 
     def _check_route(self, names: Sequence[str] | str) -> None:
@@ -541,16 +517,6 @@ def _without_names(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
     if kwargs.pop("adapter_names", None) is not None:
         refuse_continuous(method)
     return method(*args, **kwargs)
-
-
-def _with_targets(config: UnifiedConfig, parts: Sequence[Any]) -> list[Any]:
-    """The parts with what was chosen as targets of LoRA by the model's type, so that loading need not choose again."""
-    return [
-        replace(mine, target_modules=part.target_modules, fan_in_fan_out=part.fan_in_fan_out)
-        if isinstance(part, LoraConfig)
-        else mine
-        for mine, part in zip(config.parts or (), parts, strict=True)
-    ]
 
 
 def _warn_of_combination(config: UnifiedConfig) -> None:

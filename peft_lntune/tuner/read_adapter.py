@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,19 +14,18 @@ from peft_lntune.config import LNTuneConfig, LNTuningConfig, StoredConfig, parts
 from peft_lntune.core.delta import PARAMETERS, scatter, unpack_bits
 from peft_lntune.core.delta_module import Delta
 from peft_lntune.core.module_tree import base_modules, called_modules
-from peft_lntune.errors import AdapterFileError, ConfigError, UnsupportedError
+from peft_lntune.errors import ConfigError, UnsupportedError
 from peft_lntune.layers import ReplacementLayer
 from peft_lntune.norms.find import Norm, find_norms
 from peft_lntune.norms.names import own_parameter, role_of
 from peft_lntune.planning.claims import check_architecture
 from peft_lntune.planning.plan import check_selected, plan
-from peft_lntune.storage.adapter_file import CONFIG_FILE, PEFT_TYPE, WEIGHTS_FILE, read_tensors
-from peft_lntune.storage.manifest import check_tensors
 from peft_lntune.storage.packing import PREFIX, ROOT
+from peft_lntune.storage.saved_adapter import SavedAdapter
 from peft_lntune.tuner.restoring import told_by_us
 from peft_lntune.tuner.state_dict import check_shapes, unpack_by
 
-__all__ = ["Adapter", "AdapterSource", "Sources", "deltas_in", "tensors_of"]
+__all__ = ["Adapter", "AdapterReader", "AdapterSource", "deltas_in", "tensors_of"]
 
 AdapterSource = str | os.PathLike | tuple[PeftModel, str]
 """A directory that `save_pretrained` has written, or a model and the name of one of its adapters."""
@@ -57,7 +55,7 @@ class Adapter:
     heads: Mapping[str, Mapping[str, Tensor]]
 
 
-class Sources:
+class AdapterReader:
     """Reads adapters for one model.
 
     Args:
@@ -92,7 +90,10 @@ class Sources:
 
         Args:
             name: what it will be called, for errors.
-            source: where it is.
+            source: a directory that `save_pretrained` has written, or a model and the name of one of its adapters.
+
+        Returns:
+            Its deltas and heads, in the names of the base model.
 
         Raises:
             UnsupportedError: it tunes something else than norms.
@@ -106,21 +107,17 @@ class Sources:
                 f"adapter {name!r} is taken from a directory or from (peft_model, adapter_name), but got {source!r}."
             )
         with told_by_us(source, lambda: True):
-            return self._from_directory(name, Path(source))
+            return self._from_directory(name, SavedAdapter(source))
 
-    def _from_directory(self, name: str, folder: Path) -> Adapter:
-        config = _read_config(folder)
+    def _from_directory(self, name: str, saved: SavedAdapter) -> Adapter:
+        config = StoredConfig(**saved.own_fields)
         self._check_kind(name, config)
-        file = folder / WEIGHTS_FILE
-        if not file.is_file():
-            raise AdapterFileError(f"{folder} holds a config, but no {WEIGHTS_FILE}. Get the whole adapter.")
-        tensors = read_tensors(file)
-        check_tensors(config.manifest, tensors, str(file))
-        check_architecture(config, self._model, str(folder))
+        saved.check(config.manifest)
+        check_architecture(config, self._model, saved.name)
         shapes, selected = self._selection(name, config)
         check_selected(config, selected)
-        tensors = {key.removeprefix(ROOT): value for key, value in tensors.items()}
-        tensors = unpack_by(self.modules, config, tensors, str(file))
+        tensors = {key.removeprefix(ROOT): value for key, value in saved.tensors.items()}
+        tensors = unpack_by(self.modules, config, tensors, str(saved.weights))
         counts = config.stored_counts or dict.fromkeys(map(_place, shapes))
         heads = self._heads_in(config, tensors)
         expected = dict(_expected(shapes, counts))
@@ -214,6 +211,9 @@ def deltas_in(called: Mapping[str, nn.Module], adapter_name: str) -> dict[str, D
     Args:
         called: the `called_modules` of a base model.
         adapter_name: the adapter.
+
+    Returns:
+        The modules that hold its values.
     """
     return {
         f"{place}.{parameter}": layer.deltas(parameter)[adapter_name]
@@ -240,22 +240,6 @@ def tensors_of(modules: Mapping[str, nn.Module], name: str = "") -> dict[str, Te
             own = {**module._parameters, **buffers}
             found |= {within + key: value.detach() for key, value in own.items() if value is not None}
     return found
-
-
-def _read_config(folder: Path) -> LNTuneConfig:
-    file = folder / CONFIG_FILE
-    if not file.is_file():
-        raise AdapterFileError(
-            f"{folder} holds no {CONFIG_FILE}. Give the directory that save_pretrained has written; one on the Hub is "
-            "fetched by huggingface_hub.snapshot_download."
-        )
-    stored = LNTuneConfig.from_json_file(str(file))
-    if stored.get("peft_type") != PEFT_TYPE:
-        raise AdapterFileError(
-            f"{folder} holds an adapter of PEFT type {stored.get('peft_type')}, not one of peft_lntune. Load it into a "
-            "PeftModel of its own."
-        )
-    return StoredConfig(**stored)
 
 
 def _place(parameter: str) -> str:

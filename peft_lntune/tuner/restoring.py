@@ -72,10 +72,11 @@ def _told(source: Any, error: Exception) -> AdapterFileError:
     )
 
 
-def configs_of(model: nn.Module) -> dict[str, LNTuneConfig]:
+def configs_of(model: Any) -> dict[str, LNTuneConfig]:
     """The adapters of this package in a model."""
-    configs = getattr(model, "peft_config", None) or {}
-    return {name: config for name, config in configs.items() if isinstance(config, LNTuneConfig)}
+    configs = getattr(model, "peft_config", None)
+    named = configs if isinstance(configs, dict) else {}
+    return {name: config for name, config in named.items() if isinstance(config, LNTuneConfig)}
 
 
 def _remember(model: nn.Module, adapter_name: str | None, config: Any) -> Callable[[], None]:

@@ -15,27 +15,27 @@ from peft_lntune.errors import UnsupportedError
 from peft_lntune.layers import ReplacementLayer
 from peft_lntune.planning.types import PlannedModule
 
-__all__ = ["Ties", "check_tied", "ties_of"]
-
-Ties = Mapping[tuple[str, str], Sequence[tuple[str, str]]]
-"""For a tuned parameter, by module and `"weight"` or `"bias"`, the others that it is tied to, in the same form."""
+__all__ = ["check_tied", "ties_of"]
 
 
-def ties_of(parts: Mapping[str, PlannedModule], modules: Mapping[str, nn.Module]) -> Ties:
+def ties_of(
+    parts: Mapping[str, PlannedModule], tied: Mapping[tuple[str, str], Sequence[tuple[str, str]]]
+) -> dict[tuple[str, str], list[tuple[str, str]]]:
     """Which of the parameters that are to be tuned are one.
 
     Args:
-        parts: the modules to tune, by name.
-        modules: the `base_modules` of the model.
+        parts: the modules that layers will be put around, by name.
+        tied: the `tied_parameters` of the model.
+
+    Returns:
+        For a tuned parameter, by module and `"weight"` or `"bias"`, the others that it is tied to, in the same form.
 
     Raises:
         UnsupportedError: the parts want different things of one parameter.
     """
-    tied = tied_parameters(modules)
     tuned = {
         (name, part.own_name(parameter)): (part, parameter)
         for name, part in (parts.items() if tied else ())
-        if part.method in ("delta", "supermask")
         for parameter in part.entries
     }
     found = {}
@@ -55,6 +55,10 @@ def ties_of(parts: Mapping[str, PlannedModule], modules: Mapping[str, nn.Module]
 
 def check_tied(model: nn.Module, adapter_names: Sequence[str] | None) -> None:
     """Raise where merging these adapters (None: the active ones) would also change modules that they do not tune.
+
+    Args:
+        model: the model.
+        adapter_names: the adapters; None for the active ones.
 
     Raises:
         UnsupportedError: a tuned parameter is tied to one that the adapter does not tune. Nothing has changed.

@@ -223,6 +223,7 @@ def test_without_matplotlib(monkeypatch, tmp_path):
         plot_overlap(overlap_matrix(masks(0, 1)), tmp_path / "p.png")
 
 
+@pytest.mark.end_to_end
 def test_importing_takes_neither_matplotlib_nor_pandas():
     # An older transformers brings pandas itself, through scikit-learn.
     code = """

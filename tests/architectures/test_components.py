@@ -9,6 +9,7 @@ from peft_lntune.architectures.table import ARCHITECTURES, UNKNOWN, Contents
 from peft_lntune.errors import UnsupportedError
 from peft_lntune.norms.find import find_norms
 from peft_lntune.planning.components import find_component_parameters
+from peft_lntune.planning.facts import ModelFacts
 from tests.cases import LAYERS, build
 
 
@@ -453,13 +454,13 @@ def test_a_matrix_is_told_by_the_block_it_is_in(name):
     model = on_meta(name)
     for component in KNOWN if len(BLOCKS[name]) > 3 else BLOCKS[name]:
         expected = BLOCKS[name].get(component)
-        found = find_component_parameters(model, [component], tune=("weight",))
+        found = find_component_parameters(ModelFacts(model), [component], tune=("weight",))
         assert list(found) == ([] if expected is None else [expected.format(layer) for layer in range(2)])
 
 
 def test_cross_attention_of_models_that_name_it_otherwise():
     model = on_meta("LxmertModel", l_layers=1, x_layers=1, r_layers=1, num_attention_heads=2, intermediate_size=8)
-    down = find_component_parameters(model, ["ffn_down"], tune=("weight",))
+    down = find_component_parameters(ModelFacts(model), ["ffn_down"], tune=("weight",))
     assert down
     assert not any("att" in name.rpartition(".output")[0].rpartition(".")[2] for name in down)
 
@@ -469,8 +470,8 @@ def test_queries_that_lie_head_by_head_are_not_cut_out(name):
     more = {"multi_query": False} if name == "GPTBigCodeModel" else {}
     model = on_meta(name, **more)
     with pytest.raises(UnsupportedError, match="query, key, value in one matrix, head by head"):
-        find_component_parameters(model, ["query"])
-    whole = find_component_parameters(model, ["query", "key", "value"])
+        find_component_parameters(ModelFacts(model), ["query"])
+    whole = find_component_parameters(ModelFacts(model), ["query", "key", "value"])
     assert len(whole) == 2
     assert {block for found in whole.values() for block in found.values()} == {None}
 
@@ -483,7 +484,7 @@ def test_queries_that_lie_one_after_the_other_are(name, ends):
     """Fewer outputs are keys where heads share them."""
     model = on_meta(name, n_heads=2, d_model=8, n_layers=2, intermediate_size=8, pad_token_id=0)
     for number, component in enumerate(("query", "key", "value")):
-        for found in find_component_parameters(model, [component], tune=("weight",)).values():
+        for found in find_component_parameters(ModelFacts(model), [component], tune=("weight",)).values():
             assert found["weight"].ranges == (((0, *ends)[number], ends[number]),)
 
 

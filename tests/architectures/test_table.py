@@ -22,12 +22,14 @@ from peft_lntune.architectures.table import (
 from peft_lntune.core.module_tree import base_modules
 from peft_lntune.errors import ConfigError, NoMatchError
 from peft_lntune.norms.find import find_norms
-from peft_lntune.planning.lora import find_lora_targets
+from peft_lntune.planning.facts import ModelFacts
+from peft_lntune.planning.plan import plan_parts
 
 TOY = Architecture(
-    norms=(NormPlace(has=("looker", "thinker"), roles={"one": ("attention",), "two": ("ffn",)}),),
-    sublayers=(attention("looker", "ask tell give say"), ffn("thinker", "wide narrow")),
-    lora=("ask", "give"),
+    NormPlace("looker thinker", {"one": "attention", "two": "ffn"}),
+    attention("looker", "ask tell give say"),
+    ffn("thinker", "wide narrow"),
+    lora="ask give",
 )
 
 
@@ -55,7 +57,7 @@ def test_without_a_row_nothing_is_known():
     with pytest.raises(NoMatchError):
         plan(model, ModuleTuningConfig(components=["query"]))
     with pytest.raises(ConfigError, match="knows default target modules"):
-        find_lora_targets(model, LoraConfig())
+        plan(model, LoraConfig())
 
 
 def test_a_row_answers_all_questions(with_row):
@@ -79,9 +81,9 @@ def test_a_row_answers_all_questions(with_row):
     ]
     assert len(plan(model, BottleneckConfig(reduction_factor=2)).parts) == 4
     assert lora_targets(modules) == ("ask", "give")
-    config, sizes = find_lora_targets(model, LoraConfig())
+    ((config, planned),) = plan_parts(ModelFacts(model), LoraConfig())
     assert set(config.target_modules) == {"ask", "give"}
-    assert len(sizes) == 4
+    assert len(planned.parts) == 4
 
 
 def test_components_are_their_values():

@@ -13,6 +13,7 @@ from peft_lntune import AdapterBank, FisherLNConfig, LNTuningConfig, ModuleTunin
 from peft_lntune.errors import AdapterFileError, ConfigError, RoutingError, UnsupportedError
 from tests.adapted import adapt, assert_unchanged, build, deltas, fill, inputs, layers, output, said, snapshot
 from tests.bank.banked import CLOSE, NAMES, banked, routed
+from tests.cases import QUICK, few
 from tests.oracles import alone, each_alone, generated_alone
 from tests.selection.test_masks import random_masks
 
@@ -21,7 +22,7 @@ FAMILIES += ["whisper", "vit", "mamba2", "modernbert"]
 
 
 class TestRows:
-    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("family", few(FAMILIES, (*QUICK, "gemma3", "cohere")))
     def test_row_i_is_what_its_adapter_alone_says(self, family):
         model, bank = banked(family)
         batch = inputs(family)

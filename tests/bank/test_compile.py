@@ -10,9 +10,10 @@ from tests.bank.banked import CLOSE, banked, routed
 ROUTES = [["a", "b", "c"], ["b", "__base__", "a"], ["c", "c", "c"], ["__base__"] * 3, ["a", "a", "b"]]
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize(
     "family",
-    ["bert-classifier", *(pytest.param(f, marks=pytest.mark.full) for f in ("llama", "t5", "roberta-classifier"))],
+    ["bert-classifier", "llama", "t5", "roberta-classifier"],
 )
 def test_other_adapters_are_no_reason_to_compile_again(family):
     options = {"task_type": "SEQ_CLS"} if "classifier" in family else {}
@@ -33,6 +34,7 @@ def test_other_adapters_are_no_reason_to_compile_again(family):
     assert counter.frame_count == 1
 
 
+@pytest.mark.end_to_end
 def test_each_number_of_rows_is_compiled_once():
     """Also where Dynamo has made a symbol of it: it does so when it sees a second one."""
     tuned, bank = banked("bert", "a", "b")

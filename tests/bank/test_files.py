@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from peft_lntune import AdapterBank
-from peft_lntune.bank import files
+from peft_lntune.bank import bank_file
 from peft_lntune.errors import AdapterFileError
 from tests import adapted
 from tests.adapted import adapt, build, inputs
@@ -92,7 +92,7 @@ def test_it_has_the_dtype_of_the_bank(tmp_path, dtype):
 def test_more_than_a_block_and_more_than_the_capacity(tmp_path):
     model = adapt(build("bert"), "a", "b")
     bank = AdapterBank(model)
-    bank.add_many({str(number): (model, "ab"[number % 2]) for number in range(3 * files.BLOCK + 5)})
+    bank.add_many({str(number): (model, "ab"[number % 2]) for number in range(3 * bank_file.BLOCK + 5)})
     bank.remove("70")
     bank.save(tmp_path / "bank")
     opened = AdapterBank.open(tmp_path / "bank", model, capacity=1)
@@ -266,7 +266,7 @@ def test_what_cannot_be_written_leaves_the_old_file(saved, monkeypatch):
     model, bank, path = saved
     before = path.read_bytes()
     bank.add("more", (model, "a"))
-    monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no room")))
+    monkeypatch.setattr(bank_file.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no room")))
     with pytest.raises(OSError, match="no room"):
         bank.save(path)
     assert path.read_bytes() == before

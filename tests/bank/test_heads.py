@@ -17,7 +17,6 @@ from tests.oracles import alone, each_alone
 
 SIZES = {**adapted._SIZES, "num_labels": 3}
 MADE = {
-    "electra": lambda: hf.ElectraForSequenceClassification(hf.ElectraConfig(**SIZES, embedding_size=8)),
     "distilbert": lambda: hf.DistilBertForSequenceClassification(
         hf.DistilBertConfig(dim=16, hidden_dim=24, n_layers=2, n_heads=2, vocab_size=40, num_labels=3)
     ),
@@ -48,7 +47,7 @@ def with_heads(kind, heads, *names):
         ("llama-classifier", ["score"]),
         ("roberta-classifier", ["classifier"]),
         ("roberta-classifier", ["out_proj"]),
-        ("electra", ["classifier"]),
+        ("electra-classifier", ["classifier"]),
         ("distilbert", ["pre_classifier", "classifier"]),
         ("tokens", ["classifier"]),
     ],

@@ -90,7 +90,7 @@ def soak(rows: int, adapters: int, batch: int) -> tuple[int, int]:
 
 @pytest.mark.usefixtures("_frequent_switches")
 def test_a_short_soak():
-    soak(rows=600, adapters=64, batch=16)
+    soak(rows=240, adapters=64, batch=16)
 
 
 @pytest.mark.full

@@ -18,6 +18,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "PROTOCOLS", {"cpu": tiny})
 
 
+@pytest.mark.end_to_end
 @pytest.mark.usefixtures("small")
 def test_operations(tiny_bert: str, tmp_path: Path) -> None:
     operations.main(["--model", tiny_bert, "--results", str(tmp_path)])
@@ -38,6 +39,7 @@ def test_operations_without_rows_say_so(tmp_path: Path) -> None:
     assert "| ln | not run | not run |" in (tmp_path / "operations.md").read_text()
 
 
+@pytest.mark.end_to_end
 def test_size(tiny_bert: str, tmp_path: Path) -> None:
     size.main(["--model", tiny_bert, "--results", str(tmp_path)])
     rows = {(row["cell"]["arm"], row["cell"]["dtype"]): row for row in Rows(tmp_path / "size.jsonl")}
@@ -45,6 +47,7 @@ def test_size(tiny_bert: str, tmp_path: Path) -> None:
     assert "| ln | 160 |" in (tmp_path / "size.md").read_text()
 
 
+@pytest.mark.end_to_end
 @pytest.mark.usefixtures("small")
 def test_speed(tiny_bert: str, tmp_path: Path) -> None:
     speed.main(["--model", tiny_bert, "--results", str(tmp_path), "--device", "cpu", "--threads", "1"])
@@ -59,6 +62,7 @@ def test_speed(tiny_bert: str, tmp_path: Path) -> None:
     assert "not run" not in table
 
 
+@pytest.mark.end_to_end
 def test_fisher_cost(monkeypatch: pytest.MonkeyPatch, tiny_bert: str, tmp_path: Path) -> None:
     tiny = {"rounds": 2, "batches": 2, "batch": 3, "tokens": 4}
     monkeypatch.setattr(fisher_cost, "PROTOCOLS", {"cpu": tiny})
@@ -79,6 +83,7 @@ def test_fisher_cost_without_rows_says_so(tmp_path: Path, capsys: pytest.Capture
     assert "not run" in (tmp_path / "fisher_cost_gpu.md").read_text()
 
 
+@pytest.mark.end_to_end
 def test_module_cost(monkeypatch: pytest.MonkeyPatch, tiny_bert: str, tmp_path: Path) -> None:
     monkeypatch.setattr(module_cost, "PROTOCOLS", {"cpu": {"rounds": 2, "batch": 2, "tokens": 4}})
     module_cost.main(["--model", tiny_bert, "--results", str(tmp_path), "--device", "cpu", "--threads", "1"])

@@ -32,6 +32,7 @@ def cells(folder: Path) -> list[tuple[str, str, float | None]]:
     return [(row["cell"]["phase"], row["cell"]["arm"], row["cell"].get("density")) for row in rows]
 
 
+@pytest.mark.end_to_end
 def test_run_resume_and_report(short: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = [*short, "--densities", "0.05", "0.2", "--mask-tasks", "trec"]
     assert script.main(chosen) == 0
@@ -81,6 +82,7 @@ def test_a_report_without_rows_says_so(short: list[str], tmp_path: Path) -> None
     assert page.count("Not run.") == 2
 
 
+@pytest.mark.end_to_end
 def test_masks_have_their_size_and_differ(short: list[str], tmp_path: Path, tiny_bert: str, tiny_data: Path) -> None:
     protocol, place = PROTOCOLS["cpu"], Place(tiny_bert, tiny_data, "cpu")
     rates = {("sst2", "ln", "float32"): 1e-2}

@@ -8,6 +8,7 @@ from benchmarks.costs import many_tasks
 from benchmarks.harness.rows import Rows
 
 
+@pytest.mark.end_to_end
 def test_many_tasks(monkeypatch: pytest.MonkeyPatch, tiny_bert: str, tmp_path: Path) -> None:
     monkeypatch.setattr(many_tasks, "PROTOCOLS", {"cpu": {"rounds": 2, "batch": 4, "tokens": 4}})
     monkeypatch.setattr(many_tasks, "TASKS", (1, 2))

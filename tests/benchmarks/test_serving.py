@@ -18,6 +18,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "MIXED", 3)
 
 
+@pytest.mark.end_to_end
 @pytest.mark.usefixtures("small")
 def test_serving(tiny_bert: str, tmp_path: Path) -> None:
     arguments = ["--model", tiny_bert, "--results", str(tmp_path), "--device", "cpu", "--threads", "1"]

@@ -74,6 +74,7 @@ def cells(folder: Path) -> list[tuple[str, str, str]]:
     return [(row["cell"]["phase"], row["cell"]["task"], row["cell"].get("arm", "")) for row in rows]
 
 
+@pytest.mark.end_to_end
 def test_run_resume_and_report(short: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = [*short, "--tasks", "sst2", "--arms", "mha-adapter", "mha-adapter+ln", "ln-upper"]
     assert script.main(chosen) == 0
@@ -104,6 +105,7 @@ def test_a_report_without_rows_says_so(short: list[str], tmp_path: Path) -> None
     assert "![" not in page
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("task", script.OTHERS)
 def test_other_kinds_of_tasks(task: str, short: list[str], tmp_path: Path) -> None:
     chosen = [*short, "--tasks", task, "--arms", "ln", "prefix", "head", "full"]
@@ -119,6 +121,7 @@ def test_other_kinds_of_tasks(task: str, short: list[str], tmp_path: Path) -> No
         assert (row["num_method_params"] == 0) == (arm == "head")
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("task", script.CAUSAL)
 def test_texts_of_a_causal_model(task: str, short: list[str], tmp_path: Path, tiny_causal: str) -> None:
     chosen = [*short, "--model", tiny_causal, "--tasks", task]

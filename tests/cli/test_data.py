@@ -6,7 +6,15 @@ import math
 import datasets
 import pytest
 
-from peft_lntune.cli.data import TEXT_COLUMNS, count_cut, find_columns, find_labels, read_table, read_texts
+from peft_lntune.cli.data import (
+    NAME_COLUMNS,
+    TEXT_COLUMNS,
+    count_cut,
+    find_columns,
+    find_labels,
+    read_table,
+    read_texts,
+)
 from peft_lntune.errors import DataError
 
 # Files: bytes, and the columns that they get.
@@ -144,7 +152,7 @@ def test_no_file_and_no_datasets(tmp_path, monkeypatch):
 def test_columns(present, columns):
     assert find_columns(present, TEXT_COLUMNS, "d.csv") == columns
     with pytest.raises(DataError, match=r"d\.csv has the columns .*; wanted are body\. Name yours: --text-column"):
-        find_columns(present, [("body",)], "d.csv")
+        find_columns(present, [("body",)], "d.csv", NAME_COLUMNS)
 
 
 @pytest.mark.parametrize("value", [None, "", " \n", math.nan, ["a"]], ids=repr)
@@ -231,7 +239,19 @@ def test_negative_classes_and_unknown_names():
         encode_labels(["0", "-1"])
     with pytest.raises(DataError, match="head knows yes, no, and the data has maybe"):
         encode_labels(["maybe"], {"yes": 0, "no": 1})
-    assert encode_labels([0, 5], {"yes": 0, "no": 1}) == ([0, 5], 6)  # by number, and more than the head has
+    assert encode_labels([1, 0], {"yes": 0, "no": 1}) == ([1, 0], 2)
+    with pytest.raises(DataError, match="the data has 6 classes, and the head of the model 2"):
+        encode_labels([0, 5], {"yes": 0, "no": 1})
+
+
+def test_several_classes_of_a_head():
+    known = {"toxic": 0, "insult": 1}  # in the order of the head, not of the names
+    for labels in ([["insult"], ["toxic", "insult"]], [[1], [0, 1]], [[0, 1], [1, 1]]):
+        assert encode_labels(labels, known) == ([[0.0, 1.0], [1.0, 1.0]], 2)
+    with pytest.raises(DataError, match="head knows toxic, insult, and the data has rude"):
+        encode_labels([["rude"]], known)
+    with pytest.raises(DataError, match="the data has 3 classes"):
+        encode_labels([[0, 1, 1]], known)
 
 
 @pytest.mark.parametrize("labels", [[10, 20, 30], [0, 1, 5], ["60", "75.0", "100"], [*range(30)]], ids=str)
@@ -263,7 +283,7 @@ def test_a_class_that_training_does_not_have(labels):
 
 
 def test_what_is_said_of_labels():
-    assert find_labels(["b", "a", "b"], "").describe([1, 0, 1]) == "2 classes: a 1, b 2"
-    assert find_labels([["a"], ["b", "a"]], "").describe([[1, 0], [1, 1]]) == "2 classes, several per row: a 2, b 1"
+    assert find_labels(["b", "a", "b"], "").describe([1, 0, 1]) == "2 classes: a (1), b (2)"
+    assert find_labels([["a"], ["b", "a"]], "").describe([[1, 0], [1, 1]]) == "2 classes, several per row: a (2), b (1)"
     assert find_labels([0.5], "").describe([0.5, 3]) == "values from 0.5 to 3"
-    assert find_labels([*range(12)] * 2, "").describe([*range(12)]).endswith("9 1 and 2 more")
+    assert find_labels([*range(12)] * 2, "").describe([*range(12)]).endswith("9 (1) and 2 more")

@@ -29,9 +29,11 @@ def data(tmp_path):
 def test_masks_scores_and_table(model, data, tmp_path):
     out, scores, table = tmp_path / "m.safetensors", tmp_path / "s.safetensors", tmp_path / "t.csv"
     result = run(
-        "fisher", "--model", model, "--data", data, "--density", 0.25, "--out", out, "--scores", scores, "--csv", table
+        *("fisher", "--model", model, "--data", data, "--density", 0.25, "--out", out, "--scores", scores),
+        *("--csv", table, "--plot", tmp_path / "shares.png"),
     )
     assert result.exit_code == 0
+    assert (tmp_path / "shares.png").read_bytes().startswith(b"\x89PNG")
     loaded = hf.AutoModelForSequenceClassification.from_pretrained(model)
     tokens = hf.AutoTokenizer.from_pretrained(model)([row["text"] for row in task()], return_tensors="pt", padding=True)
     wanted = fisher_scores(loaded, [{**tokens, "labels": torch.tensor([row["label"] for row in task()])}])

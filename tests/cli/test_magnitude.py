@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_lntune import BottleneckConfig, FisherLNConfig, LNTuningConfig, UnifiedConfig
 from peft_lntune.analysis import find_outliers, magnitude, outlier_overlap, outliers
-from peft_lntune.analysis.magnitude import SIZES
+from peft_lntune.analysis.sizes import SIZES
 from peft_lntune.cli.magnitude import magnitude_of, overlap_with_adapter
 from tests.analysis.test_plots import png_size
 from tests.cli.saved import refused, run, save_adapter, save_model

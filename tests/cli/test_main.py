@@ -1,7 +1,7 @@
 """The script as a whole: help, exit codes, one message an error."""
 
 import importlib
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -24,10 +24,11 @@ def test_the_script_is_this_function():
     assert getattr(importlib.import_module(module), function) is main
 
 
-def test_as_a_module():
-    command = [sys.executable, "-m", "peft_lntune.cli", "--version"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout == f"peft-lntune, version {peft_lntune.__version__}\n"
+def test_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["peft_lntune.cli", "--version"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_module("peft_lntune.cli", run_name="__main__", alter_sys=True)
+    assert capsys.readouterr().out == f"peft-lntune, version {peft_lntune.__version__}\n"
 
 
 def test_one_command_a_file():
@@ -119,7 +120,7 @@ def test_a_traceback_where_it_is_asked_for(tmp_path):
 
 
 def test_a_mistake_of_ours_is_not_hidden(monkeypatch, tmp_path):
-    monkeypatch.setattr("peft_lntune.cli.inspect._read_config", lambda folder: {}["nothing"])
+    monkeypatch.setattr("peft_lntune.cli.inspect.SavedAdapter", lambda folder: {}["nothing"])
     with pytest.raises(KeyError):
         run("inspect", tmp_path)
 

@@ -8,7 +8,7 @@ import pytest
 from peft import IA3Config, LoraConfig, PeftConfig
 
 from peft_lntune import BottleneckConfig, FisherLNConfig, LNTuningConfig, PrefixConfig, UnifiedConfig
-from peft_lntune.config import delta_part, parts_of, record_mask
+from peft_lntune.config import parts_of, record_mask
 from peft_lntune.errors import ConfigError
 
 EVERY = [
@@ -87,18 +87,18 @@ def test_the_parts_get_what_is_said_once() -> None:
     assert all(part.modules_to_save is None for part in config.parts)
 
 
-def test_the_delta_part() -> None:
+def test_the_part_with_deltas() -> None:
     fisher = FisherLNConfig(density=0.1)
     plain = LNTuningConfig(roles=["final"])
-    assert delta_part(plain) is plain
-    assert delta_part(BottleneckConfig()) is None
+    assert plain.deltas is plain
+    assert BottleneckConfig().deltas is None
     config = UnifiedConfig(parts=[plain, fisher, PrefixConfig()])
-    assert delta_part(config) == fisher
+    assert config.deltas == fisher
     configs = {"a": config}
     record_mask(configs, "a", {"made": "by hand"})
     changed = configs["a"]
-    assert delta_part(changed).mask_source == {"made": "by hand"}
-    assert delta_part(config).mask_source is None
+    assert changed.deltas.mask_source == {"made": "by hand"}
+    assert config.deltas.mask_source is None
     assert len(parts_of(changed)) == 3
 
 

@@ -272,3 +272,12 @@ def test_with_gradients_nothing_is_kept():
     y = said(peft_model, batch)
     assert y.requires_grad
     torch.autograd.grad(y.sum(), [delta.weight for delta in deltas(peft_model).values()])
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_input_by_name(frozen):
+    config = LNTuningConfig(init_weights=False, inference_mode=frozen)
+    model, x = get_peft_model(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)), config).eval(), torch.randn(3, 4)
+    layer = model.base_model.model[0]
+    assert torch.equal(layer(input=x), layer(x))
+    assert not torch.equal(layer(x), layer.base_layer(x))

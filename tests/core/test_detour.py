@@ -43,7 +43,7 @@ def test_who_asks_for_the_forward_gets_what_lies_beneath(case):
     Detour(norm, Route(), plus_one).patch()
     assert runs_own_forward(norm)
     assert torch.equal(call_with(norm, x, weight, None), tuned)
-    assert torch.equal(NormCall(norm)(weight, None, x), tuned)
+    assert torch.equal(NormCall(norm).bind(weight, None)(x), tuned)
     assert torch.equal(norm(x), expected)
 
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from causal_lm import main, perplexity, read_texts, to_blocks
+from causal_lm import main, perplexity, read_parts, to_blocks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # PEFT reads transformers' gradient checkpointing property under its old name
@@ -34,12 +34,12 @@ def test_perplexity_token_by_token(tiny_llama):
 
 def test_sources_of_text(tmp_path):
     (tmp_path / "book.txt").write_text("0123456789" * 10)
-    train, validation = read_texts(None, tmp_path / "book.txt")
+    train, validation = read_parts(None, tmp_path / "book.txt")
     assert (len(train[0]), len(validation[0])) == (90, 10)
     for part in ("train", "validation"):
         (tmp_path / f"{part}.csv").write_text(f"text,idx\n{part},0\n")
-    assert read_texts(tmp_path, None) == (["train"], ["validation"])
-    assert read_texts(None, None)[0][0].endswith(".")
+    assert read_parts(tmp_path, None) == (["train"], ["validation"])
+    assert read_parts(None, None)[0][0].endswith(".")
 
 
 def test_blocks_lose_only_the_last_rest(tiny_llama):
@@ -56,7 +56,7 @@ def test_errors(tiny_llama, tmp_path):
         main(["--model", tiny_llama, "--data-dir", str(tmp_path)])
     for part in ("train", "validation"):
         (tmp_path / f"{part}.csv").write_text("body\nx\n")
-    with pytest.raises(SystemExit, match=r"error: .* has the columns body; wanted is text"):
+    with pytest.raises(SystemExit, match=r"error: .* has the columns body; wanted are text"):
         main(["--model", tiny_llama, "--data-dir", str(tmp_path)])
     with pytest.raises(SystemExit, match="2"):
         main([])

@@ -9,8 +9,10 @@ from image_classification import TINY, load_model, main
 from image_data import SHAPES, draw_images, read_images
 from peft import PeftModel
 from safetensors.torch import load_file
-from task_data import PARTS, DataError
+from task_data import PARTS
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+from peft_lntune.errors import DataError
 
 # PEFT reads transformers' gradient checkpointing property under its old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -42,7 +44,18 @@ def test_a_checkpoint_and_a_folder(images, cache, tmp_path, capsys):
     torch.manual_seed(0)
     ViTForImageClassification(ViTConfig(**TINY, intermediate_size=96, num_labels=7)).save_pretrained(model)
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(model)
-    flags = ["--max-steps", "30", "--batch-size", "12", "--lr", "2e-2", "--out", str(out)]
+    flags = [
+        "--max-steps",
+        "30",
+        "--batch-size",
+        "12",
+        "--lr",
+        "2e-2",
+        "--head-learning-rate",
+        "2e-2",
+        "--out",
+        str(out),
+    ]
     main(["--model", model, "--data-dir", str(images), *flags])
     printed = capsys.readouterr().out
     before, after = figures(printed, "loss")

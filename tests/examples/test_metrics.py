@@ -19,6 +19,13 @@ def test_classes_by_counting():
     assert score("cola", PREDICTED, TRUE) == {"matthews_correlation": pytest.approx(matthews)}
 
 
+def test_a_rare_class_and_several_classes():
+    rare = score("imbalanced", [0, 0, 0, 0], [0, 0, 0, 1])  # F1 of class 0 is 6/7, of class 1 it is 0
+    assert rare == {"accuracy": 0.75, "macro_f1": pytest.approx(3 / 7), "majority": 0.75}
+    several = score("multi_label_classification", [[1, 0], [1, 1]], [[1, 0], [1, 0]])
+    assert several == {"micro_f1": pytest.approx(4 / 5), "macro_f1": pytest.approx(1 / 2), "accuracy": 0.5}
+
+
 def test_correlations():
     predicted, true = [0.0, 1.0, 2.0, 10.0], [0.0, 1.0, 3.0, 4.0]
     mean_p, mean_t = 3.25, 2.0
@@ -93,4 +100,5 @@ def test_docstrings():
 
 
 def test_every_task_has_metrics():
-    assert set(GLUE_COLUMNS) | {"classification", "regression", "entities", "squad"} == set(METRICS)
+    others = {"classification", "imbalanced", "multi_label_classification", "regression", "entities", "squad"}
+    assert set(GLUE_COLUMNS) | others == set(METRICS)

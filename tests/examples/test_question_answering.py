@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from methods import METHODS
 from question_answering import answering_task, main, read_questions
-from task_data import DataError
 from transformers import AutoTokenizer
 from windows import ANSWER_TOKENS, Windows, best_span, decode
+
+from peft_lntune.errors import DataError
 
 pytestmark = [
     # PEFT reads transformers' gradient checkpointing property under its old name
@@ -18,6 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),
 ]
 
+RATES = ["--lr", "5e-2", "--head-learning-rate", "5e-2"]
 CONTEXT = "The soup was good and the steak was bland and the waiter was kind"
 
 
@@ -79,7 +81,7 @@ def test_every_method_from_the_command_line(tiny_bert, tmp_path, capsys):
 def test_learns(tiny_bert, tmp_path):
     rows = [row_of("steak"), row_of("steak", "the steak was good"), row_of("steak", "the waiter was not a steak")]
     data, out = write(tmp_path / "data", rows, repeat=4), tmp_path / "out"
-    main(["--data-dir", str(data), "--model", tiny_bert, "--max-steps", "100", "--lr", "5e-2", "--out", str(out)])
+    main(["--data-dir", str(data), "--model", tiny_bert, "--max-steps", "100", *RATES, "--out", str(out)])
     assert json.loads((out / "ln" / "result.json").read_text())["metrics"]["exact_match"] == 100.0
 
 
@@ -140,7 +142,7 @@ def test_hub(monkeypatch):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({**row_of(), "answers": {"text": [], "answer_start": []}}, r"\(train\), row 1: no answer; .* SQuAD 1\.1"),
+        ({**row_of(), "answers": {"text": [], "answer_start": []}}, r"train\.jsonl, row 1: no answer; .* SQuAD 1\.1"),
         ({**row_of(), "answers": {"text": ["soup"], "answer_start": [5]}}, "row 1: the context has 'oup ', not 'soup'"),
     ],
 )

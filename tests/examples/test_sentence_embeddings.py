@@ -40,6 +40,7 @@ def moods(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.end_to_end
 def test_minilm_learns_and_comes_back(moods, tmp_path, capsys):
     out = tmp_path / "out"
     flags = ["--max-steps", "5", "--batch-size", "8", "--lr", "5e-3", "--data-dir", str(moods)]

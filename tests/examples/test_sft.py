@@ -8,11 +8,11 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 from sft import main, make_trainer, parse_args, read_rows
-from task_data import DataError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peft_lntune import FisherLNConfig
+from peft_lntune.errors import DataError
 from tests.adapted import deltas
 
 # PEFT reads transformers' gradient checkpointing property under its old name

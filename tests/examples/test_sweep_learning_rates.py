@@ -22,6 +22,7 @@ def test_sixteen_rates_span_three_decades():
     assert RATES[-1] == 1e-1
 
 
+@pytest.mark.end_to_end
 def test_a_sweep(tiny_bert, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     data, out = write_data(tmp_path / "data", "sentiment", 32, 8), tmp_path / "out"

@@ -12,12 +12,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from task_data import read_data
 from text_classification import main, text_task
-from training import Run, format_table, load_base, reload, train_method
+from training import Run, format_table, load_base, make_trainer, reload, train_method
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     DistilBertConfig,
     LlamaConfig,
+    MPNetConfig,
     RobertaConfig,
     Trainer,
 )
@@ -46,6 +47,7 @@ def task_of(tiny_bert, data_dir):
     return text_task(read_data(data_dir=data_dir), tiny_bert)
 
 
+@pytest.mark.end_to_end
 def test_every_method_from_the_command_line(tiny_bert, data_dir, tmp_path, capsys):
     out = tmp_path / "out"
     flags = ["--max-steps", "2", "--batch-size", "4", "--model", tiny_bert, "--out", str(out)]
@@ -104,6 +106,24 @@ def test_head_of_a_family(config, head):
     METHODS["ln"].prepare(model, "SEQ_CLS")
 
 
+def test_lora_on_a_model_that_peft_has_no_list_of():
+    config = MPNetConfig(**SIZES, max_position_embeddings=16)
+    model = METHODS["lora"].prepare(AutoModelForSequenceClassification.from_config(config), "SEQ_CLS")
+    tuned = {name.split(".lora_")[0].rpartition(".")[2] for name, _ in model.named_parameters() if ".lora_" in name}
+    assert tuned == {"q", "v"}
+
+
+def test_the_head_has_its_own_rate(tiny_bert, data_dir):
+    task = task_of(tiny_bert, data_dir)
+    model = METHODS["ln"].prepare(load_base(task, tiny_bert), "SEQ_CLS")
+    optimizer = make_trainer(run_of(tiny_bert, lr=0.5, head_lr=0.25), model, task).create_optimizer()
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    found = {name: rates[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+    assert {rate for name, rate in found.items() if "modules_to_save" in name} == {0.25}
+    assert {rate for name, rate in found.items() if "modules_to_save" not in name} == {0.5}
+
+
+@pytest.mark.end_to_end
 def test_equal_seeds_give_equal_adapters(tiny_bert, data_dir, tmp_path):
     task = task_of(tiny_bert, data_dir)
     first, again, other = (
@@ -132,7 +152,9 @@ def test_saved_adapter_reloads(tiny_bert, data_dir, tmp_path):
     assert result.metrics == {"accuracy": pytest.approx(accuracy)}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", ["ln", *(pytest.param(name, marks=pytest.mark.end_to_end) for name in METHODS if name != "ln")]
+)
 def test_every_method_reloads(tiny_bert, data_dir, tmp_path, method, capsys):
     run, task = run_of(tiny_bert, method), task_of(tiny_bert, data_dir)
     train_method(run, task, tmp_path, checkpoints=False)
@@ -140,6 +162,7 @@ def test_every_method_reloads(tiny_bert, data_dir, tmp_path, method, capsys):
     assert f"reloaded {tmp_path}: all 16 validation logits are bit-equal" in capsys.readouterr().out
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("method", ["ln", "head"])
 def test_killed_run_goes_on_where_it_was(tiny_bert, data_dir, tmp_path, monkeypatch, method):
     task, run = task_of(tiny_bert, data_dir), run_of(tiny_bert, method, steps=6)

@@ -6,10 +6,12 @@ import datasets
 import numpy as np
 import pytest
 from methods import METHODS
-from task_data import MAX_TOKENS, DataError
+from task_data import MAX_TOKENS
 from token_classification import IGNORED, WNUT_TAGS, Tagger, main, read_tagged
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+
+from peft_lntune.errors import DataError
 
 pytestmark = [
     # PEFT reads transformers' gradient checkpointing property under its old name
@@ -22,6 +24,7 @@ ROWS = [
     {"tokens": ["The", "soup", "was", "good"], "ner_tags": ["O", "B-food", "O", "O"]},
     {"tokens": ["steak", "salad", "the", "waiter"], "ner_tags": ["B-food", "I-food", "O", "B-person"]},
 ]
+RATES = ["--lr", "5e-2", "--head-learning-rate", "5e-2"]
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "new", "york", "##er", "##s", "like", "tea"]
 
 
@@ -62,7 +65,7 @@ def test_every_method_from_the_command_line(tiny_bert, tmp_path, capsys):
 
 def test_learns(tiny_bert, tmp_path, capsys):
     data, out = write(tmp_path / "data", repeat=4), tmp_path / "out"
-    main(["--data-dir", str(data), "--model", tiny_bert, "--max-steps", "60", "--lr", "5e-2", "--out", str(out)])
+    main(["--data-dir", str(data), "--model", tiny_bert, "--max-steps", "60", *RATES, "--out", str(out)])
     assert json.loads((out / "ln" / "result.json").read_text())["metrics"]["overall_f1"] == 1.0
 
 
@@ -115,8 +118,8 @@ def test_numbers_with_names_from_the_hub(monkeypatch):
     [
         ({"tokens": ["a"], "ner_tags": [13]}, r"numbers 0 to 12 of O, B-corporation, .*; found 13"),
         ({"tokens": ["a"], "ner_tags": [-1]}, "found -1"),
-        ({"tokens": ["a", "b"], "ner_tags": ["O"]}, r"\(train\): row 0 has 2 tokens and 1 ner_tags"),
-        ({"words": ["a"], "ner_tags": ["O"]}, "has the columns words, ner_tags; wanted are tokens, ner_tags"),
+        ({"tokens": ["a", "b"], "ner_tags": ["O"]}, r"train\.jsonl: row 0 has 2 tokens and 1 ner_tags"),
+        ({"sentence": ["a"], "ner_tags": ["O"]}, "has the columns sentence, ner_tags; wanted are tokens, ner_tags"),
     ],
 )
 def test_rows_that_cannot_be_used(tmp_path, row, message):

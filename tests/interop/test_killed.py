@@ -71,9 +71,9 @@ def kill_again_and_again(case: str, folder: Path, kills: int) -> Counter[str]:
         own = folder / f"killed-{len(moments)}"
 
 
-def test_a_random_moment(tmp_path: Path) -> None:
-    for case in ("ln", "tasks"):  # one test, since each process of the test run would start a server of its own
-        assert kill_again_and_again(case, tmp_path / case, 1).total() == 1
+@pytest.mark.parametrize("case", ["ln", pytest.param("tasks", marks=pytest.mark.end_to_end)])
+def test_a_random_moment(case: str, tmp_path: Path) -> None:
+    assert kill_again_and_again(case, tmp_path, 1).total() == 1
 
 
 @pytest.mark.full

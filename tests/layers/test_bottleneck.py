@@ -1,7 +1,6 @@
 """Bottlenecks beside sub-layers: against blocks written out, and all that may be done to a model that has them."""
 
 import copy
-import io
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from peft_lntune.layers.bottleneck import BottleneckLayer, check_combine, combin
 from peft_lntune.routing.entries import Entries
 from peft_lntune.routing.route import BASE, Route
 from tests.adapted import DTYPES, assert_unchanged, build, inputs, output, said, snapshot
-from tests.cases import FAMILIES, LAYERS
+from tests.cases import FAMILIES, LAYERS, few
 from tests.tolerance import assert_close
 
 POSITIONS = ["sequential", "parallel"]
@@ -232,7 +231,7 @@ def test_the_table_has_every_family():
     assert AROUND.keys() == FAMILIES.keys()
 
 
-@pytest.mark.parametrize("family", ADAPTABLE)
+@pytest.mark.parametrize("family", few(ADAPTABLE))
 class TestEveryFamily:
     @pytest.mark.parametrize("position", POSITIONS)
     def test_as_written_out(self, family, position):
@@ -252,19 +251,6 @@ class TestEveryFamily:
             assert (ours is None) == (theirs is None)
             if ours is not None:
                 close(ours, theirs, 20)
-
-    @pytest.mark.parametrize("position", POSITIONS)
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    def test_a_new_one_is_the_identity_bit_for_bit(self, family, position, dtype):
-        model, batch = build(family, dtype), inputs(family, dtype)
-        base = output(model, batch)
-        layers = put(model, std=0, a=config(position))
-        assert {parameter.dtype for layer in layers for parameter in layer.parameters()} == {torch.float32}
-        assert torch.equal(output(model, batch), base)
-        fill(layers)
-        assert not torch.equal(output(model, batch), base)
-        enable(layers, False)
-        assert torch.equal(output(model, batch), base)
 
     def test_rows_of_many_adapters_and_of_the_base(self, family):
         model, batch = build(family), inputs(family, batch=5)
@@ -618,18 +604,12 @@ class Operations(TorchDispatchMode):
 
 class TestCopies:
     @pytest.mark.parametrize("position", POSITIONS)
-    @pytest.mark.parametrize("way", ["deepcopy", "save"])
-    def test_hooks_of_a_copy_act_on_the_copy(self, way, position):
+    def test_hooks_of_a_copy_act_on_the_copy(self, position):
         model, batch = build("bert"), inputs("bert")
         base = output(model, batch)
         layers = put(model, a=config(position), b=config())
         before = output(model, batch)
-        if way == "deepcopy":
-            copied = copy.deepcopy(model)
-        else:
-            torch.save(model, file := io.BytesIO())
-            file.seek(0)
-            copied = torch.load(file, weights_only=False)
+        copied = copy.deepcopy(model)
         assert torch.equal(output(copied, batch), before)
         others = layers_of(copied)
         fill(others, seed=5)
@@ -683,9 +663,8 @@ def test_taken_out_nothing_is_left(family):
 class TestTraining:
     @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")  # transformers 5 renames it
     @pytest.mark.parametrize("reentrant", [True, False])
-    @pytest.mark.parametrize("family", ["bert", "llama", "t5", "gpt2"])
-    def test_gradient_checkpointing(self, family, position, reentrant):
-        model, batch = build(family), inputs(family)
+    def test_gradient_checkpointing_holds_nothing(self, position, reentrant):
+        model, batch = build("bert"), inputs("bert")
         layers = put(model, a=config(position))
         model.get_input_embeddings().weight.requires_grad_()  # a reentrant one wants an input with a gradient
         weights = [parameter for layer in layers for parameter in layer.parameters()]

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import io
 import pickle
 import weakref
 
@@ -18,13 +17,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from peft_lntune.architectures.attention import IMPLEMENTATION, find_attention
 from peft_lntune.config.prefix import PrefixConfig
 from peft_lntune.errors import RoutingError, UnsupportedError
+from peft_lntune.layers.held import prefixes_of
 from peft_lntune.layers.prefix import ConfigView, PrefixLayer
+from peft_lntune.planning.methods.prefix import folded
 from peft_lntune.plugin.attention import register_attention
 from peft_lntune.routing.route import BASE, Route
-from peft_lntune.tuner.state_dict import fold, folded
 from tests import cases
 from tests.adapted import build, output
-from tests.tolerance import assert_close
+from tests.cases import few
 
 register_attention()
 
@@ -246,7 +246,7 @@ class TestFinding:
 
 class TestFormula:
     @pytest.mark.parametrize("left", [True, False], ids=["left-padded", "right-padded"])
-    @pytest.mark.parametrize(("family", "implementation"), in_both(ATTENTION))
+    @pytest.mark.parametrize(("family", "implementation"), few(in_both(ATTENTION)))
     def test_it_is_attention_over_prefix_and_tokens(self, family, implementation, left):
         model, batch = with_implementation(family, implementation), padded(family, left)
         base = output(model, batch)
@@ -307,11 +307,9 @@ class TestFormula:
 
 
 class TestState:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("family", ATTENTION)
-    def test_switched_off_or_taken_away_it_is_the_base(self, family, dtype):
-        model = build(family, dtype)
-        batch = {n: v.to(dtype) if v.is_floating_point() else v for n, v in cases.inputs(family).items()}
+    @pytest.mark.parametrize("family", ["bert", "t5"])
+    def test_switched_off_or_taken_away_it_is_the_base(self, family):
+        model, batch = build(family), cases.inputs(family)
         before, names = output(model, batch), list(model.state_dict())
         configs = {module: module.config for module in model.modules() if hasattr(module, "config")}
         layers = put(model)
@@ -386,9 +384,8 @@ class TestState:
     @pytest.mark.parametrize(
         "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
     )
-    @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
-    def test_a_copy_stands_alone(self, family, copied):
-        model, batch = build(family), cases.inputs(family)
+    def test_a_copy_stands_alone(self, copied):
+        model, batch = build("t5"), cases.inputs("t5")
         layers = put(model)
         before = output(model, batch)
         twin = copied(model)
@@ -404,14 +401,6 @@ class TestState:
         )
         assert not torch.equal(output(twin, batch), before)
         assert torch.equal(output(model, batch), before)
-
-    def test_torch_save(self):
-        model, batch = build("bert"), cases.inputs("bert")
-        put(model)
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        assert torch.equal(output(torch.load(file, weights_only=False), batch), output(model, batch))
 
     def test_it_is_freed(self):
         model = build("bert")
@@ -487,26 +476,6 @@ class TestTraining:
             assert parameter.requires_grad == ("lntune_prefix" in name)
             assert (parameter.grad is not None and parameter.grad.any()) == parameter.requires_grad, name
 
-    @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
-    @pytest.mark.parametrize("reentrant", [True, False])
-    @pytest.mark.parametrize("family", ["bert", "llama", "t5", "whisper"])
-    def test_gradient_checkpointing(self, family, reentrant):
-        model, batch = build(family), cases.inputs(family)
-        put(model)
-        model.train()
-        grads = []
-        for checkpointed in (False, True):
-            if checkpointed:
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-                model.enable_input_require_grads()
-            torch.manual_seed(0)
-            model.zero_grad()
-            next(iter(model(**batch, use_cache=False).values())).square().mean().backward()
-            grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-        assert grads[0].keys() == grads[1].keys()
-        for name, grad in grads[0].items():
-            torch.testing.assert_close(grads[1][name], grad)
-
     def test_an_error_on_the_way_leaves_nothing_behind(self):
         model, batch = build("llama"), cases.inputs("llama")
         put(model)
@@ -522,8 +491,9 @@ class TestTraining:
         config = PrefixConfig(num_virtual_tokens=P, reparametrize=8)
         layers = put(model, config)
         before = output(model, batch)
-        fold(model, "a")
-        fold(model, "nobody")
+        for prefix in prefixes_of(model, "a"):
+            prefix.fold_()
+        assert prefixes_of(model, "nobody") == []
         for layer in layers:
             layer.update_layer("b", config, stored=True)
             assert [n for n, _ in layer.named_parameters()] == ["lntune_prefix.a.weight", "lntune_prefix.b.weight"]
@@ -532,8 +502,8 @@ class TestTraining:
     def test_what_a_process_without_whole_tensors_holds_is_not_folded(self):
         """ZeRO 3 gives whole tensors to the process that writes, and PEFT asks the others for theirs all the same."""
         names = ["embedding", "down.weight", "down.bias", "up.weight", "up.bias"]
-        shards = {f"attention.lntune_prefix.a.{name}": torch.empty(0) for name in names}
-        assert folded("a", shards) == shards
+        shards = {f"attention.lntune_prefix.{name}": torch.empty(0) for name in names}
+        assert folded(shards) == shards
 
     def test_only_the_active_adapter_is_trained(self):
         layers = put(build("bert"), None, "a", "b")
@@ -554,7 +524,7 @@ class TestGeneration:
             )
         return model.generate(**batch, max_new_tokens=6, min_new_tokens=6, do_sample=False, **options)
 
-    @pytest.mark.parametrize(("family", "implementation"), in_both([*DECODERS, "t5", "bart", "whisper"]))
+    @pytest.mark.parametrize(("family", "implementation"), few(in_both([*DECODERS, "t5", "bart", "whisper"])))
     def test_with_and_without_cache(self, family, implementation):
         model, batch = with_implementation(family, implementation), padded(family, left=True)
         if "sliding_window" in vars(model.config):
@@ -639,8 +609,12 @@ class TestRoute:
     def test_in_bfloat16(self, family):
         model, layers, route = self.adapted(family, torch.bfloat16)
         batch = self.batch(family)
-        mixed, exact = self.routed(model, route, self.NAMES, batch), self.one_by_one(model, layers, self.NAMES, batch)
-        assert_close(mixed, exact, roundings=16)  # about twenty operations in a row round to bfloat16
+        mixed, alone = self.routed(model, route, self.NAMES, batch), self.one_by_one(model, layers, self.NAMES, batch)
+        wide = copy.deepcopy(model).float()
+        exact = self.one_by_one(wide, [host_of(wide, layer).kv_prefix for layer in layers], self.NAMES, batch)
+        # Six roundings to 8 bits each, as over a half base without a route; so they are twelve apart at the most.
+        for found in (mixed, alone):
+            torch.testing.assert_close(found.float(), exact, rtol=0, atol=0.05 * exact.abs().max().item())
 
     @pytest.mark.parametrize("name", ["b", "c", BASE])
     def test_one_name_for_all_rows(self, name):

@@ -59,7 +59,7 @@ def case() -> tuple[nn.Module, Tensor, Tensor]:
 @pytest.mark.parametrize("called", [False, True], ids=["before the first call", "after it"])
 def test_a_kernel_in_the_instance_is_used_as_it_is(put, run, called):
     norm, x, weight = case()
-    bound = partial(NormCall(norm), weight, None)
+    bound = NormCall(norm).bind(weight, None)
     if called:
         assert torch.equal(call_with(norm, x, weight, None), norm(x))
         assert torch.equal(bound(x), norm(x))
@@ -78,7 +78,7 @@ def test_a_kernel_in_the_instance_is_used_as_it_is(put, run, called):
 @pytest.mark.parametrize("called", [False, True], ids=["before the first call", "after it"])
 def test_a_kernel_in_the_class_is_used_as_it_is(called, monkeypatch):
     norm, x, weight = case()
-    bound = partial(NormCall(norm), weight, None)
+    bound = NormCall(norm).bind(weight, None)
     if called:
         call_with(norm, x, weight, None), bound(x)
     monkeypatch.setattr(type(norm), "forward", kernel)
@@ -91,7 +91,7 @@ def test_a_kernel_in_the_class_is_used_as_it_is(called, monkeypatch):
 
 def test_a_kernel_in_the_class_of_torchs_own_norm(monkeypatch):
     norm, x = nn.LayerNorm(8), torch.randn(3, 8)
-    bound = partial(NormCall(norm), norm.weight, norm.bias)
+    bound = NormCall(norm).bind(norm.weight, norm.bias)
     monkeypatch.setattr(nn.LayerNorm, "forward", lambda self, x: F.layer_norm(x, (8,), self.weight, self.bias) + 1)
     assert torch.equal(call_with(norm, x, norm.weight, norm.bias), norm(x))
     assert torch.equal(bound(x), norm(x))

@@ -11,6 +11,7 @@ import types
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from peft_lntune import LNTuningConfig
 from peft_lntune.architectures.attention import IMPLEMENTATION
 from peft_lntune.plugin import install
 from peft_lntune.plugin.optional import PluginWarning, apply_optional
+from peft_lntune.plugin.wrapping import MARK
 from tests import adapted
 
 PACKAGE = Path(peft_lntune.__file__).parent
@@ -64,6 +66,7 @@ SAVING = "saving over an older adapter in one step"
 PREFIXES = "prefixes"
 CARDS = "the line `import peft_lntune` in cards that PEFT or push_to_hub write"
 DECAY = "no weight decay of deltas in Trainer"
+LORA = "planning/methods/lora.py"
 TUNER, LAYER = "peft.tuners.tuners_utils:BaseTuner", "peft.tuners.tuners_utils:BaseTunerLayer"
 
 # Patches that can be left out: one warning, and the rest works.
@@ -79,7 +82,6 @@ OPTIONAL = [
     Name("peft.peft_model:PeftModel.load_adapter", GUARD, ("plugin/loading.py",)),
     Name("peft.peft_model:PeftModel.from_pretrained", GUARD, ("plugin/loading.py",)),
     Name("peft.mixed_model:PeftMixedModel.from_pretrained", GUARD, ("plugin/loading.py",)),
-    Name("peft.config:PeftConfigMixin._get_peft_type", GUARD, ("plugin/loading.py",)),
     Name("peft.utils.save_and_load:load_peft_weights", GUARD, ("plugin/loading.py",)),
     Name("peft.config:PeftConfigMixin.from_json_file", GUARD, ("plugin/loading.py",)),
     Name("peft.auto:AutoPeftModel.from_pretrained", GUARD, ("plugin/loading.py",)),
@@ -108,11 +110,11 @@ REQUIRED = [
         Name(f"peft.utils:PeftType.{name}", "registration: a member of the enum", ("plugin/register.py",))
         for name in ("_member_names_", "_member_map_", "_value2member_map_")
     ),
-    Name(f"{TUNER}._prepare_adapter_config", "injection", ("tuner/model.py", "plugin/mixed.py", "planning/lora.py")),
+    Name(f"{TUNER}._prepare_adapter_config", "injection", ("tuner/model.py", "plugin/mixed.py", LORA)),
     Name(f"{TUNER}.inject_adapter", "planning before anything changes", ("tuner/model.py", "plugin/mixed.py")),
     Name(f"{TUNER}._check_target_module_exists", "choosing modules", ("tuner/model.py", "plugin/mixed.py")),
     Name(f"{TUNER}._create_and_replace", "injection", ("tuner/model.py", "plugin/mixed.py")),
-    Name(f"{TUNER}._replace_module", "injection", ("tuner/inject.py",)),
+    Name(f"{TUNER}._replace_module", "injection", ("planning/methods/replacing.py",)),
     Name(f"{TUNER}._cast_adapter_dtype", "float32 deltas over a half precision base", ("tuner/model.py",)),
     Name(f"{TUNER}._check_merge_allowed", "merging", ("tuner/model.py", "plugin/mixed.py")),
     Name(f"{TUNER}._unload_and_optionally_merge", "safe_merge, and beside LoRA", ("tuner/model.py", "plugin/mixed.py")),
@@ -133,6 +135,7 @@ REQUIRED = [
         "disable_adapter, and a bank on a PeftModel",
         ("layers/replacing.py", "layers/inserted.py", "layers/bottleneck.py", "layers/switched.py"),
     ),
+    Name(f"{LAYER}._active_adapter", "which cached values are those of the active adapters", ("layers/replacing.py",)),
     Name(
         f"{LAYER}._move_adapter_to_device_of_base_layer",
         "deltas keep their dtype",
@@ -140,16 +143,16 @@ REQUIRED = [
     ),
     Name("peft.tuners.tuners_utils:check_adapters_to_merge", "merging", ("layers/replacing.py",)),
     Name("peft.tuners.tuners_utils:cast_adapter_dtype", "float32 LoRA over a half precision base", ("tuner/model.py",)),
-    Name("peft.tuners.tuners_utils:_maybe_include_all_linear_layers", 'LoRA at "all-linear"', ("planning/lora.py",)),
-    Name("peft.tuners.lora:LoraModel._prepare_adapter_config", "LoRA as a part", ("planning/lora.py",)),
-    Name("peft.tuners.lora:LoraModel._check_target_module_exists", "LoRA as a part", ("planning/lora.py",)),
-    Name("peft.tuners.lora:LoraModel._create_and_replace", "LoRA as a part under offloading", ("tuner/lora.py",)),
-    Name("peft.utils.other:get_pattern_key", "counting LoRA by rank_pattern", ("planning/lora.py",)),
-    Name("transformers.pytorch_utils:Conv1D", "LoRA on GPT-2", ("planning/lora.py",)),
+    Name("peft.tuners.tuners_utils:_maybe_include_all_linear_layers", 'LoRA at "all-linear"', (LORA,)),
+    Name("peft.tuners.lora:LoraModel._prepare_adapter_config", "LoRA as a part", (LORA,)),
+    Name("peft.tuners.lora:LoraModel._check_target_module_exists", "LoRA as a part", (LORA,)),
+    Name("peft.tuners.lora:LoraModel._create_and_replace", "LoRA as a part under offloading", (LORA,)),
+    Name("peft.utils.other:get_pattern_key", "counting LoRA by rank_pattern", (LORA,)),
+    Name("transformers.pytorch_utils:Conv1D", "LoRA on GPT-2", (LORA,)),
     Name(
         "peft.tuners.tuners_utils:check_target_module_exists",
         "choosing modules",
-        ("planning/deltas.py", "tuner/inject.py"),
+        ("planning/methods/deltas.py", "tuner/inject.py"),
     ),
     Name(
         "transformers.models.bert.modeling_bert:eager_attention_forward",
@@ -167,7 +170,7 @@ REQUIRED = [
         )
     ),
     *(
-        Name(f"peft.utils.merge_utils:{name}", "add_weighted_adapter", ("tuner/combine.py",))
+        Name(f"peft.utils.merge_utils:{name}", "add_weighted_adapter", ("planning/methods/deltas.py",))
         for name in ("dare_linear", "dare_ties", "magnitude_prune", "task_arithmetic", "ties")
     ),
 ]
@@ -255,8 +258,7 @@ def patched(feature: str) -> bool:
         for part in path.split("."):
             place = getattr(place, part, None)
         functions.append(place)
-    marks = ("_lntune_guarded", "_lntune_card", "_lntune_decay", "_lntune_saving")
-    return any(hasattr(function, mark) for function in functions for mark in marks)
+    return any(hasattr(function, MARK) for function in functions)
 
 
 def tune_once() -> None:
@@ -307,6 +309,7 @@ def test_other_errors_of_a_patch_are_not_hidden(monkeypatch: pytest.MonkeyPatch)
 # The table is complete.
 
 
+@cache
 def words(file: Path) -> set[str]:
     """Every identifier in a file: names, attributes, functions, imports and strings that could be one."""
     found: set[str] = set()

@@ -1,4 +1,4 @@
-"""Several processes train, choose and save what one process does: two in the quick run, four in the full one."""
+"""Several processes train, choose and save what one process does: two and four of them."""
 
 import json
 import os
@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from tests.processes.worker import ACCELERATED, CASES, WAYS, ZERO, build_base, launch
 
+pytestmark = pytest.mark.end_to_end
 TOLERANCE = {"atol": 1e-6, "rtol": 0}
 
 
@@ -31,7 +32,7 @@ def alone(tmp_path_factory):
     return run_once(tmp_path_factory, 1)
 
 
-@pytest.fixture(scope="session", params=[2, pytest.param(4, marks=pytest.mark.full)])
+@pytest.fixture(scope="session", params=[2, 4])
 def together(request, tmp_path_factory):
     return run_once(tmp_path_factory, request.param)
 
@@ -131,7 +132,6 @@ def in_shares(tmp_path_factory):
     return folder
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("way", ZERO)
 @pytest.mark.parametrize("case", CASES)
 def test_deepspeed_on_cpus(case, way, alone, in_shares):

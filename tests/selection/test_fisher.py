@@ -156,10 +156,10 @@ def test_every_norm_equals_autograd(case):
         for name, parameter in norm.named_parameters():
             expected[name].append(parameter.grad.clone())
     norm.requires_grad_(False)
-    with per_sample(model, [f"norm.{name}" for name in names]) as taps:
-        taps.start(4, ())
+    with per_sample(model, [f"norm.{name}" for name in names]) as hooks:
+        hooks.start(4, ())
         (norm(*given) * weight).sum().backward()
-        found = taps.gradients()
+        found = hooks.gradients()
     for name in names:
         torch.testing.assert_close(found[f"norm.{name}"], torch.stack(expected[name]), rtol=1e-5, atol=1e-6)
 
@@ -227,10 +227,10 @@ def test_a_shared_norm_costs_one_backward():
     model, batch = shared()
     loss = LOSS_HEADS["token"].loss
     model.requires_grad_(False)
-    with per_sample(model, ["norm.weight", "up.weight"]) as taps:
-        taps.start(5, (), whole=True)
+    with per_sample(model, ["norm.weight", "up.weight"]) as hooks:
+        hooks.start(5, (), whole=True)
         loss(model(batch["ids"]), batch).sum().backward()
-        found = taps.gradients()
+        found = hooks.gradients()
     model.requires_grad_(True)
     loss(model(batch["ids"]), batch).sum().backward()
     for name, gradients in found.items():
@@ -241,8 +241,8 @@ def test_linear_weights_of_an_encoder_cost_one_backward():
     model, batch = encoder("SequenceClassification", num_labels=2), {**words(), "labels": torch.arange(5) % 2}
     names = [name for name, _ in model.named_parameters() if "embeddings" not in name or "Norm" in name]
     expected = loop_scores(model, [batch], parameters=names)
-    with per_sample(model, names) as taps:
-        assert taps.loose == []
+    with per_sample(model, names) as hooks:
+        assert hooks.fallback == []
     assert_close(fisher_scores(model, [batch], parameters=names), expected, 1e-9)
 
 

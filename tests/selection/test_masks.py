@@ -10,7 +10,6 @@ import transformers as hf
 from peft import PeftConfig, PeftModel, get_peft_model
 
 from peft_lntune import FisherLNConfig, LNTuningConfig, ModuleTuningConfig, UnifiedConfig
-from peft_lntune.config import delta_part
 from peft_lntune.errors import ConfigError, UnsupportedError
 from tests.adapted import adapt, assert_unchanged, build, deltas, fill, inputs, output, said, snapshot
 from tests.tolerance import assert_close
@@ -239,12 +238,12 @@ class TestSource:
         with pytest.raises(ConfigError, match=r"no adapter of this model has that config.*config.unmasked\(\)"):
             get_peft_model(headed(task), copy.deepcopy(masked))
         config = masked.unmasked()
-        assert delta_part(masked).mask_source == {"made": "for the first"}
+        assert masked.deltas.mask_source == {"made": "for the first"}
         second = get_peft_model(headed(task), config)
         made = get_peft_model(headed(task), kind(task_type=task))
         expected = made.peft_config["default"]
         assert second.peft_config["default"].modules_to_save == expected.modules_to_save
-        assert delta_part(second.peft_config["default"]).mask_source is None
+        assert second.peft_config["default"].deltas.mask_source is None
         assert config.modules_to_save == expected.modules_to_save  # as PEFT leaves every config
         names = {name for name, p in second.named_parameters() if p.requires_grad}
         assert names == {name for name, p in made.named_parameters() if p.requires_grad}
@@ -299,7 +298,7 @@ class TestCopies:
         copy_values(model)
         model.set_adapter("ref")
         assert torch.equal(output(model, batch), before)
-        assert delta_part(model.peft_config["ref"]).mask_source == {"made": "here"}
+        assert model.peft_config["ref"].deltas.mask_source == {"made": "here"}
 
     def test_of_one_that_was_loaded_and_it_saves(self, kind, tmp_path):
         model, batch = self.masked(kind), inputs("bert")

@@ -39,6 +39,7 @@ def test_a_wrapper_before_the_adapter_is_refused(whole, tmp_path):
     assert list(base.state_dict()) == list(before)
 
 
+@pytest.mark.end_to_end
 def test_a_model_compiled_in_place_takes_an_adapter(tmp_path):
     torch._dynamo.reset()
     base = llama()
@@ -49,6 +50,7 @@ def test_a_model_compiled_in_place_takes_an_adapter(tmp_path):
     assert torch.equal(answer(PeftModel.from_pretrained(llama(), tmp_path)), answer(expected))
 
 
+@pytest.mark.end_to_end
 def test_a_compiled_adapter_model_follows_its_verbs():
     torch._dynamo.reset()
     model = adapted(llama())

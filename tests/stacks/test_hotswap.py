@@ -50,6 +50,7 @@ def test_the_swapped_adapter_answers_in_the_same_tensors(kind, tmp_path):
     assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == tensors
 
 
+@pytest.mark.end_to_end
 def test_a_compiled_model_is_not_compiled_again(tmp_path):
     one = saved(tmp_path / "one", lntune.LNTuningConfig(task_type="CAUSAL_LM"))
     two = saved(tmp_path / "two", lntune.LNTuningConfig(task_type="CAUSAL_LM"), std=0.3)

@@ -16,8 +16,9 @@ from peft_lntune.errors import AdapterFileError
 from peft_lntune.storage.adapter_file import WEIGHTS_FILE
 from peft_lntune.storage.atomic import new_file
 from peft_lntune.storage.keys import is_ours, of_adapter, without_adapter_name
-from peft_lntune.storage.manifest import check_directory, check_tensors, manifest_of
+from peft_lntune.storage.manifest import check_tensors, manifest_of
 from peft_lntune.storage.packing import pack
+from peft_lntune.storage.saved_adapter import SavedAdapter
 from tests import adapted
 
 
@@ -126,23 +127,34 @@ def test_refused_tensors(change: object, message: str) -> None:
 class TestDirectory:
     def test_a_good_one(self, tmp_path: Path) -> None:
         save_file(tensors(), tmp_path / WEIGHTS_FILE)
-        check_directory(manifest_of(tensors()), tmp_path)
-        check_directory(manifest_of(tensors()), tmp_path.parent, tmp_path.name)
-        check_directory(None, str(tmp_path))
+        SavedAdapter(tmp_path).check(manifest_of(tensors()))
+        SavedAdapter(tmp_path.parent, {"subfolder": tmp_path.name}).check(manifest_of(tensors()))
+        SavedAdapter(str(tmp_path), {}).check(None)
 
     def test_no_weights(self, tmp_path: Path) -> None:
         with pytest.raises(AdapterFileError, match=f"holds a config, but no {WEIGHTS_FILE}. Get the whole adapter"):
-            check_directory(None, tmp_path)
+            SavedAdapter(tmp_path).check(None)
 
     def test_pickled_weights(self, tmp_path: Path) -> None:
         torch.save(tensors(), tmp_path / "adapter_model.bin")
-        check_directory(manifest_of(tensors()), tmp_path)
+        SavedAdapter(tmp_path).check(manifest_of(tensors()))
         (tmp_path / "adapter_model.bin").write_bytes(b"")
         with pytest.raises(AdapterFileError, match=r"adapter_model.bin is damaged or cut off .*Get a good copy"):
-            check_directory(None, tmp_path)
+            SavedAdapter(tmp_path).check(None)
+
+    @pytest.mark.parametrize("peft_type", ["LNTUNE", "LORA"])
+    def test_what_belongs_to_one_process_is_passed_over(self, peft_type: str, tmp_path: Path) -> None:
+        fields = {"peft_type": peft_type, "runtime_config": {"ephemeral_gpu_offload": False}}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+        saved = SavedAdapter(tmp_path)
+        assert saved.is_ours == (peft_type == "LNTUNE")
+        # PEFT says so itself of its own adapters.
+        assert saved.fields == ({"peft_type": "LNTUNE"} if saved.is_ours else fields)
 
     def test_what_is_not_here_is_left_to_peft(self) -> None:
-        check_directory(None, "somebody/something")
+        saved = SavedAdapter("somebody/something", {})
+        assert saved.fields is None
+        assert saved.weights is None
 
 
 def test_a_file_takes_the_place_of_an_old_one_when_it_is_written(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def filled(config: LNTuneConfig) -> PeftModel:
     return model
 
 
-@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("native", [False, pytest.param(True, marks=pytest.mark.end_to_end)])
 @pytest.mark.parametrize("old", OLD)
 def test_killed_at_every_step(old: str, native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, new = tmp_path / "whole", tmp_path / "new"

@@ -8,9 +8,10 @@ from peft_lntune import ManyTasks
 from tests.tasks.tasked import CLOSE, labelled, tasked
 
 
+@pytest.mark.end_to_end
 # torch looks for gradients on the inputs of a graph, and rows are none of its leaves.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("family", ["bert-classifier", pytest.param("llama", marks=pytest.mark.full)])
+@pytest.mark.parametrize("family", ["bert-classifier", "llama"])
 def test_other_tasks_are_no_reason_to_compile_again(family):
     peft_model = tasked(family)
     model, batch = peft_model.get_base_model(), labelled(family, 4, 0)

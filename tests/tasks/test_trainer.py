@@ -64,7 +64,12 @@ def alone(folder, name, model, rate=1e-2, **options):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"weight_decay": 0.1, "lr_scheduler_type": "cosine", "warmup_steps": 1}], ids=str
+    "options",
+    [
+        pytest.param({}, marks=pytest.mark.end_to_end),
+        {"weight_decay": 0.1, "lr_scheduler_type": "cosine", "warmup_steps": 1},
+    ],
+    ids=str,
 )
 def test_each_task_is_as_alone_with_trainer(tmp_path, options):
     rates = {"a": 1e-2, "b": 3e-2, "c": 1e-3}
@@ -111,7 +116,7 @@ def test_gradient_accumulation(tmp_path):
     assert trainer.task_optimizer.steps == {"a": 4, "b": 2, "c": 4}
 
 
-@pytest.mark.parametrize("rows_per_task", [2, None])
+@pytest.mark.parametrize("rows_per_task", [2, pytest.param(None, marks=pytest.mark.end_to_end)])
 def test_going_on_is_bit_equal_to_not_having_stopped(tmp_path, rows_per_task):
     def tasks():
         model = tasked(FAMILY)

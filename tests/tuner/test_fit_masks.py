@@ -354,6 +354,7 @@ class TestTrainingWithoutMasks:
             else:
                 self.step(peft_model)
 
+    @pytest.mark.end_to_end
     def test_one_graph(self):
         """A compiled model trains in one graph."""
         peft_model = adapt("bert", task_type=None).train()

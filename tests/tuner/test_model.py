@@ -1,6 +1,5 @@
-"""What the tuner promises on whole models: the identity at the start, the sum of deltas after, and PEFT's verbs."""
+"""Deltas on norms in whole models: their values, several adapters, and PEFT's verbs beyond the contract table."""
 
-import io
 from copy import deepcopy
 
 import pytest
@@ -23,6 +22,7 @@ from tests.adapted import (
     said,
     snapshot,
 )
+from tests.cases import QUICK, few
 from tests.oracles import alone, written
 
 FAMILIES = [
@@ -47,31 +47,6 @@ def dense(model, adapter="default"):
 
 
 class TestIdentity:
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("family", FAMILIES)
-    def test_a_new_adapter_changes_no_bit(self, family, dtype):
-        model, batch = build(family, dtype), inputs(family, dtype)
-        base = output(model, batch)
-        peft_model = adapt(model, std=0)
-        assert torch.equal(output(peft_model, batch), base)
-        assert torch.equal(said(peft_model, batch).detach(), base)
-        fill(peft_model, "default")
-        changed = output(peft_model, batch)
-        assert changed.dtype == base.dtype
-        assert not torch.equal(changed, base)
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("family", ["bert", "llama", "gemma3", "t5", "cohere", "mamba"])
-    def test_a_new_adapter_changes_no_bit_under_autocast(self, family, dtype):
-        model, batch = build(family, dtype), inputs(family, dtype)
-        with torch.autocast("cpu", torch.bfloat16):
-            base = output(model, batch)
-            peft_model = adapt(model, std=0)
-            assert torch.equal(output(peft_model, batch), base)
-            assert torch.equal(said(peft_model, batch).detach(), base)
-            fill(peft_model, "default")
-            assert output(peft_model, batch).dtype == base.dtype
-
     def test_a_new_adapter_changes_no_bit_of_a_quantized_model(self):
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -102,7 +77,7 @@ class TestIdentity:
 
 class TestValues:
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("family", few(FAMILIES, (*QUICK, "gemma3", "cohere")))
     def test_the_output_is_that_of_base_plus_delta(self, family, dtype):
         """Exactly: in these dtypes the parameter of the plain copy is the very sum that the layer computes."""
         model, batch = build(family, dtype), inputs(family, dtype)
@@ -240,17 +215,7 @@ class TestSeveralAdapters:
         assert peft_model.active_adapters == ["first"]
 
 
-class TestDisableAndUnload:
-    @pytest.mark.parametrize("family", FEW)
-    def test_disabled_is_the_base(self, family):
-        model, batch = build(family), inputs(family)
-        base = output(model, batch)
-        peft_model = adapt(model)
-        tuned = output(peft_model, batch)
-        with peft_model.disable_adapter():
-            assert torch.equal(output(peft_model, batch), base)
-        assert torch.equal(output(peft_model, batch), tuned)
-
+class TestDisabled:
     def test_disabling_a_merged_adapter_gives_the_base(self):
         model, batch = build("bert", torch.bfloat16), inputs("bert")
         base = output(model, batch)
@@ -258,15 +223,6 @@ class TestDisableAndUnload:
         peft_model.merge_adapter()
         with peft_model.disable_adapter():
             assert torch.equal(output(peft_model, batch), base)
-
-    @pytest.mark.parametrize("family", ["bert-classifier", "llama"])
-    def test_unload_gives_the_base_back(self, family):
-        model, batch = build(family), inputs(family)
-        before, base = snapshot(model), output(model, batch)
-        unloaded = adapt(model).unload()
-        assert not list(layers(unloaded))
-        assert torch.equal(output(unloaded, batch), base)
-        assert_unchanged(unloaded, before)
 
     def test_the_base_keeps_its_names_and_attributes(self):
         model = build("bert")
@@ -281,25 +237,6 @@ class TestDisableAndUnload:
 
 
 class TestCopies:
-    @pytest.mark.parametrize("copy", ["deepcopy", "torch.save"])
-    def test_a_copy_says_the_same_and_goes_its_own_way(self, copy):
-        model, batch = build("bert"), inputs("bert")
-        peft_model = adapt(model, "a", "b")
-        names = ["a", "b", "__base__"]
-        expected, mixed = output(peft_model, batch), output(peft_model, batch, adapter_names=names)
-        if copy == "deepcopy":
-            twin = deepcopy(peft_model)
-        else:
-            torch.save(peft_model, file := io.BytesIO())
-            file.seek(0)
-            twin = torch.load(file, weights_only=False)
-        assert torch.equal(output(twin, batch), expected)
-        assert torch.equal(output(twin, batch, adapter_names=names), mixed)
-        fill(twin, "a", seed=9)
-        assert torch.equal(output(peft_model, batch), expected)
-        assert not torch.equal(output(twin, batch), expected)
-        assert torch.equal(output(peft_model, batch, adapter_names=names), mixed)
-
     def test_a_copy_routes_on_its_own(self):
         model, batch = build("bert"), inputs("bert")
         peft_model = adapt(model, "a", "b")

@@ -13,6 +13,7 @@ from peft_lntune import ModuleTuningConfig, UnifiedConfig, plan
 from peft_lntune.core.delta import ParameterSlice
 from peft_lntune.errors import ConfigError, NoMatchError, UnsupportedError
 from peft_lntune.planning.components import find_component_parameters
+from peft_lntune.planning.facts import ModelFacts
 from tests import adapted
 
 # For each family the ends of the names of the modules of each component, in one layer or outside the layers.
@@ -81,7 +82,7 @@ def test_which_modules(family: str, component: str) -> None:
         for name, module in model.named_modules()
         if name.endswith(ends) and not name.startswith(heads) and isinstance(getattr(module, "weight", None), Tensor)
     }
-    found = find_component_parameters(model, [component])
+    found = find_component_parameters(ModelFacts(model), [component])
     assert found.keys() == expected
     assert not any(block for parameters in found.values() for block in parameters.values())
     for name, parameters in found.items():
@@ -90,18 +91,18 @@ def test_which_modules(family: str, component: str) -> None:
 
 
 def test_several_components_in_one_matrix() -> None:
-    gpt2 = find_component_parameters(adapted.build("gpt2"), ["query", "value"])
+    gpt2 = find_component_parameters(ModelFacts(adapted.build("gpt2")), ["query", "value"])
     assert gpt2["transformer.h.0.attn.c_attn"] == {
         "weight": ParameterSlice(1, ((0, 16), (32, 48))),
         "bias": ParameterSlice(0, ((0, 16), (32, 48))),
     }
     assert gpt2["transformer.h.0.crossattention.q_attn"] == {"weight": None, "bias": None}
     assert gpt2["transformer.h.0.crossattention.c_attn"]["weight"] == ParameterSlice(1, ((16, 32),))
-    phi3 = find_component_parameters(adapted.build("phi3"), ["key", "ffn_gate"])
+    phi3 = find_component_parameters(ModelFacts(adapted.build("phi3")), ["key", "ffn_gate"])
     # Two heads of queries, one of keys, eight wide.
     assert phi3["model.layers.1.self_attn.qkv_proj"] == {"weight": ParameterSlice(0, ((16, 24),))}
     assert phi3["model.layers.1.mlp.gate_up_proj"] == {"weight": ParameterSlice(0, ((0, 24),))}
-    whole = find_component_parameters(adapted.build("gpt2"), ["query", "key", "value"])
+    whole = find_component_parameters(ModelFacts(adapted.build("gpt2")), ["query", "key", "value"])
     assert whole["transformer.h.0.attn.c_attn"] == {"weight": None, "bias": None}
 
 
@@ -137,7 +138,7 @@ OPTIMIZERS = {
 def test_training_is_plain_fine_tuning_of_these_parameters(family: str, components: list, optimizer: str) -> None:
     x = adapted.inputs(family, torch.float64)
     plain = adapted.build(family, torch.float64)
-    for name, parameters in find_component_parameters(plain, components).items():
+    for name, parameters in find_component_parameters(ModelFacts(plain), components).items():
         for parameter in parameters:
             getattr(plain.get_submodule(name), parameter).requires_grad_(True)
     model = get_peft_model(adapted.build(family, torch.float64), ModuleTuningConfig(components=components)).eval()
@@ -151,7 +152,7 @@ def test_training_is_plain_fine_tuning_of_these_parameters(family: str, componen
 def test_a_part_of_a_matrix_is_trained_alone() -> None:
     x = adapted.inputs("gpt2", torch.float64)
     plain = adapted.build("gpt2", torch.float64)
-    chosen = find_component_parameters(plain, ["key"])
+    chosen = find_component_parameters(ModelFacts(plain), ["key"])
     for name, parameters in chosen.items():
         for parameter, block in parameters.items():
             tensor = getattr(plain.get_submodule(name), parameter).requires_grad_(True)

@@ -1,7 +1,6 @@
 """Supermasks on models: where they go, that switched off is zero and nothing else, and PEFT's verbs."""
 
 import copy
-import pickle
 from typing import Any
 
 import pytest
@@ -19,12 +18,13 @@ from peft_lntune import (
     fit_fisher_masks,
     plan,
 )
-from peft_lntune.config.supermask import _DEFAULT
+from peft_lntune.architectures.table import LAYER_MATRICES
 from peft_lntune.errors import ConfigError, NoMatchError, UnsupportedError
 from peft_lntune.interop import to_peft_ln_tuning
-from peft_lntune.tuner.state_dict import supermasks_of
+from peft_lntune.layers.held import supermasks_of
 from peft_lntune.tuner.supermasks import keep_masks, sampled_masks, start_masks
 from tests import adapted
+from tests.cases import few
 from tests.oracles import each_alone
 from tests.tuner.test_module_tuning import TABLE
 
@@ -60,7 +60,7 @@ class TestWhere:
             ends += ["crossattention.c_proj", "mlp.c_fc", "mlp.c_proj"]
         else:
             rows = TABLE["bert" if family == "roberta" else family]
-            ends = [end for component in _DEFAULT for end in rows.get(component, "").split()]
+            ends = [end for component in LAYER_MATRICES for end in rows.get(component, "").split()]
         heads = ("cls.", "vocab_", "lm_head", "classifier")
         expected = {
             f"{name}.weight"
@@ -150,14 +150,6 @@ class TestWhere:
 
 class TestStart:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("family", FAMILIES)
-    def test_without_sparsity_it_is_the_base(self, family, dtype):
-        batch = adapted.inputs(family, dtype)
-        expected = adapted.output(adapted.build(family, dtype), batch)
-        model = get_peft_model(adapted.build(family, dtype), SupermaskConfig()).eval()
-        assert torch.equal(adapted.output(model, batch), expected)
-
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_the_smallest_of_each_tensor_are_off(self, dtype):
         model = get_peft_model(adapted.build("llama", dtype), SupermaskConfig(initial_sparsity=0.3))
         for name, keep in keep_masks(model).items():
@@ -180,7 +172,7 @@ class TestStart:
 
 class TestEvaluation:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("family", few(FAMILIES))
     def test_switched_off_is_zero_and_nothing_else(self, family, dtype):
         model, batch = masked(family, dtype), adapted.inputs(family, dtype)
         expected = adapted.output(switched_off(family, dtype, keep_masks(model)), batch)
@@ -210,15 +202,6 @@ class TestEvaluation:
     def test_a_new_mask_is_in_the_mode_of_its_model(self, training):
         model = get_peft_model(adapted.build("bert").train(training), SupermaskConfig(initial_score=0.1))
         assert {mask.drawn for mask in supermasks_of(model, "default").values()} == {training}
-
-    def test_copies(self):
-        model, batch = masked("bert"), adapted.inputs("bert")
-        expected = adapted.output(model, batch)
-        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert torch.equal(adapted.output(other, batch), expected)
-            adapted.fill(other, "default", seed=3)
-            assert not torch.equal(adapted.output(other, batch), expected)
-            assert torch.equal(adapted.output(model, batch), expected)
 
 
 class TestSampled:
@@ -273,7 +256,7 @@ class TestSampled:
 
 class TestMerge:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("family", ["bert", *few(FAMILIES[1:], ())])
     @pytest.mark.parametrize("training", [False, True])
     def test_bit_for_bit_there_and_back(self, family, dtype, training):
         model, batch = masked(family, dtype, initial_sparsity=0.2), adapted.inputs(family, dtype)

@@ -15,8 +15,8 @@ from transformers import BertConfig, BertModel
 
 from peft_lntune import LNTuningConfig, SupermaskConfig, UnifiedConfig, plan
 from peft_lntune.core.delta import pack_bits
+from peft_lntune.layers.held import supermasks_of
 from peft_lntune.storage.adapter_file import WEIGHTS_FILE
-from peft_lntune.tuner.state_dict import supermasks_of
 from peft_lntune.tuner.supermasks import keep_masks
 from tests import adapted
 from tests.plugin.saved import build_base

@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from torch import Tensor, nn
 
 from peft_lntune import LNTuningConfig, SupermaskConfig, UnifiedConfig
-from peft_lntune.tuner.state_dict import supermasks_of
+from peft_lntune.layers.held import supermasks_of
 from peft_lntune.tuner.supermasks import keep_masks
 from tests import adapted
 from tests.tuner.test_training import Sentences
@@ -208,6 +208,7 @@ def trainer_of(directory: Path, steps: int, every: int, **options: Any) -> hf.Tr
 
 
 class TestTrainer:
+    @pytest.mark.end_to_end
     def test_resumed_training_equals_uninterrupted_bit_for_bit(self, tmp_path):
         whole = trainer_of(tmp_path / "whole", 5, 5, save_scores=True)
         whole.train()

@@ -154,6 +154,7 @@ def _without_dropout(model):
 
 
 class TestCompile:
+    @pytest.mark.end_to_end
     @pytest.mark.parametrize("case", ["bert", "llama", "masked"])
     def test_one_adapter_is_one_graph(self, case):
         family, dtype = ("llama", torch.bfloat16) if case == "llama" else ("bert", torch.float32)
@@ -217,6 +218,7 @@ class TestTrainer:
         again = PeftModel.from_pretrained(build("bert-classifier"), tmp_path / "checkpoint-3").eval()
         assert torch.equal(output(again, batch), output(trainer.model.eval(), batch))
 
+    @pytest.mark.end_to_end
     def test_resumed_training_equals_uninterrupted_bit_for_bit(self, tmp_path):
         whole = trainer_of(tmp_path / "whole", 5, save_steps=5)
         whole.train()

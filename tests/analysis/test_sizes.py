@@ -29,7 +29,7 @@ def expected(values):
 @pytest.mark.parametrize("layers", [True, False])
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5", "llama"])
 def test_against_plain_python(family, layers, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("peft_lntune.analysis.magnitude"), "_CHUNK", 100)
+    monkeypatch.setattr(importlib.import_module("peft_lntune.analysis.pooling"), "CHUNK", 100)
     model = adapted.build(family)
     tensors = dict(model.named_parameters())
     places = find_components(tensors)

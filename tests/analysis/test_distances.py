@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from peft_lntune.analysis import Checkpoint, closeness, plot_closeness
-from peft_lntune.analysis.closeness import DISTANCES
+from peft_lntune.analysis.distances import DISTANCES
 from peft_lntune.architectures.components import find_components, group_by_place
 from peft_lntune.errors import AdapterFileError, ConfigError
 from tests import adapted
@@ -130,7 +130,7 @@ def test_angles(old, new, angle):
 def test_pieces(monkeypatch):
     before, after = adapted.build("bert"), moved(adapted.build("bert"))
     whole = closeness(before, after, controls=False)
-    monkeypatch.setattr(importlib.import_module("peft_lntune.analysis.closeness"), "_CHUNK", 7)
+    monkeypatch.setattr(importlib.import_module("peft_lntune.analysis.pooling"), "CHUNK", 7)
     for row, right in zip(closeness(before, after, controls=False).rows, whole.rows, strict=True):
         assert row[:-3] == right[:-3]
         same(row[-3:], right[-3:], rel=1e-7)

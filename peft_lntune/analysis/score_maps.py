@@ -5,8 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from peft_lntune.analysis.pooling import rows_by_place
 from peft_lntune.analysis.tables import Table
-from peft_lntune.architectures.components import find_components, group_by_place
+from peft_lntune.architectures.components import find_components
 from peft_lntune.errors import ConfigError
 from peft_lntune.norms.find import Norm
 
@@ -52,12 +53,13 @@ def score_map(scores: Mapping[str, Tensor], norms: Mapping[str, Norm] | None = N
         if not value.isfinite().all():
             raise ConfigError(f"the scores of {name} have NaN or infinite entries: look at the model and the loss.")
     places = find_components(scores, {name: norm.roles for name, norm in (norms or {}).items()})
+    columns, groups = rows_by_place(places)
     rows = []
-    for place, names in group_by_place(places).items():
+    for cells, names in groups.items():
         entries = sum(scores[name].numel() for name in names)
         total = sum(float(scores[name].detach().cpu().double().sum()) for name in names)
-        rows.append((*place, entries, total / max(1, entries) if how == "mean" else total))
-    return Table(("component", "layer", "parameter", "entries", _QUANTITIES[how, kinds.pop()]), tuple(rows))
+        rows.append((*cells, entries, total / max(1, entries) if how == "mean" else total))
+    return Table((*columns, "entries", _QUANTITIES[how, kinds.pop()]), tuple(rows))
 
 
 def _said(scores: Mapping[str, Tensor]) -> str:

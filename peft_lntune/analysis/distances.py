@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from peft_lntune.analysis.checkpoints import CheckpointSource, match_tensors
+from peft_lntune.analysis.pooling import pieces, ratio, rows_by_place
 from peft_lntune.analysis.tables import Table
-from peft_lntune.architectures.components import ParameterPlace, find_components, group_by_place
+from peft_lntune.architectures.components import ParameterPlace, find_components
 from peft_lntune.errors import ConfigError
 from peft_lntune.selection.parameters import generator
 
@@ -20,7 +21,6 @@ __all__ = ["BY", "CONTROLS", "DISTANCES", "closeness"]
 DISTANCES = ("mean_l1", "relative_l1", "angle")
 CONTROLS = ("random", "noise")
 BY = ("component", "layer", "tensor")
-_CHUNK = 2**20  # entries held in float64 at a time
 
 
 def closeness(
@@ -48,7 +48,7 @@ def closeness(
         noise   w0 and w0 + e, with e Gaussian and ||e||_2 = ||w1 - w0||_2 in each tensor: a step of the same length
                 that goes nowhere
 
-    Both are drawn anew for a seed and a tensor's name, so they hang on no order. A small angle is computed
+    Both are drawn anew for a seed and a tensor's name, so they do not depend on any order. A small angle is computed
     from the difference, not by arccos, and so keeps its digits where the two are nearly equal.
 
     Source: Radiya-Dixit and Wang 2020, How fine can fine-tuning be? (arXiv 2004.14129).
@@ -101,17 +101,13 @@ def closeness(
         sums[name] = _sums_of(name, one, two, drawn, given)
         del one, two, given
     rows = []
-    for cells, names in _groups(places, layers, by):
+    columns, groups = _groups(places, layers, by)
+    for cells, names in groups.items():
         pooled = [sum(parts[1:], parts[0]) for parts in zip(*(sums[name] for name in names), strict=True)]
         measured = [value for part in pooled for value in part.distances()]
         rows.append((*cells, pooled[0].entries, *measured))
-    heads = {
-        "component": ("component", "layer", "parameter") if layers else ("component", "parameter"),
-        "layer": ("layer",),
-        "tensor": ("tensor", "component", "layer", "parameter"),
-    }
     shown = [*DISTANCES, *(f"{control}_{name}" for control in CONTROLS if controls for name in DISTANCES)]
-    return Table((*heads[by], "entries", *shown), tuple(rows))
+    return Table((*columns, "entries", *shown), tuple(rows))
 
 
 @dataclass(frozen=True)
@@ -131,8 +127,7 @@ class _Sums:
         return _Sums(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
     def distances(self) -> tuple[float | None, ...]:
-        mean = self.moved / self.entries if self.entries else None
-        return mean, self.moved / self.size if self.size else None, self._angle()
+        return ratio(self.moved, self.entries), ratio(self.moved, self.size), self._angle()
 
     def _angle(self) -> float | None:
         """arccos(cosine) / pi; of small angles by 2 arcsin(||u1 - u0|| / 2) of the unit vectors, which they need."""
@@ -177,11 +172,8 @@ def _sums_of(
 ) -> list[_Sums]:
     """The sums of a tensor, and of its two controls."""
     found, random, noise = _Sums(), _Sums(), _Sums()
-    pieces = zip(*map(_pieces, (before, after, *(given or ()))), strict=True)
-    for old, new, *fresh in pieces:
-        if not (old.isfinite().all() and new.isfinite().all()):
-            when = "before" if not old.isfinite().all() else "after"
-            raise ConfigError(f"{name} has NaN or infinite entries {when}. Take a checkpoint from before it diverged.")
+    sources = zip((before, after, *(given or ())), (" before", " after", " in initial", " in initial"), strict=False)
+    for old, new, *fresh in zip(*(pieces(name, tensor, when) for tensor, when in sources), strict=True):
         found += _of(old, new)
         if drawn is not None:
             random += _of(*(fresh or drawn.initial(len(old))))
@@ -203,11 +195,6 @@ def _of(old: Tensor, new: Tensor) -> _Sums:
     return _Sums(len(old), *map(float, sizes))
 
 
-def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    for piece in tensor.detach().reshape(-1).split(_CHUNK):
-        yield piece.cpu().double()
-
-
 def _initial(
     initial: tuple[CheckpointSource, CheckpointSource], names: Sequence[str]
 ) -> tuple[Mapping[str, Tensor], ...]:
@@ -221,16 +208,16 @@ def _initial(
     return one, two
 
 
-def _groups(places: Mapping[str, ParameterPlace], layers: bool, by: str) -> Iterator[tuple[tuple[Any, ...], list[str]]]:
-    """For each row its first cells and the names of its tensors."""
+def _groups(
+    places: Mapping[str, ParameterPlace], layers: bool, by: str
+) -> tuple[tuple[str, ...], dict[tuple[Any, ...], list[str]]]:
+    """The first columns, and for each row its cells in them with the names of its tensors."""
     if by == "tensor":
-        yield from (((name, *place), [name]) for name, place in places.items())
-    elif by == "layer":
-        whole = {name: place._replace(component="", parameter="") for name, place in places.items()}
-        yield from (((place.layer,), names) for place, names in group_by_place(whole).items())
-    else:
-        for place, names in group_by_place(places, layers=layers).items():
-            yield (tuple(place) if layers else (place.component, place.parameter)), names
+        return ("tensor", *ParameterPlace._fields), {(name, *place): [name] for name, place in places.items()}
+    if by == "layer":
+        _, groups = rows_by_place({name: ParameterPlace("", place.layer, "") for name, place in places.items()})
+        return ("layer",), {(layer,): names for (_, layer, _), names in groups.items()}
+    return rows_by_place(places, layers=layers)
 
 
 def _with_bar(names: Mapping[str, Tensor], progress: bool) -> Iterator[str]:

@@ -1,15 +1,14 @@
 """How large the entries of each component are, which stand out in their own vector, and whether masks choose those."""
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from peft_lntune.analysis.checkpoints import CheckpointSource, facts_of, open_tensors
+from peft_lntune.analysis.pooling import moments, pieces, pool, ratio, rows_by_place
 from peft_lntune.analysis.tables import Table
-from peft_lntune.architectures.components import find_components, group_by_place
+from peft_lntune.architectures.components import ParameterPlace, find_components
 from peft_lntune.architectures.role_names import is_called_norm
 from peft_lntune.errors import ConfigError
 
@@ -17,7 +16,6 @@ __all__ = ["find_outliers", "magnitude", "outlier_overlap", "outliers"]
 
 SIZES = ("mean_magnitude", "std", "largest", "over_others")
 DEVIATIONS = 3.0
-_CHUNK = 2**20  # entries held in float64 at a time
 
 
 def magnitude(source: CheckpointSource, *, layers: bool = True) -> Table:
@@ -53,21 +51,16 @@ def magnitude(source: CheckpointSource, *, layers: bool = True) -> Table:
     if not tensors:
         raise ConfigError("there is no tensor to look at: the source is empty.")
     places = find_components(tensors)
-    found = {name: _moments(name, tensors[name]) for name in tensors}
-    others = [
-        found[name]
-        for name, place in places.items()
-        if place.parameter == "weight" and not is_called_norm(name.rpartition(".")[0])
-    ]
-    typical = _mean(sum(size for _, size, _, _, _ in others), sum(count for count, *_ in others))
+    found = {name: moments(pieces(name, tensors[name])) for name in tensors}
+    weights = [name for name, place in places.items() if place.parameter == "weight"]
+    others = [name for name in weights if not is_called_norm(name.rpartition(".")[0])]
+    typical = pool(found[name] for name in others).mean_magnitude
+    columns, groups = rows_by_place(places, layers=layers)
     rows = []
-    for place, names in group_by_place(places, layers=layers).items():
-        count, size, largest, std = _pool([found[name] for name in names])
-        mean = _mean(size, count)
-        over = mean / typical if mean is not None and typical else None
-        cells = tuple(place) if layers else (place.component, place.parameter)
-        rows.append((*cells, count, mean, std, largest, over))
-    columns = ("component", "layer", "parameter") if layers else ("component", "parameter")
+    for cells, names in groups.items():
+        own = pool(found[name] for name in names)
+        over = ratio(own.mean_magnitude, typical)
+        rows.append((*cells, own.entries, own.mean_magnitude, own.std, own.largest, over))
     return Table((*columns, "entries", *SIZES), tuple(rows))
 
 
@@ -106,8 +99,8 @@ def find_outliers(
     masks = {}
     for name in wanted:
         values = tensors[name]
-        mean, std = _mean_and_std(name, values)
-        masks[name] = ((values.detach().cpu().double() - mean).abs() > deviations * std) & (std > 0)
+        own = moments(pieces(name, values))
+        masks[name] = (values.detach().cpu().double() - own.mean).abs() > deviations * (own.std or torch.inf)
     if not masks:
         raise ConfigError("there is no tensor of one dimension to look for outliers in. Name others in parameters=.")
     return masks
@@ -141,13 +134,12 @@ def outliers(
     rows = []
     for name, mask in masks.items():
         values = tensors[name]
-        mean, std = _mean_and_std(name, values)
+        own = moments(pieces(name, values))
         flat = values.detach().cpu().double().reshape(-1)
         for position in mask.reshape(-1).nonzero().flatten().tolist():
             value = float(flat[position])
-            rows.append((name, *places[name], position, value, (value - mean) / std))
-    columns = ("tensor", "component", "layer", "parameter", "position", "value", "deviations")
-    return Table(columns, tuple(rows))
+            rows.append((name, *places[name], position, value, ratio(value - own.mean, own.std)))
+    return Table(("tensor", *ParameterPlace._fields, "position", "value", "deviations"), tuple(rows))
 
 
 def outlier_overlap(found: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Table:
@@ -190,72 +182,17 @@ def outlier_overlap(found: Mapping[str, Tensor], masks: Mapping[str, Tensor]) ->
     counts = {name: _counts(found[name].cpu(), masks[name].cpu()) for name in names}
     # Norms are told apart by what is around them, so all names that are known are looked at.
     places = find_components([*dict.fromkeys([*found, *masks])])
-    groups: dict[tuple[Any, ...], list[str]] = {
-        tuple(place): own
-        for place, every in group_by_place(places).items()
-        if (own := [name for name in every if name in counts])
-    }
+    columns, groups = rows_by_place({name: place for name, place in places.items() if name in counts})
     groups["all", None, None] = names
     rows = []
     for cells, own in groups.items():
         entries, outlying, chosen, both = (sum(values) for values in zip(*(counts[n] for n in own), strict=True))
         kept = sum(counts[n][1] * counts[n][2] / counts[n][0] for n in own if counts[n][0])
-        row = (entries, outlying, chosen, both, _mean(both, outlying), _mean(chosen, entries), _mean(kept, outlying))
+        row = (entries, outlying, chosen, both, ratio(both, outlying), ratio(chosen, entries), ratio(kept, outlying))
         rows.append((*cells, *row))
     numbers = ("entries", "outliers", "chosen", "both", "share", "by_chance", "by_chance_in_place")
-    return Table(("component", "layer", "parameter", *numbers), tuple(rows))
+    return Table((*columns, *numbers), tuple(rows))
 
 
 def _counts(outlying: Tensor, chosen: Tensor) -> tuple[int, int, int, int]:
     return outlying.numel(), int(outlying.sum()), int(chosen.sum()), int((outlying & chosen).sum())
-
-
-Moments = tuple[int, float, float, float, float]
-
-
-def _moments(name: str, tensor: Tensor) -> Moments:
-    """Entries, sum |w|, max |w|, mean, and the sum of squares around the mean."""
-    count, size, largest, mean, squares = 0, 0.0, 0.0, 0.0, 0.0
-    for piece in _pieces(name, tensor):
-        own = float(piece.mean())
-        both = count + len(piece)
-        apart = float((piece - own).square().sum())
-        squares += apart + (own - mean) ** 2 * count * len(piece) / both
-        mean += (own - mean) * len(piece) / both
-        count, size, largest = both, size + float(piece.abs().sum()), max(largest, float(piece.abs().max()))
-    return count, size, largest, mean, squares
-
-
-def _pool(parts: list[Moments]) -> tuple[int, float, float, float | None]:
-    """Entries, sum |w|, max |w| and std of several tensors as one."""
-    count, mean, squares = 0, 0.0, 0.0
-    for own_count, _, _, own, own_squares in parts:
-        both = count + own_count
-        if own_count:
-            squares += own_squares + (own - mean) ** 2 * count * own_count / both
-            mean += (own - mean) * own_count / both
-        count = both
-    std = math.sqrt(squares / (count - 1)) if count > 1 else None
-    return count, sum(part[1] for part in parts), max(part[2] for part in parts), std
-
-
-def _mean_and_std(name: str, tensor: Tensor) -> tuple[float, float]:
-    """Mean and standard deviation; exactly 0 where all entries are equal."""
-    moments = _moments(name, tensor)
-    if not moments[0] or bool((tensor == tensor.reshape(-1)[0]).all()):
-        return moments[3], 0.0
-    return moments[3], _pool([moments])[3] or 0.0
-
-
-def _pieces(name: str, tensor: Tensor) -> Iterator[Tensor]:
-    for piece in tensor.detach().reshape(-1).split(_CHUNK):
-        if not piece.numel():
-            continue
-        wide = piece.cpu().double()
-        if not wide.isfinite().all():
-            raise ConfigError(f"{name} has NaN or infinite entries. Take a checkpoint from before it diverged.")
-        yield wide
-
-
-def _mean(total: float, count: float) -> float | None:
-    return total / count if count else None

@@ -155,8 +155,8 @@ def test_fisher(kind):
     assert found.keys() == expected.keys() == {name for name, _ in Scored(kind).named_parameters()}
     for name, scores in found.items():
         assert_close(scores, expected[name], name=name)
-    with per_sample(Scored(kind), expected) as taps:
-        assert bool(taps.tapped) != KINDS[kind].by_sample
+    with per_sample(Scored(kind), expected) as hooks:
+        assert bool(hooks.hooked) != KINDS[kind].by_sample
 
 
 @pytest.mark.parametrize("kind", ["(1, C, 1, 1)", "gamma and beta", "norm and SiLU"])

@@ -1,0 +1,102 @@
+"""What was claimed before measuring, what was measured, and one word for it: holds, fails or inconclusive."""
+
+import operator
+import statistics
+from collections.abc import Callable, Sequence
+
+from benchmarks.harness.tables import mean_and_spread
+
+HOLDS, FAILS, INCONCLUSIVE = "holds", "fails", "inconclusive"
+ABOUT_VERDICTS = (
+    "A claim is inconclusive where the mean of the seeds, give or take their standard deviation, covers the bound, or "
+    "where there is one seed only."
+)
+
+
+def claim(wanted: str, measured: str, holds: bool) -> str:
+    """Return the line of a claim about one figure, such as a count.
+
+    Example:
+        >>> claim("at most 45,000 bytes", "43,464", True)
+        '- Claim: at most 45,000 bytes. Measured: 43,464. Verdict: holds.'
+    """
+    return f"- Claim: {wanted}. Measured: {measured}. Verdict: {HOLDS if holds else FAILS}."
+
+
+def open_claim(wanted: str, missing: str = "Not measured yet") -> str:
+    """Return the line of a claim that has no rows.
+
+    Example:
+        >>> open_claim("a above b")
+        '- Claim: a above b. Not measured yet.'
+    """
+    return f"- Claim: {wanted}. {missing}."
+
+
+def time_claim(wanted: str, ratio: Sequence[float], again: Sequence[float], bound: float) -> str:
+    """Return the line of a claim that a ratio of times is at most a bound.
+
+    It is inconclusive where the ratio is no further from the bound than the first arm's second run is from 1.
+
+    Args:
+        wanted: the claim.
+        ratio: first quartile, median and third quartile.
+        again: the same of the first arm, timed a second time.
+        bound: the median is held to it.
+
+    Example:
+        >>> time_claim("at most 1.05 of the base", [1.02, 1.03, 1.04], [0.99, 1.0, 1.01], 1.05)
+        '- Claim: at most 1.05 of the base. Measured: 1.030 (noise: 0.990 to 1.010). Verdict: holds.'
+    """
+    noise = max(abs(again[0] - 1), abs(again[2] - 1))
+    word = INCONCLUSIVE if abs(ratio[1] - bound) <= noise else HOLDS if ratio[1] <= bound else FAILS
+    measured = f"{ratio[1]:.3f} (noise: {again[0]:.3f} to {again[2]:.3f})"
+    return f"- Claim: {wanted}. Measured: {measured}. Verdict: {word}."
+
+
+def seeds_claim(
+    wanted: str,
+    values: Sequence[float],
+    planned: int,
+    bound: float = 0.0,
+    holds: Callable[[float, float], bool] = operator.gt,
+) -> str:
+    """Return the line of a claim about a mean over seeds.
+
+    Args:
+        wanted: the claim.
+        values: one a seed.
+        planned: how many seeds are planned.
+        bound: the mean is held to it.
+        holds: `holds(mean, bound)`.
+
+    Example:
+        >>> seeds_claim("a within 1 point of b", [-0.5, 0.5], planned=2, bound=-1)
+        '- Claim: a within 1 point of b. Measured: 0.0 ± 0.7 (by seed: -0.5, 0.5). Verdict: holds.'
+        >>> seeds_claim("a above b", [], planned=2)
+        '- Claim: a above b. Not measured yet.'
+    """
+    if not values:
+        return open_claim(wanted)
+    each = ", ".join(f"{value:.1f}" for value in values)
+    return (
+        f"- Claim: {wanted}. Measured: {mean_and_spread(values, planned)} (by seed: {each}). "
+        f"Verdict: {seeds_verdict(values, bound, holds)}."
+    )
+
+
+def seeds_verdict(
+    values: Sequence[float], bound: float = 0.0, holds: Callable[[float, float], bool] = operator.gt
+) -> str:
+    """Return the word for a mean over seeds.
+
+    Example:
+        >>> seeds_verdict([0.4, -0.2, 1.0]), seeds_verdict([1.4, 1.2]), seeds_verdict([1.4])
+        ('inconclusive', 'holds', 'inconclusive')
+    """
+    if len(values) < 2:
+        return INCONCLUSIVE
+    mean, spread = statistics.mean(values), statistics.stdev(values)
+    if mean - spread <= bound <= mean + spread:
+        return INCONCLUSIVE
+    return HOLDS if holds(mean, bound) else FAILS
