@@ -280,18 +280,22 @@ def test_claims_are_judged_by_paired_differences(tmp_path: Path) -> None:
     # (89 - 70) / 10 entries against (80 - 70) / 1000, in points per 1,000.
     ratio = line(page, "more points over head per 1,000")
     assert "(query has most; not run: key)" in ratio
-    assert "1989.0 ± 99.0 (by seed: " in ratio and "Verdict: holds. This ratio" in ratio
+    assert "1989.0 ± 99.0 (by seed: " in ratio
+    assert "Verdict: holds. This ratio" in ratio
     assert "the best is layer 1) within 2 points of full, on average over sst2. Measured" in page
     any_layer = line(page, "norms of any single layer")
     assert "the worst is layer 0) at least 10 points above head" in any_layer
-    assert "10.0 ± 1.0 (by seed: " in any_layer and any_layer.endswith("Verdict: inconclusive.")
+    assert "10.0 ± 1.0 (by seed: " in any_layer
+    assert any_layer.endswith("Verdict: inconclusive.")
     above_random, above_smallest = (
         line(page, f"Claim: 8 largest gains above {other}") for other in ("random", "smallest")
     )
     assert "2.0 ± 0.0 (by seed: 2.0, 2.0, 2.0). Verdict: holds." in above_random
-    assert "0.0 ± 1.7 (by seed: " in above_smallest and above_smallest.endswith("Verdict: inconclusive.")
+    assert "0.0 ± 1.7 (by seed: " in above_smallest
+    assert above_smallest.endswith("Verdict: inconclusive.")
     others = line(page, "Claim: 8 largest gains above as many largest weights of other modules")
-    assert "6.0 ± 1.4 (2 of 3 runs) (by seed: " in others and others.endswith("Verdict: holds.")
+    assert "6.0 ± 1.4 (2 of 3 runs) (by seed: " in others
+    assert others.endswith("Verdict: holds.")
     assert "| gains | largest | 8 | 0.5 | 82.0 ± 2.0 | 82.0 ± 2.0 | -9.0 ± 1.0 | 12.0 ± 2.0 |" in page
     assert "- few entries, sst2: 8 gains farthest from the median, " in page
     assert "8 largest weights of other modules (some seeds)." in page
