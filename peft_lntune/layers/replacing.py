@@ -32,12 +32,14 @@ class CachedCall(NamedTuple):
         sources: the tensors that the parameters were made from, as they were then.
         parameters: the effective parameters, those that differ from the base's.
         call: runs the wrapped module with these parameters; None where there are none.
+        wrapped: the wrapped module, perhaps another tuner's layer, and the model's own module inside it.
     """
 
     adapters: Sequence[str]
     sources: tuple[TensorState, ...]
     parameters: dict[str, Tensor]
     call: Callable[..., Tensor] | None
+    wrapped: tuple[nn.Module, nn.Module]
 
 
 class ReplacementLayer(nn.Module, BaseTunerLayer):
@@ -363,7 +365,8 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
             return None
         with torch.inference_mode(False), torch.no_grad():  # what is cached may be needed in a graph later
             sums = self._sums(tuned)
-            self._cache = CachedCall(list(adapters), sources, sums, self.bind(sums) if sums else None)
+            wrapped = self.base_layer, self.get_base_layer()
+            self._cache = CachedCall(list(adapters), sources, sums, self.bind(sums) if sums else None, wrapped)
         return self._cache
 
     def _sources(self, tuned: list[tuple[str, Any]]) -> tuple[TensorState, ...] | None:
@@ -395,7 +398,8 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
             and is_valid(*cache.sources)
             and not self._route.held()
             and cache.call is not None
-            and "_hf_hook" not in self.get_base_layer().__dict__
+            and cache.wrapped[0] is self._modules["base_layer"]  # attributes of a module are slow to read
+            and "_hf_hook" not in cache.wrapped[1].__dict__
         ):
             return cache.call(*args, **kwargs)
         kwargs.pop("adapter_names", None)  # hooks of other tuners pass it on; here the route holds it
