@@ -184,9 +184,9 @@ def _read_ours(model: nn.Module, given: dict[str, Any], model_id: Any, hub: dict
         return
     if config.modules_to_save:
         _check_heads_load()
-    where = str(model_id)
+    where, name = str(model_id), given.get("adapter_name") or "default"
     if tensors:
-        where = f"the state dict for adapter {given.get('adapter_name') or 'default'!r}"
+        where = f"the state dict for adapter {name!r}"
         check_tensors(None, tensors, where)
     else:
         tensors = load_peft_weights(str(model_id), device="cpu", **hub_options(hub))
@@ -196,13 +196,11 @@ def _read_ours(model: nn.Module, given: dict[str, Any], model_id: Any, hub: dict
     if is_packed(tensors) or has_lora(tensors) or has_masks or config.save_dtype is not None or adapts:
         # transformers knows where the adapter's name belongs only for the containers of this PEFT type.
         unpacked = unpack_by(base_modules(model), config, tensors, where)
-        name = given.get("adapter_name") or "default"
         if has_masks:
             unpacked = scores_by(model, config, unpacked, bool(given.get("is_trainable")), name)
         if config.save_dtype is not None:
             unpacked = cast_values(unpacked, delta_dtype(next(model.parameters()).dtype, config.torch_delta_dtype))
-        named = {with_lora_name(key, name): value for key, value in unpacked.items()}
-        given["adapter_state_dict"] = named
+        given["adapter_state_dict"] = {with_lora_name(key, name): value for key, value in unpacked.items()}
 
 
 def _check_heads_load() -> None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
 
+from peft_lntune.analysis.tables import Table
 from peft_lntune.config import FisherLNConfig
 from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.errors import ConfigError, PeftLNTuneError, UnsupportedError
@@ -47,10 +48,8 @@ class FisherFit:
             groups[self.roles[name]][name.rpartition(".")[2]].append(name)
         found = {kind for group in groups.values() for kind in group}
         kinds = [*(kind for kind in PARAMETERS if kind in found), *sorted(found.difference(PARAMETERS))]
-        rows = [("role", *kinds)]
-        rows += [(role, *(self._share(group.get(kind, [])) for kind in kinds)) for role, group in groups.items()]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        rows = [(role, *(self._share(group.get(kind, [])) for kind in kinds)) for role, group in groups.items()]
+        table = str(Table(("role", *kinds), rows)).splitlines()
         used = sum(bool(mask.any()) for mask in self.masks.values())
         head = f"{self._share(list(self.masks))} of the entries, in {used} of {len(self.masks)} parameters"
         return "\n".join([f"{head}, chosen by {self.samples:,} samples", *(f"  {line}" for line in table)])

@@ -53,21 +53,19 @@ class ReplacingMethod(Method):
         target = spot.target
         # PEFT may also inject into modules that a state dict names and the plan does not.
         part = injection.plan.parts.get(spot.name) or self.select(config, spot.name, target).tuned
-        if isinstance(target, ReplacementLayer):
-            _tie(injection, target, part)
-            with all_onloaded(target):  # an adapter lives where the module computes
-                self._update(target, adapter_name, config, part, injection)
-            return
-        layer: ReplacementLayer
-        if isinstance(part.place, Norm):
-            layer = NormLayer(target, injection.route, part.place)
-        else:
-            # A mixed model injects its second adapter into itself, so its names begin with PEFT's prefix.
-            layer = ModuleLayer(target, injection.route, part.name.removeprefix(ROOT))
-        layer.set_adapter(adapter_name)
+        layer: Any = target
+        if not isinstance(target, ReplacementLayer):
+            if isinstance(part.place, Norm):
+                layer = NormLayer(target, injection.route, part.place)
+            else:
+                # A mixed model injects its second adapter into itself, so its names begin with PEFT's prefix.
+                layer = ModuleLayer(target, injection.route, part.name.removeprefix(ROOT))
+            layer.set_adapter(adapter_name)
         _tie(injection, layer, part)
-        with all_onloaded(layer):
+        with all_onloaded(layer):  # an adapter lives where the module computes
             self._update(layer, adapter_name, config, part, injection)
+            if layer is target:
+                return
             if adapter_name not in tuner.active_adapters:
                 layer.requires_grad_(False)
             tuner._replace_module(spot.parent, spot.target_name, layer, target)
