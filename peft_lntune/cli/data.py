@@ -343,9 +343,7 @@ def find_labels(
         row, label = spelled[0]
         missing = numbers and not several and all(str(one).strip().lower() in MISSING for _, one in spelled)
         if regression or missing:
-            raise DataError(
-                f"{source}: the label of row {row} is {label!r}, and the others are numbers. Remove the row."
-            )
+            raise DataError(f"{source}: the label of row {row} is {label!r}, which is not a number. Remove the row.")
         if known:
             raise DataError(
                 f"the model's head knows {', '.join(known)}, and the data has {', '.join(_names(flat)[:5])}."

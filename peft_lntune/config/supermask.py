@@ -15,7 +15,7 @@ __all__ = ["SupermaskConfig"]
 class SupermaskConfig(LNTuneConfig):
     """Learn which weights to switch off, without changing any: sparsified fine-tuning. The adapter is 1 bit per weight.
 
-        w_eff = w where keep, else 0        keep = Bernoulli(sigmoid(score)) in training, score > 0 otherwise
+        w_eff = w if keep else 0            keep = Bernoulli(sigmoid(score)) in training, score > 0 otherwise
 
     Each weight has a trained score, with a straight-through gradient. Like dropout, masks are drawn only after
     `model.train()`. Training keeps the scores, their gradients and the optimizer's state in memory (16 bytes per weight

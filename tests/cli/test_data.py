@@ -216,7 +216,7 @@ def test_labels_become_numbers(case):
         ("nan", "not a finite number"),
         (math.nan, "not a finite number"),
         ("-inf", "not a finite number"),
-        ([0, 1], "Either every label is a list, or none is"),
+        ([0, 1], "Either all labels are lists, or none"),
         ({"a": 1}, "of type dict"),
         ("['a', 'b']", "text that looks like a list"),
     ],
@@ -230,7 +230,7 @@ def test_what_is_no_label_is_refused_with_its_row(wrong, message, known):
 
 @pytest.mark.parametrize("word", ["NA", "n/a", "null", "None", "-"])
 def test_a_missing_number_is_no_class(word):
-    with pytest.raises(DataError, match=rf"the label of row 2 is '{word}', and the others are numbers"):
+    with pytest.raises(DataError, match=rf"the label of row 2 is '{word}', which is not a number"):
         encode_labels(["1", "2", word])
 
 
@@ -267,7 +267,7 @@ def test_labels_that_teach_nothing():
         find_labels(["1", "1.0"], "d.csv")
     with pytest.raises(DataError, match=r"30 classes in 30 rows\. Is this the label column"):
         find_labels([f"id {row}" for row in range(30)], "d.csv")
-    with pytest.raises(DataError, match="the label of row 1 is 'high': no number"):
+    with pytest.raises(DataError, match="the label of row 1 is 'high', which is not a number"):
         find_labels(["3", "high"], "d.csv", regression=True)
 
 

@@ -70,7 +70,7 @@ class Bottlenecks(InsertedMethod):
             known = ", ".join(f"{s.exit} ({s.role})" for s in sublayers) or "none"
             raise NoMatchError(
                 f"BottleneckConfig(roles={config.roles!r}) finds no place in this model. Sub-layers whose end is "
-                f"known: {known}. Choose among their roles and layers, or use another part where there are none."
+                f"known: {known}. Choose among their roles and layers, or use another part if there are none."
             )
         places = [(s.role, leaf) for s in sublayers for leaf in (s.entry, s.exit)]
         reason = "no leaf is known that answers for the whole sub-layer"
