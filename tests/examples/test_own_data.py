@@ -109,7 +109,7 @@ REFUSED = {
     ),
     "an empty text": ("text,label\na,x\n,y\n", None, {}, r"row 1 of .*train\.csv has no text in 'text'"),
     "a missing label": ("text,label\na,x\nb,\n", None, {}, r"train\.csv: the label of row 1 is '': it is missing"),
-    "NaN": ("text,label\na,0\nb,NaN\n", None, {}, r"train\.csv: the label of row 1 is 'NaN', which is no number"),
+    "NaN": ("text,label\na,0\nb,NaN\n", None, {}, r"train\.csv: the label of row 1 is 'NaN', which is not a finite number"),
     "a class of validation only": (
         "text,label\na,x\nb,y\n",
         "text,label\na,x\nb,z\n",
@@ -302,7 +302,7 @@ def test_pairs_triplets_and_scores(tmp_path):
     [
         ("anchor,positive\na,\n", r"row 0 of .*train\.csv has no text in 'positive'"),
         ("sentence1,sentence2,score\na,b,\n", r"train\.csv: the label of row 0 is '': it is missing"),
-        ("sentence1,sentence2,score\na,b,alike\n", r"the label of row 0 is 'alike': no number"),
+        ("sentence1,sentence2,score\na,b,alike\n", r"the label of row 0 is 'alike', which is not a number"),
         ("sentence1,sentence2,score\na,b,1\nc,d,1\n", r"every score is 1"),
         ("a,b\nc,d\n", r"train\.csv has the columns a, b; wanted are anchor, positive, negative or"),
     ],

@@ -181,7 +181,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config-changed": (edit_config(layers_to_transform=[0]), r"was changed since it was saved: layers_to_transform is"),
     "config-array": (write(CONFIG, b"[]"), f"{CONFIG} is damaged: it should hold a JSON object, and holds a list"),
     "config-deep": (write(CONFIG, b"[" * 100_000), f"{CONFIG} is damaged: it is nested too deeply"),
-    "type": (edit_config(peft_type="LORA"), "is of peft_lntune, .*but its peft_type is 'LORA'"),
+    "type": (edit_config(peft_type="LORA"), "are those of peft_lntune, but its peft_type is 'LORA'"),
     "base": (edit_manifest(model_type="roberta"), "from a model of type 'roberta', and this one is of type 'bert'"),
     "torn": (take_weights(lambda: adapt(build_base(), seed=3)), "is not the file that .* digests differ"),
     "nan": (edit_tensors(lambda t: t[DELTA].fill_(torch.nan)), "hold NaN or infinite values, the first is .*lntune"),
