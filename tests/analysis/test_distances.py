@@ -367,6 +367,7 @@ def drawn(monkeypatch):
     return figures
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("layers", [True, False])
 @pytest.mark.parametrize("with_controls", [True, False])
 def test_picture_shows_the_table(layers, with_controls, tmp_path, drawn):

@@ -88,6 +88,7 @@ def soak(rows: int, adapters: int, batch: int) -> tuple[int, int]:
     return sizes[0], sizes[-1]
 
 
+@pytest.mark.end_to_end
 @pytest.mark.usefixtures("_frequent_switches")
 def test_a_short_soak():
     soak(rows=240, adapters=64, batch=16)

@@ -77,6 +77,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return request.param, folder
 
 
+@pytest.mark.end_to_end
 def test_a_torn_adapter_is_refused_by_every_kind(saved: tuple[str, Path], tmp_path: Path) -> None:
     kind, good = saved
     model = make(kind)

@@ -86,6 +86,7 @@ def test_each_task_is_as_alone_with_trainer(tmp_path, options):
         torch.testing.assert_close(found[key], value, **CLOSE)
 
 
+@pytest.mark.end_to_end
 def test_logs_bars_and_learning_rates(tmp_path, capfd):
     trainer = train(tmp_path, arguments_of={"disable_tqdm": False})
     first, *_, last = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -102,6 +103,7 @@ def test_logs_bars_and_learning_rates(tmp_path, capfd):
     assert "6/6" not in capfd.readouterr().err
 
 
+@pytest.mark.end_to_end
 def test_batches_of_trainers_own_and_numbers_as_tasks(tmp_path):
     trainer = train(tmp_path, train_dataset=dataset(numbers=True), rows_per_task=None)
     assert trainer.state.global_step == 2 * math.ceil(14 / 4)
@@ -110,6 +112,7 @@ def test_batches_of_trainers_own_and_numbers_as_tasks(tmp_path):
     assert trainer.steps_of_tasks(8)["b"] == math.ceil(8 * (1 - math.comb(11, 4) / math.comb(14, 4)))
 
 
+@pytest.mark.end_to_end
 def test_gradient_accumulation(tmp_path):
     trainer = train(tmp_path, arguments_of={"gradient_accumulation_steps": 2})
     assert trainer.state.global_step == 4
@@ -155,6 +158,7 @@ def test_evaluation_is_of_each_task(tmp_path):
         assert metrics["eval_b_loss"] == pytest.approx(model(**batch).loss.item(), abs=1e-5)
 
 
+@pytest.mark.end_to_end
 def test_several_evaluation_sets(tmp_path):
     sets = {"near": dataset(seed=7), "far": dataset({"a": 2, "b": 2}, seed=9)}
     trainer = train(tmp_path, eval_dataset=sets, arguments_of={"eval_strategy": "epoch", "num_train_epochs": 1})
@@ -187,6 +191,7 @@ def test_data_seed_is_a_seed(seeds, same, tmp_path):
     assert (orders[0] == orders[1]) is same
 
 
+@pytest.mark.end_to_end
 def test_columns_that_are_not_for_the_model_are_left_out(tmp_path):
     """As Trainer does it, of rows that come as dicts too; this collator would stop at text."""
     seen = []
