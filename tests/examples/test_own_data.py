@@ -109,7 +109,7 @@ REFUSED = {
     ),
     "an empty text": ("text,label\na,x\n,y\n", None, {}, r"row 1 of .*train\.csv has no text in 'text'"),
     "a missing label": ("text,label\na,x\nb,\n", None, {}, r"train\.csv: the label of row 1 is '': it is missing"),
-    "NaN": ("text,label\na,0\nb,NaN\n", None, {}, r"train\.csv: the label of row 1 is 'NaN', which is not a finite number"),
+    "NaN": ("text,label\na,0\nb,NaN\n", None, {}, r"train\.csv: the label of row 1 is 'NaN', which is not a finite"),
     "a class of validation only": (
         "text,label\na,x\nb,y\n",
         "text,label\na,x\nb,z\n",
