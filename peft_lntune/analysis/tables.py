@@ -34,7 +34,7 @@ class Table:
 
     def __post_init__(self) -> None:
         if len(set(self.columns)) < len(self.columns):
-            raise ConfigError(f"the columns of a table need distinct names, but got {list(self.columns)}.")
+            raise ConfigError(f"the columns of a table must not repeat one, but are {list(self.columns)}.")
         for number, row in enumerate(self.rows):
             if len(row) != len(self.columns):
                 raise ConfigError(f"row {number} should have {len(self.columns)} values, but has {len(row)}: {row}.")
