@@ -189,7 +189,7 @@ def test_chance_is_what_random_masks_give():
     ("masks", "said"),
     [
         ({}, "they name 'nothing'"),
-        ({"other": mask([1])}, "none of the 4 parameters .* they name 'other'"),
+        ({"other": mask([1])}, "no parameter with the 4 .* they name 'other'"),
         ({"h.0.norm.weight": mask([1], 3)}, r"shape \(200,\), but is torch.bool of shape \(3,\)"),
         ({"h.0.norm.weight": torch.ones(200)}, "but is torch.float32"),
     ],
