@@ -1,4 +1,4 @@
-"""The tuner layers: state machines around a module or beside one, and what is particular to each method."""
+"""The tuner layers: state machines around or beside a module, one kind per method."""
 
 from peft_lntune.layers.bottleneck import BottleneckLayer
 from peft_lntune.layers.inserted import InsertedLayer

@@ -1,4 +1,4 @@
-"""PEFT's own adapters switched off for a while."""
+"""Switch adapters off for the duration of a context."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,12 +9,12 @@ __all__ = ["switched_off"]
 
 @contextmanager
 def switched_off(layers: Sequence[Any]) -> Iterator[None]:
-    """Inside this context layers compute what their base layers do.
+    """Inside this context, layers compute what their base layers do.
 
-    Not by PEFT's `enable_adapters`, which also changes what requires a gradient.
+    PEFT's `enable_adapters` is not used because it also changes which parameters require gradients.
 
     Args:
-        layers: tuner layers, and PEFT's wrappers of heads. Those that are off already stay off afterwards.
+        layers: tuner layers and PEFT's wrappers of heads. Layers that are already off stay off afterwards.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
