@@ -124,7 +124,7 @@ class PrefixLayer(InsertedLayer):
 
         Args:
             adapter_name: the new adapter.
-            config: its `KVPrefixConfig`.
+            config: its `PrefixConfig`.
             stored: whether the values come from a file, which holds the plain tensor and no network.
         """
         heads, head_dim = self._sizes
