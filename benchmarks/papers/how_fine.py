@@ -77,8 +77,10 @@ def distance_bounds(rows: Mapping[str, Sequence[Row]]) -> Iterator[str]:
         f"movement uneven over layers: the layer that moves most at least {UNEVEN:g} times the one that moves least"
     )
     for wanted, measured in ((close, _closer), (uneven, _uneven)):
-        said = ". ".join(measured(layers, measure) for measure in SAID)
-        yield f"- Claim: {wanted}. {said}." if layers else open_claim(wanted)
+        if layers:
+            yield f"- Claim: {wanted}. {'. '.join(measured(layers, measure) for measure in SAID)}."
+        else:
+            yield open_claim(wanted)
 
 
 def _closer(layers: Sequence[Table], measure: str) -> str:

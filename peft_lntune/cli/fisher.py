@@ -146,7 +146,7 @@ def fisher_masks(
         >>> sum(int(mask.sum()) for mask in masks.values())
         1
     """
-    function = find_score(score)
+    score_function = find_score(score)
     chosen = sorted(random.Random(seed).sample(range(len(texts)), min(num_samples, len(texts))))
     device = next(model.parameters()).device
 
@@ -161,8 +161,8 @@ def fisher_masks(
 
     state = FisherState()
     given = {"batches": batches(), "kind": kind, "seed": seed, "state": state, "progress": progress}
-    taken = inspect.signature(function).parameters
-    scores = function(model, **{name: value for name, value in given.items() if name in taken})
+    taken = inspect.signature(score_function).parameters
+    scores = score_function(model, **{name: value for name, value in given.items() if name in taken})
     masks = select(scores, density=density, count=count, scope=scope)
     budget = {"density": density} if count is None else {"count": count}
     facts = {"kind": kind, "samples": state.samples, "seed": seed}

@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,10 @@ def can_rebuild() -> bool:
         >>> can_rebuild()
         True
     """
-    return torch.is_grad_enabled() and not is_traced() and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+    if is_traced() or not torch.is_grad_enabled():  # what follows, Dynamo does not know
+        return False
+    hooks_allowed: bool = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+    return hooks_allowed
 
 
 def is_plain(module: nn.Module, name: str) -> bool:
@@ -87,7 +90,7 @@ class _View(NamedTuple):
     made_stride: tuple[int, ...]
     size: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: int | torch.SymInt
 
     def tensor(self) -> Tensor:
         with torch.no_grad():
@@ -127,7 +130,7 @@ def rebuilt_in_backward(values: Iterable[tuple[Tensor, Callable[[], Tensor]]]) -
         if type(tensor) is Tensor and tensor.layout is torch.strided:
             found = makes.get(tensor.untyped_storage()._cdata)
             if found is not None:
-                return _View(*found, tensor.size(), tensor.stride(), cast(int, tensor.storage_offset()))
+                return _View(*found, tensor.size(), tensor.stride(), tensor.storage_offset())
         return unwritten(tensor) if outer is None else outer[0](tensor)
 
     def unpack(packed: Any) -> Tensor:

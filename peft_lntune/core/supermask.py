@@ -13,7 +13,7 @@ from peft_lntune.core.delta import ParameterSlice, never_narrowed, pack_bits, un
 from peft_lntune.core.override import runs_own_forward
 from peft_lntune.core.rebuild import is_plain
 
-__all__ = ["Supermask", "draw", "initial_scores", "kept", "masked", "smallest"]
+__all__ = ["Supermask", "initial_scores", "kept", "masked", "smallest"]
 
 
 def smallest(values: Tensor, count: int) -> Tensor:
@@ -83,27 +83,6 @@ def masked(base: Tensor, scores: Tensor, keep: Tensor) -> Tensor:
     """
     result: Tensor = _StraightThrough.apply(base, scores, keep)
     return result
-
-
-def draw(chance: Tensor) -> Tensor:
-    """True with a probability for each entry, by torch's own generator.
-
-    Args:
-        chance: the probabilities, any shape.
-
-    Returns:
-        bool, of the shape of `chance`.
-
-    Example:
-        >>> draw(torch.tensor([0.0, 1.0])).tolist()
-        [False, True]
-    """
-    if chance.device.type != "cpu":
-        return torch.bernoulli(chance).bool()
-    # Half of a random int64 for each entry, of which 24 bits count: half the time of torch.bernoulli.
-    random = torch.empty(-(-chance.numel() // 2), dtype=torch.int64).random_(-(2**63), None).view(torch.int32)
-    numbers = random[: chance.numel()].bitwise_right_shift_(8).view(chance.shape)
-    return numbers.float() < chance.float().sub(0.5).mul_(2**24)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -224,7 +203,7 @@ class Supermask(nn.Module):
 
     def _draw(self) -> Tensor:
         assert self.weight is not None
-        return draw(self.weight.detach().sigmoid())
+        return torch.bernoulli(self.weight.detach().sigmoid()).bool()
 
     def _apply_to(self, base: Tensor, keep: Tensor) -> Tensor:
         part = self._part(base)

@@ -31,7 +31,7 @@ def test_operations(tiny_bert: str, tmp_path: Path) -> None:
     assert more <= 2 * rows["training", "ln"]["tuned_tensors"]
     assert rows["training", "full"]["operations"] > rows["training", "plain"]["operations"]
     table = (tmp_path / "operations.md").read_text()
-    assert table.count("held.") == 4
+    assert table.count("Verdict: holds.") == 4
 
 
 def test_operations_without_rows_say_so(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_fisher_cost(monkeypatch: pytest.MonkeyPatch, tiny_bert: str, tmp_path: 
     assert all(arm["accelerator_memory_max"] > 0 for arm in row["arms"].values())
     table = (tmp_path / "fisher_cost.md").read_text()
     assert "| step again |" in table
-    assert table.count("- Wanted: ") == 2
+    assert table.count("- Claim: ") == 2
 
 
 def test_fisher_cost_without_rows_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,7 +84,7 @@ def test_run_resume_and_report(short: list[str], tmp_path: Path, capsys: pytest.
     assert cells(tmp_path) == found
 
     page = (tmp_path / f"how_fine_{MODEL}.md").read_text()
-    assert "Wanted: l0-close: all but key projections and embeddings within 1 point of full, on average over" in page
+    assert "Claim: l0-close: all but key projections and embeddings within 1 point of full, on average over" in page
     shown = {line.split(" | ")[0]: line.split(" | ")[-1] for line in page.splitlines() if " | " in line}
     assert shown["| l0-close: all but key projections and embeddings"] == shown["| full: everything"] != "not run |"
     assert "| 20 %, sampled masks |  | " in page
@@ -222,11 +222,11 @@ def row_of(angles: dict[int | None, float]) -> dict[str, Any]:
 def test_what_is_said_of_distances() -> None:
     near, uneven = row_of({None: 0.05, 0: 0.02, 1: 0.025}), row_of({None: 0.01, 0: 0.02, 1: 0.1})
     close, layers = script.distance_bounds({"sst2": [near], "trec": [uneven]})
-    assert "By angle: 5.0 to 50.0 times, held in part (1 of 2 runs). By mean L1: 5.0" in close
-    assert "By angle: 1.2 to 5.0 times, held in part (1 of 2 runs) (moves most: layer 1 in 2)" in layers
+    assert "By angle: 5.0 to 50.0 times, inconclusive (1 of 2 runs). By mean L1: 5.0" in close
+    assert "By angle: 1.2 to 5.0 times, inconclusive (1 of 2 runs) (moves most: layer 1 in 2)" in layers
     close, layers = script.distance_bounds({"sst2": [near]})
-    assert "10.0 to 25.0 times, held (1 of 1 runs)" in close
-    assert "1.2 to 1.2 times, did not hold (0 of 1 runs)" in layers
+    assert "10.0 to 25.0 times, holds (1 of 1 runs)" in close
+    assert "1.2 to 1.2 times, fails (0 of 1 runs)" in layers
 
 
 def test_sampled_masks_are_compared_by_their_own_score(protocol: Protocol, tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_sampled_masks_are_compared_by_their_own_score(protocol: Protocol, tmp_p
     script.write_report(rows, tmp_path, scope)
     page = (tmp_path / "how_fine.md").read_text()
     (line,) = (line for line in page.splitlines() if "there are many good masks" in line)
-    assert "Measured, seed by seed: -7.8 ± 0.4: did not hold." in line
+    assert "Measured: -7.8 ± 0.4 (by seed: -8.0, -7.5). Verdict: fails." in line
     assert "| 20 %, sampled masks |  | 82.2 ± 0.4 |" in page
     assert "| 20 % | sst2 | 25.00 ± 0.00 | 5.00 ± 0.00 | 0.00 ± 0.00 | 0 |" in page
     assert (tmp_path / "how_fine.png").stat().st_size > 0

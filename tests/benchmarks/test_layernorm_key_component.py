@@ -64,7 +64,7 @@ def test_run_resume_and_report(short: list[str], tmp_path: Path, capsys: pytest.
     assert cells(tmp_path) == found
 
     page = (tmp_path / f"layernorm_key_component_{MODEL}.md").read_text()
-    assert "Wanted: Fisher at 20 % within 1 point of all norms, on average over sst2, trec. Not measured yet." in page
+    assert "Claim: Fisher at 20 % within 1 point of all norms, on average over sst2, trec. Not measured yet." in page
     assert "| sst2 | trec | 32 | 20.0 % |" in page
     assert page.count("of 1 runs.") == 1 + len(MEASURES)
     for name in (f"layernorm_key_component_{MODEL}.png", f"layernorm_change_sst2_{MODEL}.png"):

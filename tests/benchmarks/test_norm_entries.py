@@ -55,7 +55,7 @@ def test_run_resume_and_report(short: list[str], tmp_path: Path, capsys: pytest.
 
     page = (tmp_path / f"norm_entries_{MODEL}.md").read_text()
     assert "| magnitude, Fisher |" in page
-    assert "Wanted: larger gains contribute more: rank correlation, or difference of two, above 0 on average" in page
+    assert "Claim: larger gains contribute more: rank correlation, or difference of two, above 0 on average" in page
     assert "| gains | random |" in page
     for name in (f"norm_entries_{MODEL}.png", f"norm_entries_left_out_{MODEL}.png"):
         assert (tmp_path / name).stat().st_size > 0
@@ -115,10 +115,16 @@ def test_what_is_said(protocol: Protocol, tmp_path: Path) -> None:
     sizes = {"rows": 4, "partitions": 2, "groups": 3, "bins": 2, "points": 2}
     script.write_report(tmp_path, script.Scope(PROTOCOLS["cpu"], sizes, (0, 1), rows))
     page = (tmp_path / "norm_entries.md").read_text()
-    lines = {line.split(":")[1].strip(): line for line in page.splitlines() if line.startswith("- Wanted")}
+    lines = {line.split(":")[1].strip(): line for line in page.splitlines() if line.startswith("- Claim")}
     # By seed: (0.3 + 0.3) / 2 - (0.1 + 0.3) / 2, and (0.5 + 0.3) / 2 - (0.2 + 0.2) / 2.
-    assert "15.0 ± 7.1: held." in lines["Fisher information ranks contributions better than magnitude"]
-    assert "-15.0 ± 7.1: did not hold." in lines["movement ranks contributions better than Fisher information"]
+    assert (
+        "15.0 ± 7.1 (by seed: 10.0, 20.0). Verdict: holds."
+        in lines["Fisher information ranks contributions better than magnitude"]
+    )
+    assert (
+        "-15.0 ± 7.1 (by seed: -10.0, -20.0). Verdict: fails."
+        in lines["movement ranks contributions better than Fisher information"]
+    )
     assert lines["larger biases contribute more"].endswith("Not measured yet.")
     assert "| Fisher, contribution | 40.0 ± 14.1 | 40.0 ± 14.1 | - | 30.0 ± 0.0 |" in page
     assert "| gains | Fisher | 0.750 ± 0.000 (2.0 ± 0.0) | 0.250 ± 0.000 (1.0 ± 0.0) |" in page

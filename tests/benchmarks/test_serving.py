@@ -34,7 +34,7 @@ def test_serving(tiny_bert: str, tmp_path: Path) -> None:
     assert min(rows["loading"]["a_second"].values()) > 0
     assert rows["memory"]["row_bytes"] == 4 * 16 * 2 * 5  # weight and bias of five norms
     page = (tmp_path / "serving.md").read_text()
-    assert page.count("- Wanted: ") == 8
+    assert page.count("- Claim: ") == 8
     assert "not run" not in page
 
 

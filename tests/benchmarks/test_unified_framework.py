@@ -91,7 +91,7 @@ def test_run_resume_and_report(short: list[str], tmp_path: Path, capsys: pytest.
     assert cells(tmp_path) == found
 
     page = (tmp_path / f"unified_framework_{MODEL}.md").read_text()
-    assert "Wanted: mha-adapter+ln above mha-adapter alone: the two together help, on average over sst2" in page
+    assert "Claim: mha-adapter+ln above mha-adapter alone: the two together help, on average over sst2" in page
     assert "| ln: all norms | not run | not run |" in page
     assert "| full again |" in page
     assert (tmp_path / f"unified_framework_{MODEL}.png").stat().st_size > 0
@@ -227,7 +227,7 @@ def test_the_best_combination_meets_the_best_of_the_others(tmp_path: Path) -> No
     page = (tmp_path / "unified_framework.md").read_text()
     (line,) = (line for line in page.splitlines() if "every other arm but full" in line)
     assert "of which mam is best here; not run: mha-adapter, " in line
-    assert "-10.0 ± 0.0: did not hold. How sure: mean ± spread is below 0" in line
+    assert "-10.0 ± 0.0 (by seed: -10.0, -10.0). Verdict: fails." in line
 
 
 def test_the_model_is_in_the_protocols_name_unless_it_is_the_small_one(monkeypatch: pytest.MonkeyPatch) -> None:

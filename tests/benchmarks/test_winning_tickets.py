@@ -85,7 +85,7 @@ def test_run_resume_and_report(short: list[str], tmp_path: Path, capsys: pytest.
     assert "- components, trec: all of them." in page
     assert "- components, sst2: norms (some seeds), query (some seeds)" in page  # two more seeds are planned
     assert "- 81 gains: the norms of this model have 80." in page
-    assert "Wanted: 8 largest biases above random ones, on average over sst2, trec. Not measured yet." in page
+    assert "Claim: 8 largest biases above random ones, on average over sst2, trec. Not measured yet." in page
     for name in ("components", "layers", "gains", "biases"):
         assert (tmp_path / f"winning_tickets_{name}_{MODEL}.png").stat().st_size > 0
 
@@ -276,19 +276,26 @@ def test_claims_are_judged_by_paired_differences(tmp_path: Path) -> None:
     )
     worst = line(page, "every component alone")
     assert "(the worst is query; not run: key) within 2 points of full" in worst
-    assert "-10.0 ± 0.0: did not hold. How sure: mean ± spread is below -2" in worst
+    assert "-10.0 ± 0.0 (by seed: -10.0, -10.0, -10.0). Verdict: fails." in worst
     # (89 - 70) / 10 entries against (80 - 70) / 1000, in points per 1,000.
     ratio = line(page, "more points over head per 1,000")
     assert "(query has most; not run: key)" in ratio
-    assert "1989.0 ± 99.0: held" in ratio
+    assert "1989.0 ± 99.0 (by seed: " in ratio
+    assert "Verdict: holds. This ratio" in ratio
     assert "the best is layer 1) within 2 points of full, on average over sst2. Measured" in page
     any_layer = line(page, "norms of any single layer")
     assert "the worst is layer 0) at least 10 points above head" in any_layer
-    assert "10.0 ± 1.0: held. How sure: open" in any_layer
-    assert "2.0 ± 0.0: held. How sure: mean ± spread is above 0" in line(page, "Wanted: 8 largest gains above random")
-    assert "0.0 ± 1.7: did not hold. How sure: open" in line(page, "Wanted: 8 largest gains above smallest")
-    others = line(page, "Wanted: 8 largest gains above as many largest weights of other modules")
-    assert "6.0 ± 1.4 (2 of 3 runs): held" in others
+    assert "10.0 ± 1.0 (by seed: " in any_layer
+    assert any_layer.endswith("Verdict: inconclusive.")
+    above_random, above_smallest = (
+        line(page, f"Claim: 8 largest gains above {other}") for other in ("random", "smallest")
+    )
+    assert "2.0 ± 0.0 (by seed: 2.0, 2.0, 2.0). Verdict: holds." in above_random
+    assert "0.0 ± 1.7 (by seed: " in above_smallest
+    assert above_smallest.endswith("Verdict: inconclusive.")
+    others = line(page, "Claim: 8 largest gains above as many largest weights of other modules")
+    assert "6.0 ± 1.4 (2 of 3 runs) (by seed: " in others
+    assert others.endswith("Verdict: holds.")
     assert "| gains | largest | 8 | 0.5 | 82.0 ± 2.0 | 82.0 ± 2.0 | -9.0 ± 1.0 | 12.0 ± 2.0 |" in page
     assert "- few entries, sst2: 8 gains farthest from the median, " in page
     assert "8 largest weights of other modules (some seeds)." in page

@@ -309,7 +309,7 @@ def test_compiled_it_is_one_graph(family, training):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_autograd_keeps(dtype):
-    """Beside parameters and activations: the masked weight, in the base's dtype, where an input needs a gradient."""
+    """Parameters and activations: the backward pass makes the masked weight again."""
     model = get_peft_model(Net().to(dtype).train(), SupermaskConfig(target_modules=["one", "two"]))
     x = torch.randn(3, 64, dtype=dtype)
     saved: dict[int, Tensor] = {}
@@ -318,7 +318,7 @@ def test_what_autograd_keeps(dtype):
     for parameter in model.parameters():
         saved.pop(parameter.data_ptr(), None)
     matrices = [t for t in saved.values() if t.numel() == 64 * 64]
-    assert [(t.dtype, t.untyped_storage().nbytes()) for t in matrices] == [(dtype, 64 * 64 * dtype.itemsize)]
+    assert matrices == []
     assert all(t.numel() <= 3 * 64 for t in saved.values() if t.numel() != 64 * 64)
     y.float().sum().backward()
     # For each entry a score and its gradient, in float32; nothing for the weights.
