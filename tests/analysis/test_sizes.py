@@ -205,7 +205,7 @@ def test_masks_of_another_model(masks, said):
         (lambda: magnitude({}), "the source is empty"),
         (lambda: magnitude({"w": torch.tensor([math.inf])}), "w has NaN or infinite entries"),
         (lambda: find_outliers({"w": torch.tensor([1.0, math.nan])}), "w has NaN or infinite entries"),
-        (lambda: find_outliers(planted(), ["x", "y"]), r"no parameter 'x' \(and 1 more\) among 5"),
+        (lambda: find_outliers(planted(), ["x", "y"]), r"parameter 'x' \(and 1 more\) not found among 5"),
         (lambda: find_outliers({"w": torch.ones(2, 2)}), "no tensor has one dimension"),
         (lambda: outliers(planted(), deviations=0), "deviations=0 should be above 0"),
     ],

@@ -165,7 +165,7 @@ class TestBesidePeft:
 
     def test_learned_prompts_are_refused(self):
         model = get_peft_model(build("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-        with pytest.raises(UnsupportedError, match="learned prompts, which a route cannot leave out"):
+        with pytest.raises(UnsupportedError, match="learned prompts, which a route cannot switch off"):
             AdapterBank(model)
 
 
