@@ -198,7 +198,7 @@ def test_a_file_of_version_1_is_read(saved):
     rewritten(path, lambda index: index.update(format_version=1), digests=digests)
     same(bank, AdapterBank.open(path, model))
     rewritten(path, lambda index: index.update(format_version=2), digests=digests)
-    with pytest.raises(AdapterFileError, match=r"adapter 'a' in .* is damaged: its digest is another"):
+    with pytest.raises(AdapterFileError, match=r"adapter 'a' in .* is damaged: its digest differs"):
         AdapterBank.open(path, model).load()
 
 
