@@ -450,7 +450,7 @@ class TestRoute:
     @pytest.mark.parametrize("index", [torch.ones(3), torch.ones(1, 3, dtype=torch.long)], ids=["float", "2d"])
     def test_a_tensor_that_is_no_index_is_refused(self, index):
         model, bank = banked("bert")
-        with pytest.raises(RoutingError, match=r"an index is int64 of shape \(B,\), as bank\.index makes it"):
+        with pytest.raises(RoutingError, match=r"an index is int64 of shape \(B,\), as bank\.index returns it"):
             routed(bank, model, inputs("bert"), index)
 
     def test_training_mode_is_refused(self):
