@@ -94,7 +94,7 @@ def write_report(rows: Rows, results: Path, planned: Sequence[Cell], protocol: s
         "step with AdamW. `plain` is `requires_grad` on the same parameters; `again` is the same a second time: how "
         "far its ratio is from 1 is noise. `supermask` trains a score for each weight among them, and no bias. Arms "
         "are timed in turns; ratios are taken within a round. The peak is of a step, so it holds activations, "
-        "gradients and the sums that are made in the forward pass, but neither parameters nor AdamW's two moments, "
+        "gradients and sums of base and delta while they are used, but neither parameters nor AdamW's two moments, "
         "which come to 8 bytes a tuned entry for every arm.",
     ]
     for cell in planned:
@@ -113,7 +113,7 @@ def _memory(row: Row) -> str:
     return (
         f"{tuned:,} tuned entries. Beside the base that stays as it is, deltas take 4 bytes an entry "
         f"({4 * tuned / 1e6:.1f} MB), and in a step {more / 1e6:.1f} MB more than plain lines at the peak "
-        f"({more / tuned:.1f} bytes an entry: the sum of base and delta is kept for the backward pass)."
+        f"({more / tuned:.1f} bytes an entry; the backward pass makes the sum of base and delta again)."
     )
 
 

@@ -32,12 +32,14 @@ class CachedCall(NamedTuple):
         sources: states of the tensors from which the parameters were computed.
         parameters: the effective parameters that differ from the base's.
         call: runs the wrapped module with these parameters; None where no parameter differs.
+        wrapped: the wrapped module, perhaps another tuner's layer, and the model's own module inside it.
     """
 
     adapters: Sequence[str]
     sources: tuple[TensorState, ...]
     parameters: dict[str, Tensor]
     call: Callable[..., Tensor] | None
+    wrapped: tuple[nn.Module, nn.Module]
 
 
 class ReplacementLayer(nn.Module, BaseTunerLayer):
@@ -364,7 +366,8 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
             return None
         with torch.inference_mode(False), torch.no_grad():  # the cached tensors may be needed in a graph later
             sums = self._sums(tuned)
-            self._cache = CachedCall(list(adapters), sources, sums, self.bind(sums) if sums else None)
+            wrapped = self.base_layer, self.get_base_layer()
+            self._cache = CachedCall(list(adapters), sources, sums, self.bind(sums) if sums else None, wrapped)
         return self._cache
 
     def _sources(self, tuned: list[tuple[str, Any]]) -> tuple[TensorState, ...] | None:
@@ -396,7 +399,8 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
             and is_valid(*cache.sources)
             and not self._route.held()
             and cache.call is not None
-            and "_hf_hook" not in self.get_base_layer().__dict__
+            and cache.wrapped[0] is self._modules["base_layer"]  # attributes of a module are slow to read
+            and "_hf_hook" not in cache.wrapped[1].__dict__
         ):
             return cache.call(*args, **kwargs)
         kwargs.pop("adapter_names", None)  # hooks of other tuners pass it on; here the route has the names

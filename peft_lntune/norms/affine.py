@@ -118,14 +118,20 @@ class NormCall:
         if isinstance(norm, nn.GroupNorm) and any(value.requires_grad for value in given.values()):
             is_direct = False  # its input may have to be changed, see `_differentiable`
         copy: tuple[nn.Module, list[Any]] = norm, []
+        latest: tuple[Any, ...] = None, None, None, None  # what the last call was for, and its rule
 
         def call(*args: Any, **kwargs: Any) -> Tensor:
-            nonlocal copy
+            nonlocal copy, latest
             if is_direct and weight is not None and runs_own_forward(norm):
                 forward, path = type(norm).forward, FAST_PATHS.get(type(norm))
                 if path is not None and path.of is forward and len(args) == 1 and not kwargs:
                     return path.forward(norm, args[0], weight, bias)
-                rule = self._rule(forward, args[0] if args else next(iter(kwargs.values())), weight)
+                x = args[0] if args else next(iter(kwargs.values()))
+                cast = torch._C._is_any_autocast_enabled()
+                same = latest[0] is forward and latest[1] is x.dtype and latest[2] == x.device
+                rule: Rule = latest[3] if same and not cast else self._rule(forward, x, weight)
+                if not (same or cast):
+                    latest = forward, x.dtype, x.device, rule
                 if rule.mode == "native":
                     (override, values), state = copy, norm.__dict__
                     # An attribute that has changed, such as eps, is another object.

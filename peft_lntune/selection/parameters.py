@@ -1,4 +1,4 @@
-"""Which parameters are scored, and the random numbers of each: by name and seed, never by order."""
+"""Which parameters are scored, and random numbers per parameter: from name and seed, not from any order."""
 
 import hashlib
 from collections.abc import Iterable
@@ -14,14 +14,17 @@ __all__ = ["find_parameters", "generator"]
 
 
 def find_parameters(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Base parameters by name.
+    """Look up parameters of the base model by name.
 
     Args:
-        model: any model; with adapters, the parameters that were there before them.
-        names: None: weight and bias of every norm.
+        model: any model; for a model with adapters, the parameters of its base model.
+        names: names of the parameters; None: weight and bias of every norm.
+
+    Returns:
+        The parameters by name. A shared parameter appears under its first name.
 
     Raises:
-        ConfigError: a name is unknown, or there is no norm.
+        ConfigError: a name is unknown, or the model has no norm.
 
     Example:
         >>> list(find_parameters(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))))
@@ -52,7 +55,15 @@ def find_parameters(model: nn.Module, names: Iterable[str] | None = None) -> dic
 
 
 def generator(seed: int, key: object) -> torch.Generator:
-    """Random numbers of one sample or parameter: the same in whichever batch, order and process it comes."""
+    """A random generator for one sample or parameter, which does not depend on batch, order or process.
+
+    Args:
+        seed: seed of all generators.
+        key: number of the sample, or name of the parameter.
+
+    Returns:
+        A generator on the CPU, the same for the same seed and key.
+    """
     digest = hashlib.sha256(f"{seed} {key}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
