@@ -309,8 +309,8 @@ class TestNames:
         [
             ({"capacity": 0}, "capacity=0 should be a number of adapters"),
             ({"capacity": 2.5}, "capacity=2.5 should be"),
-            ({"dtype": torch.int8}, r"dtype=torch\.int8 is no floating dtype"),
-            ({"dtype": "float32"}, "dtype='float32' is no floating dtype of torch"),
+            ({"dtype": torch.int8}, r"dtype=torch\.int8 is not a floating dtype"),
+            ({"dtype": "float32"}, "dtype='float32' is not a floating dtype of torch"),
         ],
     )
     def test_impossible_options_are_refused(self, options, message):

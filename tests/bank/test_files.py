@@ -238,7 +238,7 @@ def test_one_of_another_model_is_refused(saved):
         AdapterFileError, match=r"was saved for another model: bert\..* is \(16,\) there and missing here"
     ):
         AdapterBank.open(path, build("gpt2"))
-    with pytest.raises(AdapterFileError, match="it has heads for classifier, which this model has not"):
+    with pytest.raises(AdapterFileError, match="it has heads for classifier, which this model lacks"):
         AdapterBank.open(path, headless)
 
 
