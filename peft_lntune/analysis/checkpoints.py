@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from peft_lntune.core.module_tree import base_model, base_modules
+from peft_lntune.core.module_tree import base_model, base_modules, below
 from peft_lntune.errors import AdapterFileError, ConfigError
 from peft_lntune.selection.effective import effective_parameters
 
@@ -186,7 +186,7 @@ def _buffers(source: CheckpointSource) -> set[str]:
     if not isinstance(source, nn.Module):
         return set()
     modules = base_modules(base_model(source))
-    return {f"{name}.{key}" if name else key for name, module in modules.items() for key in module._buffers}
+    return {below(name, key) for name, module in modules.items() for key in module._buffers}
 
 
 def check_same(before: Mapping[str, TensorFacts], after: Mapping[str, TensorFacts]) -> None:

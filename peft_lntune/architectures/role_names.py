@@ -8,7 +8,7 @@ import re
 from enum import Enum
 from functools import lru_cache
 
-__all__ = ["Word", "below", "is_called_norm", "mentions", "number_of", "says", "sublayer"]
+__all__ = ["Word", "is_called_norm", "mentions", "number_of", "says", "sublayer"]
 
 ATTENTION, CROSS, FFN, MIXER = "attention", "cross_attention", "ffn", "mixer"
 
@@ -158,20 +158,3 @@ def number_of(name: str) -> tuple[str, int] | None:
     """
     found = _NUMBER.match(_spelled(name))
     return None if found is None else (found[1], int(found[2]))
-
-
-def below(above: str, path: str) -> str:
-    """Join the name of a module and a path below it.
-
-    Args:
-        above: name of the upper module; `""` for the model.
-        path: path below it.
-
-    Returns:
-        The name of the lower module.
-
-    Example:
-        >>> below("h.0", "attn"), below("", "attn")
-        ('h.0.attn', 'attn')
-    """
-    return f"{above}.{path}" if above else path

@@ -14,12 +14,12 @@ from peft_lntune.architectures.role_names import (
     FFN,
     MIXER,
     Word,
-    below,
     mentions,
     number_of,
     says,
     sublayer,
 )
+from peft_lntune.core.module_tree import below
 
 __all__ = ["Tree", "role_in"]
 
@@ -116,7 +116,8 @@ def role_in(tree: Tree, above: str, path: str) -> Roles | None:
         return None
     if says(_unnumbered(above), Word.BRIDGE) and not says(own, Word.EMBEDDING):
         return ("final",) if own in _BEHIND and above.rpartition(".")[0] in tree.stacks else ()
-    if "output" in own and own.replace("output", "intermediate") in _siblings(tree, above):
+    siblings = tree.children.get(above.rpartition(".")[0], ())
+    if "output" in own and own.replace("output", "intermediate") in siblings:
         return (FFN,)  # models like BERT, where the FFN is two modules, `intermediate` and `output`
     kind = tree.sublayer(above) if own and not own.isdigit() else None
     if stack:
@@ -141,10 +142,6 @@ def _direct(path: str) -> str | None:
     if first.isdigit() or not says(first, Word.NORM):
         return None
     return first if all(part.isdigit() or says(part, Word.NORM) for part in rest) else None
-
-
-def _siblings(tree: Tree, name: str) -> Roles:
-    return tree.children.get(name.rpartition(".")[0], ()) if name else ()
 
 
 def _unnumbered(name: str) -> str:

@@ -8,8 +8,9 @@ whose output is h, which the block adds to the residual. `table.py` names both.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from peft_lntune.architectures.role_names import ATTENTION, CROSS, FFN, below
+from peft_lntune.architectures.role_names import ATTENTION, CROSS, FFN
 from peft_lntune.architectures.table import ARCHITECTURES
+from peft_lntune.core.module_tree import below
 
 __all__ = ["SUBLAYER_ROLES", "Sublayer", "find_sublayers"]
 

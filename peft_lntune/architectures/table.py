@@ -9,7 +9,8 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from peft_lntune.architectures.role_names import ATTENTION, CROSS, FFN, MIXER, below
+from peft_lntune.architectures.role_names import ATTENTION, CROSS, FFN, MIXER
+from peft_lntune.core.module_tree import below
 
 __all__ = [
     "ARCHITECTURES",

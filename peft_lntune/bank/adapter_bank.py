@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from peft_lntune.bank.bank_file import BLOCK, BankFile, save_bank
@@ -19,7 +17,7 @@ from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.core.detour import Detour
 from peft_lntune.core.module_tree import called_modules
 from peft_lntune.errors import AdapterFileError, ConfigError, RoutingError, UnsupportedError
-from peft_lntune.layers import switched_off
+from peft_lntune.layers import switched_off, unmerged_layers
 from peft_lntune.routing.base_rows import BaseRows
 from peft_lntune.routing.entries import Entries
 from peft_lntune.routing.route import BASE, Route
@@ -403,11 +401,7 @@ class AdapterBank:
                     "Call bank.detach() before the model is changed and bank.attach() afterwards; where a module was "
                     "exchanged, make a new bank."
                 )
-        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-        tuners = [module for module in modules if isinstance(module, kinds)]
-        if any(getattr(module, "merged", False) for module in tuners):
-            raise RoutingError("cannot route when there are merged adapters, please call `unmerge_adapter` first.")
-        return tuners
+        return unmerged_layers(modules, "route")
 
     def _gather(self, slots: Sequence[int]) -> list[Stack]:
         """Rows of the effective parameters, as copies that do not change with the stacks."""

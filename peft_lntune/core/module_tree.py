@@ -5,8 +5,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["base_model", "base_modules", "called_modules", "is_tuner_layer"]
-
+__all__ = ["base_model", "base_modules", "below", "called_modules", "is_tuner_layer"]
 
 _BASE_NAMES = ("base_layer", "original_module")  # children in which tuner layers and modules_to_save hold the original
 
@@ -58,7 +57,24 @@ def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[
     seen.add(module)
     yield name, called, module
     for child_name, child in module.named_children():
-        yield from _walk(child, f"{name}.{child_name}" if name else child_name, seen)
+        yield from _walk(child, below(name, child_name), seen)
+
+
+def below(above: str, path: str) -> str:
+    """Join the name of a module and a path below it.
+
+    Args:
+        above: name of the upper module; `""` for the model.
+        path: path below it, such as the name of a child or parameter.
+
+    Returns:
+        The name of the lower module or parameter.
+
+    Example:
+        >>> below("h.0", "attn"), below("", "attn")
+        ('h.0.attn', 'attn')
+    """
+    return f"{above}.{path}" if above else path
 
 
 def is_tuner_layer(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ from peft_lntune.layers.module import ModuleLayer
 from peft_lntune.layers.norm import NormLayer
 from peft_lntune.layers.prefix import PrefixLayer
 from peft_lntune.layers.replacing import PARAMETERS, ReplacementLayer
-from peft_lntune.layers.switched import switched_off
+from peft_lntune.layers.switched import switched_off, unmerged_layers
 
 __all__ = [
     "PARAMETERS",
@@ -17,4 +17,5 @@ __all__ = [
     "PrefixLayer",
     "ReplacementLayer",
     "switched_off",
+    "unmerged_layers",
 ]

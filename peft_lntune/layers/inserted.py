@@ -137,12 +137,15 @@ class InsertedLayer(nn.Module, BaseTunerLayer):
         """Whether this adapter has a module here."""
         return adapter_name in self.container(self.adapter_layer_names[0])
 
+    def _held_by(self, adapter_name: str) -> list[nn.Module]:
+        """The modules of an adapter here."""
+        held = map(self.container, self.adapter_layer_names)
+        return [modules[adapter_name] for modules in held if adapter_name in modules]
+
     def to_base_dtype(self, adapter_name: str) -> None:
         """Cast an adapter to the dtype of the base model, on request of the user."""
-        for container in self.adapter_layer_names:
-            held = self.container(container)
-            if adapter_name in held:
-                held[adapter_name].to(self.base_dtype)
+        for module in self._held_by(adapter_name):
+            module.to(self.base_dtype)
 
     def settle(self, adapter_name: str, config: Any, device: torch.device) -> None:
         """Move the modules of a new adapter to their device, and let it require gradients where it is active.
@@ -152,10 +155,9 @@ class InsertedLayer(nn.Module, BaseTunerLayer):
             config: its config.
             device: where the layer computes.
         """
-        for container in self.adapter_layer_names:
-            held = self.container(container)
-            if adapter_name in held and not any(p.is_meta for p in held[adapter_name].parameters()):
-                held[adapter_name].to(device)
+        for module in self._held_by(adapter_name):
+            if not any(p.is_meta for p in module.parameters()):
+                module.to(device)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -171,11 +173,8 @@ class InsertedLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # There is no base layer; `settle` has moved the adapter.
-        if device is not None:
-            for container in self.adapter_layer_names:
-                held = self.container(container)
-                if adapter_name in held:
-                    held[adapter_name].to(device)
+        for module in self._held_by(adapter_name) if device is not None else ():
+            module.to(device)
 
     def __repr__(self) -> str:
         return "lntune." + super().__repr__()

@@ -14,6 +14,7 @@ from accelerate.hooks import AlignDevicesHook, SequentialHook
 from accelerate.utils import named_module_tensors
 from torch import Tensor, nn
 
+from peft_lntune.core.module_tree import below
 from peft_lntune.errors import UnsupportedError
 
 __all__ = [
@@ -169,7 +170,7 @@ def stored_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str,
     for path, module in model.named_modules() if wanted else ():
         hook = offload_hook(module)
         for name, _ in named_module_tensors(module, recurse=hook.place_submodules) if hook is not None else ():
-            key = f"{path}.{name}" if path else name
+            key = below(path, name)
             if key in wanted and hook is not None and hook.weights_map is not None:
                 found[key] = hook.weights_map[name].to("cpu")
     return found

@@ -1,10 +1,35 @@
-"""Switch adapters off for the duration of a context."""
+"""The tuner layers of a model, and how to switch them off for the duration of a context."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["switched_off"]
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from peft_lntune.errors import RoutingError
+
+__all__ = ["switched_off", "unmerged_layers"]
+
+
+def unmerged_layers(modules: Iterable[nn.Module], doing: str) -> list[Any]:
+    """The tuner layers and wrapped heads of a model, after checking that none is merged.
+
+    Args:
+        modules: all modules of the model.
+        doing: what is refused with merged adapters, such as `"route"`, for the error.
+
+    Returns:
+        The layers and wrappers, in the order of `modules`.
+
+    Raises:
+        RoutingError: an adapter is merged.
+    """
+    layers = [module for module in modules if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    if any(getattr(layer, "merged", False) for layer in layers):
+        raise RoutingError(f"cannot {doing} when there are merged adapters, please call `unmerge_adapter` first.")
+    return layers
 
 
 @contextmanager

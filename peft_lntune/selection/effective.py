@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_lntune.core.module_tree import base_model, base_modules
+from peft_lntune.core.module_tree import base_model, base_modules, below
 
 __all__ = ["effective_parameters"]
 
@@ -46,7 +46,7 @@ def _parameters(modules: dict[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
     for name, module in modules.items():
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                yield f"{name}.{key}" if name else key, parameter
+                yield below(name, key), parameter
 
 
 def _merged(layer: Any) -> nn.Module:

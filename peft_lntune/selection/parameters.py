@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from peft_lntune.core.module_tree import base_model, base_modules
+from peft_lntune.core.module_tree import base_model, base_modules, below
 from peft_lntune.errors import ConfigError
 from peft_lntune.norms.find import find_norms
 
@@ -35,7 +35,7 @@ def find_parameters(model: nn.Module, names: Iterable[str] | None = None) -> dic
     if names is None:
         norms = find_norms(model)
         own = [(norm, name) for norm, facts in norms.items() for name in facts.parameters.values()]
-        names = [_join(norm, name) for norm, name in own if modules[norm]._parameters.get(name) is not None]
+        names = [below(norm, name) for norm, name in own if modules[norm]._parameters.get(name) is not None]
         if not names:
             raise ConfigError("this model has no norm to score. Name other parameters in parameters=.")
     found: dict[str, Tensor] = {}
@@ -43,7 +43,7 @@ def find_parameters(model: nn.Module, names: Iterable[str] | None = None) -> dic
         module, _, parameter = name.rpartition(".")
         value = modules[module]._parameters.get(parameter) if module in modules else None
         if value is None:
-            known = [_join(m, p) for m, holder in modules.items() for p in holder._parameters]
+            known = [below(m, p) for m, holder in modules.items() for p in holder._parameters]
             raise ConfigError(
                 f"this model has no parameter {name!r}; among its {len(known)} are {', '.join(known[:3])}."
             )
@@ -66,7 +66,3 @@ def generator(seed: int, key: object) -> torch.Generator:
     """
     digest = hashlib.sha256(f"{seed} {key}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def _join(module: str, parameter: str) -> str:
-    return f"{module}.{parameter}" if module else parameter

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.core.detour import Detour
 from peft_lntune.core.module_tree import base_modules, called_modules
 from peft_lntune.errors import ConfigError, RoutingError, UnsupportedError
-from peft_lntune.layers import ReplacementLayer, switched_off
+from peft_lntune.layers import ReplacementLayer, switched_off, unmerged_layers
 from peft_lntune.routing.base_rows import BaseRows
 from peft_lntune.routing.entries import Entries
 from peft_lntune.routing.heads import HeadRun, RowGroups, group_rows, layers_of, tensors_within
@@ -429,12 +429,7 @@ class ManyTasks:
         return [self._norms, *self._heads.values()]
 
     def _tuners(self) -> list[Any]:
-        """The tuner layers of the model, after checking that none is merged."""
-        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-        tuners = [module for module in self._base.modules() if isinstance(module, kinds)]
-        if any(getattr(module, "merged", False) for module in tuners):
-            raise RoutingError("cannot train when there are merged adapters, please call `unmerge_adapter` first.")
-        return tuners
+        return unmerged_layers(self._base.modules(), "train")
 
     def _attach(self) -> None:
         route, modules, norms = self._route, self._modules, self._reader.norms
