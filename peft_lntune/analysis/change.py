@@ -20,33 +20,36 @@ _RANKS = tuple(f"rank_{measure}" for measure in MEASURES)
 def parameter_change(
     before: nn.Module | Mapping[str, Tensor], after: nn.Module | Mapping[str, Tensor], *, layers: bool = True
 ) -> Table:
-    """How far each component moved, by three measures.
+    """How far each component moved in training, by three measures.
 
-        mean_change       mean |w1 - w0|                    (ValizadehAslani and Liang 2024, arXiv 2403.20284; BitFit)
-        relative_to_mean  mean |w1 - w0| / mean |w0|
-        relative_to_std   mean |w1 - w0| / std(w0)          (n - 1 in the denominator)
+    - `mean_change`: mean of `|w1 - w0|`
+    - `relative_to_mean`: mean of `|w1 - w0|`, divided by the mean of `|w0|`
+    - `relative_to_std`: mean of `|w1 - w0|`, divided by the standard deviation of `w0` (n - 1 in the denominator)
 
-    All three are given because the order may depend on the measure. The weight of a norm is near 1 and that of a
-    linear layer near 0.05, so a step of the same relative size moves the norm's twenty times as far: raw means favour
-    norms. Relative means favour small values, and std(w0) values that are all alike. The ranks show where the orders
-    differ.
+    All three are given because the order of the components may depend on the measure. The weight of a norm is near 1
+    and that of a linear layer near 0.05, so a step of the same relative size moves the norm twenty times as far. Raw
+    means therefore favour norms, relative means favour small values, and the third measure favours values that are
+    nearly equal. The ranks show where the orders differ.
 
-    A row pools all parameters of one place: the sums run over all their entries, in float64. Where a denominator is 0
-    (a bias that starts at zero, a weight whose entries are equal, a single entry), the measure and its rank are None.
+    One row pools all parameters of one place: sums run over all their entries, in float64. Where a denominator is 0 (a
+    bias that starts at zero, a weight with equal entries, a single entry), the measure and its rank are None.
+
+    Source: ValizadehAslani and Liang 2024 (arXiv 2403.20284) and BitFit, Ben Zaken et al. 2022 (arXiv 2106.10199), use
+    `mean_change`.
 
     Args:
-        before: a model, plain or with adapters, or its parameters by name. Of a model with adapters the parameters it
-            computes with are taken, active adapters merged in.
-        after: likewise, with the same names and shapes.
-        layers: one row a component and layer; False: one row a component, its layers pooled.
+        before: a model, plain or with adapters, or its parameters by name. For a model with adapters, the active
+            adapters are merged into the parameters that are compared.
+        after: the model after training, or its parameters by name, with the names and shapes of `before`.
+        layers: True: one row per component and layer; False: one row per component, its layers pooled.
 
     Returns:
         Columns `component`, `layer` (None outside the layers; only with `layers=True`), `parameter` ("weight" or
-        "bias"), `entries`, the three measures, and of each measure the rank of the row among all rows of the table: 1
-        moved most, equal values share the better rank.
+        "bias"), `entries`, the three measures, and for each measure the rank of the row in the table. Rank 1 moved
+        most; equal values share the better rank.
 
     Raises:
-        ConfigError: names or shapes differ, or a value is NaN or infinite, or a tensor has no floating-point values.
+        ConfigError: names or shapes differ, a value is NaN or infinite, or a tensor has no floating-point values.
 
     Example:
         >>> before = {"wte.weight": torch.tensor([0.1, -0.3]), "ln_f.weight": torch.tensor([1.0, 1.2])}
@@ -80,7 +83,7 @@ def _check(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
 def _measure(
     names: Sequence[str], old: Mapping[str, Tensor], new: Mapping[str, Tensor]
 ) -> tuple[int, float | None, float | None, float | None]:
-    """Entries, and the three measures over all entries of these tensors together."""
+    """Number of entries and the three measures, over all entries of these tensors together."""
     moved, parts = 0.0, []
     for name in names:
         before, after = old[name], new[name]
@@ -93,6 +96,6 @@ def _measure(
 
 
 def _ranks(values: Sequence[float | None]) -> list[int | None]:
-    """1 for the largest; equal values share the better rank; None stays None."""
+    """Rank per value, 1 for the largest; equal values share the better rank; None stays None."""
     known = [value for value in values if value is not None]
     return [None if value is None else 1 + sum(other > value for other in known) for value in values]

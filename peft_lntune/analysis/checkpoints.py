@@ -1,4 +1,4 @@
-"""Named tensors from wherever they are: a model, a dict, or safetensors files of any size, read one at a time."""
+"""Tensors by name, from a model, a dict, or safetensors files of any size, read one at a time."""
 
 import json
 from collections.abc import Collection, Iterator, Mapping
@@ -10,23 +10,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from peft_lntune.core.module_tree import base_model, base_modules
+from peft_lntune.core.module_tree import base_model, base_modules, below
 from peft_lntune.errors import AdapterFileError, ConfigError
 from peft_lntune.selection.effective import effective_parameters
 
 __all__ = ["Checkpoint", "CheckpointSource", "check_same", "facts_of", "match_tensors", "open_tensors"]
 
 CheckpointSource = nn.Module | Mapping[str, Tensor] | str | PathLike[str]
-"""A model, tensors by name, or the path of a checkpoint: a safetensors file, the index of a sharded one, a folder."""
+"""A model, tensors by name, or the path of a safetensors checkpoint: a file, the index of a sharded one, a folder."""
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Checkpoints of the first BERTs have the names of TensorFlow.
+# The first BERT checkpoints use TensorFlow's names.
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-_SMALL = ("I8", "U8", "int8", "uint8")  # what quantized weights are kept in
+_SMALL = ("I8", "U8", "int8", "uint8")  # dtypes that store quantized weights
 
 
 class TensorFacts(NamedTuple):
-    """What is known of a tensor without its values; the dtype as torch says it, or as safetensors does (`F32`)."""
+    """Shape and dtype of a tensor, known without its values; the dtype in torch's or safetensors' (`F32`) spelling."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -35,12 +35,12 @@ class TensorFacts(NamedTuple):
 
 
 class _Named(Mapping[str, Tensor]):
-    """Tensors that are read when they are asked for, under names that are known before."""
+    """Tensors that are read on access, under names known beforehand."""
 
     names: Mapping[str, Any]
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names  # a Mapping would read the tensor to tell
+        return name in self.names  # Mapping's own test would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -50,10 +50,10 @@ class _Named(Mapping[str, Tensor]):
 
 
 class Checkpoint(_Named):
-    """The tensors of safetensors files by name, each read when it is asked for, and none kept.
+    """The tensors of safetensors files by name, each read on access and not cached.
 
-    The headers of all files are read at once, so that a file that is cut off or missing is noticed before any work.
-    Names are in the order in which people count: layer 2 before layer 10.
+    The headers of all files are read at once, so a truncated or missing file is noticed before any work is done. Names
+    are in numerical order: layer 2 comes before layer 10.
 
     Args:
         path: a file, an index `*.safetensors.index.json` with its shards beside it, or a folder with either.
@@ -63,7 +63,7 @@ class Checkpoint(_Named):
         names: file and key of each tensor.
 
     Raises:
-        AdapterFileError: there is no such file, it is no safetensors file, or it is damaged.
+        AdapterFileError: the file is missing, damaged, or not a safetensors file.
 
     Example:
         >>> import tempfile
@@ -84,7 +84,7 @@ class Checkpoint(_Named):
 
     def __getitem__(self, name: str) -> Tensor:
         file, key = self.names[name]
-        # Opened each time: what an open file has mapped would stay in memory with it.
+        # Opened for each tensor: an open file keeps the pages it has mapped in memory.
         try:
             with safe_open(file, framework="pt") as opened:
                 return opened.get_tensor(key)
@@ -93,7 +93,7 @@ class Checkpoint(_Named):
 
 
 class _View(_Named):
-    """Some tensors of another mapping, under names that may be others."""
+    """Some tensors of another mapping, possibly under other names."""
 
     def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
         self.tensors, self.names = tensors, names
@@ -103,21 +103,21 @@ class _View(_Named):
 
 
 def open_tensors(source: CheckpointSource) -> Mapping[str, Tensor]:
-    """The floating tensors of a source by name; those of files are read when they are asked for.
+    """The floating-point tensors of a source by name; tensors of files are read on access.
 
-    Of a model these are the parameters it computes with, active adapters merged in. A tensor that a dict holds under
-    several names has the first of them; positions and counters, which are integers, are left out.
+    For a model with adapters, the active adapters are merged into its parameters. A tensor that a dict holds under
+    several names appears under the first. Integer tensors, such as position ids and counters, are left out.
 
     Args:
         source: a model, tensors by name, or the path of a checkpoint: a safetensors file, the index of a sharded one,
             or a folder.
 
     Returns:
-        A mapping that reads a tensor of a file each time it is asked for, and keeps none.
+        A mapping that reads a tensor from its file on each access and does not cache it.
 
     Raises:
-        AdapterFileError: a path leads to no safetensors file, or to a damaged one.
-        ConfigError: a tensor is quantized or on the meta device, so that it has no values to look at.
+        AdapterFileError: the path is not a safetensors checkpoint, or the checkpoint is damaged.
+        ConfigError: a tensor is quantized or on the meta device, so it has no values to read.
 
     Example:
         >>> tied = torch.ones(2, 2)
@@ -133,7 +133,7 @@ def open_tensors(source: CheckpointSource) -> Mapping[str, Tensor]:
         if fact.meta or fact.dtype in _SMALL:
             raise ConfigError(
                 f"{name} should have floating-point values, but is {fact.dtype}{' on meta' if fact.meta else ''}. "
-                "Take the model unquantized and with its weights."
+                "Load the model unquantized and off meta."
             )
     return _View(tensors, {name: name for name in _untied(tensors) if facts[name].floating})
 
@@ -141,20 +141,20 @@ def open_tensors(source: CheckpointSource) -> Mapping[str, Tensor]:
 def match_tensors(
     before: CheckpointSource, after: CheckpointSource, *, shared: bool = False
 ) -> tuple[Mapping[str, Tensor], ...]:
-    """Two sources with the same names and shapes; nothing is read from files but their headers.
+    """Match the tensors of two sources by name and shape; of files, only the headers are read.
 
     Args:
-        before: model, tensors or path.
-        after: likewise.
-        shared: True: take what both have in one shape, and leave the rest, such as heads, out. A prefix that only one
-            side has before all names (`bert.`) is then no difference either.
+        before: a model, tensors by name, or the path of a checkpoint.
+        after: the model, tensors or path to compare with.
+        shared: True: keep the tensors that both have in the same shape and leave out the rest, such as heads. A prefix
+            that only one side has before all names (`bert.`) is then ignored.
 
     Returns:
-        Both, under the names of `before`.
+        Both mappings, under the names of `before`.
 
     Raises:
-        ConfigError: names or shapes differ, or nothing is shared; the message names what.
-        AdapterFileError: as `open_tensors`.
+        ConfigError: names or shapes differ, or no tensor is shared; the message names the first difference.
+        AdapterFileError: a path is not a safetensors checkpoint, or the checkpoint is damaged.
 
     Example:
         >>> body = {"norm.weight": torch.ones(2)}
@@ -163,9 +163,10 @@ def match_tensors(
         >>> list(before), after["norm.weight"]
         (['norm.weight'], tensor([0., 0.]))
     """
-    # Files hold some buffers (BART's `final_logits_bias`), which are no parameters of the model beside them.
+    # Files hold some buffers (BART's `final_logits_bias`), which are not among a model's parameters.
     buffers = _buffers(before) | _buffers(after)
-    old, new = (_without(open_tensors(source), buffers) for source in (before, after))
+    opened = [open_tensors(source) for source in (before, after)]
+    old, new = (_View(tensors, {name: name for name in tensors if name not in buffers}) for tensors in opened)
     facts, others = facts_of(old), facts_of(new)
     if shared and old:
         names = {
@@ -185,22 +186,18 @@ def _buffers(source: CheckpointSource) -> set[str]:
     if not isinstance(source, nn.Module):
         return set()
     modules = base_modules(base_model(source))
-    return {f"{name}.{key}" if name else key for name, module in modules.items() for key in module._buffers}
-
-
-def _without(tensors: Mapping[str, Tensor], names: set[str]) -> Mapping[str, Tensor]:
-    return _View(tensors, {name: name for name in tensors if name not in names})
+    return {below(name, key) for name, module in modules.items() for key in module._buffers}
 
 
 def check_same(before: Mapping[str, TensorFacts], after: Mapping[str, TensorFacts]) -> None:
-    """Raise where two sets of tensors have other names or shapes.
+    """Check that two sets of tensors have the same names and shapes.
 
     Args:
-        before: what is known of each tensor, by name; see `facts_of`.
-        after: likewise.
+        before: shape and dtype of each tensor by name, from `facts_of`.
+        after: shape and dtype of each tensor of the other set, by name.
 
     Raises:
-        ConfigError: there is nothing to compare, or a name or a shape differs; the message names the first.
+        ConfigError: `before` is empty, or a name or a shape differs; the message names the first difference.
 
     Example:
         >>> check_same(facts_of({"w": torch.ones(2)}), facts_of({"w": torch.zeros(2)}))
@@ -224,7 +221,7 @@ def check_same(before: Mapping[str, TensorFacts], after: Mapping[str, TensorFact
 
 
 def _pairs(old: Collection[str], new: Collection[str]) -> dict[str, str]:
-    """By name before, the name after: the same, or with the one prefix that makes most names agree put on or off."""
+    """Name after by name before, with the one prefix added or removed that makes most names agree, if any does."""
 
     def paired(on: str, off: str) -> dict[str, str]:
         named = {name: on + name.removeprefix(off) for name in old if name.startswith(off)}
@@ -241,7 +238,7 @@ def _such(facts: Mapping[str, TensorFacts]) -> str:
 
 
 def facts_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorFacts]:
-    """What is known of each tensor; of those in files, from their headers alone."""
+    """Shape and dtype of each tensor; for tensors in files, from the headers alone."""
     if isinstance(tensors, Checkpoint):
         return tensors.facts
     if isinstance(tensors, _View):
@@ -254,9 +251,9 @@ def facts_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorFacts]:
 
 
 def _untied(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors, of those that are one tensor in memory only the first."""
+    """Names of the tensors; of several names for the same memory, only the first."""
     if isinstance(tensors, (Checkpoint, _View)):
-        return list(tensors)  # a file has each once
+        return list(tensors)  # a file holds each tensor once
     first: dict[object, str] = {}
     for name, tensor in tensors.items():
         place = tensor.data_ptr() if tensor.layout == torch.strided else 0
@@ -265,7 +262,7 @@ def _untied(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _headers(path: Path) -> Iterator[tuple[tuple[Path, str], TensorFacts]]:
-    """File and key of each tensor of a checkpoint, and what its header says of it."""
+    """File and key of each tensor of a checkpoint, with the shape and dtype from its header."""
     path = _resolve(path)
     listed = _read_index(path) if path.name.endswith(".json") else {path: None}
     for file, wanted in listed.items():
@@ -280,7 +277,7 @@ def _headers(path: Path) -> Iterator[tuple[tuple[Path, str], TensorFacts]]:
         if missing:
             raise AdapterFileError(
                 f"{file} should hold {missing[0]} (and {len(missing) - 1} more) by {path.name}, but does not. The "
-                "shards are not of one save; get the whole checkpoint."
+                "shards are from different saves; get the whole checkpoint."
             )
         for key in found if wanted is None else wanted:
             shape, dtype = found[key]
@@ -288,13 +285,13 @@ def _headers(path: Path) -> Iterator[tuple[tuple[Path, str], TensorFacts]]:
 
 
 def _resolve(path: Path) -> Path:
-    """The file to begin with: of a folder its weights or their index."""
+    """The file to open first: for a folder, its weights or their index."""
     if path.is_file():
         if path.name.endswith((".safetensors", ".safetensors.index.json")):
             return path
         raise AdapterFileError(
-            f"{path} is no safetensors file, and pickled weights are not read: they may run code. Save the model again "
-            "with save_pretrained, which writes safetensors."
+            f"{path} is not a safetensors file, and pickled weights are not read: they may run code. Save the model "
+            "again with save_pretrained, which writes safetensors."
         )
     if not path.is_dir():
         raise AdapterFileError(
@@ -321,10 +318,10 @@ def _read_index(path: Path) -> dict[Path, list[str] | None]:
             assert names is not None
             names.append(key)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise AdapterFileError(f"{path} is no index of a checkpoint: {error!r}. Get a good copy.") from error
+        raise AdapterFileError(f"{path} is not the index of a checkpoint: {error!r}. Get a good copy.") from error
     lost = [file.name for file in shards if not file.is_file()]
     if lost:
-        raise AdapterFileError(f"{path} names {len(lost)} shards that are not beside it: {lost[0]}. Get all of them.")
+        raise AdapterFileError(f"{path} names {len(lost)} missing shards, such as {lost[0]}. Get all of them.")
     return shards
 
 

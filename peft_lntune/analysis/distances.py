@@ -1,4 +1,4 @@
-"""How close two models are: per tensor, component and layer, beside what chance and noise give."""
+"""How close two models are, per tensor, component or layer, with random models and noise as controls."""
 
 import math
 import sys
@@ -38,44 +38,44 @@ def closeness(
 ) -> Table:
     """How close two models are in parameter space, by three distances, in float64.
 
-        mean_l1      ||w1 - w0||_1 / n
-        relative_l1  ||w1 - w0||_1 / ||w0||_1
-        angle        arccos(<w0, w1> / (||w0||_2 ||w1||_2)) / pi          from 0 (one direction) to 1 (opposite)
+    - `mean_l1`: `||w1 - w0||_1 / n`
+    - `relative_l1`: `||w1 - w0||_1 / ||w0||_1`
+    - `angle`: `arccos(<w0, w1> / (||w0||_2 ||w1||_2)) / pi`, from 0 (same direction) to 1 (opposite)
 
-    Beside them stand the same distances of two controls:
+    Two controls give the same distances:
 
-        random  two random initialisations of the same shapes: how far models are that have nothing in common
-        noise   w0 and w0 + e, with e Gaussian and ||e||_2 = ||w1 - w0||_2 in each tensor: a step of the same length
-                that goes nowhere
+    - `random`: two random initializations of the same shapes, that is, models with nothing in common
+    - `noise`: `w0` and `w0 + e`, with `e` Gaussian and `||e||_2 = ||w1 - w0||_2` in each tensor, that is, a step of the
+      same length in a random direction
 
-    Both are drawn anew for a seed and a tensor's name, so they do not depend on any order. A small angle is computed
-    from the difference, not by arccos, and so keeps its digits where the two are nearly equal.
+    The controls depend on the seed and the tensor's name only, not on any order. A small angle is computed from the
+    difference, not by arccos, so it stays precise where the two models are nearly equal.
 
     Source: Radiya-Dixit and Wang 2020, How fine can fine-tuning be? (arXiv 2004.14129).
 
     Args:
         before: a model, plain or with adapters; tensors by name; or the path of a checkpoint in safetensors (a file,
-            the index of a sharded one, a folder). Files are read one tensor at a time, so that two checkpoints of any
+            the index of a sharded one, or a folder). Files are read one tensor at a time, so two checkpoints of any
             size need the memory of their largest tensor.
-        after: likewise, with the same names and shapes.
-        layers: with `by="component"`: one row a component and layer; False: a component's layers pooled.
-        by: what a row pools: `"component"`, `"layer"` (all of its components), or `"tensor"` (nothing).
-        shared: True: compare what both have in one shape, and leave heads of other sizes out.
-        controls: False leaves them out, which takes less than half the time.
-        initial: two freshly initialised models for the control `random`. None: entries of tensors with two or more
+        after: the model, tensors or path to compare with, with the names and shapes of `before`.
+        layers: with `by="component"`: True: one row per component and layer; False: the layers of a component pooled.
+        by: what one row pools: `"component"`, `"layer"` (all its components), or `"tensor"` (nothing).
+        shared: True: compare the tensors that both have in the same shape, and leave out others, such as heads.
+        controls: False: leave them out, which takes less than half the time.
+        initial: two freshly initialized models for the control `random`. None: entries of tensors with two or more
             dimensions are drawn from N(0, init_std²), gains are 1 and biases 0; two such vectors are equal.
-        init_std: standard deviation of that, as `initializer_range` in the model's config has it.
-        seed: of both controls.
-        progress: show a bar where it takes longer than a few seconds.
+        init_std: standard deviation of these draws; `initializer_range` in the model's config.
+        seed: seed of both controls.
+        progress: show a progress bar where the comparison takes longer than a few seconds.
 
     Returns:
-        Columns `component`, `layer` (None outside the layers) and `parameter` ("weight" or "bias"); or `layer`; or
-        `tensor`, `component`, `layer` and `parameter`. Then `entries`, the three distances, and the controls' as
-        `random_mean_l1`, ..., `noise_angle`. Where a denominator is 0 the distance is None.
+        Columns `component`, `layer` (None outside the layers) and `parameter` ("weight" or "bias"); with `by="layer"`
+        only `layer`; with `by="tensor"` `tensor` before these three. Then `entries`, the three distances, and those of
+        the controls as `random_mean_l1`, ..., `noise_angle`. Where a denominator is 0, the distance is None.
 
     Raises:
-        ConfigError: two architectures, changed shapes, values that are NaN, infinite or quantized, an unknown `by`.
-        AdapterFileError: a checkpoint is missing, damaged, cut off, or no safetensors.
+        ConfigError: architectures or shapes differ, values are NaN, infinite or quantized, or `by` is unknown.
+        AdapterFileError: a checkpoint is missing, damaged, truncated, or not in safetensors.
 
     Example:
         >>> before = {"wte.weight": torch.tensor([[1.0, 0.0]]), "ln_f.weight": torch.tensor([1.0, 1.0])}
@@ -112,7 +112,7 @@ def closeness(
 
 @dataclass(frozen=True)
 class _Sums:
-    """What the distances of two tensors are made of; the sums of two pairs add up. d is the difference."""
+    """Sums from which the distances of two tensors follow; sums of several pairs add up. d is the difference."""
 
     entries: int = 0
     moved: float = 0.0  # sum |d|
@@ -145,7 +145,7 @@ class _Sums:
 
 
 class _Drawn:
-    """The controls' entries of one tensor, drawn piece by piece."""
+    """Entries of the controls for one tensor, drawn piece by piece."""
 
     def __init__(self, name: str, dimensions: int, std: float, seed: int) -> None:
         self.constant = None if dimensions > 1 else float(not name.endswith("bias"))
@@ -157,12 +157,9 @@ class _Drawn:
         if self.constant is not None:
             same = torch.full((length,), self.constant, dtype=torch.float64)
             return same, same
-        return tuple(self.std * self._normal(key, length) for key in ("one", "two"))
+        return tuple(self.std * self.normal(key, length) for key in ("one", "two"))
 
-    def noise(self, length: int) -> Tensor:
-        return self._normal("noise", length)
-
-    def _normal(self, key: str, length: int) -> Tensor:
+    def normal(self, key: str, length: int) -> Tensor:
         # Drawn in float32, which takes a fifth of the time, and summed in float64.
         return torch.randn(length, generator=self.generators[key]).double()
 
@@ -170,18 +167,18 @@ class _Drawn:
 def _sums_of(
     name: str, before: Tensor, after: Tensor, drawn: _Drawn | None, given: tuple[Tensor, Tensor] | None
 ) -> list[_Sums]:
-    """The sums of a tensor, and of its two controls."""
+    """The sums of one tensor and of its two controls."""
     found, random, noise = _Sums(), _Sums(), _Sums()
     sources = zip((before, after, *(given or ())), (" before", " after", " in initial", " in initial"), strict=False)
     for old, new, *fresh in zip(*(pieces(name, tensor, when) for tensor, when in sources), strict=True):
         found += _of(old, new)
         if drawn is not None:
             random += _of(*(fresh or drawn.initial(len(old))))
-            step = drawn.noise(len(old))
+            step = drawn.normal("noise", len(old))
             noise += _Sums(len(old), float(step.abs().sum()), length=float(step @ step), along=float(old @ step))
     if drawn is None:
         return [found]
-    # Only now is it known how long the step is. It is scaled in the sums, not in every entry.
+    # The length of the step is known only now, so the noise is scaled in the sums, not per entry.
     scale = math.sqrt(found.length / noise.length) if noise.length else 0.0
     moved, along = scale * noise.moved, scale * noise.along
     reached = max(0.0, found.old + 2 * along + found.length)
@@ -211,7 +208,7 @@ def _initial(
 def _groups(
     places: Mapping[str, ParameterPlace], layers: bool, by: str
 ) -> tuple[tuple[str, ...], dict[tuple[Any, ...], list[str]]]:
-    """The first columns, and for each row its cells in them with the names of its tensors."""
+    """The first columns of the table, and for each row its cells there with the names of its tensors."""
     if by == "tensor":
         return ("tensor", *ParameterPlace._fields), {(name, *place): [name] for name, place in places.items()}
     if by == "layer":

@@ -1,4 +1,4 @@
-"""How much the masks of several tasks have in common, beside what chance gives."""
+"""How much the masks of several tasks overlap, compared with random masks."""
 
 from collections.abc import Mapping
 
@@ -13,21 +13,21 @@ __all__ = ["expected_overlap", "overlap_matrix"]
 
 
 def overlap_matrix(masks_by_task: Mapping[str, Mapping[str, Tensor]]) -> Table:
-    """The Jaccard index of the masks of each two tasks: entries in both over entries in either.
+    """The Jaccard index of the masks of each pair of tasks: entries in both, divided by entries in either.
 
-    Large masks overlap by chance alone, so each index has its control: the mean index of two random masks with as many
-    entries as these. Chance spreads those over all parameters; masks that share no more than a liking for some layers
-    still overlap more than it.
+    Large masks overlap by chance, so each index has a control: the mean index of two random masks with the same numbers
+    of entries. The random masks spread over all parameters, so masks that merely prefer the same layers overlap more
+    than the control.
 
     Args:
-        masks_by_task: masks by task, all of the same parameters.
+        masks_by_task: for each task its bool masks by parameter; all tasks have the same parameters.
 
     Returns:
-        One row a task: columns `task`, `density`, one column a task with the index, and one `<task>, by chance` each
-        with the control (None for a task with itself).
+        One row per task: columns `task`, `density`, one column per task with the index, and one column
+        `<task>, by chance` per task with the control (None for a task with itself).
 
     Raises:
-        ConfigError: there is no task, or the masks are of other parameters.
+        ConfigError: no tasks are given, a mask is not bool, or tasks have different parameters.
 
     Example:
         >>> one, two = {"w": torch.tensor([True, True, False, False])}, {"w": torch.tensor([True, False, True, False])}
@@ -55,15 +55,15 @@ def expected_overlap(a: int, b: int, entries: int) -> float:
 
         sum over k of  C(a, k) C(n - a, b - k) / C(n, b)  *  k / (a + b - k)
 
-    The number of shared entries k is hypergeometric. Two empty masks count as equal, as in `mask_overlap`.
+    The number k of shared entries has a hypergeometric distribution. Two empty masks count as equal.
 
     Args:
-        a: how many entries the one mask has.
-        b: how many the other has.
-        entries: of how many there are.
+        a: number of entries that the first mask chooses.
+        b: number of entries that the second mask chooses.
+        entries: number of all entries, n.
 
     Returns:
-        The mean, from 0 to 1.
+        The mean index, from 0 to 1.
 
     Example:
         >>> round(expected_overlap(2, 2, 4), 4)  # k = 0, 1, 2 with chances 1/6, 4/6, 1/6
@@ -71,7 +71,7 @@ def expected_overlap(a: int, b: int, entries: int) -> float:
     """
     if a + b == 0:
         return 1.0
-    # Far from the mean the terms are below every rounding: 50 standard deviations hold whatever float64 can see.
+    # Beyond 50 standard deviations from the mean the terms are below the rounding of float64.
     mean = a * b / max(1, entries)
     reach = 50 * mean**0.5 + 50
     low, high = max(0, a + b - entries, int(mean - reach)), min(a, b, int(mean + reach))

@@ -1,4 +1,4 @@
-"""Pictures of the tables of this room. They compute nothing that a table does not have."""
+"""Plots of the tables of this folder. They compute nothing beyond the tables."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -43,15 +43,15 @@ _MOST_TICKS = 26  # layers named on one axis
 
 
 def plot_change(table: Table, path: FilePath, measure: str = "mean_change") -> None:
-    """Draw a `parameter_change` table: components by layers, on a logarithmic colour scale, weight and bias apart.
+    """Draw a `parameter_change` table: components by layers, on a logarithmic colour scale, one panel per parameter.
 
     Args:
-        table: with `layers=True`.
-        path: PNG file, or another ending that matplotlib knows.
-        measure: the column that is shown.
+        table: made with `layers=True`.
+        path: PNG file, or another format that matplotlib knows by its ending.
+        measure: the column to show: `"mean_change"`, `"relative_to_mean"` or `"relative_to_std"`.
 
     Raises:
-        ConfigError: the table has no such measure, or no layers.
+        ConfigError: the measure is unknown, or the table has no layers.
         ModuleNotFoundError: matplotlib is not installed.
     """
     if measure not in MEASURES:
@@ -60,15 +60,15 @@ def plot_change(table: Table, path: FilePath, measure: str = "mean_change") -> N
 
 
 def plot_closeness(table: Table, path: FilePath, measure: str = "angle") -> None:
-    """Draw a `closeness` table by component: the two models, and beside them the controls, on one logarithmic scale.
+    """Draw a `closeness` table by component: the two models and the controls, on one logarithmic scale.
 
     Args:
-        table: with `by="component"`, its layers apart or pooled.
-        path: PNG file, or another ending that matplotlib knows.
+        table: made with `by="component"`, with or without pooled layers.
+        path: PNG file, or another format that matplotlib knows by its ending.
         measure: `"mean_l1"`, `"relative_l1"` or `"angle"`.
 
     Raises:
-        ConfigError: there is no such measure, or the table is not one of components.
+        ConfigError: the measure is unknown, or the table is not by component.
         ModuleNotFoundError: matplotlib is not installed.
     """
     if measure not in DISTANCES:
@@ -96,15 +96,15 @@ def plot_closeness(table: Table, path: FilePath, measure: str = "angle") -> None
 
 
 def plot_magnitude(table: Table, path: FilePath, measure: str = "mean_magnitude") -> None:
-    """Draw a `magnitude` table: components by layers, on a logarithmic colour scale, weight and bias apart.
+    """Draw a `magnitude` table: components by layers, on a logarithmic colour scale, one panel per parameter.
 
     Args:
-        table: with `layers=True`.
-        path: PNG file, or another ending that matplotlib knows.
-        measure: the column that is shown: `"mean_magnitude"`, `"std"`, `"largest"` or `"over_others"`.
+        table: made with `layers=True`.
+        path: PNG file, or another format that matplotlib knows by its ending.
+        measure: the column to show: `"mean_magnitude"`, `"std"`, `"largest"` or `"over_others"`.
 
     Raises:
-        ConfigError: there is no such measure, or the table has no layers.
+        ConfigError: the measure is unknown, or the table has no layers.
         ModuleNotFoundError: matplotlib is not installed.
     """
     if measure not in SIZES:
@@ -113,11 +113,11 @@ def plot_magnitude(table: Table, path: FilePath, measure: str = "mean_magnitude"
 
 
 def plot_score_map(table: Table, path: FilePath) -> None:
-    """Draw the last column of a `score_map` table: components by layers, weight and bias apart.
+    """Draw the last column of a `score_map` table: components by layers, one panel per parameter.
 
     Args:
-        table: of scores, drawn on a logarithmic colour scale, or of masks, drawn on a linear one.
-        path: PNG file, or another ending that matplotlib knows.
+        table: scores, drawn on a logarithmic colour scale, or masks, drawn on a linear one.
+        path: PNG file, or another format that matplotlib knows by its ending.
 
     Raises:
         ConfigError: the table is not one of `score_map`.
@@ -134,12 +134,12 @@ def plot_sparsity(table: Table, path: FilePath, measure: str = "sparsity") -> No
     """Draw a `sparsity` table: components by layers, on a linear colour scale.
 
     Args:
-        table: with `by="component"`.
-        path: PNG file, or another ending that matplotlib knows.
-        measure: `"sparsity"`; or, where the table knows the start, `"sparsity_before"` or `"flipped"`.
+        table: made with `by="component"`.
+        path: PNG file, or another format that matplotlib knows by its ending.
+        measure: `"sparsity"`; or, for a table made with `start`, `"sparsity_before"` or `"flipped"`.
 
     Raises:
-        ConfigError: there is no such measure, or the table is not one of components.
+        ConfigError: the measure is unknown, or the table is not by component.
         ModuleNotFoundError: matplotlib is not installed.
     """
     measures = [column for column in ("sparsity", "sparsity_before", "flipped") if column in table.columns]
@@ -149,14 +149,14 @@ def plot_sparsity(table: Table, path: FilePath, measure: str = "sparsity") -> No
 
 
 def plot_overlap(table: Table, path: FilePath) -> None:
-    """Draw an `overlap_matrix` or `off_overlap` table: the overlap of each two tasks, and beside it what chance gives.
+    """Draw an `overlap_matrix` or `off_overlap` table: the overlap of each pair of tasks, and that of random masks.
 
     Args:
-        table: a row per task.
-        path: PNG file, or another ending that matplotlib knows.
+        table: one row per task.
+        path: PNG file, or another format that matplotlib knows by its ending.
 
     Raises:
-        ConfigError: the table is neither of the two.
+        ConfigError: the table is of neither kind.
         ModuleNotFoundError: matplotlib is not installed.
     """
     tasks = table.column("task")
@@ -186,7 +186,7 @@ def plot_overlap(table: Table, path: FilePath) -> None:
 
 
 def _draw_places(table: Table, path: FilePath, column: str, title: str, *, logarithmic: bool) -> None:
-    """Draw a column of a table whose rows are places: one panel for weights and one for biases."""
+    """Draw one column of a table with one row per place: one panel for weights and one for biases."""
     cells = zip(*map(table.column, ("component", "layer", "parameter", column)), strict=True)
     values = {(parameter, component, layer): value for component, layer, parameter, value in cells}
     _draw_layers(values, path, title, _SAID[column], logarithmic=logarithmic)
@@ -201,10 +201,10 @@ def _draw_layers(
     logarithmic: bool,
     layered: bool = True,
 ) -> None:
-    """Draw values by panel, row and layer, panels side by side on one colour scale; `layered`: whether layers apart."""
+    """Draw values by panel, row and layer, panels side by side on one colour scale; `layered`: not pooled."""
     panels = list(dict.fromkeys(panel for panel, _, _ in values))
     rows = list(dict.fromkeys(row for _, row, _ in values))
-    layers = _in_order([layer for _, _, layer in values])
+    layers = sorted({layer for _, _, layer in values}, key=lambda layer: -1 if layer is None else layer)
     grids = {panel: [[values.get((panel, row, layer)) for layer in layers] for row in rows] for panel in panels}
     figure, colors = _matplotlib()
     broad = max(2.4, min(0.42 * len(layers), 10.0))
@@ -218,11 +218,6 @@ def _draw_layers(
     drawing.savefig(path, dpi=120)
 
 
-def _in_order(layers: Sequence[int | None]) -> list[int | None]:
-    """Each layer once; what belongs to none has a column of its own, on the left."""
-    return sorted(set(layers), key=lambda layer: -1 if layer is None else layer)
-
-
 def _draw(
     drawing: Any, grids: Mapping[str, Grid], rows: Sequence[str], heads: Sequence[str], norm: Any, quantity: str
 ) -> Any:
@@ -232,15 +227,15 @@ def _draw(
         drawing: the figure.
         grids: by the panel's title, values `(rows, heads)`; None is an empty cell.
         rows: names of the rows, on the left panel.
-        heads: names of the columns; where there are many, some are named.
-        norm: value -> place on the colour scale.
-        quantity: what the values are, beside the colour bar.
+        heads: names of the columns; where there are many, only some are shown.
+        norm: maps values to the colour scale.
+        quantity: label of the colour bar.
     """
     axes = drawing.subplots(1, len(grids), squeeze=False, sharey=True)[0]
     ticks = range(0, len(heads), -(-len(heads) // _MOST_TICKS))
     for axis, (said, grid) in zip(axes, grids.items(), strict=True):
         axis.set_facecolor("#d9d9d9")
-        # A logarithm has no place for 0, so it is drawn as a value below the scale.
+        # 0 has no logarithm, so it is drawn as a value below the scale.
         shown = [[math.nan if value is None else max(value, norm.vmin / 10) for value in row] for row in grid]
         image = axis.imshow(shown, norm=norm, cmap=_colours(), aspect="auto", interpolation="nearest")
         axis.set_title(said)
@@ -255,7 +250,7 @@ def _draw(
 
 
 def _norm(colors: Any, values: Sequence[float], logarithmic: bool) -> Any:
-    """The colour scale over these values."""
+    """The colour scale for these values."""
     positive = [value for value in values if value > 0]
     if not (logarithmic and positive):
         return colors.Normalize(min([0.0, *values]), max([*values, 0.0]) or 1.0)
@@ -264,7 +259,7 @@ def _norm(colors: Any, values: Sequence[float], logarithmic: bool) -> Any:
 
 
 def _write(axis: Any, grid: Grid) -> None:
-    """Write each value of a scale from 0 to 1 into its cell."""
+    """Write each value, from 0 to 1, into its cell."""
     for y, row in enumerate(grid):
         for x, value in enumerate(row):
             colour = "white" if value is not None and value < 0.6 else "black"
@@ -282,7 +277,7 @@ def _colours() -> Any:
 
 
 def _matplotlib() -> tuple[Any, Any]:
-    """`Figure` and `colors`; not pyplot, whose windows and backend are the user's."""
+    """matplotlib's `Figure` and `colors`; not pyplot, whose windows and backend belong to the user."""
     try:
         from matplotlib import colors
         from matplotlib.figure import Figure

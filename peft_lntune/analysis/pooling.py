@@ -1,4 +1,4 @@
-"""What the tables of this room share: which parameters make one row, and values read piece by piece in float64."""
+"""Shared by the tables of this folder: which parameters make one row, and values read piece by piece in float64."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,21 +12,21 @@ from peft_lntune.errors import ConfigError
 __all__ = ["CHUNK", "Moments", "moments", "pieces", "pool", "ratio", "rows_by_place"]
 
 CHUNK = 2**20
-"""Entries held in float64 at a time."""
+"""Number of entries held in float64 at a time."""
 
 
 def rows_by_place(
     places: Mapping[str, ParameterPlace], *, layers: bool = True
 ) -> tuple[tuple[str, ...], dict[tuple[Any, ...], list[str]]]:
-    """The first columns of a table with a row per place, and which parameters each row pools.
+    """The first columns of a table with one row per place, and the parameters that each row pools.
 
     Args:
-        places: by parameter, as `find_components` gives them.
-        layers: one row per component and layer; False: one row per component, its layers pooled.
+        places: the place of each parameter, from `find_components`.
+        layers: True: one row per component and layer; False: one row per component, its layers pooled.
 
     Returns:
-        The names of the columns; and by the cells of a row in these columns, the names of its parameters, in order of
-        first appearance.
+        The names of the columns, and for each row (its cells in these columns) the names of its parameters, in order
+        of first appearance.
 
     Example:
         >>> places = {f"h.{layer}.ln_1.bias": ParameterPlace("attention norm", layer, "bias") for layer in (0, 1)}
@@ -42,12 +42,12 @@ def pieces(name: str, tensor: Tensor, when: str = "") -> Iterator[Tensor]:
     """The entries of a tensor, at most `CHUNK` at a time, in float64 on the CPU.
 
     Args:
-        name: of the tensor, for errors.
-        tensor: of any shape, dtype and device.
-        when: which of several tensors of this name it is, for errors, such as `" before"`.
+        name: name of the tensor, for errors.
+        tensor: any shape, dtype and device.
+        when: which of several tensors with this name it is, for errors, such as `" before"`.
 
-    Returns:
-        An iterator over vectors; none of them is empty.
+    Yields:
+        Vectors of one to `CHUNK` entries.
 
     Raises:
         ConfigError: an entry is NaN or infinite.
@@ -59,13 +59,21 @@ def pieces(name: str, tensor: Tensor, when: str = "") -> Iterator[Tensor]:
     for piece in tensor.detach().reshape(-1).split(CHUNK):
         wide = piece.cpu().double()
         if not wide.isfinite().all():
-            raise ConfigError(f"{name} has NaN or infinite entries{when}. Take a checkpoint from before it diverged.")
+            raise ConfigError(f"{name} has NaN or infinite entries{when}. Use a checkpoint from before it diverged.")
         if len(wide):
             yield wide
 
 
 class Moments(NamedTuple):
-    """Sums over the entries of one or several tensors; `squares` is that of the squared distances from the mean."""
+    """Sums over the entries of one or several tensors.
+
+    Attributes:
+        entries: number of entries.
+        magnitude: sum of the absolute values.
+        largest: largest absolute value.
+        mean: mean of the entries.
+        squares: sum of the squared distances from the mean.
+    """
 
     entries: int = 0
     magnitude: float = 0.0
@@ -75,23 +83,23 @@ class Moments(NamedTuple):
 
     @property
     def mean_magnitude(self) -> float | None:
-        """Mean of the absolute values; None of no entries."""
+        """Mean of the absolute values; None without entries."""
         return ratio(self.magnitude, self.entries)
 
     @property
     def std(self) -> float | None:
-        """Standard deviation with n - 1 in the denominator; None of fewer than two entries."""
+        """Standard deviation with n - 1 in the denominator; None for fewer than two entries."""
         return math.sqrt(self.squares / (self.entries - 1)) if self.entries > 1 else None
 
 
 def moments(values: Iterable[Tensor]) -> Moments:
-    """The moments of the entries of `pieces`; the squares of equal entries are exactly 0.
+    """The moments of the entries of several vectors; for equal entries, `squares` is exactly 0.
 
     Args:
-        values: float64 vectors, none of them empty.
+        values: float64 vectors, none of them empty, such as `pieces` yields.
 
     Returns:
-        Entries, sum and largest of |w|, mean, and the sum of squares around the mean.
+        The moments over all entries.
 
     Example:
         >>> moments([torch.tensor([1.0, -3.0])]).std
@@ -109,13 +117,13 @@ def _moments(piece: Tensor) -> Moments:
 
 
 def pool(parts: Iterable[Moments]) -> Moments:
-    """The moments of all entries of several tensors together.
+    """The moments of several tensors together.
 
     Args:
-        parts: the moments of each.
+        parts: the moments of each tensor.
 
     Returns:
-        Those of all entries, as if they were of one tensor.
+        The moments of all entries, as if they belonged to one tensor.
 
     Example:
         >>> pool([Moments(1, 1.0, 1.0, 1.0, 0.0), Moments(1, 3.0, 3.0, 3.0, 0.0)]).mean
@@ -136,7 +144,14 @@ def pool(parts: Iterable[Moments]) -> Moments:
 
 
 def ratio(value: float | None, by: float | None) -> float | None:
-    """`value / by`; None where either is None, or `by` is 0.
+    """Divide, with None where a value is missing or the denominator is 0.
+
+    Args:
+        value: the numerator, or None.
+        by: the denominator, or None.
+
+    Returns:
+        `value / by`; None where either is None, or `by` is 0.
 
     Example:
         >>> ratio(1.0, 4), ratio(1.0, 0)

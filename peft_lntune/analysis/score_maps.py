@@ -1,4 +1,4 @@
-"""Where in the model scores are high, or masks choose."""
+"""Where in the model scores are high, or which parts masks choose."""
 
 from collections.abc import Mapping
 
@@ -13,7 +13,7 @@ from peft_lntune.norms.find import Norm
 
 __all__ = ["score_map"]
 
-# What is shown, by how and by whether masks are given.
+# The column's name, by `how` and by whether masks are given.
 _QUANTITIES = {
     ("mean", False): "mean_score",
     ("sum", False): "sum_of_scores",
@@ -23,20 +23,20 @@ _QUANTITIES = {
 
 
 def score_map(scores: Mapping[str, Tensor], norms: Mapping[str, Norm] | None = None, *, how: str = "mean") -> Table:
-    """Scores or masks pooled over the entries of each component and layer, weight and bias apart.
+    """Pool scores or masks over the entries of each component and layer, with weights and biases in separate rows.
 
     Args:
-        scores: scores, or masks (bool), by parameter.
-        norms: `find_norms(model)`, which knows the roles of norms. Without it the names of `scores` must tell, and
-            those of norms alone do not: their components are then module paths.
-        how: "mean" (of masks: the share that is tuned) or "sum" (of masks: how many entries are).
+        scores: scores, or bool masks, by parameter.
+        norms: `find_norms(model)`, which knows the roles of norms. None: roles are read from the names in `scores`;
+            where only norms are named, that is not possible, and their components are module paths.
+        how: `"mean"` (for masks: the share of tuned entries) or `"sum"` (for masks: the number of tuned entries).
 
     Returns:
         Columns `component`, `layer` (None outside the layers), `parameter`, `entries`, and one of `mean_score`,
-        `sum_of_scores`, `share_tuned`, `entries_tuned`.
+        `sum_of_scores`, `share_tuned` or `entries_tuned`.
 
     Raises:
-        ConfigError: nothing is given, scores and masks are mixed, a score is NaN or infinite, or `how` is unknown.
+        ConfigError: `scores` is empty or mixes scores and masks, a score is NaN or infinite, or `how` is unknown.
 
     Example:
         >>> print(score_map({"h.0.norm.weight": torch.tensor([True, False]), "h.1.norm.weight": torch.ones(2).bool()}))
@@ -48,7 +48,11 @@ def score_map(scores: Mapping[str, Tensor], norms: Mapping[str, Norm] | None = N
         raise ConfigError(f"how={how!r}: choose 'mean' or 'sum'.")
     kinds = {value.dtype == torch.bool for value in scores.values()}
     if len(kinds) != 1:
-        raise ConfigError("scores should be all scores or all masks, and at least one, but are " + _said(scores))
+        masks = sum(value.dtype == torch.bool for value in scores.values())
+        raise ConfigError(
+            "scores should be all scores or all masks, and at least one, but are "
+            f"{len(scores) - masks} score and {masks} mask tensors."
+        )
     for name, value in scores.items():
         if not value.isfinite().all():
             raise ConfigError(f"the scores of {name} have NaN or infinite entries: look at the model and the loss.")
@@ -60,8 +64,3 @@ def score_map(scores: Mapping[str, Tensor], norms: Mapping[str, Norm] | None = N
         total = sum(float(scores[name].detach().cpu().double().sum()) for name in names)
         rows.append((*cells, entries, total / max(1, entries) if how == "mean" else total))
     return Table((*columns, "entries", _QUANTITIES[how, kinds.pop()]), tuple(rows))
-
-
-def _said(scores: Mapping[str, Tensor]) -> str:
-    masks = sum(value.dtype == torch.bool for value in scores.values())
-    return f"{len(scores) - masks} score and {masks} mask tensors."

@@ -1,4 +1,4 @@
-"""How large the entries of each component are, which stand out in their own vector, and whether masks choose those."""
+"""How large the entries of each component are, which are outliers in their vector, and whether masks choose them."""
 
 from collections.abc import Iterable, Mapping
 
@@ -19,25 +19,26 @@ DEVIATIONS = 3.0
 
 
 def magnitude(source: CheckpointSource, *, layers: bool = True) -> Table:
-    """How large the entries of each component are, and how that compares with the components that are no norms.
+    """How large the entries of each component are, compared with the weights outside norms.
 
-    Norms are said to transfer best because their weights are large. What that means shows only beside the rest.
+    Norms are said to transfer best because their weights are large; the comparison shows how large.
 
     Source: Akbar-Tajari, Rajaee, Pilehvar 2022 (arXiv 2302.00378).
 
     Args:
         source: a model, tensors by name, or the path of a checkpoint in safetensors, read one tensor at a time. Give
-            all parameters: a norm is known by what is around it.
-        layers: one row a component and layer; False: one row a component, its layers pooled.
+            all parameters: the role of a norm is read from the modules around it.
+        layers: True: one row per component and layer; False: one row per component, its layers pooled.
 
     Returns:
         Columns `component`, `layer` (None outside the layers; only with `layers=True`), `parameter`, `entries`,
-        `mean_magnitude` (mean |w|), `std` (n - 1 in the denominator; None for one entry), `largest` (max |w|), and
-        `over_others`: mean |w| over that of all weights, not biases, that belong to no norm; None where there are none.
+        `mean_magnitude` (mean of `|w|`), `std` (n - 1 in the denominator; None for one entry), `largest` (maximum of
+        `|w|`), and `over_others`: the mean of `|w|`, divided by that of all weights outside norms, biases not
+        counted; None where there are no such weights.
 
     Raises:
-        ConfigError: nothing is given, or a value is NaN, infinite or quantized.
-        AdapterFileError: a checkpoint is missing, damaged, cut off, or no safetensors.
+        ConfigError: the source is empty, or a value is NaN, infinite or quantized.
+        AdapterFileError: a checkpoint is missing, damaged, truncated, or not in safetensors.
 
     Example:
         >>> norm, query = torch.tensor([1.0, 3.0]), torch.tensor([[0.5, -0.5]])
@@ -49,7 +50,7 @@ def magnitude(source: CheckpointSource, *, layers: bool = True) -> Table:
     """
     tensors = open_tensors(source)
     if not tensors:
-        raise ConfigError("there is no tensor to look at: the source is empty.")
+        raise ConfigError("the source is empty: there are no tensors to measure.")
     places = find_components(tensors)
     found = {name: moments(pieces(name, tensors[name])) for name in tensors}
     weights = [name for name, place in places.items() if place.parameter == "weight"]
@@ -67,22 +68,24 @@ def magnitude(source: CheckpointSource, *, layers: bool = True) -> Table:
 def find_outliers(
     source: CheckpointSource, parameters: Iterable[str] | None = None, *, deviations: float = DEVIATIONS
 ) -> dict[str, Tensor]:
-    """The entries that lie more than so many standard deviations from the mean of their own vector.
+    """Find the entries that lie far from the mean of their own vector, in standard deviations.
 
-    Source: Kovaleva, Kulshreshtha, Rogers, Rumshisky 2021, BERT Busters (arXiv 2105.06990), who look at such entries
-    of the norms of BERT.
+    Source: Kovaleva, Kulshreshtha, Rogers, Rumshisky 2021, BERT Busters (arXiv 2105.06990), who study such entries in
+    the norms of BERT.
 
     Args:
         source: a model, tensors by name, or the path of a checkpoint.
-        parameters: names; None: every tensor of one dimension, which is the gains and biases. A tensor of more
-            dimensions counts as one vector.
-        deviations: how many standard deviations (n - 1 in the denominator).
+        parameters: names of the tensors to search; None: every tensor of one dimension, that is, gains and biases. A
+            tensor of more dimensions counts as one vector.
+        deviations: distance from the mean above which an entry is an outlier, in standard deviations (n - 1 in the
+            denominator).
 
     Returns:
         Bool masks by parameter, True for outliers.
 
     Raises:
-        ConfigError: a name is unknown, there is no vector, or a value is NaN, infinite or quantized.
+        ConfigError: a name is unknown, no tensor has one dimension, or a value is NaN, infinite or quantized.
+        AdapterFileError: a checkpoint is missing, damaged, truncated, or not in safetensors.
 
     Example:
         >>> find_outliers({"norm.weight": torch.tensor([1.0] * 19 + [9.0])})["norm.weight"].nonzero().tolist()
@@ -95,33 +98,34 @@ def find_outliers(
     wanted = vectors if parameters is None else list(parameters)
     unknown = [name for name in wanted if name not in tensors]
     if unknown:
-        raise ConfigError(f"there is no parameter {unknown[0]!r} (and {len(unknown) - 1} more) among {len(tensors)}.")
+        raise ConfigError(f"parameter {unknown[0]!r} (and {len(unknown) - 1} more) not found among {len(tensors)}.")
     masks = {}
     for name in wanted:
         values = tensors[name]
         own = moments(pieces(name, values))
         masks[name] = (values.detach().cpu().double() - own.mean).abs() > deviations * (own.std or torch.inf)
     if not masks:
-        raise ConfigError("there is no tensor of one dimension to look for outliers in. Name others in parameters=.")
+        raise ConfigError("no tensor has one dimension, so there is no vector to search. Name tensors in parameters=.")
     return masks
 
 
 def outliers(
     source: CheckpointSource, parameters: Iterable[str] | None = None, *, deviations: float = DEVIATIONS
 ) -> Table:
-    """Every outlier with its position, value and distance; see `find_outliers`.
+    """List every entry that lies far from the mean of its own vector, with its position, value and distance.
 
     Args:
         source: a model, tensors by name, or the path of a checkpoint.
-        parameters: names; None: every tensor of one dimension.
-        deviations: how many standard deviations from the mean of its own vector an outlier begins.
+        parameters: names of the tensors to search; None: every tensor of one dimension.
+        deviations: distance from the mean above which an entry is an outlier, in standard deviations.
 
     Returns:
-        One row an outlier: `tensor`, `component`, `layer`, `parameter`, `position` (of a tensor of more dimensions in
-        its entries one after the other), `value`, and `deviations` from the mean, with sign. No rows: no outliers.
+        One row per outlier: `tensor`, `component`, `layer`, `parameter`, `position` (in the flattened tensor),
+        `value`, and `deviations` from the mean, with sign. The table is empty where there are no outliers.
 
     Raises:
-        ConfigError: as `find_outliers`.
+        ConfigError: a name is unknown, no tensor has one dimension, or a value is NaN, infinite or quantized.
+        AdapterFileError: a checkpoint is missing, damaged, truncated, or not in safetensors.
 
     Example:
         >>> print(outliers({"h.0.norm.weight": torch.tensor([1.0] * 19 + [9.0])}))
@@ -143,19 +147,19 @@ def outliers(
 
 
 def outlier_overlap(found: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Table:
-    """How many outliers masks choose, beside what masks of the same density choose by chance.
+    """How many outliers masks choose, compared with random masks of the same density.
 
     Args:
-        found: outliers, as `find_outliers` gives them.
-        masks: bool masks, True where tuned, such as those of `select(fisher_scores(...))`; outliers of other parameters
-            do not count.
+        found: outliers by parameter, as `find_outliers` returns them.
+        masks: bool masks by parameter, True where tuned, such as those of `select(fisher_scores(...))`. Outliers of
+            parameters without a mask do not count.
 
     Returns:
-        One row a component, layer and parameter, and a last one `"all"`: `entries`, `outliers`, `chosen`, `both`,
-        `share` (of the outliers, those that are chosen; None where there are no outliers), and what `share` is on
-        average of random masks: `by_chance` of those that choose as many entries of this row, `by_chance_in_place` of
-        those that choose as many of each parameter. The second tells a liking for outliers from one for certain
-        layers.
+        One row per component, layer and parameter, and a last row `"all"`, with the columns `entries`, `outliers`,
+        `chosen`, `both` and `share` (the share of outliers that are chosen; None without outliers). Two more columns
+        give the mean share for random masks: `by_chance` for masks that choose as many entries of this row,
+        `by_chance_in_place` for masks that choose as many entries of each parameter. The second separates a preference
+        for outliers from a preference for certain layers.
 
     Raises:
         ConfigError: the masks share no parameter with the outliers, have other shapes, or are not bool.
@@ -170,7 +174,7 @@ def outlier_overlap(found: Mapping[str, Tensor], masks: Mapping[str, Tensor]) ->
     names = [name for name in masks if name in found]
     if not names:
         raise ConfigError(
-            f"the masks are of none of the {len(found)} parameters in which outliers were looked for: they name "
+            f"the masks share no parameter with the {len(found)} that were searched for outliers: they name "
             f"{next(iter(masks), 'nothing')!r}. Give masks of the same model, or its names to find_outliers."
         )
     for name in names:
@@ -180,7 +184,7 @@ def outlier_overlap(found: Mapping[str, Tensor], masks: Mapping[str, Tensor]) ->
                 f"{masks[name].dtype} of shape {tuple(masks[name].shape)}. It was made for another model."
             )
     counts = {name: _counts(found[name].cpu(), masks[name].cpu()) for name in names}
-    # Norms are told apart by what is around them, so all names that are known are looked at.
+    # The role of a norm is read from the modules around it, so all known names are passed on.
     places = find_components([*dict.fromkeys([*found, *masks])])
     columns, groups = rows_by_place({name: place for name, place in places.items() if name in counts})
     groups["all", None, None] = names

@@ -1,4 +1,4 @@
-"""What supermasks switched off: how much of each tensor, how far from their start, and how alike for several tasks."""
+"""Which entries supermasks switch off: how many per tensor, how many changed since the start, and their overlap."""
 
 from collections.abc import Mapping
 
@@ -15,7 +15,7 @@ from peft_lntune.selection.masks import check_alike, check_bool
 __all__ = ["FLIPS", "off_overlap", "sparsity"]
 
 FLIPS = ("sparsity_before", "turned_off", "turned_on", "flipped")
-"""The columns of `sparsity` that need to know the start."""
+"""The columns of `sparsity` that need the masks at the start."""
 
 
 def sparsity(
@@ -28,18 +28,18 @@ def sparsity(
     """The share of entries that masks switch off, and how many changed their state since the start.
 
     Args:
-        keep: masks by parameter, bool, True where the entry stays; `peft_lntune.tuner.supermasks.keep_masks(model)`.
-        start: those that training started from; `peft_lntune.tuner.supermasks.start_masks(model)`.
-        norms: `find_norms(model)`, which tells the stacks of a model that has several; see `find_components`.
-        by: what a row pools: `"tensor"` (nothing), or `"component"` (of each layer).
+        keep: bool masks by parameter, True where the entry stays; `peft_lntune.tuner.supermasks.keep_masks(model)`.
+        start: the masks at the start of training; `peft_lntune.tuner.supermasks.start_masks(model)`.
+        norms: `find_norms(model)`, which tells the layer stacks of a model with several of them apart.
+        by: what one row pools: `"tensor"` (nothing) or `"component"` (the tensors of a component, per layer).
 
     Returns:
-        Columns `tensor`, or `component`, `layer`, `parameter`; then `entries`, `off` and `sparsity`, their ratio. With
-        `start` also `sparsity_before`, `turned_off` and `turned_on`, in entries, and `flipped`, both as a share. Where
-        a component shares its matrix with others, all of that matrix counts.
+        The column `tensor`, or `component`, `layer` and `parameter`; then `entries`, `off` and their ratio `sparsity`.
+        With `start` also `sparsity_before`, the numbers of entries `turned_off` and `turned_on`, and both together as
+        the share `flipped`. Where a component shares its matrix with others, the whole matrix counts.
 
     Raises:
-        ConfigError: no masks are given, one is not bool, `start` is of other parameters, or `by` is unknown.
+        ConfigError: no masks are given, a mask is not bool, `start` has other parameters, or `by` is unknown.
 
     Example:
         >>> keep = {"w": torch.tensor([True, False, False, True])}
@@ -50,7 +50,7 @@ def sparsity(
     if by not in ("tensor", "component"):
         raise ConfigError(f"by={by!r}: choose 'tensor' or 'component'.")
     if not keep:
-        raise ConfigError("there are no masks: keep is empty.")
+        raise ConfigError("no masks: keep is empty.")
     check_bool(keep, "keep")
     if start is not None:
         check_bool(start, "start")
@@ -64,23 +64,23 @@ def sparsity(
 
 
 def off_overlap(keeps: Mapping[str, Mapping[str, Tensor]]) -> Table:
-    """How much of what each two tasks switch off is the same: entries off in both, over entries off in either.
+    """The overlap of what each pair of tasks switches off: entries off in both, divided by entries off in either.
 
-    Two controls stand beside it: random masks with as many entries off in all, and random masks with as many off in
-    each tensor, which has what the tasks share by both sparing the same tensors. Masks that start from one
-    `initial_sparsity` share that start too; compare what turned off since, `{name: keep[name] | ~start[name]}`, to
-    leave it out.
+    There are two controls: random masks with the same number of entries off in total, and random masks with the same
+    number off in each tensor. The second accounts for tasks that spare the same tensors. Masks that start from the same
+    `initial_sparsity` also share that start; to leave it out, compare what turned off since,
+    `{name: keep[name] | ~start[name]}`.
 
     Args:
-        keeps: masks by task, as `keep_masks` gives them, all of the same parameters.
+        keeps: for each task its masks, as `keep_masks` returns them; all tasks have the same parameters.
 
     Returns:
-        One row a task: `task`, `sparsity`, one column a task with the overlap, one `<task>, by chance` each, and one
-        `<task>, by chance a tensor` each (None for a task with itself). The last is the ratio of the two means, which
-        for large tensors is the mean of the ratio.
+        One row per task: `task`, `sparsity`, one column per task with the overlap, one column `<task>, by chance` per
+        task, and one column `<task>, by chance a tensor` per task (None for a task with itself). The last is the ratio
+        of the two means, which for large tensors is the mean of the ratio.
 
     Raises:
-        ConfigError: there is no task, a mask is not bool, or they are of other parameters.
+        ConfigError: no tasks are given, a mask is not bool, or tasks have different parameters.
 
     Example:
         >>> one, two = {"w": torch.tensor([False, False, True, True])}, {"w": torch.tensor([False, True, False, True])}
@@ -101,7 +101,7 @@ def off_overlap(keeps: Mapping[str, Mapping[str, Tensor]]) -> Table:
 
 
 def _by_tensor(one: Mapping[str, int], other: Mapping[str, int], sizes: Mapping[str, int]) -> float:
-    """Of two random masks with as many entries in each tensor: the mean of entries in both over that in either."""
+    """For two random masks with these counts per tensor: the mean of entries in both, divided by that in either."""
     both = sum(one[name] * other[name] / max(1, size) for name, size in sizes.items())
     either = sum(one.values()) + sum(other.values()) - both
     return both / either if either else 1.0

@@ -1,4 +1,4 @@
-"""A table of results: columns, rows, and the few ways to write it down."""
+"""A table of results: named columns, rows, and output as text, Markdown or CSV."""
 
 import csv
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ __all__ = ["Table"]
 
 @dataclass(frozen=True)
 class Table:
-    """Named columns and rows of values; None stands for a value that is not there.
+    """Named columns and rows of values; None stands for a missing value.
 
     Attributes:
-        columns: names, each once.
-        rows: one value a column.
+        columns: distinct names.
+        rows: each with one value per column.
 
     Example:
         >>> table = Table(("norm", "score"), (("ln_1", 0.25), ("ln_2", None)))
@@ -34,19 +34,22 @@ class Table:
 
     def __post_init__(self) -> None:
         if len(set(self.columns)) < len(self.columns):
-            raise ConfigError(f"the columns of a table have a name each, but these repeat one: {list(self.columns)}.")
+            raise ConfigError(f"the columns of a table must not repeat one, but are {list(self.columns)}.")
         for number, row in enumerate(self.rows):
             if len(row) != len(self.columns):
                 raise ConfigError(f"row {number} should have {len(self.columns)} values, but has {len(row)}: {row}.")
 
     def column(self, name: str) -> list[Any]:
-        """The values of a column, one per row.
+        """The values of one column.
 
         Args:
-            name: of the column.
+            name: name of the column.
+
+        Returns:
+            One value per row.
 
         Raises:
-            ConfigError: there is no such column.
+            ConfigError: the table has no column of this name.
         """
         if name not in self.columns:
             raise ConfigError(f"the table has no column {name!r}. It has: {', '.join(self.columns)}.")
@@ -54,17 +57,17 @@ class Table:
         return [row[number] for row in self.rows]
 
     def sorted_by(self, column: str, *, largest: bool = False) -> "Table":
-        """The table with its rows in the order of a column; rows that are equal keep their order.
+        """Sort the rows by one column; rows with equal values keep their order, and None comes last.
 
         Args:
-            column: its name. None comes last.
+            column: name of the column.
             largest: whether the largest value comes first.
 
         Returns:
             A new table.
 
         Raises:
-            ConfigError: there is no such column.
+            ConfigError: the table has no column of this name.
         """
         values = self.column(column)
         known = [number for number, value in enumerate(values) if value is not None]
@@ -76,7 +79,7 @@ class Table:
         """The table in Markdown.
 
         Args:
-            missing: what is written for None.
+            missing: the text for None.
 
         Returns:
             The lines, joined.
@@ -92,7 +95,11 @@ class Table:
         return "\n".join([written[0], "|" + "---|" * len(header), *written[1:]])
 
     def to_csv(self, path: "str | PathLike[str]") -> None:
-        """Write the table as CSV (UTF-8) with every digit; None is an empty cell."""
+        """Write the table as CSV (UTF-8) in full precision, with an empty cell for None.
+
+        Args:
+            path: file to write.
+        """
         with open(path, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(self.columns)
@@ -110,7 +117,7 @@ class Table:
 
 
 def _text(value: Any, missing: str) -> str:
-    """A value as people read it: four digits of a float."""
+    """A value as text, floats with four digits."""
     if value is None:
         return missing
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,7 +1,7 @@
-"""What a model's attention modules are like, and by which interface they reach their attention function.
+"""Facts about a model's attention modules, and the interface by which they call their attention function.
 
-transformers' attention modules look their function up by the name in `self.config._attn_implementation`, in a table
-that other packages may add to.
+transformers' attention modules look up their function by the name in `self.config._attn_implementation`, in a table
+to which other packages may add.
 """
 
 import inspect
@@ -29,7 +29,7 @@ __all__ = [
 IMPLEMENTATION = "lntune_prefix"
 """The name of our function among transformers' attention functions; `plugin/attention.py` registers it."""
 
-# How modeling files call the table of attention functions, and the end of the name of the one that is in no table.
+# The name of the table of attention functions in modeling files, and the end of the name of the function outside it.
 FUNCTIONS, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
 
 _KEY_LEAVES = ("linear_k", "to_k")  # beside those of the table
@@ -40,13 +40,13 @@ _CROSS = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)
 
 
 class Interface:
-    """The attention functions as one modeling file sees them: some files have a table of their own.
+    """The attention functions of one modeling file; some files have their own table.
 
     Args:
         attention: the class of an attention module.
 
     Attributes:
-        functions: the table, by name.
+        functions: the table of functions by name.
         eager: the file's own function, for the name `"eager"`.
     """
 
@@ -58,11 +58,11 @@ class Interface:
         self.eager: Any = forward.__globals__.get(own)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Interface, (self._attention,)  # a table of functions is not copied
+        return Interface, (self._attention,)  # the table of functions is not copied
 
     @classmethod
     def of(cls, attention: type[nn.Module]) -> "Interface | None":
-        """The interface of a class of modules; None where it uses none."""
+        """The interface of a class of modules; None where it does not use transformers' attention interface."""
         code = getattr(inspect.unwrap(attention.forward), "__code__", None)
         return cls(attention) if code is not None and FUNCTIONS in code.co_names else None
 
@@ -79,8 +79,8 @@ class AttentionFacts:
 
     Attributes:
         name: the module's name in the model.
-        role: `"attention"`, or `"cross_attention"` where the keys come from elsewhere.
-        layer: the first number in the name, which is how PEFT counts layers; None where there is none.
+        role: `"attention"`, or `"cross_attention"` where the keys come from an encoder.
+        layer: the first number in the name, PEFT's number of the layer; None without a number.
         heads: H, the number of key heads; fewer than query heads where these share keys.
         head_dim: hd, the width of a key.
     """
@@ -95,16 +95,16 @@ class AttentionFacts:
 def find_attention(model: nn.Module) -> dict[str, AttentionFacts]:
     """Find the attention modules of a model that use transformers' attention interface, in module order.
 
-    Nothing is run or changed; the model may be on meta, quantized, or adapted already.
+    The model is not run or changed; it may be on meta, quantized or already adapted.
 
     Args:
         model: any module.
 
     Returns:
-        The facts by module name, under the names that the base model has.
+        The facts, by the names of the modules in the base model.
 
     Raises:
-        UnsupportedError: there is none, or transformers' table of attention functions lacks ours.
+        UnsupportedError: no such module was found, or transformers' table of attention functions lacks ours.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -121,10 +121,13 @@ def find_attention(model: nn.Module) -> dict[str, AttentionFacts]:
 
 
 def survey_attention(modules: Mapping[str, nn.Module]) -> tuple[dict[str, AttentionFacts], dict[str, str]]:
-    """The attention modules of a model, and those whose keys are not known, with the reason; see `find_attention`.
+    """Find the attention modules of a model, and those whose sizes of keys are unknown.
 
     Args:
         modules: the `base_modules` of the model.
+
+    Returns:
+        The facts by module name, and for the other attention modules the reason by module name.
 
     Raises:
         UnsupportedError: transformers' table of attention functions lacks ours.
@@ -150,7 +153,7 @@ def survey_attention(modules: Mapping[str, nn.Module]) -> tuple[dict[str, Attent
 
 
 def _sizes(module: Any) -> tuple[int, int] | str:
-    """Key heads and head width, or why they cannot be had."""
+    """Number of key heads and head width, or why they are unknown."""
     head_dim = _first(module, _HEAD_DIMS)
     value_dim, key_dim = getattr(module, "v_head_dim", None), getattr(module, "qk_head_dim", head_dim)
     if value_dim is not None and value_dim != key_dim:
@@ -176,11 +179,11 @@ def _sizes(module: Any) -> tuple[int, int] | str:
 
 
 def _config_of(module: Any) -> Any:
-    """The config of the module's own layer where layers differ, else of the model."""
+    """The config of the module's layer where layers differ, otherwise of the model."""
     layers, index = _read(module.config, "per_layer_config"), getattr(module, "layer_idx", None)
     try:
         return layers[index]
-    except Exception:  # it is none of these configs, or lacks what makes one for a layer
+    except Exception:  # configs of other kinds fail in various ways
         return module.config
 
 
@@ -190,7 +193,7 @@ def _first(owner: Any, names: Sequence[str]) -> int | None:
 
 
 def _read(owner: Any, name: str) -> Any:
-    """An attribute; None where it is missing, or where a config refuses to answer for all of its layers."""
+    """An attribute; None where it is missing, or where a config raises because its layers differ."""
     try:
         return getattr(owner, name, None)
     except RuntimeError:
@@ -198,14 +201,14 @@ def _read(owner: Any, name: str) -> Any:
 
 
 def _role(name: str, module: nn.Module) -> str:
-    """From what the module says of itself, or how it is called within its layer, or by its class."""
+    """The role by the module's own attribute, its name within its layer, or its class."""
     within = re.sub(r".*\.\d+\.", "", name)
     cross = getattr(module, "is_cross_attention", False) or _CROSS.search(f"{within} {type(module).__name__}")
     return "cross_attention" if cross else "attention"
 
 
 def lies_by_head(attention: nn.Module | None) -> bool:
-    """Whether a module says that its queries, keys and values lie head by head, as GPT-BigCode's do."""
+    """Whether a fused projection holds queries, keys and values head by head, as in GPT-BigCode."""
     return getattr(attention, "multi_query", None) is False
 
 

@@ -1,7 +1,7 @@
-"""Which component of the model a parameter belongs to, and of which layer, told from the names.
+"""The component and layer of the model to which a parameter belongs, read from its name.
 
-Norms have the names of their roles, which `roles.py` tells from the structure around them. What other modules hold says
-`table.py`.
+Norms are named after their roles, which `roles.py` reads from the structure around them. `table.py` has the contents of
+other modules.
 """
 
 import re
@@ -17,10 +17,10 @@ __all__ = ["HEAD", "ParameterPlace", "find_components", "find_contents", "group_
 
 
 class ParameterPlace(NamedTuple):
-    """Where a parameter belongs.
+    """The place of a parameter in a model.
 
     Attributes:
-        component: such as "query" or "FFN norm"; the module's path without the layer's number where it is not known.
+        component: such as "query" or "FFN norm"; where unknown, the module's path without the layer's number.
         layer: number of the layer; None outside the layers.
         parameter: "weight" or "bias".
     """
@@ -42,15 +42,15 @@ _NORMS = {
 
 
 HEAD = Contents((), "head")
-"""What stands on top of a body, its norms too."""
+"""A head on top of the body, including its norms."""
 
 _HEADS = {
     *("classifier", "classification_head", "cls", "lm_head", "pre_classifier", "qa_outputs", "score"),
     *("vocab_layer_norm", "vocab_projector", "vocab_transform"),
 }
-"""What a head is called, by the first part of the path."""
+"""Names of heads, as the first part of the path."""
 
-# Short ends, which mean something else inside an attention module.
+# Short ends of paths, with another meaning inside an attention module.
 _IN_ATTENTION = {
     "output.dense": Contents((Component.ATTENTION_OUTPUT,), Component.ATTENTION_OUTPUT.label),
     "fc1": UNKNOWN,
@@ -62,14 +62,14 @@ _ATTENTION = re.compile(r"(^|_)att(n|ention)?$")
 def find_components(
     names: Iterable[str], roles: Mapping[str, tuple[str, ...]] | None = None
 ) -> dict[str, ParameterPlace]:
-    """Tell the component, the layer and the kind of each parameter.
+    """Find the component, the layer and the kind of each parameter.
 
     The layer is the first number in the name. Where a model has several stacks of layers (an encoder and a decoder, a
-    text and an image tower), the stack's name goes before the component's: "encoder query", "decoder query".
+    text and an image tower), the stack's name precedes the component's: "encoder query", "decoder query".
 
     Args:
-        names: names of the model's parameters, better all of them: a norm's role is told from what is around it.
-        roles: by module, the roles of norms where they are known already, as in `find_norms(model)[name].roles`.
+        names: names of the model's parameters, preferably all: the role of a norm is read from the modules around it.
+        roles: roles of norms by module, where known already, such as `find_norms(model)[name].roles`.
 
     Returns:
         The place of each parameter, in the order of `names`.
@@ -94,7 +94,7 @@ def find_components(
         if held == UNKNOWN:
             component = ".".join((*above, *below)) or "model"
         elif held == HEAD:
-            layer = None  # a number in a head counts its own modules
+            layer = None  # a number in a head is not that of a layer
         else:
             component = f"{_stack_of(owner, stacks)}{component}"
         places[name] = ParameterPlace(component, layer, "bias" if name.endswith("bias") else "weight")
@@ -102,15 +102,15 @@ def find_components(
 
 
 def find_contents(names: Iterable[str], roles: Mapping[str, tuple[str, ...]] | None = None) -> dict[str, Contents]:
-    """Tell what the module of each parameter holds, whatever stack of layers it is in.
+    """Find the contents of the module of each parameter, regardless of the stack of layers.
 
     Args:
-        names: names of the model's parameters, better all of them: a norm's role is told from what is around it.
-        roles: by module, the roles of norms where they are known already, as in `find_norms(model)[name].roles`.
+        names: names of the model's parameters, preferably all: the role of a norm is read from the modules around it.
+        roles: roles of norms by module, where known already, such as `find_norms(model)[name].roles`.
 
     Returns:
-        The contents for each parameter. There are several components where one matrix holds several, and none where
-        the module is not known, is a norm, or is part of a head (`HEAD`).
+        The contents for each parameter. They have several components where one matrix holds several, and none where
+        the module is unknown, is a norm, or is part of a head (`HEAD`).
 
     Example:
         >>> held = find_contents(["h.0.attn.c_attn.weight", "h.0.mixer.key.weight"])
@@ -123,7 +123,15 @@ def find_contents(names: Iterable[str], roles: Mapping[str, tuple[str, ...]] | N
 
 
 def group_by_place(places: Mapping[str, ParameterPlace], *, layers: bool = True) -> dict[ParameterPlace, list[str]]:
-    """The parameters of each place, in order of first appearance; `layers=False` pools the layers (layer None)."""
+    """Group parameters by place.
+
+    Args:
+        places: the place of each parameter.
+        layers: True: one group per component and layer; False: one group per component, with layer None.
+
+    Returns:
+        The names of the parameters of each place, in order of first appearance.
+    """
     groups: dict[ParameterPlace, list[str]] = {}
     for name, place in places.items():
         groups.setdefault(place if layers else place._replace(layer=None), []).append(name)
@@ -131,7 +139,7 @@ def group_by_place(places: Mapping[str, ParameterPlace], *, layers: bool = True)
 
 
 def _owner(name: str) -> str:
-    """The module of a parameter; a parameter that is no weight or bias (a class token) stands for itself."""
+    """The module of a parameter; the name itself if it does not end in weight or bias, such as a class token."""
     owner, _, last = name.rpartition(".")
     return owner if last in ("weight", "bias") else name
 
@@ -173,7 +181,7 @@ def _split(owner: str) -> tuple[tuple[str, ...], int | None, tuple[str, ...]]:
 
 
 def _stacks(owners: Iterable[str]) -> dict[tuple[str, ...], str]:
-    """By the first parts of a path, what sets the stack of layers there apart from the others."""
+    """The name of each stack of layers, by the first parts of its path."""
     splits = [_split(owner) for owner in owners]
     paths = list(dict.fromkeys(above for above, layer, _ in splits if layer is not None))
     shared = len(list(takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))))

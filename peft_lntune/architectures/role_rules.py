@@ -1,7 +1,7 @@
-"""Rules for the role of a norm, from what stands beside it in its block and above it in the model.
+"""Rules for the role of a norm, from the modules beside it in its block and above it in the model.
 
-A rule answers only where the names leave one reading. What stays open has no role: a wrong one would tune another
-sub-layer than the one asked for, without a word.
+A rule gives an answer only where the names are unambiguous. Otherwise the norm has no role: a wrong role would silently
+tune another sub-layer than the requested one.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,17 +14,17 @@ from peft_lntune.architectures.role_names import (
     FFN,
     MIXER,
     Word,
-    below,
     mentions,
     number_of,
     says,
     sublayer,
 )
+from peft_lntune.core.module_tree import below
 
 __all__ = ["Tree", "role_in"]
 
-_ORDER = (ATTENTION, CROSS, MIXER, FFN)  # in which a block has its sub-layers
-_BEHIND = ("merger", "neck")  # bridges that stand behind the last block of one body
+_ORDER = (ATTENTION, CROSS, MIXER, FFN)  # order of sub-layers in a block
+_BEHIND = ("merger", "neck")  # bridges after the last block of a body
 Roles = tuple[str, ...]
 
 
@@ -33,7 +33,7 @@ class Tree:
     """The modules of a model by name.
 
     Attributes:
-        children: for each module with children their own names, in the model's order.
+        children: for each module with children their names, in the model's order.
         classes: for each module the name of its class; empty where only names are known.
     """
 
@@ -42,6 +42,15 @@ class Tree:
 
     @classmethod
     def of(cls, names: Iterable[str], classes: Mapping[str, str] | None = None) -> "Tree":
+        """Build the tree from the names of all modules.
+
+        Args:
+            names: names of all modules, in the model's order.
+            classes: for each module the name of its class, or None.
+
+        Returns:
+            The tree.
+        """
         children: dict[str, dict[str, None]] = {}
         for name in names:
             if name:
@@ -50,7 +59,7 @@ class Tree:
         return cls({name: tuple(found) for name, found in children.items()}, classes or {})
 
     def sublayer(self, name: str) -> str | None:
-        """What sub-layer a module is; a list of modules is what its name says."""
+        """The kind of sub-layer of a module; for a list of modules, by its name."""
         return sublayer(name.rpartition(".")[2], self.children.get(name, ()))
 
     def sublayers(self, block: str) -> Roles:
@@ -65,6 +74,7 @@ class Tree:
         return tuple(role for role in _ORDER if role in found)
 
     def norms(self, block: str) -> Roles:
+        """The names of the norms among the children of a module."""
         return tuple(child for child in self.children.get(block, ()) if says(child, Word.NORM))
 
     @cached_property
@@ -88,26 +98,27 @@ class Tree:
 
 
 def role_in(tree: Tree, above: str, path: str) -> Roles | None:
-    """What one module above a norm says of its role.
+    """The role of a norm, as far as one module above it decides.
 
     Args:
         tree: the model.
-        above: the name of the module.
+        above: name of the module.
         path: the norm's path below it.
 
     Returns:
-        The roles; empty where it is settled that they are not known, None where modules further up may know.
+        The roles; empty where they are certainly unknown, None where modules further up may decide.
     """
     own, name = above.rpartition(".")[2], _direct(path)
     if says(own, Word.HEAD):
         return ("final",)
     stack = above in tree.stacks
-    if says(own, Word.NORM) and not stack:  # what is beside it in a norm belongs to the norm
+    if says(own, Word.NORM) and not stack:  # modules in a norm belong to the norm
         return None
     if says(_unnumbered(above), Word.BRIDGE) and not says(own, Word.EMBEDDING):
         return ("final",) if own in _BEHIND and above.rpartition(".")[0] in tree.stacks else ()
-    if "output" in own and own.replace("output", "intermediate") in _siblings(tree, above):
-        return (FFN,)  # BERT and its like: the FFN is two modules, `intermediate` and `output`
+    siblings = tree.children.get(above.rpartition(".")[0], ())
+    if "output" in own and own.replace("output", "intermediate") in siblings:
+        return (FFN,)  # models like BERT, where the FFN is two modules, `intermediate` and `output`
     kind = tree.sublayer(above) if own and not own.isdigit() else None
     if stack:
         if kind is None and says(own, Word.EMBEDDING):
@@ -133,12 +144,8 @@ def _direct(path: str) -> str | None:
     return first if all(part.isdigit() or says(part, Word.NORM) for part in rest) else None
 
 
-def _siblings(tree: Tree, name: str) -> Roles:
-    return tree.children.get(name.rpartition(".")[0], ()) if name else ()
-
-
 def _unnumbered(name: str) -> str:
-    """A module's own name; of an entry of a list, the list's."""
+    """A module's own name; for an entry of a list, the name of the list."""
     return next((part for part in reversed(name.split(".")) if not part.isdigit()), "")
 
 
@@ -161,12 +168,12 @@ def _beside_one(name: str, kind: str, above: str, tree: Tree) -> Roles:
         return ()
     mixing = [child for child in tree.children[above] if tree.sublayer(below(above, child)) == MIXER]
     if kind == MIXER and len(mixing) == 1 and mixing[0] == "conv" and not says(above, Word.EMBEDDING):
-        return ()  # one convolution with a norm: it may lead to the next stage, or up a pyramid
+        return ()  # one convolution with a norm may lead to the next stage or to a feature pyramid
     return _in_the_body(kind, above)
 
 
 def _in_the_body(kind: str, above: str) -> Roles:
-    """A sub-layer is one of a block's; convolutions before the first block make the embeddings."""
+    """The role within a sub-layer of this kind; convolutions before the first block compute the embeddings."""
     parts = above.split(".")
     if kind == MIXER and any(says(part, Word.EMBEDDING) for part in parts):
         return ("embedding",)
@@ -190,7 +197,7 @@ def _in_stack(tree: Tree, above: str, name: str) -> Roles:
     if plain != [name]:
         return ()
     if "pos_conv_embed" in children:
-        # wav2vec 2.0 and its like: the same names, and only the class says at which end the norm is.
+        # Models like wav2vec 2.0 have the same names; only the class tells at which end the norm is.
         kind = tree.classes.get(above)
         return () if kind is None else ("final",) if "Stable" in kind or "Conformer" in kind else ("embedding",)
     carriers = [child for child in children if below(above, child) in tree.stacks]
@@ -198,7 +205,7 @@ def _in_stack(tree: Tree, above: str, name: str) -> Roles:
     if len(carriers) > 1 and "layers" not in lists:
         return ()
     if tree.classes and "embed_tokens" not in children and children.index(name) < children.index(carriers[0]):
-        return ()  # made before the blocks: it may be run before them
+        return ()  # registered before the blocks, so it may run before them
     return ("final",)
 
 
@@ -221,7 +228,7 @@ def _in_block(name: str, kinds: Roles, norms: Roles) -> Roles:
 
 
 def _behind_tokens(name: str, norms: Roles, tokens: list[str]) -> Roles:
-    """`post_attention_layernorm` closes the attention, or feeds the FFN behind it, as its neighbours say."""
+    """`post_attention_layernorm` closes the attention or feeds the FFN after it; its neighbours decide."""
     others = [norm for norm in norms if norm != name]
     before = any(mentions(norm) == ATTENTION and says(norm, Word.FIRST) for norm in others)
     closes: Roles = (tokens[0],) if len(tokens) == 1 else ()
@@ -241,7 +248,7 @@ def _behind_tokens(name: str, norms: Roles, tokens: list[str]) -> Roles:
 
 
 def _behind_one_with_its_own(tree: Tree, above: str, name: str, kinds: Roles) -> Roles:
-    """A plain norm is the FFN's where the attention beside it has a norm within."""
+    """A plain norm belongs to the FFN where the attention beside it contains a norm."""
     if not says(name, Word.PLAIN_NORM) or len(tree.norms(above)) > 1 or len(kinds) != 2 or FFN not in kinds:
         return ()
     holders = set()
@@ -254,7 +261,7 @@ def _behind_one_with_its_own(tree: Tree, above: str, name: str, kinds: Roles) ->
 
 
 def _by_place(name: str, kinds: Roles, tokens: list[str], norms: Roles) -> Roles:
-    """The role of a norm whose name tells at most its place in the block: first, second, last."""
+    """The role of a norm whose name gives at most its place in the block: first, second, last."""
     if FFN not in kinds or not tokens:
         return ()
     alone = len(norms) == 1
@@ -282,7 +289,7 @@ def _by_place(name: str, kinds: Roles, tokens: list[str], norms: Roles) -> Roles
 
 
 def _by_number(numbered: tuple[str, int], kinds: Roles, norms: Roles) -> Roles:
-    """The role of `norm1`, `norm2`: one for each sub-layer that no other norm is called after."""
+    """The role of `norm1`, `norm2`: one for each sub-layer that no other norm is named after."""
     stem, number = numbered
     found = {norm: number_of(norm) for norm in norms}
     alike = sorted(its[1] for its in found.values() if its is not None and its[0] == stem)
@@ -294,5 +301,5 @@ def _by_number(numbered: tuple[str, int], kinds: Roles, norms: Roles) -> Roles:
 
 
 def _parallel(kinds: Roles) -> Roles:
-    """One norm before all sub-layers: they run side by side."""
+    """The role of a single norm before parallel sub-layers."""
     return kinds if kinds == (ATTENTION, FFN) else ()

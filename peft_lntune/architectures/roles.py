@@ -1,9 +1,9 @@
-"""The roles of norms: which sub-layer each one serves, told from the structure around it.
+"""The roles of norms: the sub-layer that each one serves, read from the structure around it.
 
-A role is the sub-layer a norm feeds (pre-norm) or closes (post-norm). The same name means different things in
-different blocks: `post_attention_layernorm` feeds the FFN in Llama and closes the attention in Gemma 2. What decides is
-the names beside it. `role_rules.py` reads them as a person would, whatever the model; `table.py` holds the structures
-that these rules do not read or would read wrongly.
+A role is the sub-layer that a norm feeds (pre-norm) or closes (post-norm). The same name has different meanings in
+different blocks: `post_attention_layernorm` feeds the FFN in Llama and closes the attention in Gemma 2. The names of
+neighbouring modules decide. `role_rules.py` has general rules for names; `table.py` has the structures that these rules
+do not cover or would misread.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,15 +25,15 @@ ROLES = {
 
 
 def find_roles(modules: Iterable[str] | Mapping[str, object], norms: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Tell the roles of norms from the names around them.
+    """Find the roles of norms from the names of the modules around them.
 
     Args:
-        modules: the names of all modules of the model; or the modules by name, whose classes tell the few places where
-            names alone leave it open.
-        norms: the names of its norms, among `modules`.
+        modules: names of all modules of the model; or the modules by name, whose classes decide the few cases in which
+            names are ambiguous.
+        norms: names of its norms, among `modules`.
 
     Returns:
-        For each norm its roles, in the order of `ROLES`; empty where its place is not known.
+        The roles of each norm, in the order of `ROLES`; empty where unknown.
 
     Example:
         >>> names = ["", "h", "h.0", "h.0.ln_1", "h.0.attn", "h.0.mlp", "ln_f"]
@@ -46,7 +46,7 @@ def find_roles(modules: Iterable[str] | Mapping[str, object], norms: Iterable[st
     places = [place for row in ARCHITECTURES.values() for place in row.norms]
 
     def roles_of(norm: str) -> tuple[str, ...]:
-        """What the nearest place above the norm that fits says, else what the nearest rule says."""
+        """The roles by the nearest fitting row of the table above the norm, otherwise by the nearest rule."""
         parts = norm.split(".") if norm else []
         above = [(".".join(parts[:i]), ".".join(parts[i:])) for i in range(len(parts) - 1, -1, -1)]
         for module, path in above:

@@ -1,15 +1,16 @@
-"""The sub-layers of a model's blocks: through which leaf each one reads its input, and through which it answers.
+"""The sub-layers of a model's blocks: the leaf that reads the input of each one, and the leaf that gives its output.
 
-A bottleneck adapter works on a sub-layer, but a block has no module for a residual sum, and some have none for the FFN.
-What every block has are two leaves: one whose input is x, the sub-layer's input (behind the norm, where the norm comes
-first), and one whose output is h, what the block adds to the residual. `table.py` names the two.
+A bottleneck adapter works on a sub-layer, but blocks have no module for a residual sum, and some have none for the FFN.
+Every block has two leaves: one whose input is x, the sub-layer's input (after the norm, in pre-norm models), and one
+whose output is h, which the block adds to the residual. `table.py` names both.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from peft_lntune.architectures.role_names import ATTENTION, CROSS, FFN, below
+from peft_lntune.architectures.role_names import ATTENTION, CROSS, FFN
 from peft_lntune.architectures.table import ARCHITECTURES
+from peft_lntune.core.module_tree import below
 
 __all__ = ["SUBLAYER_ROLES", "Sublayer", "find_sublayers"]
 
@@ -22,7 +23,7 @@ class Sublayer:
 
     Attributes:
         role: `"attention"` (over the block's own tokens), `"cross_attention"` (over an encoder's output) or `"ffn"`.
-        block: name of the module that it was found in.
+        block: name of the module that contains it.
         entry: name of the leaf whose input is x.
         exit: name of the leaf whose output is h, before dropout.
     """
@@ -37,12 +38,11 @@ def find_sublayers(modules: Iterable[str]) -> list[Sublayer]:
     """Find the sub-layers of a model from the names of its modules.
 
     Args:
-        modules: the names of all modules, as `peft_lntune.core.module_tree.base_modules` gives them: an adapted
-            model's are those it had before.
+        modules: names of all modules of the base model, from `peft_lntune.core.module_tree.base_modules`.
 
     Returns:
-        The sub-layers, block by block in the order of `modules`, in a block by `SUBLAYER_ROLES`. Empty where no row of
-        `peft_lntune.architectures.table.ARCHITECTURES` knows the model.
+        The sub-layers, block by block in the order of `modules`, within a block in that of `SUBLAYER_ROLES`. Empty
+        where no row of `peft_lntune.architectures.table.ARCHITECTURES` fits the model.
 
     Example:
         >>> names = ["", "h", "h.0", "h.0.mlp", "h.0.mlp.c_fc", "h.0.mlp.c_proj"]

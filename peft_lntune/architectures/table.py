@@ -1,14 +1,16 @@
-"""The table of architectures: one row per way in which models are built, whatever models are built that way.
+"""The table of architectures: one row per structure, which may be that of many models.
 
-Four questions are answered from the rows: which sub-layer a norm serves (`roles.py`), where a sub-layer begins and ends
-(`sublayers.py`), which component a parameter is (`components.py`), and what LoRA tunes by default (`lora_targets`).
+The rows answer four questions: which sub-layer a norm serves (`roles.py`), where a sub-layer begins and ends
+(`sublayers.py`), to which component a parameter belongs (`components.py`), and what LoRA tunes by default
+(`lora_targets`).
 """
 
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from peft_lntune.architectures.role_names import ATTENTION, CROSS, FFN, MIXER, below
+from peft_lntune.architectures.role_names import ATTENTION, CROSS, FFN, MIXER
+from peft_lntune.core.module_tree import below
 
 __all__ = [
     "ARCHITECTURES",
@@ -32,11 +34,11 @@ EMBEDDING, FINAL = "embedding", "final"
 class Component(StrEnum):
     """A component of a model. Attention over an encoder's output counts as attention.
 
-    The value is what configs accept and store.
+    Configs accept and store the value.
 
     Attributes:
-        label: what tables show.
-        meaning: what error messages and docs say of it.
+        label: name in tables.
+        meaning: description in error messages and docs.
     """
 
     label: str
@@ -68,12 +70,13 @@ LAYER_MATRICES = tuple(part for part in MATRICES if part not in (Component.EMBED
 
 @dataclass(frozen=True)
 class Contents:
-    """What a module holds.
+    """The contents of a module.
 
     Attributes:
-        components: in the order of the matrix's outputs; empty for what configs do not choose, such as a router.
-        label: what tables show.
-        by_head: whether several components lie head by head, or in an order that is not known.
+        components: components in the order of the matrix's outputs; empty for modules that configs cannot choose, such
+            as a router.
+        label: name in tables.
+        by_head: whether several components are interleaved head by head, or in an unknown order.
     """
 
     components: tuple[Component, ...]
@@ -89,18 +92,26 @@ class _Place:
         self.has, self.lacks = tuple(has), tuple(lacks.split())
 
     def fits(self, module: str, names: Container[str]) -> bool:
-        """Whether a module is built that way, told from the names of all modules."""
+        """Whether a module has this structure.
+
+        Args:
+            module: name of the module.
+            names: names of all modules.
+
+        Returns:
+            True where all paths of `has` exist below the module, and none of `lacks`.
+        """
         found = all(below(module, path) in names for path in self.has)
         return found and not any(below(module, path) in names for path in self.lacks)
 
 
 class NormPlace(_Place):
-    """A module below which there are norms.
+    """A module that contains norms.
 
     Args:
-        has: paths that there must be below the module, with spaces between.
+        has: paths that must exist below the module, separated by spaces.
         roles: the role or roles of each norm, by its path below the module.
-        lacks: paths that there must not be, with spaces between.
+        lacks: paths that must not exist below the module, separated by spaces.
 
     Example:
         >>> place = NormPlace("attn mlp", {"ln": ("attention", "ffn")})
@@ -118,10 +129,10 @@ class Span(_Place):
 
     Args:
         role: `"attention"`, `"cross_attention"` or `"ffn"`.
-        modules: what its modules hold, by their paths below the block; `UNKNOWN` where the path alone does not tell.
+        modules: contents of its modules, by their paths below the block; `UNKNOWN` where the path alone is ambiguous.
             The first reads the input, the last gives the output.
-        has: further paths that there must be below the block, with spaces between.
-        lacks: paths that there must not be, with spaces between.
+        has: further paths that must exist below the block, separated by spaces.
+        lacks: paths that must not exist below the block, separated by spaces.
 
     Example:
         >>> span = Span("ffn", {"mlp.up": UP, "mlp.down": DOWN})
@@ -136,14 +147,14 @@ class Span(_Place):
 
 
 class Architecture:
-    """One row of the table. What it shares with other rows need not be repeated.
+    """One row of the table. Entries of other rows need not be repeated.
 
     Args:
-        places: sub-layers; and places with norms whose roles the rules by names (`role_rules.py`) do not read, or
-            would read wrongly.
-        modules: what further modules hold, by the end of their path; the longest end that is known wins.
-        lora: the names of the modules that LoRA tunes by default, with spaces between, for models that PEFT has no
-            list of.
+        places: sub-layers; and places with norms whose roles the general rules (`role_rules.py`) do not cover or would
+            misread.
+        modules: contents of further modules, by the end of their path; the longest known end applies.
+        lora: names of the modules that LoRA tunes by default, separated by spaces, for models without a default in
+            PEFT.
 
     Example:
         >>> row = Architecture(
@@ -173,14 +184,14 @@ BY_HEAD = _holds(*_QKV, by_head=True)
 
 
 def attention(module: str, names: str, *, cross: bool = False, by_head: bool = False) -> Span:
-    """An attention sub-layer.
+    """Make an attention sub-layer.
 
     Args:
-        module: the path of the attention module below its block.
-        names: paths below that module, with spaces between. Four: the projections to queries, keys and values, and
-            the one behind attention; three: keys and values are in one; two: all three are in one.
+        module: path of the attention module below its block.
+        names: paths below that module, separated by spaces. Four: the projections to queries, keys and values, and the
+            output projection; three: keys and values are in one; two: all three are in one.
         cross: whether the keys come from an encoder.
-        by_head: whether one matrix for all three holds them head by head, or in an order that is not known.
+        by_head: whether a matrix for all three holds them head by head, or in an unknown order.
 
     Returns:
         The sub-layer.
@@ -201,14 +212,14 @@ GATE_UP = _holds(Component.FFN_GATE, Component.FFN_UP)
 
 
 def ffn(module: str, names: str, *, gated: bool = False, has: str = "", lacks: str = "") -> Span:
-    """A feed-forward sub-layer.
+    """Make a feed-forward sub-layer.
 
     Args:
-        module: the path of the FFN below its block; empty where its projections are the block's own.
-        names: paths below that module, with spaces between: of the gate, where there is one, then up, then down.
-        gated: whether the first of two holds the gate and the projection up, in this order.
-        has: further paths that there must be below the block, with spaces between.
-        lacks: paths that there must not be, with spaces between.
+        module: path of the FFN below its block; empty where its projections are children of the block.
+        names: paths below that module, separated by spaces: the gate, if there is one, then up, then down.
+        gated: whether the first of two paths holds the gate and the up projection, in this order.
+        has: further paths that must exist below the block, separated by spaces.
+        lacks: paths that must not exist below the block, separated by spaces.
 
     Returns:
         The sub-layer.
@@ -227,9 +238,9 @@ WORDS, POSITIONS, TYPES, PATCHES = (
     Contents((Component.EMBEDDING,), f"{kind} embeddings") for kind in ("word", "position", "type", "patch")
 )
 POOLER = _holds(Component.POOLER)
-_CONVNEXT = (FFN, MIXER)  # one norm between the convolution and the FFN closes the one and feeds the other
+_CONVNEXT = (FFN, MIXER)  # a norm between convolution and FFN closes the first and feeds the second
 
-# Experts are no sub-layer: each works on some of the tokens, and no leaf's output is that of the whole FFN.
+# Experts are not a sub-layer: each works on some of the tokens, and no leaf's output is that of the whole FFN.
 ARCHITECTURES: dict[str, Architecture] = {
     "Llama, Mistral, Qwen, Gemma, OLMo, Cohere": Architecture(
         attention("self_attn", "q_proj k_proj v_proj o_proj"),
@@ -326,7 +337,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ffn("", "fc1 fc2", has="self_attn"),
         modules={"embed_positions": POSITIONS},
     ),
-    # torch's own attention computes with the weights of its leaves and calls none of them, so it is no sub-layer here.
+    # torch's own attention uses the weights of its leaves without calling them, so it is not a sub-layer here.
     "torch's own layers": Architecture(
         NormPlace("self_attn multihead_attn linear1 linear2", {"norm1": ATTENTION, "norm2": CROSS, "norm3": FFN}),
         Span(FFN, {"linear1": UNKNOWN, "linear2": UNKNOWN}, has="self_attn"),
@@ -395,11 +406,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         NormPlace("conv_norm_out conv_out", {"conv_norm_out": FINAL}),
     ),
 }
-"""The rows, by what is built that way. A row may be added for an architecture that is missing."""
+"""The rows, by the architectures with this structure. Add a row for a missing architecture."""
 
 
 def contents_by_path() -> dict[str, Contents]:
-    """What a module holds, by the end of its path: all rows together.
+    """The contents of modules by the end of their path, from all rows.
 
     Returns:
         The contents by path.
@@ -416,13 +427,13 @@ def contents_by_path() -> dict[str, Contents]:
 
 
 def lora_targets(modules: Iterable[str]) -> tuple[str, ...] | None:
-    """What LoRA tunes by default in a model that PEFT has no list of: the projections to queries and values.
+    """The modules that LoRA tunes by default in a model without a default in PEFT: queries and values.
 
     Args:
-        modules: the names of all modules.
+        modules: names of all modules.
 
     Returns:
-        The names of the modules to tune, without what is above them; None where no row fits.
+        The modules' own names, without the path above them; None where no row fits.
 
     Example:
         >>> lora_targets(["encoder.0.attn.q_lin", "encoder.0.attn.k_lin", "encoder.0.attn.v_lin"])

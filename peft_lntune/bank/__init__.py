@@ -1,4 +1,4 @@
-"""Very many adapters of one model in few tensors, served row by row."""
+"""Thousands of adapters of one model in few tensors, served row by row."""
 
 from peft_lntune.bank.adapter_bank import AdapterBank
 

@@ -1,4 +1,4 @@
-"""Many adapters of one model, in stacks of which a batch takes its rows."""
+"""Many adapters of one model, in stacks from which a batch gathers its rows."""
 
 import os
 import threading
@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from peft_lntune.bank.bank_file import BLOCK, BankFile, save_bank
@@ -19,7 +17,7 @@ from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.core.detour import Detour
 from peft_lntune.core.module_tree import called_modules
 from peft_lntune.errors import AdapterFileError, ConfigError, RoutingError, UnsupportedError
-from peft_lntune.layers import switched_off
+from peft_lntune.layers import switched_off, unmerged_layers
 from peft_lntune.routing.base_rows import BaseRows
 from peft_lntune.routing.entries import Entries
 from peft_lntune.routing.route import BASE, Route
@@ -32,23 +30,23 @@ __all__ = ["AdapterBank"]
 
 
 class AdapterBank:
-    """Very many LN-tuning and Fisher adapters of one model, served row by row.
+    """Thousands of LN-tuning and Fisher adapters of one model, served row by row.
 
-    All adapters are a few tensors, a row each. A routed batch gathers its rows once, whatever the number of adapters in
-    the bank or in the batch, and each norm costs one operation more than the base model's.
+    All adapters are in a few tensors, one row per adapter. A routed batch gathers its rows once, whatever the number of
+    adapters in the bank or in the batch, and each norm costs one operation more than in the base model.
 
-    Rows are copied when a route is entered, so adapters may be added and removed at any time, by other threads too. One
-    routed forward runs at a time, and a route belongs to the thread that entered it.
+    Rows are copied when a route is entered, so adapters may be added and removed at any time, also by other threads.
+    One routed forward runs at a time, and a route belongs to the thread that entered it.
 
     Args:
-        model: the base model, or a PeftModel, whose own adapters are then off inside a route.
-        capacity: how many adapters there is room for at first. Room doubles when it is used up, and while rows are
-            copied both are there; so give the number if it is known.
-        dtype: of the rows; None: float32. `torch.bfloat16` takes half, and rounds each delta to 8 bits.
-        device: of the rows; None: that of each norm.
+        model: the base model, or a PeftModel, whose own adapters are off inside a route.
+        capacity: number of adapters for which there is room at first. The room doubles when it is used up, which needs
+            memory for both copies; give the number of adapters if it is known.
+        dtype: dtype of the rows; None: float32. `torch.bfloat16` takes half the memory and rounds each delta to 8 bits.
+        device: device of the rows; None: that of each norm.
 
     Raises:
-        ConfigError: the capacity is no positive number, or the dtype not floating.
+        ConfigError: the capacity is not a positive number, or the dtype is not floating-point.
         UnsupportedError: the model has no norm with parameters, or is a PeftModel with learned prompts.
 
     Example:
@@ -77,13 +75,13 @@ class AdapterBank:
         if type(capacity) is not int or capacity < 1:
             raise ConfigError(f"capacity={capacity!r} should be a number of adapters, at least 1.")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ConfigError(f"dtype={dtype!r} is no floating dtype of torch. Use torch.float32, or leave it out.")
+            raise ConfigError(f"dtype={dtype!r} is not a floating dtype of torch. Use torch.float32, or leave it out.")
         self._base: Any = _base_of(model)
         self._reader = AdapterReader(self._base)
         places = [f"{norm}.{parameter}" for norm in self._reader.norms for parameter in PARAMETERS]
         like = {name: value for name in places if (value := self._reader.parameter(name)) is not None}
         if not like:
-            raise UnsupportedError("this model has no norm with a weight, so there is nothing that a bank could hold.")
+            raise UnsupportedError("this model has no norm with a weight, so a bank has nothing to hold.")
         self._stacks = Stacks(like, capacity + 1, dtype, None if device is None else torch.device(device))
         self._stacks.write([0], as_rows(self._stacks, [{}]))
         offsets = {name: self._reader.offset(name) for name in like}
@@ -98,22 +96,22 @@ class AdapterBank:
         self._saved: BankFile | None = None
         self._detours: list[Detour] = []
 
-    # What is in the bank.
+    # Contents.
 
     @property
     def names(self) -> list[str]:
-        """The adapters, in the order they were added."""
+        """Names of the adapters, in the order they were added."""
         with self._lock:
             return list(self._slots)
 
     @property
     def capacity(self) -> int:
-        """How many adapters there is room for without growing."""
+        """Number of adapters for which there is room without growing."""
         return self._stacks.rows - 1
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of memory for each adapter, heads aside."""
+        """Bytes of memory per adapter, without heads."""
         return self._stacks.row_bytes
 
     def __len__(self) -> int:
@@ -132,29 +130,30 @@ class AdapterBank:
         return f"AdapterBank({len(self)} adapters of {type(self._base).__name__}, {self.row_bytes:,} bytes each)"
 
     def add(self, name: str, source: AdapterSource) -> None:
-        """Take in an adapter.
+        """Add an adapter.
 
         Args:
-            name: what it is called here.
-            source: a directory that `save_pretrained` has written, or `(peft_model, adapter_name)`.
+            name: its name in the bank.
+            source: a directory written by `save_pretrained`, or `(peft_model, adapter_name)`.
 
         Raises:
-            ConfigError: the name is taken or not possible, or the source is neither of the two.
-            UnsupportedError: the adapter tunes something else than norms.
-            AdapterFileError: it is damaged, torn or foreign, or does not fit this model. The bank is as it was.
+            ConfigError: the name is taken or not allowed, or the source is of neither kind.
+            UnsupportedError: the adapter tunes other modules than norms.
+            AdapterFileError: it is damaged, incomplete, of another kind, or does not fit this model. The bank is
+                unchanged.
         """
         self.add_many({name: source})
 
     def add_many(self, sources: Mapping[str, AdapterSource]) -> None:
-        """Take in adapters, all of them or, where one is refused, none.
+        """Add several adapters: all of them or, if one is refused, none.
 
         Args:
-            sources: for each name what `add` takes.
+            sources: for each name a directory written by `save_pretrained`, or `(peft_model, adapter_name)`.
 
         Raises:
-            ConfigError: a name is taken or not possible, or a source is neither a directory nor a model and a name.
-            UnsupportedError: an adapter tunes something else than norms.
-            AdapterFileError: an adapter is damaged, torn or foreign, or does not fit this model.
+            ConfigError: a name is taken or not allowed, or a source is of neither kind.
+            UnsupportedError: an adapter tunes other modules than norms.
+            AdapterFileError: an adapter is damaged, incomplete, of another kind, or does not fit this model.
         """
         self._check_names(sources)
         names = list(sources)
@@ -177,13 +176,13 @@ class AdapterBank:
             raise
 
     def remove(self, name: str) -> None:
-        """Forget an adapter; its place is used again. A route that is open keeps the rows it has gathered.
+        """Remove an adapter; its row is reused. An open route keeps the rows it has gathered.
 
         Args:
-            name: of the adapter.
+            name: name of the adapter.
 
         Raises:
-            ConfigError: there is no such adapter.
+            ConfigError: the adapter is not in the bank.
         """
         with self._lock:
             self._check_known([name])
@@ -194,18 +193,18 @@ class AdapterBank:
             self._give_back([slot])
 
     def index(self, names: Sequence[str]) -> Tensor:
-        """Adapters as numbers, which `route` takes in place of names; the base model is 0.
+        """Convert names to indices, which `route` accepts in place of names; the base model is 0.
 
-        A number is good until its adapter is removed, since its place is then used again.
+        An index stays valid until its adapter is removed; its row is then reused.
 
         Args:
-            names: of adapters, or `"__base__"`.
+            names: names of adapters, or `"__base__"`.
 
         Returns:
-            `(len(names),)` int64.
+            The indices, `(len(names),)` int64.
 
         Raises:
-            RoutingError: there is no such adapter.
+            RoutingError: an adapter is not in the bank.
         """
         with self._lock:
             return torch.tensor(self._slots_of(names), dtype=torch.long)
@@ -214,13 +213,14 @@ class AdapterBank:
         """The deltas of an adapter.
 
         Args:
-            name: of the adapter.
+            name: name of the adapter.
 
         Returns:
-            Copies, dense, by the names of the base model's parameters.
+            Dense copies, by the names of the base model's parameters.
 
         Raises:
-            ConfigError: there is no such adapter.
+            ConfigError: the adapter is not in the bank.
+            AdapterFileError: its rows in the file from which the bank was opened are damaged.
         """
         with self._lock:
             self._check_known([name])
@@ -230,17 +230,19 @@ class AdapterBank:
     def heads(self, name: str) -> dict[str, dict[str, Tensor]]:
         """The heads of an adapter.
 
-        For heads of another shape than the model's own, which no route can run: run the model's body in a route, and
-        each row of what it gives through its own head.
+        A route cannot run heads of another shape than the model's own. For these, run the body of the model in a route,
+        and each row of its output through its own head.
 
         Args:
-            name: of the adapter.
+            name: name of the adapter.
 
         Returns:
-            Copies of their tensors, by the name of the head and by the names in it; norms in heads have deltas.
+            Copies of the tensors, by the name of the head and by their names in the head, without norms, which have
+            deltas.
 
         Raises:
-            ConfigError: there is no such adapter.
+            ConfigError: the adapter is not in the bank.
+            AdapterFileError: its rows in the file from which the bank was opened are damaged.
         """
         with self._lock:
             self._check_known([name])
@@ -250,12 +252,15 @@ class AdapterBank:
     # Files.
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the bank as one safetensors file, which appears whole or not at all.
+        """Write the bank as one safetensors file, which appears complete or not at all.
 
-        Nothing can be added, removed or routed meanwhile.
+        No adapter can be added, removed or routed meanwhile.
 
         Args:
-            path: of the file.
+            path: path of the file.
+
+        Raises:
+            AdapterFileError: rows in the file from which the bank was opened are damaged.
         """
         with self._lock:
             self._load(list(self._slots))
@@ -265,19 +270,19 @@ class AdapterBank:
     def open(
         cls, path: str | os.PathLike, model: nn.Module, capacity: int = 1024, device: torch.device | str | None = None
     ) -> "AdapterBank":
-        """Open a file that `save` has written. Rows are copied from it, and checked, when they are first asked for.
+        """Open a file written by `save`. Rows are copied from the file and checked on first use.
 
         Args:
-            path: of the file.
+            path: path of the file.
             model: the model that the bank was made for.
-            capacity: how many adapters there is room for at first; at least as many as the file has.
-            device: of the rows; None: that of each norm.
+            capacity: number of adapters for which there is room at first; at least the number in the file is used.
+            device: device of the rows; None: that of each norm.
 
         Returns:
             A bank with the dtype of the file.
 
         Raises:
-            AdapterFileError: the file is damaged, cut off, no bank, or of another model.
+            AdapterFileError: the file is damaged, truncated, not a bank, or from another model.
         """
         with told_by_us(path, lambda: True):
             saved = BankFile(path)
@@ -289,14 +294,14 @@ class AdapterBank:
         return bank
 
     def load(self, names: Sequence[str] | None = None) -> None:
-        """Copy adapters from the file that the bank was opened from, before they are first asked for.
+        """Copy adapters from the file from which the bank was opened, before their first use.
 
         Args:
-            names: which; None: all.
+            names: names of the adapters; None: all.
 
         Raises:
-            AdapterFileError: the rows of an adapter are damaged. It stays in the file; the others can be used.
-            ConfigError: there is no such adapter.
+            AdapterFileError: the rows of an adapter are damaged. The other adapters can be used.
+            ConfigError: an adapter is not in the bank.
         """
         with self._lock:
             self._check_known(self._slots if names is None else names)
@@ -305,10 +310,10 @@ class AdapterBank:
     # Serving.
 
     def attach(self) -> None:
-        """Let the norms of the model follow a route. While none is on, the model computes what it did before.
+        """Make the norms of the model follow a route. Without a route, the model computes as before.
 
-        Every norm gets a forward of its own; no parameter is renamed, hooks stay, the state dict is the same. A copy of
-        the model is not attached. Attached twice is attached once.
+        Every norm gets its own forward; no parameter is renamed, and hooks and the state dict stay. A copy of the model
+        is not attached. A second call has no effect.
 
         Raises:
             UnsupportedError: another bank is attached to this model.
@@ -331,11 +336,11 @@ class AdapterBank:
         self._detours.append(detour)
 
     def _watched(self) -> dict[str, nn.Module]:
-        """The modules that follow a route, by name."""
+        """Modules that follow a route, by name."""
         return {name: self._reader.modules[name] for name in (*self._reader.norms, *self._heads.layers)}
 
     def detach(self) -> None:
-        """Leave the model as it was before `attach`.
+        """Restore the model as it was before `attach`.
 
         Raises:
             RoutingError: a route is on.
@@ -349,23 +354,25 @@ class AdapterBank:
 
     @contextmanager
     def route(self, names: Sequence[str] | str | Tensor) -> Iterator[None]:
-        """Forward passes and `generate` of the model inside this context use an adapter for each row.
+        """Inside this context, forward passes and `generate` of the model use one adapter per row.
 
-        The context belongs to the thread, or the asyncio task, that enters it: meanwhile a forward pass of another one
-        raises. The first batch of several adapters is run three times on the side, to see where the model has the rows
-        of a sample; a model that has them elsewhere than along the first axis is refused. A cache of keys and values
-        (`past_key_values`) is that of the adapter that made it: going on with it under another one cannot be noticed.
+        The context belongs to the thread or asyncio task that enters it; meanwhile, a forward pass in another one
+        raises. The first batch with several adapters runs three times on a copy, to find out where the model has the
+        rows of a sample; a model that has them elsewhere than along the first axis is refused. A cache of keys and
+        values (`past_key_values`) belongs to the adapter that made it; its use under another adapter is not detected.
 
         Args:
-            names: the adapter of each row, `"__base__"` or 0 for none; or what `index` has made of them, `(B,)` int64;
-                or one name for all rows. In `generate` rows are repeated with their samples, for beams and return
-                sequences.
+            names: the adapter of each row, `"__base__"` or 0 for none; or indices from `index`, `(B,)` int64; or one
+                name for all rows. In `generate`, rows are repeated with their samples, for beams and return sequences.
+
+        Yields:
+            Nothing.
 
         Raises:
-            RoutingError: the model is not attached, was changed since, is in training mode or merged, a route is on
-                already, or an adapter is not in the bank. Inside the context, when the model is called: the batch has
+            RoutingError: the model is not attached, was changed since, is in training mode or merged, another route is
+                on, or an adapter is not in the bank. Inside the context, when the model is called: the batch has
                 another number of rows, packed rows, or its samples elsewhere than along the first axis.
-            AdapterFileError: the rows of an adapter, in the file the bank was opened from, are damaged.
+            AdapterFileError: the rows of an adapter in the file from which the bank was opened are damaged.
         """
         with ExitStack() as stack:
             with self._lock:
@@ -381,7 +388,7 @@ class AdapterBank:
             yield
 
     def _check_ready(self) -> list[Any]:
-        """The tuner layers of the model, none of which may be merged."""
+        """The tuner layers of the model, after checking that none is merged."""
         if not self._detours:
             raise RoutingError("the bank is not attached to its model. Call bank.attach() first.")
         if self._base.training:
@@ -394,24 +401,20 @@ class AdapterBank:
                     "Call bank.detach() before the model is changed and bank.attach() afterwards; where a module was "
                     "exchanged, make a new bank."
                 )
-        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-        tuners = [module for module in modules if isinstance(module, kinds)]
-        if any(getattr(module, "merged", False) for module in tuners):
-            raise RoutingError("cannot route when there are merged adapters, please call `unmerge_adapter` first.")
-        return tuners
+        return unmerged_layers(modules, "route")
 
     def _gather(self, slots: Sequence[int]) -> list[Stack]:
-        """Rows of the effective parameters; copies, whatever happens to the stacks afterwards."""
+        """Rows of the effective parameters, as copies that do not change with the stacks."""
         with torch.inference_mode(False), torch.no_grad():
             return self._base_rows.add_to(self._stacks.gather(torch.tensor(slots, dtype=torch.long)))
 
-    # Names and slots; with the lock.
+    # Names and slots; the caller holds the lock.
 
     def _check_names(self, names: Mapping[str, Any] | Sequence[str]) -> None:
         for name in names:
             if not isinstance(name, str) or not name or name == BASE:
                 raise ConfigError(
-                    f"an adapter cannot be named {name!r}: a name is a string, not empty, and {BASE!r} is the base "
+                    f"an adapter cannot be named {name!r}: a name must be a non-empty string, and {BASE!r} is the base "
                     "model."
                 )
             if name in self._slots:
@@ -433,12 +436,12 @@ class AdapterBank:
         return [0 if name == BASE else self._slots[name] for name in names]
 
     def _resolve(self, names: Sequence[str] | str | Tensor) -> tuple[list[str], list[int]]:
-        """Names and slots of what a user has routed."""
+        """Names and slots of the adapters given to `route`."""
         if isinstance(names, str):
             return [names], self._slots_of([names])
         if not isinstance(names, (Tensor, Sequence)):
             raise RoutingError(
-                "route takes a name for each row, one string for all rows, or what bank.index gave, but got "
+                "route takes a name for each row, one string for all rows, or indices from bank.index, but got "
                 f"{names!r}. For the base model give {BASE!r}."
             )
         if not isinstance(names, Tensor):
@@ -446,7 +449,7 @@ class AdapterBank:
             return [self._names[slot] for slot in slots], slots
         if names.dtype != torch.long or names.dim() != 1:
             raise RoutingError(
-                f"an index is int64 of shape (B,), as bank.index makes it, but got {names.dtype} of shape "
+                f"an index is int64 of shape (B,), as bank.index returns it, but got {names.dtype} of shape "
                 f"{tuple(names.shape)}."
             )
         slots = names.tolist()
@@ -458,7 +461,7 @@ class AdapterBank:
         return [self._names[slot] for slot in slots], slots
 
     def _take(self, count: int) -> list[int]:
-        """Slots for new adapters: used ones for a single one, in a row for several where there is room."""
+        """Slots for new adapters: for one a reused slot, for several consecutive ones where there is room."""
         keep = count > 1 and self._next + count <= self._stacks.rows
         reused = [] if keep else [self._free.popleft() for _ in range(min(count, len(self._free)))]
         fresh = range(self._next, self._next + count - len(reused))
@@ -482,13 +485,13 @@ class AdapterBank:
             finite = block.flatten(1).isfinite().all(1).tolist()
             if not all(finite):
                 raise AdapterFileError(
-                    f"adapter {names[finite.index(False)]!r} holds values that are not finite in {block.dtype}. The "
-                    "training that made it diverged, or the bank needs a wider dtype."
+                    f"adapter {names[finite.index(False)]!r} holds values that are not finite in {block.dtype}. Its "
+                    "training diverged, or the bank needs a wider dtype."
                 )
         return rows
 
     def _load(self, names: Sequence[str]) -> None:
-        """Copy rows from the file where that has not been done yet."""
+        """Copy those rows from the file that have not been copied yet."""
         if self._saved is None or not self._saved.pending:
             return
         for block, rows, heads in self._saved.take(names):
@@ -504,7 +507,7 @@ def _base_of(model: nn.Module) -> nn.Module:
         return model
     if any(config.is_prompt_learning for config in model.peft_config.values()):
         raise UnsupportedError(
-            "this PeftModel has learned prompts, which a route cannot leave out. Give its base model."
+            "this PeftModel has learned prompts, which a route cannot switch off. Give its base model."
         )
     return model.get_base_model()
 

@@ -1,7 +1,7 @@
-"""A bank as one safetensors file: its stacks, an index of names, and a digest of each adapter.
+"""A bank as one safetensors file: its stacks, an index of names, and a digest per adapter.
 
-The file may be larger than the memory that is left, so it is written block by block, and read through a memory map:
-rows are copied from it when they are asked for.
+The file may be larger than the free memory, so it is written block by block and read through a memory map: rows are
+copied from it on first use.
 """
 
 import hashlib
@@ -24,12 +24,12 @@ from peft_lntune.version import __version__
 __all__ = ["BANK_FORMAT", "BLOCK", "BankFile", "save_bank"]
 
 BANK_FORMAT = 2
-"""Version of bank files. In version 1 digests covered values alone; since 2 also the index: names, shapes, dtypes."""
+"""Version of bank files. In version 1 digests covered values only; since 2 also the index: names, shapes, dtypes."""
 
-_READ = (1, BANK_FORMAT)  # a file of another version is refused, never guessed at
+_READ = (1, BANK_FORMAT)  # files of other versions are refused
 
 BLOCK = 64
-"""How many adapters are read or written at once."""
+"""Number of adapters read or written at a time."""
 
 _KEY, _INDEX_DIGEST = "lntune_bank", "lntune_bank_digest"
 _DTYPES = {
@@ -46,7 +46,7 @@ _HeadTensors = Mapping[str, Mapping[str, Tensor]]
 
 
 class _Entry(NamedTuple):
-    """A tensor to be written, and its rows block by block."""
+    """A tensor to write, block by block."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -54,13 +54,13 @@ class _Entry(NamedTuple):
 
 
 def save_bank(path: str | os.PathLike, slots: Mapping[str, int], stacks: Stacks, heads: Heads) -> None:
-    """Write a bank without holding the file in memory; the file appears whole or not at all.
+    """Write a bank without holding the file in memory; the file appears complete or not at all.
 
     Args:
-        path: of the file; one that is there is replaced, and who has it open keeps the old one.
-        slots: of the adapters by name, in the order that they have in the file.
-        stacks: of the norms.
-        heads: of the adapters.
+        path: path of the file; an existing file is replaced, and processes that have it open keep the old one.
+        slots: slots of the adapters by name, in the order of the file.
+        stacks: stacks of the norms.
+        heads: heads of the adapters.
     """
     order = list(slots.values())
     own = [heads.read(slot) for slot in order]
@@ -78,10 +78,10 @@ def save_bank(path: str | os.PathLike, slots: Mapping[str, int], stacks: Stacks,
         for name, slot, found in zip(slots, order, own, strict=True)
     ]
     table = torch.tensor([list(digest) for digest in digests], dtype=torch.uint8)
-    entries = {
-        f"stack.{number}": _Entry(values.dtype, (len(order), *values.shape[1:]), _blocks(values, order))
-        for number, (_, values) in enumerate(stacks)
-    }
+    entries: dict[str, _Entry] = {}
+    for number, (_, values) in enumerate(stacks):
+        blocks = (_rows(values, order[start : start + BLOCK]) for start in range(0, len(order), BLOCK))
+        entries[f"stack.{number}"] = _Entry(values.dtype, (len(order), *values.shape[1:]), blocks)
     for row, found in enumerate(own):
         for head, tensors in found.items():
             for name, tensor in tensors.items():
@@ -91,7 +91,7 @@ def save_bank(path: str | os.PathLike, slots: Mapping[str, int], stacks: Stacks,
 
 
 def _write(path: str | os.PathLike, index: Mapping[str, Any], entries: Mapping[str, _Entry]) -> None:
-    """Write a safetensors file; tensors in their order, but wider dtypes first, as the format aligns them."""
+    """Write a safetensors file; tensors in their order, but wider dtypes first, as its alignment requires."""
     entries = dict(sorted(entries.items(), key=lambda named: -named[1].dtype.itemsize))
     listed = json.dumps({"format_version": BANK_FORMAT, "peft_lntune_version": __version__, **index})
     header: dict[str, Any] = {"__metadata__": {"format": "pt", _KEY: listed, _INDEX_DIGEST: _sha256(listed)}}
@@ -112,15 +112,15 @@ class BankFile:
     """An open bank file, and which of its adapters have not been copied yet.
 
     Attributes:
-        names: of all adapters in the file.
-        dtype: of their rows.
-        pending: of those that are still to be copied, the row by name.
+        names: names of all adapters in the file.
+        dtype: dtype of their rows.
+        pending: for each adapter that has not been copied yet, its row in the file.
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Raises:
-        AdapterFileError: the file is damaged, cut off, no bank, or of another format.
+        AdapterFileError: the file is damaged, truncated, not a bank, or of another format.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -133,9 +133,9 @@ class BankFile:
             self._shapes = {name: tuple(shape) for stack in index["stacks"] for name, shape in stack.items()}
             self._heads: dict[int, Any] = {int(row): dict(heads) for row, heads in index["heads"].items()}
             if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
-                raise ValueError(f"{self.dtype!r} is no floating dtype")
+                raise ValueError(f"{self.dtype!r} is not a floating dtype")
             if not all(isinstance(name, str) for name in self.names):
-                raise TypeError("a name is no string")
+                raise TypeError("a name is not a string")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise AdapterFileError(f"the index of {path} is damaged: {error!r}. Get a good copy.") from error
         self._index_layout = _layout(index)
@@ -151,7 +151,7 @@ class BankFile:
             raise AdapterFileError(f"{path} is damaged or cut off ({error}). Get a good copy of the bank.") from error
         if _KEY not in metadata:
             raise AdapterFileError(
-                f"{path} is no bank: it was not written by AdapterBank.save. A single adapter is added by "
+                f"{path} is not a bank: it was not written by AdapterBank.save. Add a single adapter with "
                 "bank.add(name, directory)."
             )
         try:
@@ -173,14 +173,14 @@ class BankFile:
         return index
 
     def check(self, stacks: Stacks, reader: AdapterReader) -> None:
-        """Check the file against the bank that will take its rows.
+        """Check the file against the bank that will use it.
 
         Args:
-            stacks: of the bank.
-            reader: of the bank's model.
+            stacks: stacks of the bank.
+            reader: reader for the bank's model.
 
         Raises:
-            AdapterFileError: the file is of another model, or its tensors are not those of its index.
+            AdapterFileError: the file is from another model, or its tensors do not agree with its index.
         """
         shapes = {name: tuple(values.shape[2:]) for names, values in stacks for name in names}
         if shapes != self._shapes:
@@ -193,7 +193,7 @@ class BankFile:
         unknown = {head for heads in self._heads.values() for head in heads} - reader.modules.keys()
         if unknown:
             raise AdapterFileError(
-                f"{self._path} was saved for another model: it has heads for {min(unknown)}, which this model has not."
+                f"{self._path} was saved for another model: it has heads for {min(unknown)}, which this model lacks."
             )
         expected = {"digests": (len(self.names), 32)}
         for number, names in enumerate(self._parameters):
@@ -208,14 +208,14 @@ class BankFile:
         self._bank_layout = [names for names, _ in stacks]
 
     def take(self, names: Sequence[str]) -> Iterator[tuple[list[str], list[Tensor], list[Adapter]]]:
-        """The rows of those adapters that are pending, in blocks; they stay pending until the caller has them.
+        """Read the rows of pending adapters, in blocks; the caller removes them from `pending`.
 
         Args:
-            names: of adapters; those that are not pending are passed over.
+            names: names of adapters; those that are not pending are skipped.
 
         Yields:
             For each block the names of its n adapters, their rows `(n, k, *shape)` for each stack of the bank, and the
-            adapters with their heads alone.
+            adapters with their heads only.
 
         Raises:
             AdapterFileError: the rows of an adapter are damaged.
@@ -232,13 +232,13 @@ class BankFile:
                 found = _row_digest([tensor[place] for tensor in stored], heads[place], about)
                 if found != bytes(digests[place].tolist()):
                     raise AdapterFileError(
-                        f"adapter {name!r} in {self._path} is damaged: its digest is another. Get a good copy of "
+                        f"adapter {name!r} in {self._path} is damaged: its digest differs. Get a good copy of "
                         "the bank; the other adapters in it can be used."
                     )
             yield block, self._laid_out(stored), [Adapter({}, own) for own in heads]
 
     def _tensor(self, name: str) -> Tensor:
-        """A tensor of the file: a view of the memory map, read when it is looked at."""
+        """A tensor of the file, as a view of the memory map, which is read on access."""
         try:
             found: Tensor = self._file.get_tensor(name)
         except SafetensorError as error:
@@ -252,7 +252,7 @@ class BankFile:
         }
 
     def _laid_out(self, stored: list[Tensor]) -> list[Tensor]:
-        """Rows as the bank has its stacks: in a model on several devices there are more of them."""
+        """Rows arranged for the bank's stacks, which are more where the model is on several devices."""
         if self._bank_layout == self._parameters:
             return stored
         named = {
@@ -264,14 +264,10 @@ class BankFile:
 
 
 def _rows(tensor: Tensor, rows: list[int]) -> Tensor:
-    """Rows of a mapped tensor; those that lie together are read as one."""
+    """Rows of a mapped tensor; consecutive rows are read as one slice."""
     if rows == list(range(rows[0], rows[0] + len(rows))):
         return tensor[rows[0] : rows[0] + len(rows)]
     return tensor[torch.tensor(rows)]
-
-
-def _blocks(values: Tensor, slots: list[int]) -> Iterator[Tensor]:
-    return (_rows(values, slots[start : start + BLOCK]) for start in range(0, len(slots), BLOCK))
 
 
 def _row_digest(rows: Iterable[Tensor], heads: _HeadTensors, about: str) -> bytes:
@@ -283,12 +279,12 @@ def _row_digest(rows: Iterable[Tensor], heads: _HeadTensors, about: str) -> byte
 
 
 def _layout(index: Mapping[str, Any]) -> str:
-    """What the index says that all rows are of."""
+    """A digest of the part of the index that describes all rows: dtype and stacks."""
     return _sha256(json.dumps([index["dtype"], index["stacks"]]))
 
 
 def _about(name: str, layout: str, heads: _HeadTensors) -> str:
-    """What is true of a row beside its values: whose it is, and of what shapes."""
+    """The description of a row that its digest covers in addition to its values: name, layout and head shapes."""
     shapes = {head: {key: [str(t.dtype), list(t.shape)] for key, t in own.items()} for head, own in heads.items()}
     return json.dumps([name, layout, shapes], sort_keys=True)
 

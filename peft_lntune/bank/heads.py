@@ -1,4 +1,4 @@
-"""Heads of the adapters in a bank, stacked layer by layer; `routing/heads.py` runs them row by row."""
+"""Heads of the adapters in a bank, stacked per layer; `routing/heads.py` runs them row by row."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,13 +19,13 @@ __all__ = ["Heads"]
 
 @dataclass(eq=False)
 class _Layer:
-    """A layer of a head: its parameters of all adapters, and what stands in its place.
+    """A layer of a head: the parameters of all adapters for it, and its replacement.
 
     Attributes:
         stacks: rows by slot; row 0 is the base model's.
-        owners: the slots that have parameters of their own; the others use row 0.
-        run: runs the layer by row.
-        detour: while the bank is attached, what leads calls there.
+        owners: slots with their own parameters; other slots use row 0.
+        run: runs the layer with one set of parameters per row.
+        detour: while the bank is attached, the detour from the layer to `run`.
     """
 
     stacks: Stacks
@@ -47,22 +47,22 @@ class Heads:
     """The heads of all adapters, by slot. Not for two threads at once; the bank has a lock.
 
     Attributes:
-        layers: of all heads, by name.
+        layers: layers of all heads, by name.
 
     Args:
-        reader: of the model.
-        route: shared with the norms.
+        reader: reader for the model.
+        route: the route, shared with the norms.
     """
 
     def __init__(self, reader: AdapterReader, route: Route) -> None:
         self._reader, self._route = reader, route
         self.layers: dict[str, _Layer] = {}
         self.held: dict[int, dict[str, Mapping[str, Tensor] | None]] = {}
-        """For each slot its heads, with their tensors where they are of another shape and so in no stack."""
+        """For each slot its heads: None where they are in stacks, their tensors where their shape differs."""
         self._attached = False
 
     def check(self, adapter: Adapter) -> None:
-        """Check that the heads of an adapter can be taken apart.
+        """Check that the heads of an adapter can be split into layers.
 
         Args:
             adapter: the adapter.
@@ -74,11 +74,11 @@ class Heads:
             self._layers_of(head)
 
     def write(self, slots: Sequence[int], adapters: Sequence[Adapter]) -> None:
-        """Take in the heads of adapters.
+        """Store the heads of adapters.
 
         Args:
-            slots: one for each adapter.
-            adapters: the adapters, checked.
+            slots: one per adapter.
+            adapters: the adapters, after `check`.
 
         Raises:
             UnsupportedError: one head is inside another.
@@ -98,10 +98,10 @@ class Heads:
         """Copy the heads in a slot.
 
         Args:
-            slot: of an adapter.
+            slot: slot of an adapter.
 
         Returns:
-            The tensors of each head by their names in the head.
+            The tensors of each head, by their names in the head.
         """
         found: dict[str, dict[str, Tensor]] = {}
         for head, tensors in self.held.get(slot, {}).items():
@@ -117,10 +117,10 @@ class Heads:
         return found
 
     def forget(self, slots: Sequence[int]) -> None:
-        """Take the heads out of slots; a layer that no slot has a head for is as it was.
+        """Remove the heads of slots, and restore the layers that no head uses any more.
 
         Args:
-            slots: those that are free again.
+            slots: the freed slots.
         """
         for slot in slots:
             self.held.pop(slot, None)
@@ -133,24 +133,27 @@ class Heads:
             self.layers.pop(name).restore()
 
     def attach(self) -> None:
-        """Let the layers follow the route, those there are and those to come."""
+        """Make the layers follow the route, also layers added later."""
         self._attached = True
         for layer in self.layers.values():
             layer.patch()
 
     def detach(self) -> None:
-        """Leave the layers as they were."""
+        """Restore the layers."""
         self._attached = False
         for layer in self.layers.values():
             layer.restore()
 
     @contextmanager
     def serving(self, names: Sequence[str], slots: Sequence[int]) -> Iterator[None]:
-        """Inside this context the layers have the rows of a batch, which are gathered on entering.
+        """Inside this context, the layers have the rows of a batch, which are gathered on entry.
 
         Args:
             names: the adapter of each row, for errors.
             slots: the slot of each row.
+
+        Yields:
+            Nothing.
         """
         layers = dict(self.layers)
         for name, layer in layers.items():
@@ -180,19 +183,19 @@ class Heads:
                     self.layers[layer].run.refused = self.layers[layer].run.refused or message
 
     def _gather(self, name: str, slots: Sequence[int]) -> dict[str, Tensor]:
-        """The tensors of a layer for each row, also where all are the base model's: a compiled graph stays the same."""
+        """The tensors of a layer for each row, even if all are the base model's, so that compiled graphs stay valid."""
         stacks, owners = self.layers[name].stacks, self.layers[name].owners
         rows = [slot if slot in owners else 0 for slot in slots]
         own = tensors_of(self._reader.modules, name)
         with torch.inference_mode(False), torch.no_grad():
-            if 0 in rows:  # read anew each time, as the base's norms are: what was trained tells nothing
+            if 0 in rows:  # read anew each time, since training leaves no trace
                 stacks.write([0], [torch.stack([own[key] for key in names])[None] for names, _ in stacks])
             gathered = stacks.gather(torch.tensor(rows, dtype=torch.long))
         # The model may have been moved or cast since the head was added.
         return {key: rows.to(own[key].device, own[key].dtype) for key, rows in unstacked(gathered).items()}
 
     def _layer(self, name: str) -> _Layer:
-        """The layer of this name, a new one where there is none yet."""
+        """The layer of this name, created on first use."""
         if name in self.layers:
             return self.layers[name]
         nested = [other for other in self.layers if f"{other}.".startswith(f"{name}.") or name.startswith(f"{other}.")]
@@ -208,7 +211,7 @@ class Heads:
         return layers_of(self._reader.modules, self._reader.norms, head)
 
     def _shapes(self, head: str) -> dict[str, torch.Size]:
-        """The shapes of the model's own head, norms aside."""
+        """The shapes of the model's own head, without norms."""
         modules = self._reader.modules
         return {
             f"{layer}.{name}".removeprefix(f"{head}."): tensor.shape

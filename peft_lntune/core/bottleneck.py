@@ -3,7 +3,7 @@
     s (U f(D x + b) + c)
 
 Source: Houlsby et al. 2019 (arXiv 1902.00751); the scale and the parallel position: He et al. 2022 (arXiv 2110.04366).
-What x is, and what the result is added to, is the matter of `peft_lntune.layers.bottleneck`.
+`peft_lntune.layers.bottleneck` decides what x is and what the result is added to.
 """
 
 import math
@@ -61,10 +61,12 @@ def bottleneck(
     activation: str = "relu",
     scale: float | Tensor = 1.0,
 ) -> Tensor:
-    """One bottleneck for all rows, or one for each sample.
+    """Compute one bottleneck for all rows, or one per sample.
+
+    Source: Houlsby et al. 2019 (arXiv 1902.00751); the scale: He et al. 2022 (arXiv 2110.04366).
 
     Args:
-        x: input, `(..., d_in)`; with one bottleneck for each sample `(B, ..., d_in)`.
+        x: input, `(..., d_in)`; with one bottleneck per sample `(B, ..., d_in)`.
         down: D, `(r, d_in)` or `(B, r, d_in)`.
         down_bias: b, `(r,)` or `(B, r)`.
         up: U, `(d_out, r)` or `(B, d_out, r)`.
@@ -85,7 +87,15 @@ def bottleneck(
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`W x + b` for `x` `(..., i)`: `W` `(o, i)` and `b` `(o,)`, or a row a sample, `(B, o, i)` and `(B, o)`.
+    """Compute `W x + b`, with one weight and bias for all rows, or one per sample.
+
+    Args:
+        x: input, `(..., i)`; with one weight per sample `(B, ..., i)`.
+        weight: W, `(o, i)` or `(B, o, i)`.
+        bias: b, `(o,)` or `(B, o)`.
+
+    Returns:
+        The output, `(..., o)`.
 
     Example:
         >>> weight = torch.stack([torch.eye(2), 3 * torch.eye(2)])
@@ -94,14 +104,21 @@ def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     if weight.dim() == 2:
         return F.linear(x, weight, bias)
-    # All tokens of a sample in one matrix: one batched product, whatever the number of axes between.
+    # All tokens of a sample form one matrix, so one batched product suffices.
     tokens = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
     answer = torch.baddbmm(bias.unsqueeze(1), tokens, weight.transpose(1, 2))
     return answer.reshape(*x.shape[:-1], weight.shape[1])
 
 
 def widen(tensors: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
-    """The same bottleneck with r = `size` features, of which the new ones are zero in D, b and U.
+    """Widen a bottleneck with zero features, so that it computes the same.
+
+    Args:
+        tensors: tensors of the bottleneck by `PARTS`.
+        size: number of features r afterwards, at least that of the bottleneck.
+
+    Returns:
+        The tensors by `PARTS`; the new features are zero in D, b and U.
 
     Example:
         >>> down, up = nn.Linear(4, 1), nn.Linear(1, 4)
@@ -119,10 +136,13 @@ def widen(tensors: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
 
 
 def stack_rows(rows: Sequence[Mapping[str, Tensor] | None]) -> dict[str, Tensor]:
-    """Bottlenecks of any sizes in one tensor a part, `(len(rows), ...)`, in the widest of their dtypes.
+    """Stack bottlenecks of any sizes, one tensor per part, in the widest of their dtypes.
 
     Args:
-        rows: the tensors of each by `PARTS`; None for one that adds nothing. At least one is not None.
+        rows: tensors of each bottleneck by `PARTS`; None for one that adds nothing. At least one is not None.
+
+    Returns:
+        Tensors `(len(rows), ...)` by `PARTS`; smaller bottlenecks are widened with zeros.
     """
     given = [tensors for tensors in rows if tensors is not None]
     size = max(len(tensors["down"]) for tensors in given)
@@ -135,14 +155,17 @@ def stack_rows(rows: Sequence[Mapping[str, Tensor] | None]) -> dict[str, Tensor]
 
 
 def weighted_sum(members: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
-    """The weighted sum of bottlenecks of one activation, exactly, as one of all their features together:
+    """The exact weighted sum of bottlenecks with the same activation, as one bottleneck with all their features.
 
         sum of w_i (U_i f(D_i x + b_i) + c_i)
             = [w_1 U_1, w_2 U_2, ...] f([D_1; D_2; ...] x + [b_1; b_2; ...]) + sum of w_i c_i
 
     Args:
-        members: the tensors of each by `PARTS`, scales multiplied into `up` and `up_bias`.
-        weights: one for each.
+        members: tensors of each bottleneck by `PARTS`, with scales multiplied into `up` and `up_bias`.
+        weights: one per bottleneck.
+
+    Returns:
+        Tensors of the sum by `PARTS`.
 
     Example:
         >>> one = {"down": torch.eye(2), "down_bias": torch.zeros(2), "up": torch.eye(2), "up_bias": torch.ones(2)}
@@ -175,12 +198,12 @@ class Scale(nn.Module):
 
 @torch.no_grad()
 def reset(down: nn.Linear, up: nn.Linear, identity: bool = True) -> None:
-    """Initial values: D as torch's `nn.Linear`, U zero and so no change of the model; both biases zero.
+    """Write initial values: D as in torch's `nn.Linear`, U zero (the model does not change), both biases zero.
 
     Args:
         down: D and b, written in place.
         up: U and c, written in place.
-        identity: False draws U at random, so that the adapter changes the model at once; for tests.
+        identity: False: draw U at random, so that the adapter changes the model at once; for tests.
     """
     nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
     nn.init.zeros_(down.bias)
@@ -192,15 +215,18 @@ def reset(down: nn.Linear, up: nn.Linear, identity: bool = True) -> None:
 
 
 def read_widths(entry: nn.Module, exit: nn.Module, label: str) -> dict[str, int]:
-    """How many features a bottleneck reads by its position; it answers with as many as a sequential one reads.
+    """How many features a bottleneck reads, for each position.
 
     Args:
         entry: the leaf whose input is x, the sub-layer's input.
-        exit: the leaf whose output is h, what the sub-layer answers.
+        exit: the leaf whose output is h, the sub-layer's output.
         label: name of the exit in the model, for the error.
 
+    Returns:
+        The number of features by position. The output of a bottleneck is as wide as `"sequential"`.
+
     Raises:
-        UnsupportedError: a leaf does not say how wide it is.
+        UnsupportedError: the width of a leaf is unknown.
 
     Example:
         >>> read_widths(nn.Linear(2, 8), nn.Linear(8, 3), "mlp.fc2")
@@ -210,7 +236,7 @@ def read_widths(entry: nn.Module, exit: nn.Module, label: str) -> dict[str, int]
 
 
 def _widths(leaf: nn.Module, label: str) -> tuple[int, int]:
-    """Features that a leaf reads, and those that it answers with."""
+    """Number of input and output features of a leaf."""
     for names in (("in_features", "out_features"), ("nx", "nf")):  # nn.Linear and its like; GPT-2's Conv1D
         found = [getattr(leaf, name, None) for name in names]
         if all(isinstance(width, int) for width in found):

@@ -1,8 +1,8 @@
-"""What may be kept of a computation, and until when.
+"""Whether a value computed from tensors may be cached, and for how long.
 
-A value is kept only while nothing that it came from can be trained. Neither a fused optimizer nor a write through
-`tensor.data` changes the version of a tensor, so nothing tells whether a tensor in training has changed. What cannot be
-trained is compared too: it must be the same tensor, at the same address, in the same version.
+A value is cached only while none of its source tensors can be trained. Neither a fused optimizer nor a write through
+`tensor.data` changes the version of a tensor, so a change in training cannot be detected. Frozen sources are compared:
+each must be the same tensor, at the same address, in the same version.
 """
 
 from typing import Any, NamedTuple
@@ -16,12 +16,12 @@ _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
 class TensorState(NamedTuple):
-    """A tensor of a module, as it was when a value was made of it.
+    """A tensor of a module, in its state when a value was computed from it.
 
     Attributes:
         owner: the dict of the module that holds the tensor, `_parameters` or `_buffers`.
         name: its name there.
-        tensor: the tensor; None where nothing made of it may be kept.
+        tensor: the tensor; None where no value computed from it may be cached.
         data_ptr: its address at the time.
         version: its version at the time.
     """
@@ -41,8 +41,8 @@ def state_of(module: nn.Module, name: str) -> TensorState:
         name: name of the parameter or buffer in the module.
 
     Returns:
-        The state, whose `tensor` is None where nothing made of the tensor may be kept: it may be trained, counts no
-        versions, is of a subclass with rules of its own (shards, fake tensors), or something stands in its place.
+        The state. Its `tensor` is None where no value computed from the tensor may be cached: it can be trained, counts
+        no versions, is of a tensor subclass (shards, fake tensors), or is overridden in the instance.
 
     Example:
         >>> norm = nn.LayerNorm(2)
@@ -54,7 +54,7 @@ def state_of(module: nn.Module, name: str) -> TensorState:
     owner: Any = module._parameters if name in module._parameters else module._buffers
     tensor = owner.get(name)
     known = type(tensor) in _PLAIN and name not in module.__dict__ and not tensor.is_inference()
-    # With a gradient at hand an optimizer would step, whatever the flag says by now.
+    # An optimizer steps where there is a gradient, even if `requires_grad` is off by now.
     if not known or tensor.requires_grad or tensor.grad is not None:
         return TensorState(owner, name, None)
     return TensorState(owner, name, tensor, tensor.data_ptr(), tensor._version)
@@ -64,7 +64,7 @@ def states_of(module: nn.Module) -> list[TensorState]:
     """Every parameter and buffer of a module, as it is now.
 
     Args:
-        module: its own tensors are meant, not those of its children.
+        module: the module; tensors of its children are left out.
 
     Returns:
         One state per tensor, parameters first.
@@ -78,13 +78,13 @@ def states_of(module: nn.Module) -> list[TensorState]:
 
 
 def is_valid(*states: TensorState) -> bool:
-    """Whether tensors are the same, in the same memory, not written to since, and still cannot be trained.
+    """Whether tensors are still the same, in the same memory, unchanged and frozen.
 
     Args:
-        *states: the tensors as they were when something was made of them.
+        *states: states of the tensors when a value was computed from them.
 
     Returns:
-        True where what was made of them may be used again.
+        True where the value may be used again.
 
     Example:
         >>> norm = nn.LayerNorm(2).requires_grad_(False)
@@ -111,16 +111,16 @@ def is_valid(*states: TensorState) -> bool:
 
 
 def is_traced() -> bool:
-    """Whether operations of this thread are compiled, exported, traced, faked or transformed just now.
+    """Whether operations of this thread are being compiled, exported, traced, faked or transformed.
 
     Returns:
-        True where values are not real, or belong to a graph, so that nothing made of them may be kept.
+        True where values are not real or belong to a graph, so that none of them may be cached.
 
     Example:
         >>> is_traced()
         False
     """
-    # Each in the one call that costs least; what exports without Dynamo has modes on.
+    # The cheapest call for each; exports without Dynamo are seen by their dispatch modes.
     if torch.compiler.is_dynamo_compiling() or torch._C._is_tracing():
         return True
     if torch._C._len_torch_dispatch_stack():  # some mode is on, perhaps one that only counts operations

@@ -2,7 +2,7 @@
 
     effective = base + delta
 
-Both are written once, here; the forward pass, merging, mixed batches and weighted sums all call these functions.
+The forward pass, merging, mixed batches and weighted sums all call these functions.
 """
 
 from collections.abc import Callable
@@ -27,14 +27,17 @@ PARAMETERS = ("weight", "bias")
 
 
 def delta_dtype(base_dtype: torch.dtype, override: torch.dtype | None = None) -> torch.dtype:
-    """The dtype a delta is kept in: at least float32, whatever the base model is stored in.
+    """The dtype of a delta: at least float32, whatever the dtype of the base model.
 
     Near 1 the spacing of bfloat16 is 2^-7, so an AdamW step of 1e-4 on a bfloat16 gain rounds to no step at all.
     A float32 delta keeps every such step.
 
     Args:
         base_dtype: dtype of the base parameter.
-        override: what the user asked for, or None.
+        override: dtype that the user asked for, or None.
+
+    Returns:
+        `override`, or the wider of `base_dtype` and float32.
 
     Example:
         >>> delta_dtype(torch.bfloat16), delta_dtype(torch.float64)
@@ -44,10 +47,16 @@ def delta_dtype(base_dtype: torch.dtype, override: torch.dtype | None = None) ->
 
 
 def never_narrowed(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """What `nn.Module._apply` does to each tensor, but for casts of a wide one to half precision.
+    """Wrap the function that `nn.Module._apply` calls per tensor, so that it casts no wide tensor to half precision.
 
-    `model.to(torch.bfloat16)`, `model.half()` and Trainer's `bf16_full_eval` mean the model. A tensor in float32 or
-    wider follows them to a device and keeps its dtype; one that was made in half precision is cast as any other.
+    `model.to(torch.bfloat16)`, `model.half()` and Trainer's `bf16_full_eval` are meant for the model. A tensor in
+    float32 or wider follows them to a device and keeps its dtype; a tensor made in half precision is cast as usual.
+
+    Args:
+        move: the function, such as `torch.Tensor.half`.
+
+    Returns:
+        A function of a tensor with the same effect, except for these casts.
 
     Example:
         >>> never_narrowed(torch.Tensor.bfloat16)(torch.ones(1)).dtype
@@ -73,15 +82,21 @@ class ParameterSlice(NamedTuple):
     """A part of a parameter along one axis, such as the queries in a fused projection.
 
     Attributes:
-        axis: along which.
-        ranges: from and to where, one after the other.
+        axis: the axis along which the part is cut.
+        ranges: start and stop of each range along the axis, in order.
     """
 
     axis: int
     ranges: tuple[tuple[int, int], ...]
 
     def shape_in(self, shape: torch.Size) -> torch.Size:
-        """The shape of the part in a parameter of `shape`.
+        """The shape of the part in a parameter.
+
+        Args:
+            shape: shape of the whole parameter.
+
+        Returns:
+            The shape of the part.
 
         Example:
             >>> ParameterSlice(0, ((0, 2), (4, 5))).shape_in(torch.Size([6, 3]))
@@ -92,7 +107,15 @@ class ParameterSlice(NamedTuple):
         return torch.Size(sizes)
 
     def add_to(self, base: Tensor, values: Tensor) -> Tensor:
-        """`base` plus `values` `(shape_in(base.shape))` at this part, in the wider of the two dtypes; a new tensor."""
+        """Add values at this part of a parameter.
+
+        Args:
+            base: the whole parameter.
+            values: the values, of shape `shape_in(base.shape)`.
+
+        Returns:
+            A new tensor of the shape of `base`, in the wider of the two dtypes.
+        """
         wide = base.to(torch.promote_types(base.dtype, values.dtype), copy=True)
         begin = 0
         for start, stop in self.ranges:
@@ -101,7 +124,14 @@ class ParameterSlice(NamedTuple):
         return wide
 
     def put(self, base: Tensor, part: Tensor) -> Tensor:
-        """`base` with `part` `(shape_in(base.shape))` in place of this part; a new tensor.
+        """Replace this part of a parameter.
+
+        Args:
+            base: the whole parameter.
+            part: the new values, of shape `shape_in(base.shape)`.
+
+        Returns:
+            A new tensor of the shape and dtype of `base`.
 
         Example:
             >>> ParameterSlice(0, ((0, 1), (2, 3))).put(torch.arange(3), torch.tensor([7, 9]))
@@ -114,7 +144,13 @@ class ParameterSlice(NamedTuple):
         return whole
 
     def of(self, base: Tensor) -> Tensor:
-        """This part of `base`; a view where it is one range.
+        """Cut this part out of a parameter.
+
+        Args:
+            base: the whole parameter.
+
+        Returns:
+            The part; a view of `base` where it is a single range.
 
         Example:
             >>> ParameterSlice(0, ((0, 1), (2, 3))).of(torch.arange(3))
@@ -131,7 +167,7 @@ def effective(base: Tensor, values: Tensor, index: Tensor | None = None, block: 
         base: the base parameter, any shape.
         values: the delta; of the shape of `base`, or `(k,)` where `index` says which entries it tunes.
         index: `(k,)`, int64, positions in the flattened base; None for a dense delta.
-        block: where a dense delta is of a part of the base alone, that part.
+        block: the part of the base that a dense delta changes; None: all of it.
 
     Returns:
         A new tensor of the shape of `base`.
@@ -153,7 +189,16 @@ def effective(base: Tensor, values: Tensor, index: Tensor | None = None, block: 
 
 
 def scatter(values: Tensor, index: Tensor, shape: torch.Size) -> Tensor:
-    """The dense delta `(*shape)` of a masked one: `values` `(k,)` at the flat positions `index` `(k,)`, else zero."""
+    """The dense form of a masked delta.
+
+    Args:
+        values: the tuned values, `(k,)`.
+        index: their positions in the flattened base, `(k,)` int64.
+        shape: shape of the base.
+
+    Returns:
+        A tensor of `shape`, zero outside `index`.
+    """
     return values.new_zeros(shape.numel()).index_copy(0, index, values).view(shape)
 
 
@@ -162,7 +207,7 @@ _BIT_OF_BYTE = 0x8040201008040201 - 2**64  # bit k of byte k, as int64 has it
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """A mask at one bit an entry. Inverse of `unpack_bits`.
+    """Pack a mask, one bit per entry; the inverse of `unpack_bits`.
 
     Args:
         mask: bool, any shape of n entries.

@@ -1,4 +1,4 @@
-"""How an effective parameter is made from its base: one small module for each adapter and base parameter."""
+"""The delta of one base parameter: one small module per adapter and parameter."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +26,7 @@ class Delta(nn.Module):
         dtype: dtype of the delta, see `peft_lntune.core.delta.delta_dtype`.
         device: where the delta lives.
         count: number of tuned entries, or None for all of them. The mask itself comes with `set_mask`, or is loaded.
-        block: where only a part of the parameter is meant, that part; without a mask the delta has its shape.
+        block: the part of the parameter to tune, if not all of it; without a mask the delta has its shape.
 
     Example:
         >>> delta = Delta(torch.Size([4]), torch.float32)
@@ -57,7 +57,16 @@ class Delta(nn.Module):
 
     @classmethod
     def masked(cls, mask: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> "Delta":
-        """A zero delta on the entries where `mask` (bool, shape of the base) is True; a dense one where all are."""
+        """Make a zero delta of the chosen entries; a dense one where all entries are chosen.
+
+        Args:
+            mask: bool, of the shape of the base, True for entries to tune.
+            dtype: dtype of the delta.
+            device: device of the delta.
+
+        Returns:
+            The delta.
+        """
         if mask.all():
             return cls(mask.shape, dtype, device)
         delta = cls(mask.shape, dtype, device, count=int(mask.sum()))
@@ -68,13 +77,13 @@ class Delta(nn.Module):
         return effective(base, self.weight, self.index, self.block)
 
     def with_rebuild(self, base: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
-        """The effective parameter, and a function of the base that makes its values again in a backward pass.
+        """The effective parameter, and a function that recomputes its values from the base in a backward pass.
 
         Args:
             base: the base parameter.
 
         Returns:
-            The function is None where the delta may be sharded, or hooks run around it.
+            The parameter and the function; None for the function where the delta may be sharded or has hooks.
         """
         value = self(base)
         if type(self) is not Delta or not runs_own_forward(self) or not is_plain(self, "weight"):
@@ -83,26 +92,26 @@ class Delta(nn.Module):
         return value, lambda base: effective(base, read(), index, block)
 
     def merged_value(self, base: Tensor) -> Tensor:
-        """The effective parameter that merging writes: here that of every call."""
+        """The effective parameter that merging writes: the same as in a forward pass."""
         return self(base)
 
     @property
     def index(self) -> Tensor | None:
-        """Flat positions of the tuned entries, `(k,)` int64; None when all are tuned. Kept until the mask changes.
+        """Flat positions of the tuned entries, `(k,)` int64; None when all are tuned. Cached until the mask changes.
 
         Raises:
-            UnsupportedError: the mask chooses nothing, since it was never loaded.
+            UnsupportedError: the mask chooses no entry, because it was never loaded.
         """
         if self.mask is None:
             return None
         if torch.compiler.is_compiling():
-            # A graph can ask for no address or version, and what nonzero returns has no shape there. A stable sort
-            # gives the same positions, in a shape that is known.
+            # A graph cannot read addresses or versions, and the result of nonzero has no known shape there. A stable
+            # sort gives the same positions in a known shape.
             bits = unpack_bits(self.mask, self.shape).reshape(-1).to(torch.uint8)
             return bits.argsort(descending=True, stable=True)[: self.weight.numel()]
         if self._index is None or not is_valid(self._index[0]):
             source = state_of(self, "mask")
-            with torch.inference_mode(False):  # what is kept here may be needed in a graph later
+            with torch.inference_mode(False):  # the cached index may be needed in a graph later
                 index = unpack_bits(self.mask, self.shape).reshape(-1).nonzero().reshape(-1)
             if not len(index):
                 raise UnsupportedError(
@@ -115,7 +124,7 @@ class Delta(nn.Module):
         return self._index[1]
 
     def train(self, mode: bool = True) -> "Delta":
-        self._index = None  # the mask may have been written through `.data`, which nothing tells
+        self._index = None  # a write to the mask through `.data` leaves no trace
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Delta":
@@ -143,7 +152,11 @@ class Delta(nn.Module):
 
     @torch.no_grad()
     def fill(self, dense: Tensor) -> None:
-        """Take the tuned entries of `dense` (shape of the base) as the delta, in place."""
+        """Copy the tuned entries of a dense delta into this one, in place.
+
+        Args:
+            dense: the values, of the shape of the base.
+        """
         if self.block is not None:
             self.weight.copy_(self.block.of(dense))
             return

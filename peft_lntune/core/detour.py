@@ -1,7 +1,7 @@
-"""A detour: a method put into one module in place of its own, that does something else while a route is on.
+"""A detour: a method put into one module in place of its own, which does something else while a route is on.
 
-It is an entry in the instance's `__dict__`, so no parameter is renamed, no module replaced, and hooks run around it as
-around the module's own forward. Who asks for a module's forward by `forward_of` gets what lies beneath the detour.
+It is an entry in the instance's `__dict__`, so no parameter is renamed, no module is replaced, and hooks run around it
+as around the module's own forward. `forward_of` returns the forward beneath the detour.
 """
 
 import copy
@@ -17,14 +17,14 @@ __all__ = ["Detour", "Switch", "computes", "forward_of", "patched", "put_on_copy
 
 
 class Switch(Protocol):
-    """What decides whether a detour is taken."""
+    """Decides whether a detour is taken."""
 
     @property
     def active(self) -> bool:
         """Whether it is on for any thread."""
 
     def on(self) -> bool:
-        """Whether it is on for the caller; it may raise where the answer would be wrong."""
+        """Whether it is on for the caller; raises where neither answer would be right."""
 
 
 class _Off:
@@ -35,12 +35,12 @@ class _Off:
 
 
 class Detour:
-    """Stands in place of a module's method, `forward` as a rule.
+    """Takes the place of a module's method, usually `forward`.
 
     Args:
-        module: the module; `patch` changes it, making a detour alone does not.
-        switch: `run` is called in place of the method while it is on; a route as a rule.
-        run: `(own, *args, **kwargs)` with the method that was there before.
+        module: the module; `patch` changes it, creating the detour does not.
+        switch: while it is on, `run` is called in place of the method; usually a route.
+        run: called as `run(own, *args, **kwargs)`, with `own` the method that was there before.
         method: the method's name.
 
     Example:
@@ -66,22 +66,25 @@ class Detour:
 
     @property
     def active(self) -> bool:
-        """Whether calls of some thread are led past the module's own method."""
+        """Whether the detour is taken in some thread."""
         return self._switch.active
 
     def __repr__(self) -> str:
         return f"{self._method} of {type(self._module).__name__}"
 
     def lost(self, modules: Container[nn.Module]) -> bool:
-        """Whether calls of the model no longer come here.
+        """Whether calls of the model no longer reach this detour.
 
         Args:
-            modules: of the model as it is now.
+            modules: the model's modules now.
+
+        Returns:
+            True where the module is gone, or another method replaced the detour.
         """
         if self._module not in modules:
             return True
         forward = getattr(self._module, self._method)
-        # Other detours, and what accelerate puts around a forward, know what they call.
+        # Other detours, and the wrappers of accelerate, name the forward they call in `__wrapped__`.
         while forward is not self:
             beneath = getattr(forward, "__wrapped__", None)
             if beneath is None:
@@ -94,15 +97,15 @@ class Detour:
         self._module.__dict__[self._method] = self
 
     def restore(self) -> None:
-        """Leave the module as it was; where another method has been put around this one since, as it is."""
+        """Put the module's own method back; where another method wraps this detour by now, only switch it off."""
         if self._module.__dict__.get(self._method) is not self:
-            self._switch = _Off()  # it stays beneath the other
+            self._switch = _Off()  # it stays beneath the other method
         elif self._before is None:
             del self._module.__dict__[self._method]
         else:
             self._module.__dict__[self._method] = self._before
 
-    # A copy of the module has no detour: in its place stands the method beneath, bound to the copy.
+    # A copy of the module has no detour, but the method beneath it, bound to the copy.
 
     def __deepcopy__(self, memo: dict) -> Any:
         return copy.deepcopy(self.own, memo)
@@ -117,10 +120,10 @@ def _itself(method: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def patched(detours: Iterable[Detour]) -> Iterator[None]:
-    """Inside this context detours stand in their modules.
+    """Inside this context the detours are in their modules.
 
     Args:
-        detours: each of another method or module.
+        detours: no two of the same method of one module.
     """
     with ExitStack() as stack:
         for detour in detours:
@@ -130,13 +133,13 @@ def patched(detours: Iterable[Detour]) -> Iterator[None]:
 
 
 def forward_of(module: nn.Module) -> Callable[..., Any]:
-    """The forward of a module as it is without a detour.
+    """The forward of a module beneath any detours.
 
     Args:
         module: any module.
 
     Returns:
-        The method of its class, or what has been put into the instance in its place.
+        The method of its class, or the function that replaced it in the instance.
 
     Example:
         >>> norm = nn.LayerNorm(2)
@@ -150,13 +153,13 @@ def forward_of(module: nn.Module) -> Callable[..., Any]:
 
 
 def computes(module: nn.Module) -> Any:
-    """What tells which forward runs on a module.
+    """A key that tells which forward runs on a module.
 
     Args:
         module: any module.
 
     Returns:
-        The function, where the forward is a method of the module or of a copy of it; else the forward itself.
+        The function, where the forward is a method of the module or of a copy of it; otherwise the forward itself.
 
     Example:
         >>> computes(nn.LayerNorm(2)) is nn.LayerNorm.forward
@@ -168,14 +171,14 @@ def computes(module: nn.Module) -> Any:
 
 
 def put_on_copy(module: nn.Module, other: nn.Module) -> bool:
-    """Give a copy of a module the forward that runs on the module.
+    """Give a copy of a module the forward of the module.
 
     Args:
         module: the module.
         other: its copy, with the forward of its class.
 
     Returns:
-        False where that forward runs on the module only, so that the copy cannot have it.
+        False where the forward is tied to the module and cannot be given to the copy.
     """
     forward = _innermost(module)
     if isinstance(forward, MethodType) and _is_own(forward, module):
@@ -191,7 +194,7 @@ def put_on_copy(module: nn.Module, other: nn.Module) -> bool:
 
 
 def _innermost(module: nn.Module) -> Callable[..., Any]:
-    """The forward beneath detours, and beneath the one that accelerate puts around it to load what it offloads."""
+    """The forward beneath detours and beneath accelerate's wrapper, which loads offloaded parameters."""
     forward = forward_of(module)
     if isinstance(forward, partial) and "_old_forward" in module.__dict__:
         forward = module.__dict__["_old_forward"]

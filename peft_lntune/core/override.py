@@ -1,9 +1,9 @@
-"""Override attributes of a module for the length of a call.
+"""Override attributes of a module for the duration of a call.
 
-The instance's `__dict__` is where Python looks first; `nn.Module.__getattr__` is asked only when a name is not there.
-So an entry in it overrides a registered parameter, in one graph of torch.compile too, and where FSDP keeps entries.
+Python looks in the instance's `__dict__` first and calls `nn.Module.__getattr__` only for names that are not there. An
+entry in it therefore overrides a registered parameter, also under torch.compile and FSDP.
 
-Where possible the entries are put into a shallow copy of the module, so that several threads may run one model.
+Where possible, the entries go into a shallow copy of the module, so that several threads can run one model.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ def call_hooked(norm: nn.Module, forward: Callable[..., Tensor], x: Tensor, *arg
     """Call a module with another forward, so that the hooks on the module run around it.
 
     Args:
-        norm: the module; afterwards its forward is its own again, also when `forward` raises. Not for two threads at
+        norm: the module; afterwards it has its own forward again, also when `forward` raises. Not for two threads at
             once.
         forward: called in place of the module's, as `forward(x, *args, **kwargs)`.
         x: the input.
@@ -48,8 +48,8 @@ def forward_with(
     Args:
         module: the module; afterwards it is as it was.
         entries: attributes by name, usually parameters.
-        own: its forward. Where that is not the one of its class (accelerate puts another into the instance), or while
-            torch.compile traces, the module itself is changed for the call, which is not for two threads at once.
+        own: its forward. Where this is not the forward of its class (accelerate puts another into the instance), or
+            while torch.compile traces, the module itself is changed for the call: not for two threads at once.
         *args: passed on.
         **kwargs: passed on.
 
@@ -70,7 +70,7 @@ def copy_with(module: nn.Module, entries: Mapping[str, Any]) -> nn.Module:
     """A shallow copy of a module with other attributes.
 
     Args:
-        module: what it holds, its copy holds too.
+        module: the module; the copy shares its tensors and children.
         entries: attributes by name.
 
     Returns:
@@ -94,8 +94,7 @@ def overridden(
 ) -> Any:
     """Call a function while a module has other attributes.
 
-    The entries are put in the instance's `__dict__`, which Python asks first: so parameters and methods are overridden,
-    and what is registered is never touched.
+    The entries go into the instance's `__dict__`, where Python looks first. Registered parameters are not touched.
 
     Args:
         module: afterwards it is as it was, also when `function` raises. Not for two threads at once.
@@ -126,10 +125,10 @@ def overridden(
 
 
 def runs_own_forward(module: nn.Module) -> bool:
-    """Whether a call of a module is one of its class's forward: nothing is attached that this alone would skip.
+    """Whether calling a module does no more than run the forward of its class.
 
     Args:
-        module: the module. A detour counts as nothing: who calls the forward beneath it has decided to.
+        module: the module. Detours are ignored.
 
     Returns:
         False where the module has hooks, or another forward in the instance.
@@ -144,16 +143,16 @@ def runs_own_forward(module: nn.Module) -> bool:
     """
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
-    # A copy of a module that had a detour has its class's forward in the instance: that is nothing of its own.
+    # A copy of a module that had a detour has the forward of its class in the instance.
     return "forward" not in module.__dict__ or is_of_class(module, forward_of(module))
 
 
 def is_of_class(module: nn.Module, forward: Callable[..., Any]) -> bool:
-    """Whether a forward is the one of the module's class, bound to this module or to a copy of it.
+    """Whether a forward is that of the module's class, bound to this module or to a copy of it.
 
     Args:
         module: the module.
-        forward: a method, or whatever else is called in its place.
+        forward: a method, or any callable in its place.
 
     Returns:
         False for a function, a partial, or the method of another class.

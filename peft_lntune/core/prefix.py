@@ -1,4 +1,4 @@
-"""Key/value prefixes: columns that stand to the left of the keys of an attention, and what follows for its masks."""
+"""Key/value prefixes: columns to the left of an attention's keys and values, and the masks that go with them."""
 
 import torch
 import torch.nn.functional as F
@@ -10,14 +10,16 @@ __all__ = ["Prefix", "join", "widen_bias", "widen_mask"]
 def join(key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor) -> tuple[Tensor, Tensor]:
     """Put a prefix to the left of keys and values.
 
-    They are joined as attention sees them, after position embeddings and norms of the keys, so a prefix has no
-    position and shifts none.
+    They are joined after position embeddings and norms of the keys, so a prefix has no position and does not shift the
+    positions of tokens.
+
+    Source: Li and Liang 2021 (arXiv 2101.00190).
 
     Args:
         key: `(B, H, S, hd)`.
         value: `(B, H, S, hd)`.
         prefix_key: `(P, H, hd)`, the same for all samples, or `(B, P, H, hd)`.
-        prefix_value: as `prefix_key`.
+        prefix_value: of the shape of `prefix_key`.
 
     Returns:
         Keys and values, each `(B, H, P + S, hd)`, in the dtypes of `key` and `value`.
@@ -53,18 +55,19 @@ def widen_mask(
     """Extend an attention mask by the columns of a prefix, which every query sees.
 
     Args:
-        mask: None; `(B, S)`, which tokens are there; or `(B or 1, H or 1, T, S)`, bool (True is seen) or floating (it
-            is added to the scores). It may be longer than the keys, as caches of a fixed size make it: it is cut.
+        mask: None; `(B, S)`, True or 1 for tokens that are not padding; or `(B or 1, H or 1, T, S)`, bool (True: seen)
+            or floating (added to the scores). A mask longer than the keys, as caches of a fixed size make it, is cut.
         columns: P, the number of prefix columns.
-        queries: T.
+        queries: T, the number of queries.
         keys: S, the number of keys without the prefix.
-        causal: whether query i sees the keys up to i only, where there is no mask that says so.
-        keep: `(B, P)` or `(1, P)` bool, which columns a sample sees; None: all. So shorter prefixes share a batch.
-        dtype: of a mask that is made because there was none: bool, or a floating one.
-        device: of a mask that is made.
+        causal: without a mask, whether query i sees only the keys up to i.
+        keep: `(B, P)` or `(1, P)` bool, which columns each sample sees; None: all. Lets prefixes of different lengths
+            share a batch.
+        dtype: dtype of a new mask where `mask` is None: bool or floating.
+        device: device of a new mask.
 
     Returns:
-        The mask with P columns more on its left, in the dtype it had; None where none is needed.
+        The mask with P more columns on its left, in its own dtype; None where no mask is needed.
 
     Example:
         >>> widen_mask(None, 1, 2, 2, causal=True).int().tolist()
@@ -90,10 +93,10 @@ def widen_mask(
 
 
 def _as_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is seen, as a mask of `dtype`: 0 and minus infinity where it is floating, else True or 1 and not.
+    """A bool mask (True: seen) as a mask of `dtype`; where that is floating, 0 for seen and minus infinity for hidden.
 
-    Masks of models hide by the lowest number, so where all tokens of a row are hidden (it is padding), they share it.
-    Minus infinity keeps a hidden prefix out of that too. There is always a token beside it, so no row is all infinite.
+    Models hide tokens with the lowest finite number, so the hidden tokens of a padding row share its attention. Minus
+    infinity keeps a hidden prefix out of that. Every row has at least one token, so no row is all infinite.
     """
     if not dtype.is_floating_point:
         return seen.to(dtype)
@@ -101,7 +104,15 @@ def _as_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def widen_bias(bias: Tensor, columns: int, keys: int) -> Tensor:
-    """Extend a position bias `(B or 1, H, T, S)`, as T5 adds it to its scores, by zeros for the prefix columns.
+    """Extend a position bias, which T5 adds to its scores, by zeros for the prefix columns.
+
+    Args:
+        bias: `(B or 1, H, T, S)`.
+        columns: P, the number of prefix columns.
+        keys: S, the number of keys without the prefix; a longer bias is cut.
+
+    Returns:
+        `(B or 1, H, T, P + S)`.
 
     Example:
         >>> widen_bias(torch.ones(1, 1, 1, 2), columns=1, keys=2).tolist()
@@ -113,14 +124,14 @@ def widen_bias(bias: Tensor, columns: int, keys: int) -> Tensor:
 class Prefix(nn.Module):
     """The keys and values of one prefix at one attention, one tensor `weight` of shape `(2, P, H * hd)`.
 
-    With `hidden`, they come from a small network while they are trained, and `fold_` leaves the plain tensor:
+    With `hidden`, a small network computes them during training, and `fold_` replaces it by the plain tensor:
 
         prefix = up(tanh(down(embedding)))        (P, e) -> (P, hidden) -> (P, 2 * H * hd)
 
-    Both start with values of spread `std`. The field mostly starts plain prefixes from a spread of 1, which needs the
-    network to train stably. At 0.02, as models initialize their own weights, the new keys score near zero and the new
-    values add next to nothing, so the start is close to the base. It is not the base: a prefix always takes part of the
-    attention from the tokens, so no value of it is the identity.
+    Both start with values of standard deviation `std`. Published code mostly starts plain prefixes from 1, which needs
+    the network to train stably. At 0.02, at which models initialize their own weights, the new keys score near zero and
+    the new values add little, so the start is close to the base model. It is not equal: a prefix always takes some
+    attention from the tokens, so no prefix is the identity.
 
     Source: Li and Liang 2021 (arXiv 2101.00190), prefixes and the network that is folded away.
 
@@ -128,9 +139,9 @@ class Prefix(nn.Module):
         columns: P, the number of virtual tokens.
         width: H * hd, over the key heads.
         hidden: size of the network's hidden layer; None: no network.
-        std: spread of the first values.
-        dtype: of the parameters.
-        device: of the parameters.
+        std: standard deviation of the initial values.
+        dtype: dtype of the parameters.
+        device: device of the parameters.
 
     Example:
         >>> prefix = Prefix(columns=3, width=8, hidden=16)
@@ -166,14 +177,14 @@ class Prefix(nn.Module):
         self.down = nn.Linear(width, hidden, dtype=dtype, device=device)
         self.up = nn.Linear(hidden, 2 * width, dtype=dtype, device=device)
         nn.init.normal_(self.embedding)
-        # tanh gives values of size 1 at most, and `hidden` of them are summed.
+        # tanh gives values of at most 1, and `hidden` of them are summed.
         nn.init.normal_(self.up.weight, std=std / hidden**0.5)
         nn.init.zeros_(self.up.bias)
 
     def forward(self) -> Tensor:
-        """Keys and values, `(2, P, H * hd)`; with gradients to whatever they come from.
+        """Keys and values, `(2, P, H * hd)`, with gradients to the parameters.
 
-        A copy, made in a call of the module: FSDP has a parameter together, and its memory, for that long.
+        The result is a copy, because FSDP keeps a gathered parameter only during the call of its module.
         """
         if self.weight is not None:
             return self.weight.clone()
@@ -181,7 +192,7 @@ class Prefix(nn.Module):
         return both.view(self.columns, 2, self.width).transpose(0, 1)
 
     def fold_(self) -> None:
-        """Leave the plain tensor in place of the network. It is a new parameter, so make the optimizer afterwards."""
+        """Replace the network by the plain tensor. It is a new parameter, so make the optimizer afterwards."""
         if self.weight is not None:
             return
         with torch.no_grad():

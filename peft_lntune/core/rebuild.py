@@ -1,6 +1,6 @@
-"""Keep for the backward pass what a tensor is made from, and make it again there, instead of keeping the tensor.
+"""Recompute a tensor in the backward pass from its sources, instead of saving it.
 
-`base + delta` costs one addition to make again. Kept for the backward pass, it would take as much memory as the base.
+Recomputing `base + delta` costs one addition. Saved for the backward pass, it would take as much memory as the base.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -16,26 +16,32 @@ __all__ = ["can_rebuild", "is_plain", "rebuilt_in_backward", "unwritten"]
 
 
 def can_rebuild() -> bool:
-    """Whether operations run now for a backward pass that may make tensors again; compilers decide that themselves.
+    """Whether a backward pass of the present operations may recompute tensors; compilers decide this themselves.
+
+    Returns:
+        True where gradients are on and nothing traces the operations or forbids hooks on saved tensors.
 
     Example:
         >>> can_rebuild()
         True
     """
-    if is_traced() or not torch.is_grad_enabled():  # what follows, Dynamo does not know
+    if is_traced() or not torch.is_grad_enabled():  # Dynamo does not support the next line
         return False
     hooks_allowed: bool = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
     return hooks_allowed
 
 
 def is_plain(module: nn.Module, name: str) -> bool:
-    """Whether a module holds an ordinary parameter of this name, whose memory will be there in a backward pass.
+    """Whether a module holds an ordinary parameter of this name, whose memory exists until the backward pass.
 
-    Sharding puts subclasses in its place, or views into the module's `__dict__`.
+    Sharding replaces parameters by subclasses, or puts views into the module's `__dict__`.
 
     Args:
         module: the owner.
-        name: of the parameter.
+        name: name of the parameter.
+
+    Returns:
+        True where it is an ordinary parameter.
 
     Example:
         >>> is_plain(nn.LayerNorm(2), "weight")
@@ -51,16 +57,16 @@ def is_plain(module: nn.Module, name: str) -> bool:
 
 
 def unwritten(tensor: Tensor) -> Callable[[], Tensor]:
-    """A function that returns the values of a tensor, detached, while nothing has written to them.
+    """Make a function that returns the values of a tensor, detached, and checks that they have not been overwritten.
 
-    As autograd does with the tensors that it saves. An assignment to `tensor.data` leaves the values of before to this
-    function. What no version counts is not seen, as by autograd: fused optimizers, and writes through `tensor.data`.
+    The check is that of autograd for saved tensors, and has the same limits: writes by fused optimizers and through
+    `tensor.data` are not detected. After an assignment to `tensor.data` the function still returns the old values.
 
     Args:
-        tensor: any shape.
+        tensor: a tensor of any shape.
 
     Returns:
-        A function without arguments. It raises a `RuntimeError` after the tensor has been written to.
+        A function without arguments. It raises a `RuntimeError` if the tensor has been overwritten.
 
     Example:
         >>> values = torch.zeros(2)
@@ -84,7 +90,7 @@ def unwritten(tensor: Tensor) -> Callable[[], Tensor]:
 
 
 class _View(NamedTuple):
-    """A tensor in the memory of one that is made again."""
+    """A view of a tensor that is recomputed."""
 
     make: Callable[[], Tensor]
     made_stride: tuple[int, ...]
@@ -103,15 +109,15 @@ class _View(NamedTuple):
 
 @contextmanager
 def rebuilt_in_backward(values: Iterable[tuple[Tensor, Callable[[], Tensor]]]) -> Iterator[None]:
-    """Operations in this context save some tensors, and views of them, as functions that make them again.
+    """Inside this context, operations save functions that recompute some tensors, instead of these tensors.
 
-    Everything else is saved as it would be without: by the hooks of a context around this one (gradient checkpointing,
-    `save_on_cpu`), or as autograd does.
+    This applies to views of the tensors too. Other tensors are saved as usual: by the hooks of an outer context
+    (gradient checkpointing, `save_on_cpu`) or by autograd.
 
     Args:
-        values: each tensor, the only one in its memory, with a function that returns one of the same values. It holds
-            on to what the tensor is made from, not to the tensor, and is called without gradients whenever a backward
-            pass needs the values.
+        values: each tensor, which must not share its memory, with a function that returns an equal tensor. The function
+            must refer to the sources of the tensor, not to the tensor itself; it is called without gradients whenever a
+            backward pass needs the values.
 
     Example:
         >>> x, base = torch.ones(2, requires_grad=True), torch.tensor([1.0, 2.0])
@@ -123,7 +129,7 @@ def rebuilt_in_backward(values: Iterable[tuple[Tensor, Callable[[], Tensor]]]) -
         tensor([2., 4.])
     """
     makes = {value.untyped_storage()._cdata: (make, value.stride()) for value, make in values}
-    # Of several contexts, autograd asks the innermost alone.
+    # autograd uses the hooks of the innermost context only.
     outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
 
     def pack(tensor: Tensor) -> Any:

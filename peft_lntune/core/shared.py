@@ -1,7 +1,7 @@
-"""Where a model holds one and the same module, and one and the same parameter, more than once.
+"""Find modules and parameters that a model holds more than once.
 
-A tree of modules is not always a tree: blocks are shared under several names, norms stand in plain lists beside their
-names, and parameters are tied. What takes a module's place must take all of its places.
+Blocks may be shared under several names, norms may also be in plain lists, and parameters may be tied. A module that is
+replaced must be replaced in all its places.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,8 +25,8 @@ class Place:
     """One place that holds a module.
 
     Attributes:
-        name: such as `encoder.norm` for a child, and `encoder.norms[0]` for an entry of a plain list.
-        put: puts another module there; None where that cannot be done, as in a bound method.
+        name: such as `encoder.norm` for a child, or `encoder.norms[0]` for an entry of a plain list.
+        put: puts another module there; None where that is impossible, as in a bound method.
     """
 
     name: str
@@ -34,14 +34,14 @@ class Place:
 
 
 def find_places(model: nn.Module, modules: Iterable[nn.Module]) -> dict[nn.Module, list[Place]]:
-    """Every place where a model holds each of some modules: children, attributes, plain lists, tuples and dicts.
+    """Find every place where a model holds given modules: children, attributes, plain lists, tuples and dicts.
 
     Args:
-        model: what is searched; what tuners' layers hold is theirs.
-        modules: what is looked for.
+        model: the model to search; the contents of tuner layers are skipped.
+        modules: the modules to look for.
 
     Returns:
-        The places of each module that has any, those in the tree under their names.
+        The places of each module that was found.
 
     Example:
         >>> norm = nn.LayerNorm(2)
@@ -91,13 +91,13 @@ def _put_in_tuple(put: Callable[[Any], None], value: tuple[Any, ...], key: int, 
 
 
 def tied_parameters(modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], list[tuple[str, str]]]:
-    """The parameters that several modules share.
+    """Find the parameters that several modules share.
 
     Args:
-        modules: by name, each once.
+        modules: distinct modules by name.
 
     Returns:
-        For each such parameter, by its module's name and its own, where else it is.
+        For each shared parameter, as the pair of its module's name and its own, its other places as such pairs.
 
     Example:
         >>> a, b = nn.LayerNorm(2, bias=False), nn.LayerNorm(2, bias=False)

@@ -1,4 +1,4 @@
-"""Supermasks: which entries of a frozen parameter are switched off, learnt with a score for each entry.
+"""Supermasks: which entries of a frozen parameter are switched off, learned with one score per entry.
 
 effective = base where keep, else 0          keep = Bernoulli(sigmoid(score)) in training, score > 0 otherwise
 """
@@ -17,7 +17,14 @@ __all__ = ["Supermask", "initial_scores", "kept", "masked", "smallest"]
 
 
 def smallest(values: Tensor, count: int) -> Tensor:
-    """Bool, of the shape of `values`: the `count` entries of smallest magnitude; of equal ones the first.
+    """Choose the entries of smallest magnitude; of equal entries the first ones.
+
+    Args:
+        values: a tensor of any shape.
+        count: number of entries to choose.
+
+    Returns:
+        A bool mask of the shape of `values`.
 
     Example:
         >>> smallest(torch.tensor([3.0, -1.0, 2.0, 1.0]), 1)
@@ -26,8 +33,8 @@ def smallest(values: Tensor, count: int) -> Tensor:
     size = values.detach().abs().reshape(-1)
     if not count:
         return torch.zeros_like(values, dtype=torch.bool)
-    # A threshold and a count of ties: sorting all entries would take many times as long. Elsewhere than on the CPU,
-    # kthvalue is an error under torch.use_deterministic_algorithms, for the sake of its indices.
+    # A threshold and a count of ties, since sorting all entries is several times slower. Outside the CPU, kthvalue
+    # raises under torch.use_deterministic_algorithms, because of its indices.
     bound = size.kthvalue(count).values if size.device.type == "cpu" else size.sort().values[count - 1]
     chosen = size < bound
     ties = (size == bound).nonzero().reshape(-1)
@@ -36,12 +43,12 @@ def smallest(values: Tensor, count: int) -> Tensor:
 
 
 def initial_scores(base: Tensor, sparsity: float, score: float) -> Tensor:
-    """Scores of a mask that switches off the smallest entries: `-score` for these, `score` for all others.
+    """Initial scores of a mask that switches off the smallest entries: `-score` for these, `score` for all others.
 
     Args:
-        base: the parameter, any shape.
-        sparsity: fraction of its entries that start switched off.
-        score: how sure the start is; `sigmoid(score)` is the probability that an entry keeps its state.
+        base: the parameter, of any shape.
+        sparsity: fraction of its entries that are off at the start.
+        score: confidence of the start; `sigmoid(score)` is the probability that an entry keeps its state.
 
     Returns:
         float32, of the shape of `base`.
@@ -55,20 +62,20 @@ def initial_scores(base: Tensor, sparsity: float, score: float) -> Tensor:
 
 
 def kept(scores: Tensor) -> Tensor:
-    """The mask that scores stand for outside of training: bool, True where the entry stays."""
+    """The mask of given scores outside training: bool, True where the entry stays."""
     return scores > 0
 
 
 def masked(base: Tensor, scores: Tensor, keep: Tensor) -> Tensor:
     """The entries of `base` that a mask keeps, zero elsewhere, with a straight-through gradient to the scores.
 
-    In the backward pass the mask counts as the probability `sigmoid(scores)` that it was, or could have been, drawn
-    with, so `d/d scores = d/d effective * base * p * (1 - p)`. Nothing is stored for it but what is there already.
+    In the backward pass the mask is replaced by its probability `p = sigmoid(scores)`, so
+    `d/d scores = d/d effective * base * p * (1 - p)`. The backward pass needs no memory beyond the arguments.
 
     Args:
-        base: the parameter, any shape.
-        scores: a score an entry, of the shape of `base`.
-        keep: bool, of the shape of `base`.
+        base: the parameter, of any shape.
+        scores: one score per entry, of the shape of `base`.
+        keep: bool, of the shape of `base`, True where the entry stays.
 
     Returns:
         A new tensor of the dtype of `base`.
@@ -88,7 +95,7 @@ def masked(base: Tensor, scores: Tensor, keep: Tensor) -> Tensor:
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, base: Tensor, scores: Tensor, keep: Tensor) -> Tensor:
-        # The mask itself is needed only where the base has a gradient: where another mask in training made it.
+        # The mask is needed only where the base has a gradient, because another mask in training computed it.
         ctx.save_for_backward(base, scores, keep if ctx.needs_input_grad[0] else None)
         return torch.where(keep, base, 0)
 
@@ -99,7 +106,7 @@ class _StraightThrough(torch.autograd.Function):
         of_base = torch.where(keep, gradient, 0) if ctx.needs_input_grad[0] else None
         of_scores = None
         if ctx.needs_input_grad[1]:
-            # In the scores' own dtype: in float16 the product of two small numbers is zero.
+            # In the dtype of the scores: in float16 the product of two small numbers is zero.
             wide = gradient.to(scores.dtype) * base
             of_scores = torch.ops.aten.sigmoid_backward(wide, scores.sigmoid()).to(scores.dtype)
         return of_base, of_scores, None
@@ -108,18 +115,20 @@ class _StraightThrough(torch.autograd.Function):
 class Supermask(nn.Module):
     """A mask over one base parameter; its forward turns the base into the effective parameter.
 
-    Either `weight`, the scores, is there and can be trained, or `keep`, the mask itself at one bit an entry, which is
-    all that serving needs. The mask is drawn anew at every call in training mode, by torch's own generator as dropout
-    is, so a seed or a restored generator repeats it.
+    It holds either `weight`, the trainable scores, or `keep`, the mask itself at one bit per entry, which suffices for
+    serving. In training mode the mask is drawn anew in every call, by torch's global generator like dropout, so a seed
+    or a restored generator reproduces it.
+
+    Source: Radiya-Dixit and Wang 2020 (arXiv 2004.14129).
 
     Args:
         base: the parameter.
-        sparsity: fraction of its entries that start switched off, the smallest first.
-        score: how sure the start is.
-        dtype: of the scores.
+        sparsity: fraction of its entries that are off at the start, the smallest first.
+        score: confidence of the start; `sigmoid(score)` is the probability that an entry keeps its state.
+        dtype: dtype of the scores.
         trained: whether there are scores.
-        block: where only a part of the parameter is meant, that part; the scores have its shape.
-        blank: leave out the ranking, because values will be loaded.
+        block: the part of the parameter to mask, if not all of it; the scores have its shape.
+        blank: skip the ranking, because values will be loaded.
 
     Example:
         >>> mask = Supermask(torch.tensor([0.1, -2.0]), sparsity=0.5).eval()
@@ -153,12 +162,12 @@ class Supermask(nn.Module):
 
     @property
     def drawn(self) -> bool:
-        """Whether the next call draws a mask."""
+        """Whether the next call draws a random mask."""
         return self.weight is not None and (self.training or self.sampling)
 
     @property
     def stored(self) -> str:
-        """Name of the tensor that the mask is in."""
+        """Name of the tensor that stores the mask."""
         return "keep" if self.weight is None else "weight"
 
     @property
@@ -167,29 +176,29 @@ class Supermask(nn.Module):
         return self.shape if self.block is None else self.block.shape_in(self.shape)
 
     def mask(self) -> Tensor:
-        """Bool, of the shape of the scores: the mask outside of training."""
+        """The mask outside training: bool, of the shape of the scores."""
         if self.weight is not None:
             return kept(self.weight.detach())
         assert self.keep is not None
         return unpack_bits(self.keep, self.part_shape)
 
     def start(self, part: Tensor) -> Tensor:
-        """The scores that a mask over `part` (of the shape of the scores) starts from."""
+        """The initial scores of a mask over `part`, which has the shape of the scores."""
         return initial_scores(part, self.sparsity, self.score)
 
     def forward(self, base: Tensor) -> Tensor:
         return self._apply_to(base, self._draw() if self.drawn else self.mask())
 
     def with_rebuild(self, base: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
-        """The effective parameter, and a function of the base that makes its values again in a backward pass.
+        """The effective parameter, and a function that recomputes its values from the base in a backward pass.
 
-        The function keeps the mask of this call at one bit an entry.
+        The function holds the mask of this call, at one bit per entry.
 
         Args:
             base: the base parameter.
 
         Returns:
-            The function is None where the scores may be sharded, or hooks run around the mask.
+            The parameter and the function; None for the function where the scores may be sharded or the mask has hooks.
         """
         if type(self) is not Supermask or not runs_own_forward(self) or not is_plain(self, "weight"):
             return self(base), None
@@ -198,7 +207,7 @@ class Supermask(nn.Module):
         return value, lambda base: self._put(base, torch.where(unpack_bits(bits, shape), self._part(base), 0))
 
     def merged_value(self, base: Tensor) -> Tensor:
-        """The effective parameter by the mask outside of training, whatever the mode: what merging writes."""
+        """The effective parameter that merging writes, by the mask outside training whatever the mode."""
         return self._apply_to(base, self.mask())
 
     def _draw(self) -> Tensor:

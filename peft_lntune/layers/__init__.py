@@ -1,4 +1,4 @@
-"""The tuner layers: state machines around a module or beside one, and what is particular to each method."""
+"""The tuner layers: state machines around or beside a module, one kind per method."""
 
 from peft_lntune.layers.bottleneck import BottleneckLayer
 from peft_lntune.layers.inserted import InsertedLayer
@@ -6,7 +6,7 @@ from peft_lntune.layers.module import ModuleLayer
 from peft_lntune.layers.norm import NormLayer
 from peft_lntune.layers.prefix import PrefixLayer
 from peft_lntune.layers.replacing import PARAMETERS, ReplacementLayer
-from peft_lntune.layers.switched import switched_off
+from peft_lntune.layers.switched import switched_off, unmerged_layers
 
 __all__ = [
     "PARAMETERS",
@@ -17,4 +17,5 @@ __all__ = [
     "PrefixLayer",
     "ReplacementLayer",
     "switched_off",
+    "unmerged_layers",
 ]

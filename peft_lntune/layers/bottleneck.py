@@ -1,4 +1,4 @@
-"""The layer beside a sub-layer: bottleneck adapters behind it or parallel to it, one, several, or one for each row."""
+"""The layer of bottleneck adapters, sequential or parallel to a sub-layer: one adapter, several, or one per row."""
 
 import threading
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ __all__ = ["BottleneckLayer", "check_combine", "combine_bottlenecks"]
 
 
 class Recipe(NamedTuple):
-    """What of an adapter's config its forward pass needs. `scale` is 1 where the scale is learned."""
+    """The part of an adapter's config that its forward pass needs. `scale` is 1 where the scale is learned."""
 
     position: str
     activation: str
@@ -40,7 +40,7 @@ class Recipe(NamedTuple):
 
 
 class Held(threading.local):
-    """The sub-layer's input, from entry to exit of one forward pass. Apart for each thread: several may run a model."""
+    """The sub-layer's input, from entry to exit of one forward pass, per thread: several threads may run a model."""
 
     x: Tensor | None = None
 
@@ -49,23 +49,27 @@ class Held(threading.local):
 
 
 class BottleneckLayer(InsertedLayer):
-    """The bottlenecks of one sub-layer, for x its input and h its output:
+    """The bottlenecks of one sub-layer, with its input x and its output h.
 
         sequential    h + s U f(D h)
         parallel      h + s U f(D x)
 
-    Several active adapters are summed, and each reads the h and x of the base. Hooks sit on the two leaves themselves,
-    inside whatever another tuner has put, or will put, around them; so what LoRA adds to a leaf is not read either.
+    The outputs of several active adapters are summed, and each adapter reads the h and x of the base. Hooks are on the
+    two leaves themselves, inside any layers that other tuners put around them, so the output of LoRA at a leaf is not
+    read either.
+
+    Source: Houlsby et al. 2019 (arXiv 1902.00751); the scale and the parallel position: He et al. 2022
+    (arXiv 2110.04366).
 
     Args:
-        route: see `InsertedLayer`.
+        route: which row of a batch uses which adapter; one object shared by all layers of a model.
         label: name of the exit leaf in the model, for errors.
         entry: the leaf whose input is x, or a tuner's layer around it.
         exit: the leaf whose output is h, or a tuner's layer around it.
-        role: of the sub-layer, see `peft_lntune.architectures.sublayers`; the layer's name in its host begins with it.
+        role: role of the sub-layer, such as `"ffn"`; the layer's name in its host begins with it.
 
     Raises:
-        UnsupportedError: a leaf does not say how wide it is.
+        UnsupportedError: the width of a leaf is unknown.
     """
 
     adapter_layer_names = ("lntune_down", "lntune_up", "lntune_scale")
@@ -75,11 +79,12 @@ class BottleneckLayer(InsertedLayer):
 
     def __init__(self, route: Route, label: str, entry: nn.Module, exit: nn.Module, role: str) -> None:
         leaves = _innermost(entry), _innermost(exit)
-        floating = (tensor.dtype for tensor in _tensors(leaves[1]) if tensor.is_floating_point())
+        tensors = (*leaves[1].parameters(), *leaves[1].buffers())  # a quantized leaf may have no weight
+        floating = (tensor.dtype for tensor in tensors if tensor.is_floating_point())
         super().__init__(route, label, next(floating, torch.float32))
         self.role = role
         self.child = f"{role}_bottleneck"
-        # In a tuple: as an attribute of its own, a module would become a child, and its parameters ours.
+        # In a tuple, because a module as an attribute would become a child of this layer.
         self._leaves = leaves
         self._reads = read_widths(*leaves, label)
         self._recipes: dict[str, Recipe] = {}
@@ -88,12 +93,28 @@ class BottleneckLayer(InsertedLayer):
 
     @classmethod
     def of(cls, route: Route, place: Sublayer, modules: Mapping[str, nn.Module]) -> "BottleneckLayer":
-        """The layer of a sub-layer that `find_sublayers` has found among `modules`; not yet attached."""
+        """Make the layer of a sub-layer, not yet attached.
+
+        Args:
+            route: which row of a batch uses which adapter.
+            place: the sub-layer, from `find_sublayers`.
+            modules: modules of the model by name.
+
+        Returns:
+            The layer.
+        """
         return cls(route, place.exit, modules[place.entry], modules[place.exit], place.role)
 
     # Adapters.
 
     def update_layer(self, adapter_name: str, config: Any, stored: bool = False) -> None:
+        """Create the bottleneck of an adapter.
+
+        Args:
+            adapter_name: the new adapter; an adapter of this name is replaced.
+            config: its `BottleneckConfig`.
+            stored: ignored; files hold the same tensors.
+        """
         device = device_of(self._leaves[1]) or torch.device("cpu")
         place: dict[str, Any] = {"dtype": delta_dtype(self.base_dtype, config.torch_delta_dtype), "device": device}
         width = self._reads["sequential"]
@@ -110,11 +131,11 @@ class BottleneckLayer(InsertedLayer):
         self.settle(adapter_name, config, device)
 
     def recipe(self, adapter_name: str) -> Recipe:
-        """What an adapter here does with its tensors."""
+        """Position, activation, scale and dropout of an adapter."""
         return self._recipes[adapter_name]
 
     def size_of(self, adapter_name: str) -> int:
-        """How wide the bottleneck of an adapter is here."""
+        """The size of the bottleneck of an adapter here."""
         return len(self.lntune_down[adapter_name].weight)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -126,7 +147,7 @@ class BottleneckLayer(InsertedLayer):
         for container in self.adapter_layer_names:
             getattr(self, container)._modules.pop(adapter_name, None)
         self._recipes.pop(adapter_name, None)
-        # New tensors may come to lie where the old ones lay, and so look unchanged.
+        # New tensors may get the addresses of the old ones and so look unchanged.
         self._cache = None
 
     # Hooks.
@@ -143,7 +164,7 @@ class BottleneckLayer(InsertedLayer):
         super().detach(host)
 
     def _watch(self) -> None:
-        """Have a hook on the entry while there is an adapter that reads x, and only then."""
+        """Keep a hook on the entry only while some adapter reads x."""
         wanted = "exit" in self._hooks and any(recipe.position == "parallel" for recipe in self._recipes.values())
         if wanted and "entry" not in self._hooks:
             self._hooks["entry"] = self._leaves[0].register_forward_pre_hook(self.hold)
@@ -151,12 +172,26 @@ class BottleneckLayer(InsertedLayer):
             self._hooks.pop("entry").remove()
 
     def hold(self, entry: nn.Module, args: tuple[Any, ...]) -> None:
-        """The hook before the entry: keep x until the exit."""
+        """The hook before the entry, which keeps x until the exit.
+
+        Args:
+            entry: the leaf.
+            args: arguments of its call, x first.
+        """
         self._held.x = None if self._disable_adapters else args[0]
 
     def add(self, exit: nn.Module, args: tuple[Any, ...], h: Tensor) -> Tensor | None:
-        """The hook behind the exit: h and what the adapters add to it; None, which is h itself, where none does."""
-        # Let go of x first: whatever is raised below, the next forward pass must not find it.
+        """The hook after the exit, which adds the outputs of the adapters to h.
+
+        Args:
+            exit: the leaf.
+            args: arguments of its call.
+            h: its output.
+
+        Returns:
+            The sum; None, which leaves h as it is, where no adapter adds anything.
+        """
+        # Release x first, so that the next forward pass does not find it even if this one raises.
         x, self._held.x = self._held.x, None
         if self._disable_adapters:
             return None
@@ -177,13 +212,13 @@ class BottleneckLayer(InsertedLayer):
         if position not in inputs:
             raise UnsupportedError(
                 f"{self.label} has a parallel bottleneck, which reads the input of its sub-layer, but the leaf that "
-                "takes this input was not called in this forward pass: something computes with its weight instead, "
+                "takes this input was not called in this forward pass: some code computes with its weight instead, "
                 "such as a fused kernel. Switch that off, or use sequential bottlenecks."
             )
         return inputs[position]
 
     def _run(self, name: str, x: Tensor) -> Tensor:
-        """`core.bottleneck` by calling the modules, since FSDP and offloading fetch their tensors at the call."""
+        """The formula of `core.bottleneck`, by calling the modules: FSDP and offloading load tensors at the call."""
         recipe = self._recipes[name]
         down, up = self.lntune_down[name], self.lntune_up[name]
         inner = ACTIVATIONS[recipe.activation](down(x.to(down.weight.dtype)))
@@ -193,17 +228,23 @@ class BottleneckLayer(InsertedLayer):
             return self.lntune_scale[name](up(inner))
         return up(inner) * recipe.scale
 
-    # Each row its own.
+    # One adapter per row.
 
     def _groups(self, order: Sequence[str]) -> list[tuple[str, str]]:
-        """Position and activation of the adapters in `order`: what one batched product cannot mix."""
+        """Position and activation of the adapters in `order`, which one batched product cannot mix."""
         return list(dict.fromkeys(self._recipes[name][:2] for name in order if name in self._recipes))
 
     def stack(self, order: Sequence[str]) -> dict[str, Tensor]:
-        """The tensors of each group, `"<position>.<activation>.<part>"`: `(len(order), ...)`, scales multiplied in.
+        """Stack the tensors of all adapters for a routed forward pass, with scales multiplied in.
 
-        Adapters of a smaller bottleneck are filled up with zeros to the largest of their group, and a name of another
-        group, or without an adapter here, is all zeros: U = 0 adds nothing.
+        Smaller bottlenecks are filled up with zeros to the largest of their group. A name of another group, or without
+        an adapter here, gets zeros: U = 0 adds nothing.
+
+        Args:
+            order: names of the adapters.
+
+        Returns:
+            Tensors `(len(order), ...)` by `"<position>.<activation>.<part>"`; the first two name the group.
         """
         stacked: dict[str, Tensor] = {}
         for group in self._groups(order):
@@ -213,12 +254,12 @@ class BottleneckLayer(InsertedLayer):
         return stacked
 
     def own_tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of an adapter here by `PARTS`, as they are trained."""
+        """The trainable tensors of an adapter here, by `PARTS`."""
         down, up = self.lntune_down[name], self.lntune_up[name]
         return dict(zip(PARTS, (down.weight, down.bias, up.weight, up.bias), strict=True))
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of an adapter here by `PARTS`, its scale multiplied into U and c."""
+        """The tensors of an adapter here, by `PARTS`, with the scale multiplied into U and c."""
         scale = self.lntune_scale[name].weight if name in self.lntune_scale else self._recipes[name].scale
         own = self.own_tensors(name)
         return {part: tensor * scale if part.startswith("up") else tensor for part, tensor in own.items()}
@@ -237,13 +278,13 @@ class BottleneckLayer(InsertedLayer):
         down = parts["down"]
         index = self._route.index(samples.shape, self.label, down.device)
         rows = {part: stack.index_select(0, index) for part, stack in parts.items()}
-        if len(index) == 1:  # one adapter for all rows, however many there are
+        if len(index) == 1:  # one adapter for all rows
             rows = {part: row.squeeze(0) for part, row in rows.items()}
         added = bottleneck(samples.to(down.dtype), **rows, activation=activation)
         return added.reshape(*x.shape[:-1], added.shape[-1])
 
     def _samples(self, x: Tensor) -> Tensor:
-        """`x` with a sample a row. OPT puts samples and tokens of an FFN's input into one axis, sample by sample."""
+        """`x` with one row per sample. OPT flattens samples and tokens of an FFN's input into one axis."""
         names = len(self._route.names)
         if x.dim() != 2 or len(x) % names:
             return x
@@ -251,7 +292,11 @@ class BottleneckLayer(InsertedLayer):
 
 
 def check_combine(layer: BottleneckLayer, adapters: Sequence[str]) -> None:
-    """Raise where the weighted sum of adapters is not itself a bottleneck; nothing is changed.
+    """Check that the weighted sum of adapters is itself a bottleneck; nothing is changed.
+
+    Args:
+        layer: the layer; adapters without a bottleneck here are ignored.
+        adapters: names of the adapters.
 
     Raises:
         UnsupportedError: two of them differ in position or activation.
@@ -270,19 +315,19 @@ def check_combine(layer: BottleneckLayer, adapters: Sequence[str]) -> None:
 
 @torch.no_grad()
 def combine_bottlenecks(layer: BottleneckLayer, adapters: Sequence[str], weights: Sequence[float], into: str) -> None:
-    """Write the weighted sum of adapters into another, exactly, as one wider bottleneck:
+    """Write the exact weighted sum of adapters into another adapter, as one wider bottleneck.
 
         sum of w_i s_i (U_i f(D_i x + b_i) + c_i) = [w_1 s_1 U_1, w_2 s_2 U_2, ...] f([D_1; D_2; ...] x + ...) + ...
 
     Args:
-        layer: where; adapters that have no bottleneck here add nothing.
-        adapters: names of adapters.
-        weights: one for each.
-        into: an adapter of this layer, of the same position and activation, and at least as wide as those together;
-            what it is wider is filled with zeros. A learned scale of it becomes 1.
+        layer: the layer; adapters without a bottleneck here add nothing.
+        adapters: names of the adapters.
+        weights: one per adapter.
+        into: an adapter of this layer with the same position and activation, at least as wide as the adapters
+            together. Additional features are filled with zeros. Its learned scale, if any, becomes 1.
 
     Raises:
-        UnsupportedError: positions or activations differ, see `check_combine`.
+        UnsupportedError: positions or activations differ.
         ConfigError: `into` is narrower than the adapters together. Nothing has changed.
     """
     if into not in layer._recipes:
@@ -295,23 +340,18 @@ def combine_bottlenecks(layer: BottleneckLayer, adapters: Sequence[str], weights
     if size > width:
         raise ConfigError(
             f"the bottlenecks of {', '.join(map(repr, held))} at {layer.label} are {size} wide together, but {into!r} "
-            f"is {width} wide there. Make it with bottleneck_size={size} or more."
+            f"is {width} wide there. Create it with bottleneck_size={size} or more."
         )
     if into in layer.lntune_scale:
         layer.lntune_scale[into].weight.fill_(1.0)
     filled = widen(summed, width) if summed else {part: torch.zeros_like(tensor) for part, tensor in own.items()}
     for part, tensor in own.items():
-        # `into` multiplies by a scale of its own.
+        # `into` multiplies by its own scale.
         tensor.copy_(filled[part] / layer._recipes[into].scale if part.startswith("up") else filled[part])
 
 
-def _tensors(leaf: nn.Module) -> list[Tensor]:
-    """All tensors of a leaf: quantized ones may have none that is called weight."""
-    return [*leaf.parameters(), *leaf.buffers()]
-
-
 def _innermost(module: nn.Module) -> nn.Module:
-    """The model's own leaf inside the layers that tuners have put around it."""
+    """The model's own leaf inside the layers of tuners."""
     while "base_layer" in module._modules:
         module = module._modules["base_layer"]  # type: ignore[assignment]
     return module

@@ -1,4 +1,4 @@
-"""What an adapter holds in the layers of a model, by place."""
+"""The deltas, supermasks and prefixes of an adapter in the layers of a model."""
 
 from torch import nn
 
@@ -13,11 +13,14 @@ __all__ = ["deltas_of", "prefixes_of", "supermasks_of", "without_fsdp"]
 
 
 def deltas_of(model: nn.Module, adapter_name: str) -> dict[str, Delta]:
-    """The deltas of an adapter by their place in a model, `<module>.lntune_<parameter>`.
+    """The deltas of an adapter in a model.
 
     Args:
-        model: the model; modules that FSDP has wrapped go by the names they have without it.
+        model: the model; FSDP's wrappers are left out of the names.
         adapter_name: the adapter.
+
+    Returns:
+        The deltas by the name `<module>.lntune_<parameter>`.
     """
     return {
         f"{without_fsdp(name)}.lntune_{parameter}": layer.deltas(parameter)[adapter_name]
@@ -29,11 +32,14 @@ def deltas_of(model: nn.Module, adapter_name: str) -> dict[str, Delta]:
 
 
 def supermasks_of(model: nn.Module, adapter_name: str) -> dict[str, Supermask]:
-    """The supermasks of an adapter by the module they are for.
+    """The supermasks of an adapter in a model.
 
     Args:
-        model: the model; modules that FSDP has wrapped go by the names they have without it.
+        model: the model; FSDP's wrappers are left out of the names.
         adapter_name: the adapter.
+
+    Returns:
+        The supermasks by the name of the module they mask.
     """
     return {
         without_fsdp(name): layer.lntune_supermask[adapter_name]  # type: ignore[misc]
@@ -43,11 +49,19 @@ def supermasks_of(model: nn.Module, adapter_name: str) -> dict[str, Supermask]:
 
 
 def prefixes_of(model: nn.Module, adapter_name: str) -> list[Prefix]:
-    """The prefixes of an adapter in a model."""
+    """The prefixes of an adapter in a model.
+
+    Args:
+        model: the model.
+        adapter_name: the adapter.
+
+    Returns:
+        The prefixes in module order.
+    """
     layers = [layer for layer in model.modules() if isinstance(layer, PrefixLayer)]
     return [layer.lntune_prefix[adapter_name] for layer in layers if adapter_name in layer.lntune_prefix]
 
 
 def without_fsdp(name: str) -> str:
-    """The name of a module without what FSDP 1 puts into it, which state dicts leave out."""
+    """The name of a module without the wrappers of FSDP 1, which state dicts leave out too."""
     return ".".join(part for part in name.split(".") if part != "_fsdp_wrapped_module")

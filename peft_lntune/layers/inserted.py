@@ -1,8 +1,8 @@
-"""Layers that stand beside the model's own modules: what adds to the graph, and has no base parameter to tune.
+"""Layers beside the model's own modules, for methods that add to the graph and tune no base parameter.
 
-A parent is never wrapped: PEFT looks for no target beneath a tuner layer, so a second adapter would find none, and the
-names of all parameters inside would change. So such a layer is a child of the module it works on, and the model's own
-modules reach it by a hook or by the attention function; see docs/design.md, "Beside, not around".
+Such a layer does not wrap its module, because PEFT looks for no targets beneath a tuner layer: a second adapter would
+find none, and the names of all parameters inside would change. Instead it becomes a child of the module, which calls it
+through a hook or the attention function; see docs/design.md, "Beside, not around".
 """
 
 from abc import abstractmethod
@@ -21,16 +21,16 @@ __all__ = ["InsertedLayer"]
 
 
 class InsertedLayer(nn.Module, BaseTunerLayer):
-    """Base of the layers that are put beside a module, not around it. They hold no base layer and cannot be merged.
+    """Base of the layers that are beside a module, not around it. They hold no base layer and cannot be merged.
 
     Args:
         route: which row of a batch uses which adapter; one object shared by all layers of a model.
-        label: name of the module that it stands beside, for errors.
+        label: name of the module beside which the layer is, for errors.
         base_dtype: dtype of the model there.
     """
 
     child = ""
-    """Under which name it is put into its host. Not with `lntune_`: PEFT deletes no adapter from a module so named."""
+    """Name of the layer in its host. It must not contain `lntune_`: PEFT deletes no adapter from such a module."""
 
     adapter_layer_names: tuple[str, ...] = ()
     other_param_names: tuple[str, ...] = ()
@@ -46,31 +46,36 @@ class InsertedLayer(nn.Module, BaseTunerLayer):
         self._route = route
         self._cache: tuple[object, list[TensorState], dict[str, Tensor]] | None = None
 
-    # What a subclass says.
+    # Implemented by subclasses.
 
     @abstractmethod
     def update_layer(self, adapter_name: str, config: Any, stored: bool = False) -> None:
-        """Make the modules of an adapter, then call `settle`.
+        """Create the modules of an adapter, then call `settle`.
 
         Args:
             adapter_name: the new adapter.
-            config: its config, of the kind that this layer is for.
+            config: its config, of this layer's method.
             stored: whether the values come from a file.
         """
 
     @abstractmethod
     def stack(self, order: Sequence[str]) -> dict[str, Tensor]:
-        """The tensors of all adapters for a routed forward pass, each `(len(order), ...)`, in this order of names.
+        """Stack the tensors of all adapters for a routed forward pass.
 
-        A name without an adapter here, `"__base__"` among them, gets an entry that does nothing.
+        Args:
+            order: names of the adapters. A name without an adapter here, such as `"__base__"`, gets an entry that
+                changes nothing.
+
+        Returns:
+            Tensors `(len(order), ...)` by name.
         """
 
     def attach(self, host: nn.Module) -> None:
-        """Become a child of `host`; a subclass also says there how its adapters are reached."""
+        """Become a child of `host`; subclasses also make `host` call the adapters."""
         host.add_module(self.child, self)
 
     def detach(self, host: nn.Module) -> None:
-        """The inverse of `attach`: nothing of this layer is left in the model."""
+        """Remove this layer from `host`; the inverse of `attach`."""
         del host._modules[self.child]
 
     # The state machine.
@@ -85,7 +90,7 @@ class InsertedLayer(nn.Module, BaseTunerLayer):
         return names
 
     def stacks(self) -> dict[str, Tensor]:
-        """`stack` for the route in force, kept while nothing that it came from is trained or has changed."""
+        """`stack` for the present route, cached while its sources are frozen and unchanged."""
         order = self._route.order
         if is_traced():
             with torch.no_grad():
@@ -97,16 +102,22 @@ class InsertedLayer(nn.Module, BaseTunerLayer):
             self._cache = None
             with torch.no_grad():
                 return self.stack(order)
-        with torch.inference_mode(False), torch.no_grad():  # what is kept may be needed in a graph later
+        with torch.inference_mode(False), torch.no_grad():  # the cached tensors may be needed in a graph later
             self._cache = order, sources, self.stack(order)
         return self._cache[2]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": None}
 
-    # What torch and PEFT do to a module, after which something else may be trained.
+    # Methods of torch and PEFT after which other tensors may be trained.
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """See `peft.tuners.tuners_utils.BaseTunerLayer.set_adapter`; the cache is dropped.
+
+        Args:
+            adapter_names: the adapters to make active.
+            inference_mode: whether they stay frozen.
+        """
         super().set_adapter(adapter_names, inference_mode)
         self._cache = None
 
@@ -126,34 +137,44 @@ class InsertedLayer(nn.Module, BaseTunerLayer):
         """Whether this adapter has a module here."""
         return adapter_name in self.container(self.adapter_layer_names[0])
 
+    def _held_by(self, adapter_name: str) -> list[nn.Module]:
+        """The modules of an adapter here."""
+        held = map(self.container, self.adapter_layer_names)
+        return [modules[adapter_name] for modules in held if adapter_name in modules]
+
     def to_base_dtype(self, adapter_name: str) -> None:
-        """Give an adapter the dtype of the model it stands in, for users who ask for that."""
-        for container in self.adapter_layer_names:
-            held = self.container(container)
-            if adapter_name in held:
-                held[adapter_name].to(self.base_dtype)
+        """Cast an adapter to the dtype of the base model, on request of the user."""
+        for module in self._held_by(adapter_name):
+            module.to(self.base_dtype)
 
     def settle(self, adapter_name: str, config: Any, device: torch.device) -> None:
-        """Place the modules of a new adapter, and let it require gradients where it is active."""
-        for container in self.adapter_layer_names:
-            held = self.container(container)
-            if adapter_name in held and not any(p.is_meta for p in held[adapter_name].parameters()):
-                held[adapter_name].to(device)
+        """Move the modules of a new adapter to their device, and let it require gradients where it is active.
+
+        Args:
+            adapter_name: the new adapter.
+            config: its config.
+            device: where the layer computes.
+        """
+        for module in self._held_by(adapter_name):
+            if not any(p.is_meta for p in module.parameters()):
+                module.to(device)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Nothing is merged here: the tuner has asked whether that is meant, see `LNTuneModel.merge_adapter`."""
+        """Do nothing: there is no base layer to merge into. `LNTuneModel.merge_adapter` refuses unless told to keep it.
+
+        Args:
+            safe_merge: ignored.
+            adapter_names: ignored.
+        """
 
     def unmerge(self) -> None:
         """Nothing was merged."""
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # There is no base layer; `settle` has placed the adapter.
-        if device is not None:
-            for container in self.adapter_layer_names:
-                held = self.container(container)
-                if adapter_name in held:
-                    held[adapter_name].to(device)
+        # There is no base layer; `settle` has moved the adapter.
+        for module in self._held_by(adapter_name) if device is not None else ():
+            module.to(device)
 
     def __repr__(self) -> str:
         return "lntune." + super().__repr__()

@@ -1,4 +1,4 @@
-"""The layer around any other module with a floating weight: its full delta, or a mask over its weight."""
+"""The layer around any other module with a floating-point weight: a full delta, or a mask over its weight."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,13 +18,18 @@ __all__ = ["ModuleLayer"]
 
 
 class ModuleLayer(ReplacementLayer):
-    """A module that a config names (Linear, Embedding, Conv, ...), its deltas, and masks over its weight.
+    """A module that a config names (Linear, Embedding, Conv, ...), with its deltas and the masks over its weight.
 
         y = f(x; round(mask(w) + dw), round(b + db))
 
-    The sum is rounded to the base dtype, as in mixed-precision training: a matrix product in float32 would cost
-    more than all else. The delta itself stays in float32, so that small steps add up. Of several active adapters the
-    masks come first: a mask switches off weights of the base, not what another adapter has learnt.
+    The sum is rounded to the base dtype, as in mixed-precision training, since a matrix product in float32 would be
+    expensive. The delta itself stays in float32, so that small steps add up. With several active adapters, masks are
+    applied first: a mask switches off weights of the base, not the deltas of another adapter.
+
+    Args:
+        base_layer: the module to tune, or another tuner's layer around it (in a mixed model).
+        route: which row of a batch uses which adapter; one object shared by all layers of a model.
+        label: name of the module in the model, for errors.
     """
 
     adapter_layer_names = (*ReplacementLayer.adapter_layer_names, "lntune_supermask")
@@ -34,13 +39,13 @@ class ModuleLayer(ReplacementLayer):
         self.lntune_supermask = nn.ModuleDict()
 
     def add_supermask(self, adapter_name: str, config: Any, block: ParameterSlice | None, stored: bool) -> None:
-        """Add an adapter, a mask over the weight.
+        """Add an adapter that masks the weight.
 
         Args:
             adapter_name: the new adapter.
             config: its `SupermaskConfig`.
-            block: where only a part of the weight is meant, that part.
-            stored: whether its values are about to be loaded.
+            block: the part of the weight to mask; None: all of it.
+            stored: whether its values will be loaded from a file.
         """
         base, base_layer = self.unmerged("weight"), self.get_base_layer()
         mask = Supermask(
@@ -54,23 +59,28 @@ class ModuleLayer(ReplacementLayer):
         )
         if not config.init_weights and mask.weight is not None:
             nn.init.normal_(mask.weight)
-        mask.train(base_layer.training)  # a new module is in training, and would draw in a model that is not
+        mask.train(base_layer.training)  # a new module is in training mode and would draw masks in evaluation
         for layer in (self, *self.tied_to("weight", adapter_name)):
-            layer.lntune_supermask[adapter_name] = mask  # the plan ties masks to masks
+            layer.lntune_supermask[adapter_name] = mask  # the plan ties masks only to masks
             layer._forget()
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self._forget()
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def sample(self, adapter_name: str, sampling: bool) -> None:
-        """Say whether an adapter's mask is drawn outside of training too."""
+        """Set whether the mask of an adapter is drawn outside training too.
+
+        Args:
+            adapter_name: the adapter.
+            sampling: whether to draw it.
+        """
         self.lntune_supermask[adapter_name].sampling = sampling  # type: ignore[assignment]  # a module's attribute
         self._forget()
 
     def _cached(self, adapters: Sequence[str]) -> CachedCall | None:
         masks: Any = self._modules["lntune_supermask"]._modules  # type: ignore[union-attr]
         if any(masks[name].drawn for name in adapters if name in masks):
-            self._cache = None  # another mask at every call
+            self._cache = None  # each call draws another mask
             return None
         return super()._cached(adapters)
 
@@ -100,13 +110,13 @@ class ModuleLayer(ReplacementLayer):
         rounded = {name: value.to(getattr(inner, name).dtype) for name, value in parameters.items()}
         if self.base_layer is inner and runs_own_forward(inner):
             return forward_with(inner, rounded, inner.forward, *args, **kwargs)
-        # Hooks run; and so do other tuners' layers in between (LoRA in a mixed model), and find these parameters.
+        # Hooks run, and layers of other tuners in between (LoRA in a mixed model), which see these parameters.
         return overridden(inner, rounded, self.base_layer, *args, **kwargs)
 
     def _run_rebuilding(
         self, masks_and_deltas: Sequence[Any], others: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> Tensor:
-        """As `run`, but for the effective weight: the backward pass makes it again, and it is not kept until then."""
+        """Like `run`, but the effective weight is recomputed in the backward pass instead of being saved."""
         base: Any = self.get_base_layer().weight
         read, value, steps = unwritten(base), base, []
         for module in masks_and_deltas:
@@ -126,7 +136,7 @@ class ModuleLayer(ReplacementLayer):
             return self.run(parameters, *args, **kwargs)
 
     def run_routed(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One pass for each adapter in the batch, as PEFT's LoRA does it: a full delta a row would not fit."""
+        """One pass per adapter in the batch, as in PEFT's LoRA: a full delta per row would not fit in memory."""
         x, *others = args
         return self._route.by_adapter(x, self.label, lambda name, rows: self._run_one(name, rows, *others, **kwargs))
 

@@ -26,7 +26,7 @@ class NormLayer(ReplacementLayer):
     Args:
         base_layer: the norm.
         route: which row of a batch uses which adapter; one object shared by all layers of a model.
-        norm: what `find_norms` found out about it.
+        norm: facts about the norm from `find_norms`.
     """
 
     def __init__(self, base_layer: nn.Module, route: Route, norm: Norm) -> None:
@@ -66,7 +66,7 @@ class NormLayer(ReplacementLayer):
         return call_with_rows(self.base_layer, x, weight, bias, *args, **kwargs)
 
     def entries(self) -> Iterator[LayerTensor]:
-        """What this layer contributes to the stacks of a route; both parameters, where one of them is tuned."""
+        """The tensors of this layer for the stacks of a route: both parameters, where one of them is tuned."""
         if not (self.lntune_weight or self.lntune_bias):
             return
         for parameter in PARAMETERS:
@@ -74,14 +74,14 @@ class NormLayer(ReplacementLayer):
             if base is None:
                 continue
             deltas = dict(self.deltas(parameter).items())
-            # Not by the label: a head's copy in `modules_to_save` holds copies of layers, with the same labels.
+            # Labels are not unique: the copy of a head in `modules_to_save` holds layers with the same labels.
             name = f"{id(self)}.{parameter}"
             yield LayerTensor(name, partial(self._value, parameter), partial(_sources, base, deltas))
 
     @torch.no_grad()
     def _value(self, parameter: str, adapter: str) -> Tensor:
         value = self.effective(parameter, () if adapter == BASE else (adapter,))
-        value = value.float() if value.dtype.itemsize < 4 else value  # torch.promote_types is an operation
+        value = value.float() if value.dtype.itemsize < 4 else value  # torch.promote_types would cost an operation
         return value + self._offset if parameter == "weight" and self._offset else value
 
 

@@ -1,8 +1,8 @@
-"""Modules that accelerate offloads: their parameters are on meta, except while their own forward runs.
+"""Modules offloaded by accelerate: their parameters are on meta, except while their forward runs.
 
 accelerate puts a forward of its own into each such module, which loads the parameters, runs the module's forward and
-takes them away again (`cpu_offload`, `disk_offload`, a `device_map` with "cpu" or "disk"). Code that reads the
-parameters of such a module from outside must load them first.
+offloads them again (`cpu_offload`, `disk_offload`, a `device_map` with "cpu" or "disk"). Code that reads the parameters
+of such a module from outside must load them first.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,6 +14,7 @@ from accelerate.hooks import AlignDevicesHook, SequentialHook
 from accelerate.utils import named_module_tensors
 from torch import Tensor, nn
 
+from peft_lntune.core.module_tree import below
 from peft_lntune.errors import UnsupportedError
 
 __all__ = [
@@ -29,9 +30,9 @@ __all__ = [
 
 
 def offload_hook(module: nn.Module) -> AlignDevicesHook | None:
-    """The hook of accelerate that offloads the parameters of this module; None where none does."""
+    """The accelerate hook that offloads the parameters of this module, or None."""
     hook = module.__dict__.get("_hf_hook")
-    if hook is None:  # asked in every forward pass
+    if hook is None:  # the fast path, taken in every forward pass
         return None
     hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
     return next((own for own in hooks if isinstance(own, AlignDevicesHook) and own.offload), None)
@@ -44,6 +45,9 @@ def is_offloaded(model: nn.Module) -> bool:
 
 def device_of(module: nn.Module) -> torch.device | None:
     """The device on which this module computes: that of its parameters, also while they are offloaded.
+
+    Args:
+        module: any module.
 
     Returns:
         The device; None where the module has neither parameters nor buffers.
@@ -64,7 +68,16 @@ def device_of(module: nn.Module) -> torch.device | None:
 
 @contextmanager
 def all_onloaded(module: nn.Module, keep: bool = False) -> Iterator[None]:
-    """`onloaded` for a module and all that it holds: a tuner's layer, say, with its adapters and what it wraps."""
+    """Inside this context, the parameters of a module and of all modules inside it are loaded.
+
+    Args:
+        module: for example a tuner's layer with its adapters and the module it wraps.
+        keep: whether values written to the parameters inside the context stay. They are then in CPU memory, even if
+            they were offloaded to disk.
+
+    Yields:
+        Nothing.
+    """
     with ExitStack() as stack:
         for part in module.modules():
             stack.enter_context(onloaded(part, keep))
@@ -73,13 +86,16 @@ def all_onloaded(module: nn.Module, keep: bool = False) -> Iterator[None]:
 
 @contextmanager
 def onloaded(module: nn.Module, keep: bool = False) -> Iterator[None]:
-    """Inside this context the parameters of a module are where it computes; nothing happens where they are already.
+    """Inside this context, the parameters of a module are loaded on the device where it computes.
 
     Args:
-        module: a leaf, or a module whose own parameters are meant; its children are left alone. Not for two threads at
-            once, as accelerate's own forward is not.
-        keep: whether what is written to the parameters inside stays. They are in CPU memory from then on, also where
-            accelerate had them on disk.
+        module: the module; the parameters of its children are not loaded. Not for two threads at once, like
+            accelerate's own forward.
+        keep: whether values written to the parameters inside the context stay. They are then in CPU memory, even if
+            they were offloaded to disk.
+
+    Yields:
+        Nothing.
     """
     if offload_hook(module) is None or not _is_away(module):
         yield
@@ -100,13 +116,13 @@ def call_onloaded(module: nn.Module, function: Callable[..., Any], args: tuple, 
     """Call a function while the parameters of a module are loaded, with arguments on the module's device.
 
     Args:
-        module: as in `onloaded`.
+        module: the module; the parameters of its children are not loaded. Not for two threads at once.
         function: called as `function(*args, **kwargs)`; usually a layer around the module.
-        args: moved to the module's device.
-        kwargs: moved to the module's device.
+        args: positional arguments; moved to the module's device.
+        kwargs: keyword arguments; moved to the module's device.
 
     Returns:
-        What the function returns, where the module's own output would be.
+        The result of the function, on the device on which accelerate puts the module's output.
     """
     if offload_hook(module) is None or not _is_away(module):
         return function(*args, **kwargs)
@@ -122,11 +138,11 @@ def call_onloaded(module: nn.Module, function: Callable[..., Any], args: tuple, 
 
 
 def check_trainable(label: str, trained: Iterable[nn.Module]) -> None:
-    """Raise where modules that are trained are offloaded: a gradient would reach a copy that is thrown away.
+    """Check that no trained module is offloaded: its gradients would go to a temporary copy.
 
     Args:
-        label: where they are, for the message.
-        trained: what an adapter trains there.
+        label: name of the module with the adapter, for the message.
+        trained: modules of the adapter.
 
     Raises:
         UnsupportedError: one of them requires gradients and is offloaded.
@@ -140,11 +156,11 @@ def check_trainable(label: str, trained: Iterable[nn.Module]) -> None:
 
 
 def stored_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The values of those tensors of a state dict that are offloaded, read from where accelerate keeps them.
+    """Read the values of offloaded tensors of a state dict from accelerate's storage.
 
     Args:
-        model: the model that the state dict is from.
-        tensors: its entries that are wanted; those that are not on meta are passed over.
+        model: the model of the state dict.
+        tensors: entries of the state dict; those that are not on meta are skipped.
 
     Returns:
         The values by name, on the CPU.
@@ -154,7 +170,7 @@ def stored_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str,
     for path, module in model.named_modules() if wanted else ():
         hook = offload_hook(module)
         for name, _ in named_module_tensors(module, recurse=hook.place_submodules) if hook is not None else ():
-            key = f"{path}.{name}" if path else name
+            key = below(path, name)
             if key in wanted and hook is not None and hook.weights_map is not None:
                 found[key] = hook.weights_map[name].to("cpu")
     return found
@@ -166,7 +182,7 @@ def _is_away(module: nn.Module) -> bool:
 
 @contextmanager
 def _plain_forward(module: nn.Module) -> Iterator[None]:
-    """Put the module's own forward in the place of accelerate's, which would load once more, and unload at its end."""
+    """Inside this context, the module has its own forward in place of accelerate's, which would load it again."""
     forward = module.__dict__["forward"]
     module.__dict__["forward"] = module._old_forward
     try:

@@ -1,8 +1,8 @@
 """Keep `nn.TransformerEncoder` from nested tensors where its layers cannot take them.
 
-Given a padding mask in evaluation, torch's encoder packs the batch into a nested tensor, which its fused layers take
-and its attention outside of them does not. It asks the first layer alone whether all will be fused. What follows a
-layer that is trained, or a bottleneck, is not: torch then fails within the attention. So all layers are asked here.
+Given a padding mask in evaluation, torch's encoder packs the batch into a nested tensor, which its fused layers accept
+and its unfused attention does not. It decides by its first layer alone. Layers after a trained layer or a bottleneck
+are not fused, and torch then fails inside attention. So all layers are checked here.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,11 +17,11 @@ _NAMES = ("src", "mask", "src_key_padding_mask", "is_causal")
 
 
 def keep_padded(modules: Mapping[str, nn.Module], tuned: Iterable[str]) -> None:
-    """Let each encoder that holds a tuned place run padded while any of its parameters wants a gradient.
+    """Keep encoders with tuned modules padded while any of their parameters requires a gradient.
 
     Args:
-        modules: of the model by name.
-        tuned: names of the places.
+        modules: modules of the model by name.
+        tuned: names of the tuned modules.
 
     Example:
         >>> layer = nn.TransformerEncoderLayer(4, 2, 4, batch_first=True)
@@ -48,9 +48,9 @@ def stop_keeping_padded(model: nn.Module) -> None:
 
 
 def _with_a_mask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The arguments, with a mask that hides nothing where torch would nest: it does not nest where it is given one.
+    """The arguments, with a mask that hides nothing where torch would nest: with a mask, it does not.
 
-    No setting is changed for that: they are global or the module's, and other threads would see them.
+    Settings would have the same effect, but they are shared with other threads.
     """
     if not (torch.is_grad_enabled() and getattr(module, "use_nested_tensor", False)) or module.training:
         return None
@@ -60,6 +60,6 @@ def _with_a_mask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return None
     if not any(parameter.requires_grad for parameter in module.parameters()):
         return None
-    # Of the dtype of the other mask, or torch warns.
+    # torch warns where the two masks have different dtypes.
     named["mask"] = torch.zeros(src.shape[1], src.shape[1], dtype=padding.dtype, device=src.device)
     return (), {**named, "is_causal": False}

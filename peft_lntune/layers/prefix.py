@@ -1,9 +1,8 @@
 """The layer that puts prefixes to the left of an attention's keys and values.
 
-Attention modules of transformers look their function up by the name in `self.config._attn_implementation`. So each
-module with a prefix sees its config through a view of its own, which gives the name of our function while a prefix is
-at work. That function joins the prefixes, widens the mask, and calls the function that the real config names. See
-docs/design.md, "Prefixes".
+Attention modules of transformers look up their function by the name in `self.config._attn_implementation`. So each
+module with a prefix gets its own view of the config, which names our function while a prefix is active. That function
+joins the prefixes, widens the mask, and calls the function that the real config names. See docs/design.md, "Prefixes".
 """
 
 from collections.abc import Sequence
@@ -24,15 +23,15 @@ __all__ = ["ConfigView", "PrefixLayer", "lntune_prefix"]
 
 
 class ConfigView:
-    """A config as one attention module sees it: the same, but naming our attention function while a prefix is at work.
+    """View of a config for one attention module, which names our attention function while a prefix is active.
 
-    Everything else is read from the real config, and written to it, at the time of the call. So
-    `set_attn_implementation` keeps working.
+    Everything else is read from and written to the real config at the time of access, so `set_attn_implementation`
+    keeps working.
 
     Args:
         base: the real config.
         layer: the layer with the prefixes.
-        interface: the attention functions that the module can reach.
+        interface: the attention functions that the module can use.
     """
 
     def __init__(self, base: Any, layer: "PrefixLayer", interface: Interface) -> None:
@@ -40,11 +39,11 @@ class ConfigView:
 
     @property
     def _attn_implementation(self) -> str | None:
-        # Only then: some forwards have a branch of their own for a name, as GPT-2's for "eager".
+        # Only while active: some forwards have a branch for a certain name, such as GPT-2's for "eager".
         return IMPLEMENTATION if self.layer.at_work else self.base._attn_implementation
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # copying and pickling are of the view itself
+        if name.startswith("__"):  # copying and pickling apply to the view itself
             raise AttributeError(name)
         return getattr(self.__dict__["base"], name)
 
@@ -56,7 +55,7 @@ class ConfigView:
 
 
 class _AsItWas:
-    """An attention module with its real config, for functions that look into it; all else is the module's."""
+    """An attention module with its real config, for functions that read it; all other attributes are the module's."""
 
     def __init__(self, module: nn.Module, config: Any) -> None:
         self._module = module
@@ -67,7 +66,7 @@ class _AsItWas:
 
 
 class Columns(NamedTuple):
-    """A prefix as `join` takes it, and which of its columns each sample sees (None: all)."""
+    """A prefix as `join` takes it, and the columns that each sample sees (None: all)."""
 
     key: Tensor
     value: Tensor
@@ -77,15 +76,17 @@ class Columns(NamedTuple):
 class PrefixLayer(InsertedLayer):
     """The prefixes of one attention module, which it joins to the module's keys and values.
 
-    Prefixes of several active adapters stand side by side. Where one batch uses several adapters, shorter prefixes
-    are filled up with columns that are hidden; all columns are hidden from a row of the base, which then equals the
-    base but for the rounding of longer sums. Without an adapter at work the module runs as if nothing were here.
+    Prefixes of several active adapters are concatenated. Where one batch uses several adapters, shorter prefixes are
+    filled up with hidden columns. For rows of the base model all columns are hidden, so the output equals the base's
+    up to the rounding of longer sums. Without an active adapter the module runs unchanged.
 
-    Attention weights that a model returns are those of its own tokens, so their sum is below 1 by what the prefix got.
+    Attention weights that the model returns cover its own tokens only, so they sum to less than 1.
+
+    Source: Li and Liang 2021 (arXiv 2101.00190).
 
     Args:
-        route: see `InsertedLayer`.
-        facts: what `find_attention` found out about the module.
+        route: which row of a batch uses which adapter; one object shared by all layers of a model.
+        facts: facts about the attention module from `find_attention`.
     """
 
     adapter_layer_names = ("lntune_prefix",)
@@ -100,7 +101,7 @@ class PrefixLayer(InsertedLayer):
         self._sizes = facts.heads, facts.head_dim
 
     def attach(self, host: nn.Module) -> None:
-        """Become a child of `host`, which from now on sees its config through a `ConfigView`.
+        """Become a child of `host`, and replace the config of `host` by a `ConfigView`.
 
         Raises:
             UnsupportedError: `host` does not use transformers' attention interface. Nothing has changed.
@@ -109,7 +110,7 @@ class PrefixLayer(InsertedLayer):
         if interface is None:
             raise UnsupportedError(f"{self.label} ({type(host).__name__}) does not use transformers' {FUNCTIONS}.")
         super().attach(host)
-        # Past `__setattr__`, which would make the host a child of its child.
+        # Not by `__setattr__`, which would make the host a child of its child.
         self.__dict__["_host"] = host
         self._host.config = ConfigView(self._host.config, self, interface)
 
@@ -119,12 +120,18 @@ class PrefixLayer(InsertedLayer):
         del self.__dict__["_host"]
 
     def update_layer(self, adapter_name: str, config: Any, stored: bool = False) -> None:
+        """Create the prefix of an adapter.
+
+        Args:
+            adapter_name: the new adapter.
+            config: its `PrefixConfig`.
+            stored: whether the values come from a file, which holds the plain tensor and no network.
+        """
         heads, head_dim = self._sizes
         base = next((p for p in self._host.parameters(recurse=True) if p.is_floating_point()), torch.empty(0))
         self.lntune_prefix[adapter_name] = Prefix(
             config.num_virtual_tokens,
             heads * head_dim,
-            # Files hold the plain tensor.
             hidden=None if stored else config.reparametrize,
             std=0.02 if config.init_weights else 1.0,
             dtype=delta_dtype(base.dtype, config.torch_delta_dtype),
@@ -133,7 +140,14 @@ class PrefixLayer(InsertedLayer):
         self.settle(adapter_name, config, device_of(self._host) or base.device)
 
     def stack(self, order: Sequence[str]) -> dict[str, Tensor]:
-        """`prefix`, `(n, 2, P, H * hd)`, filled up to the longest, and `keep`, `(n, P)` bool, what of it is there."""
+        """Stack the prefixes of all adapters for a routed forward pass, filled up to the longest.
+
+        Args:
+            order: n names of adapters; a name without a prefix here gets an empty one.
+
+        Returns:
+            `prefix`, `(n, 2, P, H * hd)`, and `keep`, `(n, P)` bool, True for columns that are not filling.
+        """
         held = {name: prefix() for name, prefix in self.lntune_prefix.items()}
         first = next(iter(held.values()))
         longest = max(prefix.shape[1] for prefix in held.values())
@@ -148,13 +162,19 @@ class PrefixLayer(InsertedLayer):
 
     @property
     def at_work(self) -> bool:
-        """Whether a forward pass now would see a prefix."""
+        """Whether a forward pass would use a prefix now."""
         if self.disable_adapters:
             return False
         return len(self.lntune_prefix) > 0 if self._route.on() else len(self.running) > 0
 
     def columns(self, query: Tensor) -> Columns:
-        """The prefixes for a call with these queries, `(B, H, T, hd)`.
+        """The prefixes for one call of the attention.
+
+        Args:
+            query: the queries, `(B, H, T, hd)`.
+
+        Returns:
+            Keys and values of the prefixes, and which columns each sample sees.
 
         Raises:
             RoutingError: the batch has another length than the list of adapter names.
@@ -162,7 +182,7 @@ class PrefixLayer(InsertedLayer):
         keep = None
         if self._route.on():
             stacks = self.stacks()
-            # Without the heads, which are known to be no samples.
+            # Without the axis of heads, which is not that of the samples.
             rows = self._route.index((query.shape[0], *query.shape[2:]), self.label, stacks["keep"].device)
             both, keep = stacks["prefix"].index_select(0, rows), stacks["keep"].index_select(0, rows)
         else:
@@ -172,10 +192,14 @@ class PrefixLayer(InsertedLayer):
         return Columns(key, value, keep)
 
     def check_keys(self, key: Tensor, value: Tensor) -> None:
-        """Raise where keys or values are not of the sizes that were found.
+        """Check that keys and values have the sizes found by `find_attention`.
+
+        Args:
+            key: `(B, key heads, S, hd)`.
+            value: `(B, key heads, S, hd)`.
 
         Raises:
-            UnsupportedError: they are not.
+            UnsupportedError: the number of heads or their width differs.
         """
         heads, head_dim = self._sizes
         for tensor in (key, value):
@@ -189,22 +213,22 @@ class PrefixLayer(InsertedLayer):
 def lntune_prefix(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function of modules with a `PrefixLayer`: the original one, with the prefixes joined on the left.
+    """The attention function of modules with a `PrefixLayer`: the original one, with the prefixes on the left.
 
     Args:
         module: the attention module.
         query: `(B, H, T, hd)`.
         key: `(B, key heads, S, hd)`.
-        value: as `key`.
-        attention_mask: what the original function takes.
+        value: `(B, key heads, S, hd)`.
+        attention_mask: the mask for the original function.
         **kwargs: further arguments of the original function.
 
     Returns:
-        What the original returns: the output, and the attention weights `(B, H, T, S)` without the prefix columns, or
+        The output of the original function, and its attention weights `(B, H, T, S)` without the prefix columns, or
         None.
 
     Raises:
-        UnsupportedError: the original function, or an argument of it, leaves no room for a prefix.
+        UnsupportedError: the original function, or one of its arguments, does not allow a prefix.
     """
     view, layer = module.config, module.kv_prefix
     implementation = view.base._attn_implementation
@@ -220,7 +244,7 @@ def lntune_prefix(
     eager = implementation is None or implementation == "eager"
     mask, causal = attention_mask, False
     if flash:
-        # It is causal by a flag, counted from the right, so that a prefix on the left is seen by all.
+        # Flash attention is causal by a flag and aligned at the right, so all queries see a prefix on the left.
         if mask is None and prefix.keep is not None:
             mask = torch.ones(query.shape[0], keys, dtype=torch.bool, device=query.device)
     elif mask is not None:
@@ -242,10 +266,10 @@ def lntune_prefix(
 
 
 def _refuse(label: str, implementation: str | None, mask: Any, kwargs: dict[str, Any], flash_batch: int | None) -> None:
-    """Raise where a prefix would be computed wrongly.
+    """Refuse calls in which a prefix would be computed wrongly.
 
     Raises:
-        UnsupportedError: with what to use instead.
+        UnsupportedError: such a call; the message names an alternative.
     """
     name = implementation or "eager"
     instead = 'Use model.set_attn_implementation("sdpa").'
@@ -265,7 +289,7 @@ def _refuse(label: str, implementation: str | None, mask: Any, kwargs: dict[str,
 
 
 def _packed(kwargs: dict[str, Any], batch: int) -> bool:
-    """Whether positions start anew within a row, by which flash attention knows packed sequences."""
+    """Whether positions restart within a row, from which flash attention infers packed sequences."""
     positions = kwargs.get("position_ids")
     if batch != 1 or positions is None or positions.dim() != 2:
         return False

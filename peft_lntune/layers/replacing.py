@@ -1,7 +1,7 @@
-"""The state machine of every tuner layer here: active, disabled, merged, routed.
+"""The state machine of the layers that wrap a module: active, disabled, merged, routed.
 
-A layer wraps one leaf module and holds, for each adapter, a `Delta` of its weight and of its bias. What differs
-between norms and other modules is how the wrapped module is run with given parameters; subclasses say so.
+A layer wraps one leaf module and holds, per adapter, a `Delta` of its weight and of its bias. Subclasses implement how
+the wrapped module runs with given parameters.
 """
 
 from abc import abstractmethod
@@ -28,10 +28,10 @@ class CachedCall(NamedTuple):
     """Cached forward call and the tensors it was built from.
 
     Attributes:
-        adapters: whose deltas are in the parameters.
-        sources: the tensors that the parameters were made from, as they were then.
-        parameters: the effective parameters, those that differ from the base's.
-        call: runs the wrapped module with these parameters; None where there are none.
+        adapters: the adapters whose deltas are in the parameters.
+        sources: states of the tensors from which the parameters were computed.
+        parameters: the effective parameters that differ from the base's.
+        call: runs the wrapped module with these parameters; None where no parameter differs.
         wrapped: the wrapped module, perhaps another tuner's layer, and the model's own module inside it.
     """
 
@@ -61,25 +61,25 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
         self.lntune_bias = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self.label = label
-        # PEFT has these two on every layer; a norm has neither.
+        # PEFT expects these two on every layer; norms have neither.
         self.in_features = getattr(base_layer, "in_features", None)
         self.out_features = getattr(base_layer, "out_features", None)
         self._route = route
         self._unmerged: dict[str, Tensor] = {}
-        # Layers around modules that share a parameter with this one's, with what it is there.
+        # For each parameter the layers whose modules share it, and its role there.
         self._tied: dict[str, list[tuple[ReplacementLayer, str]]] = {}
         self._cache: CachedCall | None = None
 
-    # What a subclass says.
+    # Implemented by subclasses.
 
     @abstractmethod
     def run(self, parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Run the wrapped module with these parameters in place of its own.
 
         Args:
-            parameters: effective weight and bias, of the shapes of the module's; those that it keeps are left out.
-            *args: of the module's forward.
-            **kwargs: of the module's forward.
+            parameters: effective weight and bias, in the shapes of the module's own; unchanged ones are left out.
+            *args: arguments of the module's forward.
+            **kwargs: keyword arguments of the module's forward.
 
         Returns:
             The module's output.
@@ -89,46 +89,46 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
         """Prepare `run` for these parameters.
 
         Args:
-            parameters: effective weight and bias, of the shapes of the module's; those that it keeps are left out.
+            parameters: effective weight and bias, in the shapes of the module's own; unchanged ones are left out.
 
         Returns:
-            A function of the arguments of the module's forward; not for operations that are traced.
+            A function with the arguments of the module's forward; not for traced operations.
         """
         return partial(self.run, parameters)
 
     @abstractmethod
     def run_routed(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run each sample of the batch with the adapter that the route gives it."""
+        """Run each sample of the batch with the adapter that the route assigns to it."""
 
     # Deltas.
 
     def deltas(self, parameter: str) -> Any:
-        """The `nn.ModuleDict` of adapter names and `Delta`s of one of `PARAMETERS`; torch types its items loosely."""
+        """The `nn.ModuleDict` of deltas of the weight or the bias, by adapter; torch types its items loosely."""
         return self.lntune_weight if parameter == "weight" else self.lntune_bias
 
     def get_base_layer(self) -> nn.Module:
-        # As PEFT's, by dict reads: a failing `hasattr` on a module costs more than a norm's whole call should.
+        # Like PEFT's method, but with dict reads: a failing `hasattr` on a module is too slow for a norm's call.
         base: Any = self._modules["base_layer"]
         while "base_layer" in base._modules:
             base = base._modules["base_layer"]
         return base
 
     def own_name(self, parameter: str) -> str:
-        """What the wrapped module calls its weight or bias."""
+        """The wrapped module's own name for its weight or bias."""
         return parameter
 
     def base_parameter(self, parameter: str) -> Tensor:
-        # Read through the module, not its `_parameters`: sharding and outer layers put tensors in its `__dict__`.
+        # Read as an attribute, not from `_parameters`: sharding and outer layers put tensors in the `__dict__`.
         return getattr(self.get_base_layer(), self.own_name(parameter))
 
     def unmerged(self, parameter: str) -> Tensor:
-        """The base parameter as it is without adapters, whether or not some are merged into it now."""
+        """The base parameter without adapters, whether or not some are merged into it now."""
         base = self.base_parameter(parameter)
         before = self._before_merging(parameter)
         return base if before is None else before.to(base.device, base.dtype)
 
     def _before_merging(self, parameter: str) -> Tensor | None:
-        """What was in the base parameter before merging here, or in a layer that shares it; None where nothing is."""
+        """The base parameter before merging here or in a layer that shares it; None where nothing is merged."""
         places = [(self, parameter), *self._tied.get(parameter, ())]
         return next((layer._unmerged[name] for layer, name in places if name in layer._unmerged), None)
 
@@ -136,12 +136,12 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
     def weight(self) -> Tensor:
         """The weight with which this layer computes now, rounded to the dtype of the base.
 
-        For code that computes with a layer's parameters in place of calling it: fused kernels, torch's fused encoder
-        and attention. Gradients reach the deltas through it. While adapters are disabled or merged it is that of the
-        base.
+        For code that computes with a layer's parameters instead of calling the layer: fused kernels, torch's fused
+        encoder and attention. Gradients reach the deltas through it. While adapters are disabled or merged, it is the
+        weight of the base.
 
         Raises:
-            RoutingError: by whatever computes with it while each row of the batch has its own adapter; its shape, dtype
+            RoutingError: by any computation with it while each row of the batch has its own adapter; its shape, dtype
                 and device can be read.
         """
         return self._read("weight")
@@ -150,12 +150,12 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
     def bias(self) -> Tensor:
         """The bias with which this layer computes now, rounded to the dtype of the base.
 
-        For code that computes with a layer's parameters in place of calling it: fused kernels, torch's fused encoder
-        and attention. Gradients reach the deltas through it. While adapters are disabled or merged it is that of the
-        base.
+        For code that computes with a layer's parameters instead of calling the layer: fused kernels, torch's fused
+        encoder and attention. Gradients reach the deltas through it. While adapters are disabled or merged, it is the
+        bias of the base.
 
         Raises:
-            RoutingError: by whatever computes with it while each row of the batch has its own adapter; its shape, dtype
+            RoutingError: by any computation with it while each row of the batch has its own adapter; its shape, dtype
                 and device can be read.
         """
         return self._read("bias")
@@ -185,7 +185,7 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
         return sums[parameter].to(base.dtype) if parameter in sums else base
 
     def _differs(self, parameter: str) -> bool:
-        """Whether a parameter may differ from row to row now: by a route of this model, or of a bank around it."""
+        """Whether a parameter may differ per row now, by a route of this model or of a bank around it."""
         detour = self.get_base_layer().__dict__.get("forward")
         if isinstance(detour, Detour) and detour.active:
             return True
@@ -197,12 +197,12 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
     # Parameters that other modules share.
 
     def tie(self, parameter: str, other: "ReplacementLayer", its: str) -> None:
-        """Say that a parameter is also that of another layer's module: what tunes both is one delta.
+        """Declare that this layer's module and another's share a parameter: one delta tunes both.
 
         Args:
-            parameter: one of `PARAMETERS`, of this layer's module.
+            parameter: `"weight"` or `"bias"` of this layer's module.
             other: the layer around the other module.
-            its: which parameter of the other module it is.
+            its: `"weight"` or `"bias"`, the role of the parameter in the other module.
         """
         for layer, name, to in ((self, parameter, (other, its)), (other, its, (self, parameter))):
             known = layer._tied.setdefault(name, [])
@@ -210,10 +210,10 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
                 known.append(to)
 
     def tied_to(self, parameter: str, adapter_name: str) -> list["ReplacementLayer"]:
-        """The other layers in which an adapter tunes this very parameter.
+        """The other layers in which an adapter tunes the same shared parameter.
 
         Args:
-            parameter: one of `PARAMETERS`.
+            parameter: `"weight"` or `"bias"`.
             adapter_name: the adapter.
 
         Returns:
@@ -222,7 +222,7 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
         return [other for other, its in self._tied.get(parameter, ()) if its in other.tunes(adapter_name)]
 
     def tunes(self, adapter_name: str) -> list[str]:
-        """Which parameters an adapter tunes here, the weight first: a set's order would differ from run to run."""
+        """Which parameters an adapter tunes here, the weight first; a set would have another order in each run."""
         return [parameter for parameter, _ in self._tuned([adapter_name])]
 
     def names_of(self, parameter: str) -> list[str]:
@@ -231,12 +231,12 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
         return [f"{layer.label}.{layer.own_name(name)}" for layer, name in places]
 
     def put(self, parameter: str, adapter_name: str, delta: Delta | None) -> None:
-        """Set an adapter's delta, or take it away; in all layers that share the parameter and have one.
+        """Set or remove the delta of an adapter, here and in the layers that share the parameter and have one.
 
         Args:
-            parameter: one of `PARAMETERS`.
+            parameter: `"weight"` or `"bias"`.
             adapter_name: the adapter.
-            delta: the delta; None takes the adapter's away.
+            delta: the delta; None: remove it.
         """
         others = [(o, its) for o, its in self._tied.get(parameter, ()) if adapter_name in o.deltas(its)]
         for layer, name in [(self, parameter), *others]:
@@ -247,12 +247,12 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
             layer._forget()
 
     def trained(self, adapter_name: str) -> list[nn.Parameter]:
-        """The parameters that an adapter has here: values of deltas, scores of masks."""
+        """The trainable tensors of an adapter here: values of deltas, scores of masks."""
         tuned = [module for _, module in self._tuned([adapter_name])]
         return [module.weight for module in tuned if module.weight is not None]
 
     def to_base_dtype(self, adapter_name: str) -> None:
-        """Give an adapter the dtype of the parameters it changes, for users who ask for that."""
+        """Cast an adapter to the dtype of the parameters it changes, on request of the user."""
         for parameter, module in self._tuned([adapter_name]):
             if module.weight is not None:
                 module.weight.data = module.weight.data.to(self.base_parameter(parameter).dtype)
@@ -265,13 +265,13 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
         counts: Mapping[str, int | None],
         blocks: Mapping[str, ParameterSlice] | None = None,
     ) -> None:
-        """Add an adapter, a zero delta for each parameter in `counts` (None: every entry is tuned).
+        """Add an adapter, with one zero delta per tuned parameter.
 
         Args:
             adapter_name: the new adapter.
             config: its config.
-            counts: the parameters, with the number of tuned entries where these are chosen by a mask.
-            blocks: the parameters of which only a part is meant.
+            counts: for each tuned parameter the number of entries that a mask chooses; None: all entries.
+            blocks: for parameters that are tuned in part, that part.
         """
         for parameter, count in counts.items():
             base = self.base_parameter(parameter)
@@ -288,11 +288,12 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
         """Tune only some entries of a parameter, keeping their values.
 
         Args:
-            parameter: one of `PARAMETERS`.
+            parameter: `"weight"` or `"bias"`.
             adapter_name: an adapter that tunes it.
-            mask: bool, of the shape of the parameter: the entries to tune. None, or a mask of none, drops the delta.
+            mask: bool, of the shape of the parameter, True for entries to tune. None or an empty mask removes the
+                delta.
         """
-        if adapter_name not in self.deltas(parameter):  # taken away with that of a layer that shares it
+        if adapter_name not in self.deltas(parameter):  # removed together with that of a layer that shares it
             return
         old = self.deltas(parameter)[adapter_name]
         if mask is not None and old.block is not None:
@@ -307,21 +308,21 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
         self.put(parameter, adapter_name, delta)
 
     def effective(self, parameter: str, adapters: Sequence[str]) -> Tensor:
-        """The parameter under these adapters: base plus each delta that there is.
+        """The parameter under these adapters: the base plus their deltas.
 
         Args:
-            parameter: one of `PARAMETERS`.
-            adapters: their names; those without a delta here change nothing.
+            parameter: `"weight"` or `"bias"`.
+            adapters: their names; adapters without a delta here change nothing.
 
         Returns:
-            Of the shape of the parameter, in float32 or wider where a delta was added.
+            A tensor of the shape of the parameter, in float32 or wider where a delta was added.
         """
         tuned = [found for found in self._tuned(adapters) if found[0] == parameter]
         with onloaded(self.get_base_layer()):
             return self._sums(tuned).get(parameter, self.base_parameter(parameter))
 
     def _tuned(self, adapters: Sequence[str]) -> list[tuple[str, Any]]:
-        """Parameter and delta, for each delta that these adapters have here; plain dict reads, it runs in forward."""
+        """Parameter and delta, for each delta of these adapters; with plain dict reads, since it runs in forward."""
         modules = self._modules
         weight, bias = modules["lntune_weight"]._modules, modules["lntune_bias"]._modules  # type: ignore[union-attr]
         tuned = [("weight", weight[name]) for name in adapters if name in weight]
@@ -336,7 +337,7 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
         return sums
 
     def _call(self, adapters: Sequence[str]) -> Callable[..., Tensor] | None:
-        """What to call in place of the wrapped module under these adapters; None where none has a delta here."""
+        """The function to call in place of the wrapped module; None where these adapters have no delta here."""
         cached = self._cached(adapters)
         if cached is not None:
             return cached.call
@@ -344,14 +345,14 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
         return None if not sums else partial(self.run, sums) if is_traced() else self.bind(sums)
 
     def _cached(self, adapters: Sequence[str]) -> CachedCall | None:
-        """The call under these adapters, where it may be cached: nothing it was built from is trained.
+        """The call under these adapters, where it may be cached because its sources are frozen.
 
-        An adapter that was loaded for inference so costs no operation in a forward pass.
+        So an adapter that was loaded for inference adds no operation to a forward pass.
         """
         cache = self._cache
         if is_traced():
             if cache is not None and not torch.compiler.is_exporting():
-                self._cache = None  # a compiled step may train what it came from
+                self._cache = None  # a compiled step may train its sources
             return None
         if cache is not None and cache.adapters == adapters and is_valid(*cache.sources):
             return cache
@@ -361,16 +362,16 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
             if cache is not None:
                 self._cache = None
             if torch.is_grad_enabled() and not self._route.active:
-                self._route.drop()  # what is stacked for mixed batches came from the same deltas
+                self._route.drop()  # the stacks for mixed batches came from the same deltas
             return None
-        with torch.inference_mode(False), torch.no_grad():  # what is cached may be needed in a graph later
+        with torch.inference_mode(False), torch.no_grad():  # the cached tensors may be needed in a graph later
             sums = self._sums(tuned)
             wrapped = self.base_layer, self.get_base_layer()
             self._cache = CachedCall(list(adapters), sources, sums, self.bind(sums) if sums else None, wrapped)
         return self._cache
 
     def _sources(self, tuned: list[tuple[str, Any]]) -> tuple[TensorState, ...] | None:
-        """The tensors that the effective parameters are made from; None where one of them may be trained."""
+        """States of the tensors behind the effective parameters; None where one of them may be trained."""
         if any(module.weight is not None and module.weight.requires_grad for _, module in tuned):
             return None
         base = self.get_base_layer()
@@ -379,7 +380,7 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
         return None if any(state.tensor is None for state in sources) else tuple(sources)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy makes its own sums: kept ones hold on to this layer's tensors.
+        # A copy builds its own cache: this one refers to this layer's tensors.
         return {**self.__dict__, "_cache": None}
 
     def _forget(self) -> None:
@@ -390,7 +391,7 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         cache = self._cache
-        if (  # the usual call of an adapter that is not trained, with as few steps as it takes to be sure of that
+        if (  # the usual call of a frozen adapter, with as few checks as possible
             cache is not None
             and not is_traced()
             and cache.adapters == self._active_adapter
@@ -402,7 +403,7 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
             and "_hf_hook" not in cache.wrapped[1].__dict__
         ):
             return cache.call(*args, **kwargs)
-        kwargs.pop("adapter_names", None)  # hooks of other tuners pass it on; here the route holds it
+        kwargs.pop("adapter_names", None)  # hooks of other tuners pass it on; here the route has the names
         base = self.get_base_layer()
         if offload_hook(base) is None:
             return self._forward(*args, **kwargs)
@@ -411,7 +412,7 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
         try:
             return call_onloaded(base, self._forward, args, kwargs)
         finally:
-            self._cache = None  # it would hold on to what has just been offloaded
+            self._cache = None  # it refers to parameters that are offloaded again
 
     def _forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if self._disable_adapters:
@@ -430,7 +431,7 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
 
         Args:
             safe_merge: raise before anything is written where a merged value is NaN or infinite.
-            adapter_names: which adapters; None for the active ones.
+            adapter_names: the adapters to merge; None: the active ones.
 
         Raises:
             ValueError: `safe_merge` found a value that is not finite; nothing was merged in this layer.
@@ -444,7 +445,7 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
                 self._check_finite(merged, added)
             for parameter, value in merged.items():
                 base = self.base_parameter(parameter)
-                # A copy of the old vector, because subtracting the delta again would not give it back in bfloat16.
+                # A copy, because subtracting the delta again would not restore the values in bfloat16.
                 before = self._before_merging(parameter)
                 self._unmerged[parameter] = base.detach().clone() if before is None else before
                 base.data = value
@@ -452,10 +453,10 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
         self._forget()
 
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
-        """Raise where a merged value would not be finite, without merging.
+        """Check that merged values would be finite, without merging.
 
         Args:
-            adapter_names: which adapters would be merged; None for the active ones.
+            adapter_names: the adapters to check; None: the active ones.
 
         Raises:
             ValueError: a merged value would be NaN or infinite.
@@ -468,16 +469,16 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
         """The adapters that `merge` would merge here.
 
         Args:
-            adapter_names: of which adapters; None for the active ones.
+            adapter_names: the adapters to choose from; None: the active ones.
 
         Returns:
-            Those that have a delta here and are not merged yet.
+            The adapters with a delta here that are not merged yet.
         """
         names = self.active_adapters if adapter_names is None else adapter_names
         return [name for name in names if name not in self.merged_adapters and self._tuned([name])]
 
     def unmerge(self) -> None:
-        """Put the base parameters back, bit for bit; what was merged in other tuners' layers within, first."""
+        """Restore the base parameters bit for bit, after unmerging the layers of other tuners inside."""
         if not self.merged:
             return
         inner: Any = self.base_layer
@@ -502,7 +503,7 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def _merged(self, adapters: Sequence[str]) -> dict[str, Tensor]:
-        """What the base parameters become: summed in the wide dtype from the unmerged ones, then rounded once."""
+        """The merged parameters: summed in the wide dtype from the unmerged ones, then rounded once."""
         sums: dict[str, Tensor] = {}
         for parameter, delta in self._tuned(adapters):
             sums[parameter] = delta.merged_value(sums[parameter] if parameter in sums else self.unmerged(parameter))
@@ -512,11 +513,17 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         self._forget()
 
-    # What torch and PEFT do to a module, and what follows from it here.
+    # Methods of torch and PEFT after which the cache is dropped.
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """See `peft.tuners.tuners_utils.BaseTunerLayer.set_adapter`; caches are dropped.
+
+        Args:
+            adapter_names: the adapters to make active.
+            inference_mode: whether they stay frozen.
+        """
         super().set_adapter(adapter_names, inference_mode)
-        self._forget()  # from here on something else may be trained
+        self._forget()  # other tensors may be trained from here on
 
     def train(self, mode: bool = True) -> "ReplacementLayer":
         self._forget()
@@ -527,14 +534,14 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
         return super()._apply(*args, **kwargs)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT's own also casts to the dtype of the base, which is just what a delta must not be.
+        # PEFT's own method also casts to the dtype of the base, which a delta must not have.
         for parameter in PARAMETERS:
             deltas = self.deltas(parameter)
             if adapter_name in deltas and not deltas[adapter_name].weight.is_meta:
                 deltas[adapter_name].to(device or self.base_parameter(parameter).device)
 
     def __getattr__(self, name: str) -> Any:
-        """Pass what the layer lacks on to the wrapped module: other libraries read `eps`, `normalized_shape`, ..."""
+        """Read missing attributes from the wrapped module: other libraries read `eps`, `normalized_shape`, ..."""
         try:
             return super().__getattr__(name)
         except AttributeError:

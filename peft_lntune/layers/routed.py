@@ -1,4 +1,4 @@
-"""What stands for a parameter while every row of the batch has its own."""
+"""The stand-in for a parameter while every row of the batch has its own."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,28 +10,31 @@ from peft_lntune.errors import RoutingError
 
 __all__ = ["RoutedParameter"]
 
-# What may be asked: facts that are the same for all rows. All else would compute with one row's value.
+# Attributes and methods that are the same for all rows. Everything else would compute with the value of one row.
 _FACTS = {"size", "stride", "dim", "ndimension", "numel", "nelement", "__len__", "is_floating_point", "is_complex"}
 _FACTS |= {"element_size", "is_contiguous", "get_device", "__hash__", "is_inference", "is_pinned", "type"}
 _NO_FACTS = {"data", "T", "H", "mT", "mH", "real", "imag"}
 
 
 class RoutedParameter(Tensor):
-    """A parameter that differs from row to row: its shape, dtype and device can be read, any use of it raises.
+    """A parameter that differs per row: its shape, dtype and device can be read, any computation with it raises.
 
-    torch's fused paths ask whether a tensor has a `__torch_function__`, and call the modules one by one where it has,
-    which is right. Whatever else computes with it would give one adapter to all rows.
+    torch's fused paths check for `__torch_function__` and, where a tensor has it, call the modules one by one, which is
+    correct. Any other computation with it would use one adapter for all rows.
     """
 
     what: str
 
     @classmethod
     def like(cls, base: Tensor, what: str) -> "RoutedParameter":
-        """A stand-in for `base`.
+        """Make a stand-in for a parameter.
 
         Args:
-            base: gives shape, dtype and device.
+            base: tensor with the shape, dtype and device.
             what: name of the parameter, for the error.
+
+        Returns:
+            The stand-in.
 
         Example:
             >>> RoutedParameter.like(torch.ones(2), "the weight of norm").shape
@@ -59,6 +62,6 @@ class RoutedParameter(Tensor):
         what = next((part.what for part in given if isinstance(part, cls)), "a parameter")
         raise RoutingError(
             f"{what} differs from row to row in this batch, but {name or func} computes with one value for all rows: "
-            "something reads the parameter in place of calling the layer, such as a fused kernel. Run this batch one "
-            "adapter at a time with set_adapter, or put the kernel on the module inside, layer.get_base_layer()."
+            "some code reads the parameter instead of calling the layer, such as a fused kernel. Run this batch one "
+            "adapter at a time with set_adapter, or apply the kernel to the module inside, layer.get_base_layer()."
         )

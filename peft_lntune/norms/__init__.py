@@ -1,4 +1,4 @@
-"""What a norm is, and how it runs with other parameters than its own."""
+"""Find the norms of a model, and run a norm with other parameters than its own."""
 
 from peft_lntune.norms.find import Missed, Norm, find_missed, find_norms
 

@@ -1,7 +1,7 @@
-"""Compute a norm with other parameters than its own, wider ones, and its own bits where nothing has changed.
+"""Compute a norm with other, wider parameters, bit-equal to the norm where nothing has changed.
 
 The module's own forward runs with other parameters, in the rounding mode of `peft_lntune.norms.rounding` that fits it.
-Where its class has a fast path, and nothing is attached to the module that this would skip, the fast path is taken.
+Where its class has a fast path, and the module has no hooks that this would skip, the fast path is used.
 """
 
 from collections.abc import Callable
@@ -32,9 +32,9 @@ def call_with(
     Args:
         norm: the module; afterwards it is as it was, also when its forward raises. Not for two threads at once.
         x: its input, `(B, ..., d)`.
-        weight: of the shape of the norm's weight, in float32 or wider; None keeps the norm's own.
-        bias: of the shape of the norm's bias, in float32 or wider; None keeps the norm's own. A norm that has no bias
-            takes one too: it is added before the output is rounded.
+        weight: of the shape of the norm's weight, in float32 or wider; None: the norm's own.
+        bias: of the shape of the norm's bias, in float32 or wider; None: the norm's own. A norm without a bias takes
+            one too: it is added before the output is rounded.
         *args: further arguments of the module's forward, such as a gate.
         **kwargs: further arguments by name.
 
@@ -68,10 +68,10 @@ def call_with(
 
 
 def _differentiable(norm: nn.Module, x: Tensor) -> Tensor:
-    """The input; of a GroupNorm on a CPU one that takes a gradient, where it is laid out with the channels last.
+    """The input; for a GroupNorm on a CPU with channels-last input, one that requires a gradient.
 
-    Torch (2.13) ends the process in the backward pass there, where weights want a gradient and the input does not:
-    behind a frozen convolution, that is.
+    Torch (2.13) ends the process in the backward pass there where the weights require a gradient and the input does
+    not, that is, after a frozen convolution.
     """
     if (
         isinstance(norm, nn.GroupNorm)
@@ -84,10 +84,10 @@ def _differentiable(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 class NormCall:
-    """`call_with` for many calls of one norm: what can be found out before a call is, and little Python runs in it.
+    """`call_with` for many calls of one norm: work is done ahead of the calls where possible, to save time per call.
 
     Args:
-        norm: the module; what is attached to it or changed on it later is seen.
+        norm: the module; later changes to it, such as new hooks, take effect.
 
     Example:
         >>> call = NormCall(nn.LayerNorm(2)).bind(None, torch.ones(2))
@@ -104,12 +104,12 @@ class NormCall:
         """The norm with these effective parameters in place of its own.
 
         Args:
-            weight: of the shape of the norm's weight, in float32 or wider; None keeps the norm's own.
-            bias: of the shape of the norm's bias, in float32 or wider; None keeps the norm's own.
+            weight: of the shape of the norm's weight, in float32 or wider; None: the norm's own.
+            bias: of the shape of the norm's bias, in float32 or wider; None: the norm's own.
 
         Returns:
-            `(x, *args, **kwargs) -> y`, the same as `call_with(norm, x, weight, bias, *args, **kwargs)`; the input may
-            be given by name.
+            `(x, *args, **kwargs) -> y`, equal to `call_with(norm, x, weight, bias, *args, **kwargs)`; the input may be
+            given by name.
         """
         norm, names = self.norm, self._names
         given = {name: value for name, value in zip(names, (weight, bias), strict=True) if value is not None}
@@ -134,7 +134,7 @@ class NormCall:
                     latest = forward, x.dtype, x.device, rule
                 if rule.mode == "native":
                     (override, values), state = copy, norm.__dict__
-                    # An attribute that was changed since, such as eps, is another object.
+                    # An attribute that has changed, such as eps, is another object.
                     if len(values) != len(state) or not all(map(is_, values, state.values())):
                         copy = override, values = copy_with(norm, given), [*state.values()]
                     y: Tensor = forward(override, *args, **kwargs)
@@ -161,7 +161,7 @@ class NormCall:
 def call_with_rows(
     norm: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Call a norm with other parameters for each sample.
+    """Call a norm with different parameters per sample.
 
     The module's forward and its hooks run, and the output has the dtype that the module's own call would have given.
 
@@ -177,7 +177,7 @@ def call_with_rows(
         `xhat * weight + bias`.
 
     Raises:
-        UnsupportedError: the norm's forward could not be tried, so that its xhat is not known.
+        UnsupportedError: the norm's forward could not be tried, so its xhat is unknown.
 
     Example:
         >>> norm, x = nn.LayerNorm(2, bias=False), torch.tensor([[1.0, 3.0], [1.0, 3.0]])
@@ -204,7 +204,9 @@ def with_rows(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
-    """What `call_with_rows` computes, without the hooks of the module: for a forward that stands in the module's place.
+    """Compute a norm with different parameters per sample, without running the module's hooks.
+
+    For functions that replace the module's forward; elsewhere use `call_with_rows`.
 
     Args:
         norm: the module.
@@ -219,7 +221,7 @@ def with_rows(
         `xhat * weight + bias`, in the dtype that the module's own call would have given.
 
     Raises:
-        UnsupportedError: the norm's forward could not be tried, so that its xhat is not known.
+        UnsupportedError: the norm's forward could not be tried, so its xhat is unknown.
 
     Example:
         >>> norm, x = nn.LayerNorm(2, bias=False), torch.tensor([[1.0, 3.0]])
@@ -236,7 +238,7 @@ def with_rows(
     if not rule.is_norm:
         raise UnsupportedError(
             f"the forward of this {type(norm).__name__} could not be tried on a small input on {x.device}, so it "
-            "cannot be run with other parameters for each row. Run the batch one adapter at a time, with set_adapter."
+            "cannot be run with different parameters per row. Run the batch one adapter at a time, with set_adapter."
         )
     xhat = neutral(norm, rule, own, x, args, kwargs)
     y = xhat * weight if bias is None else torch.addcmul(bias, xhat, weight)
@@ -272,7 +274,7 @@ def _sample_by_sample(
 
 
 def _joined(outputs: list[Any]) -> Any:
-    """Outputs of single samples as that of the batch: tensors, or tuples of tensors."""
+    """The output of a batch from those of its samples: a tensor, or a tuple of tensors."""
     first = outputs[0]
     if isinstance(first, Tensor):
         return torch.cat(outputs) if len(outputs) > 1 else first
@@ -290,14 +292,14 @@ def normalize(norm: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     Args:
         norm: the module; its hooks do not run.
         x: its input, `(B, ..., d)`.
-        *args: further arguments of the module's forward, such as a gate; what a gate does is part of the result.
+        *args: further arguments of the module's forward, such as a gate; its effect is part of the result.
         **kwargs: further arguments by name.
 
     Returns:
         xhat, of the shape of `x`.
 
     Raises:
-        UnsupportedError: the module is no norm.
+        UnsupportedError: the module is not a norm.
 
     Example:
         >>> normalize(nn.LayerNorm(4), torch.tensor([[0.0, 0.0, 2.0, 2.0]])).round()
@@ -309,21 +311,21 @@ def normalize(norm: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     rule = rule_for(norm, x.device, x.dtype, widened(norm), True)
     if not rule.is_norm:
         raise UnsupportedError(
-            f"normalize expects a norm, whose output is affine in its weight and free of its input's scale; "
-            f"{type(norm).__name__} is none. See find_norms(model) for the norms of a model."
+            f"normalize expects a norm, whose output is affine in its weight and independent of its input's scale; "
+            f"{type(norm).__name__} is not one. See find_norms(model) for the norms of a model."
         )
     return neutral(norm, rule, forward_of(norm), x, args, kwargs).to(rule.wide)
 
 
 def output_dtype(norm: nn.Module, x: Tensor) -> torch.dtype:
-    """The dtype that `norm(x)` would have, here and now (autocast counts), without running the model's module.
+    """The dtype of `norm(x)` in the present context, autocast included, without running the module itself.
 
     Args:
         norm: the module.
         x: its input, `(B, ..., d)`.
 
     Returns:
-        The dtype; that of `x` where the norm cannot be tried.
+        The dtype; that of `x` where the norm cannot be run on a small copy.
 
     Example:
         >>> output_dtype(nn.LayerNorm(4), torch.ones(2, 4))
@@ -334,14 +336,14 @@ def output_dtype(norm: nn.Module, x: Tensor) -> torch.dtype:
 
 
 def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """The input of a norm and its further arguments; a few models pass the input by name.
+    """Separate the input of a norm from the further arguments of its call; a few models pass the input by name.
 
     Args:
-        args: of a call of the norm.
-        kwargs: of the same call; the first is the input where `args` is empty.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call; the first is the input where `args` is empty.
 
     Returns:
-        The input, the further arguments, and those by name.
+        The input, the further positional arguments, and the further keyword arguments.
 
     Example:
         >>> split_call((), {"hidden_states": 1, "gate": 2})

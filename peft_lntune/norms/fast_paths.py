@@ -1,8 +1,8 @@
 """Fast paths: fused functions that compute a norm of one class with other parameters.
 
-A fast path is one record of three functions, registered here or from outside by `register_fast_path`. `call_with`,
-`with_rows` and `normalize`, and by them every layer, every mixed batch and every score, take it where nothing is
-attached to the norm that a call of a function would skip.
+A fast path is a record of three functions, registered here or from outside with `register_fast_path`. `call_with`,
+`with_rows` and `normalize` use it, and through them all layers, mixed batches and scores. A norm with hooks, or with
+another forward, does not use it.
 """
 
 from collections.abc import Callable
@@ -17,17 +17,17 @@ __all__ = ["FAST_PATHS", "FastPath", "fast_path_of", "layer_norm_rows", "registe
 
 
 class FastPath(NamedTuple):
-    """How to compute a norm of one class.
+    """Functions that compute a norm of one class.
 
     Attributes:
-        forward: `(norm, x, weight, bias) -> y` in the dtype that `norm(x)` has. Bit-equal to `norm(x)` where the
-            parameters are the norm's own in float32 or wider, in every dtype; a test must show that.
+        forward: `(norm, x, weight, bias) -> y` in the dtype of `norm(x)`. Bit-equal to `norm(x)` in every dtype where
+            the parameters are the norm's own, in float32 or wider; a test must show that.
         rows: `(norm, x, weight, bias) -> y` in the dtype of `weight`, with parameters per sample:
             `(B, 1, ..., *shape)`, or whatever broadcasts over `x`.
         normalize: `(norm, x) -> xhat` in float32 or wider: the output before weight and bias. Per-sample gradients are
-            sums over it.
-        of: the forward of the class that the functions were written for. Where another one takes its place, such as a
-            kernel, the fast path is not taken.
+            computed from it.
+        of: the forward of the class that the functions were written for. Where another forward replaces it, such as a
+            kernel, the fast path is not used.
     """
 
     forward: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
@@ -48,13 +48,13 @@ def register_fast_path(
     """Register the fast path of the norms of exactly this class.
 
     Args:
-        cls: the class; a class made from it does not inherit the fast path.
-        forward: as the attribute of `FastPath`.
-        rows: as the attribute of `FastPath`.
-        normalize: as the attribute of `FastPath`.
+        cls: the class; subclasses do not inherit the fast path.
+        forward: `(norm, x, weight, bias) -> y` in the dtype of `norm(x)`, bit-equal for the norm's own parameters.
+        rows: `(norm, x, weight, bias) -> y` in the dtype of `weight`, with parameters per sample.
+        normalize: `(norm, x) -> xhat` in float32 or wider: the output before weight and bias.
 
     Raises:
-        KeyError: the class has a fast path already.
+        KeyError: the class already has a fast path.
 
     Example:
         >>> register_fast_path(nn.LayerNorm, None, None, None)
@@ -73,7 +73,7 @@ def fast_path_of(norm: nn.Module) -> FastPath | None:
         norm: any module.
 
     Returns:
-        The fast path; None where the class has none, or another forward than the one it was written for.
+        The fast path; None where the class has none, or where its forward was replaced.
 
     Example:
         >>> fast_path_of(nn.LayerNorm(2)) is FAST_PATHS[nn.LayerNorm], fast_path_of(nn.RMSNorm(2))
@@ -87,15 +87,15 @@ def fast_path_of(norm: nn.Module) -> FastPath | None:
 
 
 def layer_norm_rows(x: Tensor, shape: tuple[int, ...], weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """LayerNorm with a gain and a bias per sample, at the memory of the norm itself: `xhat * weight + bias`.
+    """LayerNorm with a weight and a bias per sample, at the memory of the norm itself: `xhat * weight + bias`.
 
-    As two operations of autograd this would keep xhat beside `x` for the backward pass; here xhat is computed again, as
-    torch's own fused norm does it. The backward pass itself has no gradient.
+    As two autograd operations this would keep xhat beside `x` for the backward pass. Here xhat is recomputed, as
+    in torch's own fused norm. The backward pass cannot be differentiated again.
 
     Args:
         x: `(B, ..., *shape)`, in the dtype of `weight`.
-        shape: what is normalized over, `norm.normalized_shape`.
-        weight: `(B, 1, ..., *shape)` or whatever broadcasts over `x`.
+        shape: the shape that is normalized over, `norm.normalized_shape`.
+        weight: `(B, 1, ..., *shape)`, or another shape that broadcasts over `x`.
         bias: of the shape of `weight`, or None.
         eps: `norm.eps`.
 
@@ -109,7 +109,7 @@ def layer_norm_rows(x: Tensor, shape: tuple[int, ...], weight: Tensor, bias: Ten
                 [-2.,  2.]])
     """
     y: Tensor
-    if torch.compiler.is_compiling():  # a compiler chooses itself what it computes again
+    if torch.compiler.is_compiling():  # the compiler decides what to recompute
         y = torch.native_layer_norm(x, shape, None, None, eps)[0]
         return y * weight if bias is None else torch.addcmul(bias, y, weight)
     y = _LayerNormRows.apply(x, weight, bias, shape, eps)
@@ -122,7 +122,7 @@ class _LayerNormRows(torch.autograd.Function):
         xhat, mean, scale = torch.native_layer_norm(x, shape, None, None, eps)
         ctx.save_for_backward(x, mean, scale, weight)
         ctx.normalized, ctx.of_bias = shape, None if bias is None else bias.shape
-        # Nobody else has seen xhat, so the output may take its place.
+        # xhat is not used elsewhere, so the output may overwrite it.
         return xhat.mul_(weight) if bias is None else torch.addcmul(bias, xhat, weight, out=xhat)
 
     @staticmethod
@@ -142,8 +142,8 @@ class _LayerNormRows(torch.autograd.Function):
 
 
 def _layer_norm(norm: nn.LayerNorm, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """One fused call: torch takes float32 parameters beside an input in half precision, and rounds once."""
-    if weight.dtype != x.dtype and weight.dtype != torch.float32:  # the only pair of dtypes the kernel takes
+    """One fused call: torch takes float32 parameters with an input in half precision, and rounds once."""
+    if weight.dtype != x.dtype and weight.dtype != torch.float32:  # the kernel takes no other pair of dtypes
         return F.layer_norm(x.to(weight.dtype), norm.normalized_shape, weight, bias, norm.eps).to(x.dtype)
     return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
 

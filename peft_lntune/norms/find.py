@@ -1,8 +1,8 @@
-"""Find the norms of a model by what they compute, and name what looks like one and is none.
+"""Find the norms of a model by what they compute, and list modules that look like norms but are not.
 
-Names and class lists rot (transformers alone has over two hundred RMSNorm classes), so a module is a norm when a run
-shows that its output is affine in its weight and bias and free of its input's scale; see `peft_lntune.norms.probe`.
-Names only tell which of the other modules a reader would take for a norm: these are listed with the reason.
+Lists of names and classes go out of date (transformers alone has over two hundred RMSNorm classes). So a module is a
+norm when a run shows that its output is affine in its weight and bias and independent of its input's scale; see
+`peft_lntune.norms.probe`. Names only decide which of the other modules are listed as missed, with the reason.
 """
 
 import re
@@ -28,7 +28,7 @@ __all__ = [
     "survey",
 ]
 
-_MAX_ENTRIES = 2**20  # no norm has a wider weight, and a probe of it stays a matter of milliseconds
+_MAX_ENTRIES = 2**20  # no norm has a larger weight, and a probe of this size takes milliseconds
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 _NEVER = (nn.Linear, nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
 
@@ -41,14 +41,14 @@ class Norm:
         name: the module's name in the model.
         module_class: the name of its class.
         roles: the sub-layers it serves, see `peft_lntune.architectures.roles`; empty where the structure is unknown.
-        weight_shape: `(d,)`, or `(heads, d)` with one row a head, or whatever is broadcast over the input; None for a
-            norm without parameters.
-        bias_shape: as `weight_shape`; None where there is no bias.
-        offset: 1.0 where the norm is zero-centred (Gemma multiplies by 1 + weight), else 0.0.
+        weight_shape: `(d,)`, or `(heads, d)` with one row per head, or another shape that broadcasts over the input;
+            None for a norm without parameters.
+        bias_shape: shape of the bias, that of the weight; None without a bias.
+        offset: 1.0 for zero-centred norms (Gemma multiplies by 1 + weight), 0.0 for others.
         axis: -1 where the parameters match the input's last dimensions, 1 where they match its channels (GroupNorm).
-        parameters: what the module itself calls its weight and bias, such as `gamma` and `beta`.
-        by_sample: whether the module does more than that: an activation behind the norm, a gate over the bias, outputs
-            in a tuple. Then its own forward is run for each sample of a mixed batch.
+        parameters: the module's own names for its weight and bias, such as `gamma` and `beta`.
+        by_sample: whether the module does more: an activation after the norm, a gate that also multiplies the bias, or
+            outputs in a tuple. Then its own forward runs once per sample of a mixed batch.
     """
 
     name: str
@@ -64,13 +64,13 @@ class Norm:
 
 @dataclass(frozen=True)
 class Missed:
-    """A module that looks like a norm, and that cannot be tuned as one.
+    """A module that looks like a norm but cannot be tuned as one.
 
     Attributes:
         name: the module's name in the model.
         module_class: the name of its class.
-        roles: as in `Norm`.
-        reason: why not.
+        roles: the sub-layers it serves; empty where the structure is unknown.
+        reason: why it cannot be tuned as a norm.
     """
 
     name: str
@@ -85,12 +85,12 @@ class Missed:
 def find_norms(model: nn.Module, *, parameterless: bool = False) -> dict[str, Norm]:
     """Find the norms of a model, in the order of `named_modules`.
 
-    Nothing of the model is run or changed: leaves of a fitting size are probed as small copies, those that are alike
-    once. So a model may be on meta, quantized, or adapted already; a wrapped norm is found under its wrapper's name.
+    The model itself is not run or changed. Leaves of a suitable size are run as small copies, identical ones only once.
+    So the model may be on meta, quantized or already adapted; a wrapped norm is found under its wrapper's name.
 
     Args:
         model: any module.
-        parameterless: also list norms that have no weight. They can be seen, not tuned.
+        parameterless: also list norms without a weight. They cannot be tuned.
 
     Returns:
         The norms by module name.
@@ -104,7 +104,13 @@ def find_norms(model: nn.Module, *, parameterless: bool = False) -> dict[str, No
 
 
 def find_missed(model: nn.Module) -> dict[str, Missed]:
-    """The modules that look like norms and are none that can be tuned, each with the reason; see `looks_like_norm`.
+    """Find the modules that look like norms but cannot be tuned as norms.
+
+    Args:
+        model: any module; it is not run or changed.
+
+    Returns:
+        The modules by name, each with the reason.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.BatchNorm1d(4))
@@ -117,14 +123,14 @@ def find_missed(model: nn.Module) -> dict[str, Missed]:
 def survey(
     modules: Mapping[str, nn.Module], *, parameterless: bool = False
 ) -> tuple[dict[str, Norm], dict[str, Missed]]:
-    """The norms of a model and what it has beside them that looks like one; see `find_norms` and `find_missed`.
+    """Find the norms of a model, and the modules that look like norms but cannot be tuned as norms.
 
     Args:
         modules: the `base_modules` of the model.
-        parameterless: also list norms that have no weight.
+        parameterless: also list norms without a weight.
 
     Returns:
-        The norms, and the modules that look like norms and cannot be tuned as such; both by name.
+        The norms by name, and the other modules by name with the reason.
     """
     seen: dict[tuple[object, ...], probe.NormFacts | str] = {}
     found: dict[str, tuple[nn.Module, probe.NormFacts]] = {}
@@ -166,14 +172,17 @@ _IS_NORM = re.compile(r"(norm|normali[sz]ation)\d*d?(gated|act)?$", re.IGNORECAS
 
 
 def looks_like_norm(module: nn.Module, reason: str = "raised") -> bool:
-    """Whether a reader would take a module with parameters of its own for a norm.
+    """Whether a module with its own parameters looks like a norm to a reader.
 
-    By the name of its class; or where it could not be run, by its parameters: nothing but one or two small vectors,
-    named as those of norms are. What ran and has shown to be something else, such as a scale, is not taken for one.
+    The name of its class decides. A module that could not be run also looks like a norm if its only parameters are one
+    or two small vectors with the usual names. A module that ran and proved to be something else does not.
 
     Args:
         module: any module.
-        reason: what `peft_lntune.norms.probe.examine` has said of it.
+        reason: the reason that `peft_lntune.norms.probe.examine` gave for it.
+
+    Returns:
+        True where it looks like a norm.
 
     Example:
         >>> looks_like_norm(nn.BatchNorm1d(4)), looks_like_norm(nn.PReLU(4), "its output is computed entry by entry")
@@ -187,7 +196,7 @@ def looks_like_norm(module: nn.Module, reason: str = "raised") -> bool:
     if _has_parts(module):  # a block may be called after its norms, and have a scale of its own
         return _IS_NORM.search(name) is not None
     if _CALLED_NORM.search(name):
-        # A linear layer with normalized weights is called one too.
+        # The class of a linear layer with normalized weights may also have "norm" in its name.
         return lazy or not (
             reason == probe.SHAPE and any(max(p.dim(), 1) > 1 and min(p.shape) > 1 for p in own.values())
         )
@@ -200,9 +209,9 @@ def looks_like_norm(module: nn.Module, reason: str = "raised") -> bool:
 
 
 def _reason_not_to_run(module: nn.Module) -> str | None:
-    """What rules out that a module can be tuned as a norm, before it is run; empty where it cannot even look like one.
+    """Why a module cannot be tuned as a norm, as far as known without a run; empty where it does not look like one.
 
-    A norm is a leaf, with nothing but a small floating weight and perhaps a bias like it.
+    A norm is a leaf whose only parameters are a small floating-point weight and possibly a bias of the same shape.
     """
     if isinstance(module, _NEVER):
         return ""
@@ -210,7 +219,7 @@ def _reason_not_to_run(module: nn.Module) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
         return "a scripted module (torch.jit) runs with its own parameters alone" if own else ""
     if not own:
-        # Containers have a forward too, but a norm without parameters has no children.
+        # A norm without parameters has no children; containers do.
         return "" if module._modules or type(module).forward is nn.Module.forward else None
     if any(isinstance(value, UninitializedParameter) for value in own.values()):
         return "its parameters are not initialized yet; run the model once first"
@@ -244,7 +253,7 @@ def _has_parts(module: nn.Module) -> bool:
 
 
 def _class_name(module: nn.Module) -> str:
-    return str(getattr(module, "original_name", type(module).__name__))  # of a scripted module that of what it was
+    return str(getattr(module, "original_name", type(module).__name__))  # a scripted module names its original class
 
 
 def _device(module: nn.Module) -> torch.device | None:

@@ -1,6 +1,6 @@
-"""What a norm itself calls its weight and its bias: `gamma` and `beta`, `scale` and `shift`, `a_2` and `b_2`.
+"""A norm's own names for its weight and bias: `gamma` and `beta`, `scale` and `shift`, `a_2` and `b_2`.
 
-Configs, files and tables say weight and bias; whoever reads a parameter of a norm asks its name here.
+Configs, files and tables say weight and bias; code that reads a parameter of a norm looks up the name here.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from peft_lntune.core.delta import PARAMETERS
 
 __all__ = ["is_usual", "own_name", "own_parameter", "role_of"]
 
-# Beside these, a norm may call its parameters anything: then the first is taken for the weight, and a run must agree.
+# A norm may use other names: then its first parameter is taken for the weight, which a run must confirm.
 _NAMES = {
     "weight": ("scale", "gamma", "g", "gain", "a_2", "a", "w", "alpha"),
     "bias": ("shift", "beta", "b", "b_2", "offset"),
@@ -20,11 +20,11 @@ _NAMES = {
 
 
 def own_name(norm: nn.Module, parameter: str) -> str:
-    """The name by which a norm has its `"weight"` or `"bias"`.
+    """The attribute that holds a norm's weight or bias.
 
     Args:
         norm: a leaf that may be a norm.
-        parameter: one of `PARAMETERS`.
+        parameter: `"weight"` or `"bias"`.
 
     Returns:
         The attribute's name; `parameter` itself where the norm has no such parameter.
@@ -38,7 +38,7 @@ def own_name(norm: nn.Module, parameter: str) -> str:
     held = norm._parameters
     if parameter in held or parameter in norm.__dict__:
         return parameter
-    # FSDP takes parameters out of the registry while the forward runs, and leaves tensors in the instance.
+    # While the forward runs, FSDP removes parameters from the registry and puts tensors into the instance.
     for name in _NAMES[parameter]:
         if held.get(name) is not None or isinstance(norm.__dict__.get(name), torch.Tensor):
             return name
@@ -49,12 +49,28 @@ def own_name(norm: nn.Module, parameter: str) -> str:
 
 
 def own_parameter(norm: nn.Module, parameter: str) -> Any:
-    """The weight or bias of a norm, or None; typed loosely since torch types every attribute as tensor or module."""
+    """The weight or bias of a norm.
+
+    Args:
+        norm: a leaf that may be a norm.
+        parameter: `"weight"` or `"bias"`.
+
+    Returns:
+        The tensor or None. The type is loose because torch types every attribute as tensor or module.
+    """
     return getattr(norm, own_name(norm, parameter), None)
 
 
 def role_of(norm: nn.Module, name: str) -> str:
-    """The inverse of `own_name`: `"weight"` or `"bias"` for the norm's own name of it, and other names as they are."""
+    """Whether an attribute of a norm is its weight or its bias; the inverse of `own_name`.
+
+    Args:
+        norm: a leaf that may be a norm.
+        name: the attribute's name.
+
+    Returns:
+        `"weight"` or `"bias"`; `name` itself where it is neither.
+    """
     return next((parameter for parameter in PARAMETERS if own_name(norm, parameter) == name), name)
 
 

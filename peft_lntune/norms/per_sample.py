@@ -1,12 +1,12 @@
-"""One gradient per sample of chosen parameters, in one backward a batch.
+"""One gradient per sample for chosen parameters, with one backward pass per batch.
 
 A norm is `y = xhat * (weight + offset) + bias`, so with g the gradient of a sample's loss by y, summed over tokens,
 
     d loss / d weight = sum_t g * xhat        d loss / d bias = sum_t g
 
-and for a linear module, `y = x W^T + b`, `d loss / d W = sum_t g x^T`. Samples do not meet in a model, so one backward
-of the sum of all losses gives every sample its own g. A forward hook on the module takes g on its way; xhat is computed
-again from the input that autograd keeps anyway, so memory is that of an ordinary step.
+and for a linear module, `y = x W^T + b`, `d loss / d W = sum_t g x^T`. Samples of a batch do not influence each other,
+so one backward pass of the sum of all losses gives every sample its own g. A forward hook on the module captures g;
+xhat is recomputed from the input, which autograd keeps anyway, so a pass needs the memory of an ordinary step.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,15 +28,16 @@ from peft_lntune.norms.probe import summed
 
 __all__ = ["PerSample", "per_sample"]
 
-_CHUNK = 2**24  # entries of per-sample gradients of one linear weight that are held at once
+_CHUNK = 2**24  # entries of per-sample gradients of one linear weight held at a time
 
 
 class PerSample:
-    """What hooks on a model have gathered; made by `per_sample`.
+    """The per-sample gradients that hooks on a model have gathered; created by `per_sample`.
 
     Attributes:
-        hooked: names of the wanted parameters whose gradients the hooks take.
-        fallback: names of those without a rule, such as an embedding's weight: they need a backward pass per sample.
+        hooked: names of the parameters whose gradients the hooks capture.
+        fallback: names of the parameters without a rule, such as an embedding's weight: they need one backward pass per
+            sample.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
@@ -68,11 +69,11 @@ class PerSample:
         self._whole = False
 
     def start(self, size: int, lengths: Iterable[int], whole: bool = False) -> None:
-        """Say what the next forward pass gets.
+        """Prepare for the next forward pass.
 
         Args:
-            size: samples of the batch.
-            lengths: how many rows a sample may have where a model flattens batch and tokens into one axis.
+            size: number of samples in the batch.
+            lengths: possible numbers of rows per sample where a model flattens batch and tokens into one axis.
             whole: keep the gradient of each sample, for `gradients`, instead of squares only.
         """
         self._size, self._lengths, self._whole = size, frozenset(lengths), whole
@@ -80,19 +81,19 @@ class PerSample:
         self._gradients, self._squares = {}, {}
 
     def gradients(self) -> dict[str, Tensor]:
-        """The gradients that a backward pass has left, `(B, *shape)` each; of parameters it did not reach, none."""
+        """Take the gradients of the last backward pass, `(B, *shape)` each; parameters it did not reach are absent."""
         found, self._gradients = self._gradients, {}
         return found
 
     def squares(self) -> dict[str, Tensor]:
-        """The squared gradients that a backward pass has left, summed over samples; shapes of the parameters."""
+        """Take the squared gradients of the last backward pass, summed over samples, in the parameters' shapes."""
         found, self._squares = self._squares, {}
         for name, gradient in self.gradients().items():
             found[name] = gradient.square().sum(0)
         return found
 
     def drop(self, names: Iterable[str]) -> None:
-        """Take no gradients of these parameters from now on; they become `fallback`."""
+        """Stop capturing the gradients of these parameters; they become `fallback`."""
         gone = set(names)
         self.fallback += [name for name in self.hooked if name in gone]
         self.hooked = [name for name in self.hooked if name not in gone]
@@ -103,18 +104,18 @@ class PerSample:
         """The forward hook of one module.
 
         Args:
-            name: of the module.
+            name: name of the module.
             anchor: a scalar that requires a gradient, on the module's device.
 
         Returns:
-            A hook that is registered `with_kwargs=True`.
+            A hook to register `with_kwargs=True`.
         """
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
             x, more, named = split_call(args, kwargs)
             if not isinstance(y, Tensor):
                 raise UnsupportedError(f"{name} ({type(module).__name__}) returns {type(y).__name__}, not a tensor.")
-            if isinstance(x, nn.Parameter):  # as DeBERTa's norm of its position embeddings: the same for all samples
+            if isinstance(x, nn.Parameter):  # the same for all samples, as DeBERTa's norm of its position embeddings
                 self.drop(self._keys[name].values())
                 return y
             self._check_rows(name, x)
@@ -128,7 +129,8 @@ class PerSample:
         return hook
 
     def _check_rows(self, name: str, x: Tensor) -> None:
-        whole = self._size == 1 and not (name in self._norms and self._norms[name].axis == 1)  # all rows are its own
+        # All rows belong to a single sample.
+        whole = self._size == 1 and not (name in self._norms and self._norms[name].axis == 1)
         if (
             x.shape[0] != self._size
             and not whole
@@ -144,7 +146,7 @@ class PerSample:
         return x if x.shape[0] == self._size else x.unflatten(0, (self._size, -1))
 
     def _note(self, name: str, call: tuple[list[Any], dict[str, Any]], gradient: Tensor, *tensors: Tensor) -> None:
-        """Take the gradient by the output of one call of the module `name`."""
+        """Use the gradient with respect to the output of one call of the module `name`."""
         self._backward = True
         keys = {parameter: key for parameter, key in self._keys[name].items() if key in self.hooked}
         if name not in self._norms:
@@ -186,18 +188,17 @@ class PerSample:
             self._squares[key] = self._squares[key] + square if key in self._squares else square
 
     def _add(self, key: str, gradient: Tensor) -> None:
-        # A shared norm is called more than once; a sample's gradient is the sum, and only then squared.
+        # A shared norm is called more than once; the gradient of a sample is summed over calls before it is squared.
         self._gradients[key] = self._gradients[key] + gradient if key in self._gradients else gradient
 
 
 @contextmanager
 def per_sample(model: nn.Module, names: Iterable[str]) -> Iterator[PerSample]:
-    """Put hooks on the modules that hold these parameters, for as long as the context is open.
+    """Inside this context, hooks on the modules that hold these parameters gather per-sample gradients.
 
     Args:
-        model: a model, plain or with adapters; parameters should not require gradients, so that none are computed
-            twice.
-        names: parameters by their names in the base model.
+        model: a model, plain or with adapters. Its parameters should not require gradients, or these are computed too.
+        names: names of the parameters in the base model.
 
     Yields:
         The gathered gradients; `start` must be called before each forward pass.
@@ -218,7 +219,7 @@ def per_sample(model: nn.Module, names: Iterable[str]) -> Iterator[PerSample]:
     try:
         for name in hooks._keys:
             device = next(called[name].parameters()).device
-            # Something that requires a gradient, so that there is a backward pass through a frozen model.
+            # A tensor that requires a gradient, so that there is a backward pass through a frozen model.
             anchor = anchors.setdefault(device, torch.zeros((), device=device, requires_grad=True))
             handles.append(called[name].register_forward_hook(hooks.hook(name, anchor), with_kwargs=True))
         yield hooks
@@ -228,9 +229,9 @@ def per_sample(model: nn.Module, names: Iterable[str]) -> Iterator[PerSample]:
 
 
 class _Identity(torch.autograd.Function):
-    """The identity; its backward shows the gradient to `note`.
+    """The identity; its backward pass hands the gradient to `note`.
 
-    The input goes through `save_for_backward`, not a closure, so that gradient checkpointing can drop it.
+    The input goes through `save_for_backward`, not a closure, so that gradient checkpointing can free it.
     """
 
     @staticmethod
@@ -241,7 +242,7 @@ class _Identity(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        tensors = ctx.saved_tensors  # read once: where they are computed again, that is all there is
+        tensors = ctx.saved_tensors  # read once: recomputed tensors can be read only once
         with torch.no_grad():
             ctx.note(gradient, *tensors)
         return (gradient, *[None] * (2 + len(tensors)))

@@ -1,8 +1,8 @@
 """Run a small copy of a module to learn what it computes.
 
-A norm is a property of what a module does, not of its name or class, so every question here is answered by running. The
-copy has fresh small parameters on the CPU and none of the module's hooks, so that meta, offloaded and quantized models
-can be asked, and neither the model nor the random state notices. What cannot run on a CPU is asked where it is.
+Whether a module is a norm depends on what it does, not on its name or class, so it is run. The copy has fresh small
+parameters on the CPU and none of the module's hooks. So meta, offloaded and quantized models can be examined, and
+neither the model nor the random state changes. A module that cannot run on a CPU is examined on its own device.
 """
 
 import math
@@ -34,7 +34,7 @@ __all__ = [
     "summed",
 ]
 
-_SCALE = 4.0  # inputs have a variance of 16: no eps in use matters, and tanh or softmax are not yet saturated
+_SCALE = 4.0  # inputs have variance 16: no usual eps matters, and tanh and softmax do not saturate
 _HOOKS = tuple(key for key in nn.Module().__dict__ if key.endswith(("_hooks", "_hooks_with_kwargs", "_always_called")))
 _FOREIGN = ("forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.Size, torch.device)
@@ -42,14 +42,14 @@ _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.Size, tor
 
 @dataclass(frozen=True)
 class NormFacts:
-    """What running a norm has shown: `y = xhat * (weight + offset) + bias`, laid along `axis`, for inputs of `shape`.
+    """Facts found by running a norm, which computes `y = xhat * (weight + offset) + bias`.
 
     Attributes:
         axis: -1 where the parameters match the last dimensions of the input, 1 where they match its channels.
-        offset: what the module adds to its weight, 1.0 for zero-centred norms such as Gemma's and 0.0 for others.
+        offset: number that the module adds to its weight, 1.0 for zero-centred norms such as Gemma's, 0.0 for others.
         shape: an input shape the module accepts; its first dimension counts samples and may be changed.
-        by_sample: whether more than that happens in the module: an activation behind the norm, a gate over the bias, or
-            outputs in a tuple. Then only its own forward knows the output; `offset` is 0.0.
+        by_sample: whether the module does more: an activation after the norm, a gate that also multiplies the bias, or
+            outputs in a tuple. Then only its own forward can compute the output; `offset` is 0.0.
     """
 
     axis: int
@@ -61,24 +61,24 @@ class NormFacts:
 SHAPE = "its output has another shape than its input"
 _CONSTANT = "its output does not depend on its input"
 _AFFINE = "its output is not affine in its weight and bias"
-_FAR = 64.0  # where an activation behind a norm is the identity: ReLU, GELU and SiLU are, tanh is not
+_FAR = 64.0  # here ReLU, GELU and SiLU are the identity; tanh is not
 
 
 class _NotANormError(Exception):
-    """The module ran, and what it did is not what a norm does."""
+    """The module ran, and did not behave as a norm."""
 
 
 def align(parameter: Tensor, x: Tensor, axis: int = -1, *, rows: bool = False) -> Tensor:
     """View a norm's parameter so that it broadcasts against the norm's input.
 
     Args:
-        parameter: of the norm's shape, such as `(d,)` or `(heads, d)`; with `rows` a leading `(B,)`, one per sample.
+        parameter: weight or bias, such as `(d,)` or `(heads, d)`; with `rows`, `(B, d)` or `(B, heads, d)`.
         x: the norm's input, `(B, ..., d)` for `axis=-1` or `(B, d, ...)` for `axis=1`.
-        axis: as in `NormFacts`.
-        rows: whether `parameter` holds one row a sample.
+        axis: -1 where the parameters match the last dimensions of the input, 1 where they match its channels.
+        rows: whether `parameter` holds one row per sample.
 
     Returns:
-        A view of `parameter` with the dimensions of `x`.
+        A view of `parameter` that broadcasts against `x`.
 
     Example:
         >>> align(torch.ones(2, 4), torch.ones(2, 3, 4), rows=True).shape
@@ -87,23 +87,23 @@ def align(parameter: Tensor, x: Tensor, axis: int = -1, *, rows: bool = False) -
         torch.Size([4, 1, 1])
     """
     lead, own = (parameter.shape[:1], parameter.shape[1:]) if rows else ((), parameter.shape)
-    own = own[max(0, len(own) - x.dim() + 1) :]  # of a weight `(1, C, 1, 1)` the first dimension is that of the samples
+    own = own[max(0, len(own) - x.dim() + 1) :]  # the first dimension of a weight `(1, C, 1, 1)` is that of the samples
     if axis == 1:
         return parameter.reshape(*lead, *own, *(1,) * (x.dim() - 1 - len(own)))
     return parameter.reshape(*lead, *(1,) * (x.dim() - 1 - len(own)), *own) if rows else parameter
 
 
 def summed(values: Tensor, shape: tuple[int, ...], axis: int = -1, dtype: torch.dtype | None = None) -> Tensor:
-    """Sum over all dimensions along which a parameter is broadcast, but for the samples: the transpose of `align`.
+    """Sum over all dimensions along which a parameter is broadcast, except the samples: the transpose of `align`.
 
     Args:
         values: of the shape of the norm's input, `(B, ...)`.
-        shape: of the parameter.
-        axis: as in `NormFacts`.
-        dtype: in which to sum; None: that of `values`.
+        shape: shape of the parameter.
+        axis: -1 where the parameter matches the last dimensions of the input, 1 where it matches its channels.
+        dtype: dtype of the sum; None: that of `values`.
 
     Returns:
-        `(B, *shape)`.
+        The sums, `(B, *shape)`.
 
     Example:
         >>> summed(torch.ones(2, 3, 4), (4,)).shape, summed(torch.ones(2, 4, 5), (4,), axis=1)[0].tolist()
@@ -118,9 +118,9 @@ def summed(values: Tensor, shape: tuple[int, ...], axis: int = -1, dtype: torch.
 
 
 def parameters_of(module: nn.Module) -> dict[str, Tensor]:
-    """The tensors that a leaf's forward finds under the names of its parameters; weight and bias under these names.
+    """The parameters that a leaf's forward sees, its weight and bias under these two names.
 
-    Asked by attribute: FSDP shows the forward whole tensors, and keeps slices of them registered.
+    They are read as attributes: under FSDP the forward sees whole tensors, while the registered parameters are shards.
     """
     names = {own_name(module, parameter): parameter for parameter in PARAMETERS}
     found = {role: getattr(module, name, None) for name, role in names.items()}
@@ -133,15 +133,15 @@ def blank_copy(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module
 
     Args:
         module: the module to copy; nothing of it changes.
-        parameters: the copy's parameters, as `parameters_of` names them; others that the module has become None.
+        parameters: the copy's parameters, named as by `parameters_of`; other parameters of the module become None.
 
     Returns:
-        The copy, with the forward of its class, in evaluation mode. Buffers are copied to the CPU; those on meta become
-        ones.
+        The copy, with the forward of its class, in evaluation mode. Buffers are copied to the CPU; buffers on meta
+        become ones.
     """
     parameters = {own_name(module, name) if name in PARAMETERS else name: p for name, p in parameters.items()}
     copy = type(module).__new__(type(module))
-    # An entry of FSDP's would shadow the fresh parameter; a plain `self.bias = None` is the module's own and stays.
+    # A tensor that FSDP put into the instance would shadow the fresh parameter; a plain `self.bias = None` stays.
     state = {k: v for k, v in module.__dict__.items() if k not in _FOREIGN and not (k in parameters and v is not None)}
     # A forward that appends to a list of its own must not reach the model's list.
     state = {key: value.copy() if isinstance(value, (dict, list, set)) else value for key, value in state.items()}
@@ -149,7 +149,7 @@ def blank_copy(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module
     state["_parameters"] = {**dict.fromkeys(module._parameters), **parameters}
     state["_buffers"] = {key: _fresh_buffer(value) for key, value in module._buffers.items()}
     state["training"] = False
-    # Activation and dropout of a norm that has them: its own may be in training.
+    # Children are activations or dropout, which may be in training mode in the module.
     state["_modules"] = {key: child and deepcopy(child).eval() for key, child in module._modules.items()}
     copy.__dict__.update(state)
     return copy
@@ -162,14 +162,21 @@ def _fresh_buffer(buffer: Tensor | None) -> Tensor | None:
 
 
 def run_with(function: Callable[..., Tensor], x: Tensor) -> Tensor:
-    """Call a copy, or a function in its place, on `x`; with a gate too, where it does not run without.
+    """Call a norm on an input, with a gate as second argument where it does not run without one.
+
+    Args:
+        function: a copy of a norm, or a function in its place.
+        x: the input.
+
+    Returns:
+        The output, of the shape of `x`.
 
     Raises:
-        TypeError: the result is no floating tensor of the shape of `x`.
+        TypeError: the result is not a floating-point tensor of the shape of `x`.
     """
     try:
         y = function(x)
-    except Exception as error:  # a gate is required by the signature, or by what is done to the None in its place
+    except Exception as error:  # the signature requires a gate, or the forward fails on None in its place
         try:
             y = function(x, _gate(x))
         except Exception:
@@ -180,7 +187,7 @@ def run_with(function: Callable[..., Tensor], x: Tensor) -> Tensor:
 
 
 def _gate(x: Tensor) -> Tensor:
-    # Not ones: a norm that multiplies its bias by the gate must not pass for one that does not.
+    # Not ones, which would hide that a norm multiplies its bias by the gate.
     return sample_input(tuple(x.shape), seed=7).to(x) / _SCALE
 
 
@@ -189,22 +196,30 @@ def _is_like(y: Any, x: Tensor) -> bool:
 
 
 def sample_input(shape: tuple[int, ...], seed: int = 0) -> Tensor:
-    """Random float32 input on the CPU, the same for the same seed, without touching the global random state."""
+    """Random float32 input on the CPU, which leaves the global random state alone.
+
+    Args:
+        shape: shape of the input.
+        seed: the same seed gives the same input.
+
+    Returns:
+        Normal values with variance 16.
+    """
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu", dtype=torch.float32) * _SCALE
 
 
 class _Id(int):
-    """The identity of an object, told from a plain number."""
+    """The identity of an object, distinguishable from a plain number."""
 
     def __new__(cls, value: object) -> "_Id":
         return super().__new__(cls, id(value))
 
 
 def signature(module: nn.Module) -> tuple[object, ...]:
-    """What decides how a leaf computes, beside the values of its tensors: equal signatures need one probe.
+    """A key of everything that decides how a leaf computes, except the values of its tensors.
 
-    Objects that are not plain values count by identity, which `is_lasting` tells: such signatures may be compared only
-    while the model lives.
+    Modules with equal signatures need only one run. Objects that are not plain values count by identity; such
+    signatures, which `is_lasting` detects, may be compared only while the model lives.
     """
     plain = tuple(
         (key, value if isinstance(value, _PLAIN) else repr(value) if isinstance(value, (tuple, list)) else _Id(value))
@@ -217,28 +232,28 @@ def signature(module: nn.Module) -> tuple[object, ...]:
 
 
 def is_lasting(signature: tuple[object, ...]) -> bool:
-    """Whether a signature names nothing by identity, so that it may be kept beyond the life of its module."""
+    """Whether a signature contains no identities, so that it may be cached beyond the life of its module."""
     _, _, plain, children = signature
     return not any(isinstance(value, _Id) for part in (plain, children) for _, value in cast(Any, part))
 
 
 def measure(module: nn.Module) -> NormFacts | None:
-    """Run a module and say how its output depends on its parameters, or None where it is no norm; see `examine`."""
+    """Run a module to find out how its output depends on its parameters; None where it is not a norm."""
     facts = examine(module)
     return facts if isinstance(facts, NormFacts) else None
 
 
 def examine(module: nn.Module) -> NormFacts | str:
-    """Run a module and say how its output depends on its parameters, or why it is no norm.
+    """Run a module to find out how its output depends on its parameters, or why it is not a norm.
 
-    A norm's output is affine in weight and bias entry by entry, keeps its value when a sample is scaled or another
-    sample changes, and mixes the entries of a sample. The last point tells it from `sign` and from clipping.
+    A norm's output is affine in weight and bias entry by entry, does not change when the sample is scaled or another
+    sample changes, and mixes the entries of a sample. The last point excludes `sign` and clipping.
 
     Args:
-        module: a leaf with small parameters, a weight and perhaps a bias, or with no parameters.
+        module: a leaf with small parameters (a weight and possibly a bias) or without parameters.
 
     Returns:
-        Its `NormFacts`, or the reason in words; one that begins with "raised" means that it could not be run.
+        Its `NormFacts`, or the reason in words; a reason that begins with "raised" means that it could not be run.
 
     Example:
         >>> examine(nn.LayerNorm(4)).offset, examine(nn.PReLU(4))
@@ -272,7 +287,7 @@ def _examine_on(module: nn.Module, device: torch.device) -> NormFacts | str | Ex
                 return _measure_at(module, axis, shape, device)
             except _NotANormError as reason:
                 reasons.append(str(reason))
-            except Exception as error:  # whatever a stranger's forward raises on an input, it is no norm of this shape
+            except Exception as error:  # unknown forwards may raise anything: it is not a norm for this shape
                 raised = raised or error
     telling = [reason for reason in reasons if reason not in (SHAPE, _CONSTANT)]
     return next(iter(telling + reasons), raised or SHAPE)
@@ -286,7 +301,7 @@ def _trials(module: nn.Module) -> Iterator[tuple[int, tuple[int, ...]]]:
     else:
         channels = getattr(module, "num_channels", None)
         own = (channels,) if isinstance(channels, int) else tuple(getattr(module, "normalized_shape", (8,)))
-    # No other dimension may equal the weight's, or an axis could be taken for another.
+    # No other dimension may equal the weight's, or two axes could be confused.
     free = [n for n in (3, 5, 7, 11, 13, 17) if n not in own]
     if own in ((), (1,)):  # one factor for all, as in ScaleNorm
         yield -1, (2, free[0], 8)
@@ -339,7 +354,7 @@ def _measure_at(module: nn.Module, axis: int, shape: tuple[int, ...], device: to
             facts = NormFacts(axis, found[0], shape, by_sample=start != 0.0 or not of_bias or gated in tuples)
             break
     if facts is None:
-        # A plain scale or an activation is told by what it does to the input, whatever it does with its parameters.
+        # A plain scale or an activation fails this check whatever it does with its parameters, with a better reason.
         _check_normalized(partial(run, w=1.0, b=0.0, gated=gated), x)
         raise _NotANormError(_AFFINE)
     for other in calls[1:]:
@@ -374,7 +389,7 @@ def _calls(run: Callable[..., Tensor], x: Tensor) -> list[bool]:
 def _affine(
     run: _Run, x: Tensor, own: Mapping[str, Tensor], axis: int, seeds: torch.Generator
 ) -> tuple[float, bool] | None:
-    """The offset of a module whose output is affine in its parameters, and whether the bias is added as it is."""
+    """The offset of a module whose output is affine in its parameters, and whether the bias is added unchanged."""
     shape = own["weight"].shape
     y0, y1 = run(x, 0.0, 0.0), run(x, 1.0, 0.0)
     xhat = y1 - y0
@@ -397,7 +412,7 @@ def _is_close(a: Tensor, b: Tensor, rate: float) -> bool:
 
 
 def _check_normalized(f: Callable[[Tensor], Tensor], x: Tensor) -> None:
-    """Whether `f` ignores the scale of a sample and the other samples, and mixes the entries within one.
+    """Check that `f` ignores the scale of a sample and the other samples, and mixes the entries of a sample.
 
     Raises:
         _NotANormError: it does not.
@@ -409,7 +424,7 @@ def _check_normalized(f: Callable[[Tensor], Tensor], x: Tensor) -> None:
         raise _NotANormError("a statistic of the batch: its output for one sample changes with the other samples")
     if not _is_close(f(torch.cat([3 * x[:1], x[1:]]))[:1], y[:1], 2e-3):
         raise _NotANormError("its output changes with its input's scale")
-    if x.shape[-1] <= 2:  # too few to tell: a LayerNorm of two features is a sign
+    if x.shape[-1] <= 2:  # a LayerNorm of two features is a sign function, which the next check would refuse
         return
     kept = other > 0
     if _is_close(f(torch.where(kept, x, 2.5 * x))[kept], y[kept], 2e-3):

@@ -1,20 +1,19 @@
-"""Rounding modes: where a norm with wider parameters rounds, so that it repeats the base's bits.
+"""Rounding modes: where a norm with wider parameters rounds, so that it reproduces the base bit for bit.
 
 A norm is `y = xhat * (weight + offset) + bias`. In half precision it matters where a norm rounds: Llama's rounds xhat
 and then the product, Gemma's only the product, T5's rounds xhat if its weight is in half precision. So each norm is
-called in the first of these modes that repeats the base's bits, found by running a small copy once per norm and dtype:
+called in the first of these modes that gives the base's bits, found by running a small copy once per norm and dtype:
 
     native       the norm's own forward on the input as it is
     upcast       the norm's own forward on a widened input, tried first where the result must not be rounded yet
     postscale    the norm's own forward with neutral parameters of its own dtype, then the affine part outside
     compensated  upcast, plus the difference between that with unchanged parameters and the base's output
     downcast     the norm's own forward with parameters rounded to its own dtype, where no other mode could be tried
-                 or repeats the bits: a kernel that takes one dtype only, a forward that cannot be run on a copy, and
-                 a norm whose output is no affine tensor (`NormFacts.by_sample`)
+                 or gives the bits: a kernel that takes one dtype only, a forward that cannot be run on a copy, and
+                 a norm whose output is not one affine tensor (`NormFacts.by_sample`)
 
-A rule is remembered for the forward that ran: for a kernel that takes its place, a new one is found. While something
-traces or fakes the operations of this thread, the copy runs in another thread, where they are real, and nothing is
-remembered.
+A rule is cached for the forward that ran; a kernel that replaces this forward gets its own rule. While the operations
+of this thread are traced or faked, the copy runs in another thread, where they are real, and no rule is cached.
 """
 
 import math
@@ -41,7 +40,6 @@ __all__ = ["Rule", "by_rule", "neutral", "parameter", "rule_for", "widened"]
 
 _PROBED_ENTRIES = 4096  # enough that a mode which rounds elsewhere cannot agree by chance
 
-
 Mode = Literal["native", "upcast", "postscale", "compensated", "downcast"]
 
 
@@ -51,12 +49,12 @@ class Rule:
 
     Attributes:
         mode: the rounding mode.
-        dtype: of the output; None: as it comes.
+        dtype: dtype of the output; None: not cast.
         wide: dtype of the parameters.
-        axis: see `peft_lntune.norms.find.Norm`.
-        offset: what the norm adds to its weight.
+        axis: -1 where the parameters match the input's last dimensions, 1 where they match its channels.
+        offset: number that the norm adds to its weight.
         is_norm: whether a run has shown that the module is a norm.
-        by_sample: whether only the norm's own forward knows its output.
+        by_sample: whether only the norm's own forward can compute its output.
     """
 
     mode: Mode
@@ -69,7 +67,7 @@ class Rule:
 
 
 class _Learnt(NamedTuple):
-    """A rule, and the forward that it is true of: held weakly, since it may hold the norm."""
+    """A rule and the forward it holds for, as a weak reference, since the forward may hold the norm."""
 
     forward: Callable[[], object]
     rule: Rule
@@ -77,23 +75,23 @@ class _Learnt(NamedTuple):
 
 _Key = tuple[object, ...]
 _RULES: WeakKeyDictionary[nn.Module, dict[_Key, _Learnt]] = WeakKeyDictionary()
-# By forward, then by signature: the norms of a model's layers are alike, and one of them is run.
+# By forward, then by signature: of identical norms in a model's layers only one is run.
 _ALIKE: WeakKeyDictionary[Any, dict[_Key, Rule]] = WeakKeyDictionary()
 
 
 @torch.compiler.assume_constant_result
 def rule_for(norm: nn.Module, device: torch.device, dtype: torch.dtype, wide: torch.dtype, unrounded: bool) -> Rule:
-    """The rule of a norm, found by running a small copy once, then remembered.
+    """The rule of a norm, found by running a small copy once, then cached.
 
     Args:
         norm: the module.
-        device: of the inputs.
-        dtype: of the inputs.
+        device: device of the inputs.
+        dtype: dtype of the inputs.
         wide: dtype of the parameters.
-        unrounded: whether something is still done to the result before it is rounded.
+        unrounded: whether the result is processed further before it is rounded.
 
     Returns:
-        The rule, true of the forward that runs on the norm now.
+        The rule for the norm's present forward.
     """
     has_autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
     autocast = torch.get_autocast_dtype(device.type) if has_autocast else None
@@ -117,14 +115,14 @@ def rule_for(norm: nn.Module, device: torch.device, dtype: torch.dtype, wide: to
 
 
 def _is_shared(norm: nn.Module, forward: object) -> bool:
-    """Whether this forward is one of all norms of a class, and of nothing that belongs to one of them."""
+    """Whether all norms of the class share this forward."""
     return forward is type(norm).forward
 
 
 def _weakly(forward: object) -> Callable[[], object]:
     try:
         return ref(forward)
-    except TypeError:  # an object without weak references
+    except TypeError:  # the object does not support weak references
         return lambda: forward
 
 
@@ -151,7 +149,7 @@ def _learn_quietly(norm: nn.Module, *what: Any) -> Rule:
 
 
 def _learn(norm: nn.Module, device: torch.device, dtype: torch.dtype, wide: torch.dtype, unrounded: bool) -> Rule:
-    """Try the modes on a small copy, and take the first whose output has the bits of the copy's own."""
+    """Try the modes on a small copy, and take the first whose output equals the copy's own bit for bit."""
     facts, parameters = probe.measure(norm), probe.parameters_of(norm)
     if facts is None or "weight" not in parameters:  # it cannot be run here
         return Rule("downcast", None, wide)
@@ -170,16 +168,16 @@ def _learn(norm: nn.Module, device: torch.device, dtype: torch.dtype, wide: torc
     x = probe.sample_input((samples, *facts.shape[1:])).to(device, dtype)
     try:
         base = probe.run_with(copy, x)
-    except Exception:  # the norm does not take this input at all; let its own call say so
+    except Exception:  # the norm does not take this input; its own call will raise
         return downcast
     fewest, best = math.inf, Rule("native", base.dtype, wide, facts.axis, facts.offset, True)
     wider = small["weight"].to(wide), small["bias"].to(wide) if "bias" in small else None
-    if device.type == "meta":  # there are no bits to compare, and none will be
+    if device.type == "meta":  # there are no bits to compare
         return best
     modes: list[Mode] = ["native", "upcast", "postscale", "compensated"]
     if unrounded:
         modes[:2] = "upcast", "native"
-    warnings.simplefilter("error")  # torch warns when a fused norm gets two dtypes: that mode is not taken
+    warnings.simplefilter("error")  # torch warns when a fused norm gets two dtypes: skip that mode
     for rule in [replace(best, mode=mode) for mode in modes]:
 
         def candidate(x: Tensor, *gate: Tensor, rule: Rule = rule) -> Tensor:
@@ -205,13 +203,13 @@ def by_rule(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Tensor:
-    """Compute a norm with other parameters, in the mode and to the dtype of its rule.
+    """Compute a norm with other parameters, by the mode and the output dtype of its rule.
 
     Args:
         norm: the module; its hooks do not run.
-        rule: see `rule_for`.
+        rule: rule of the norm, from `rule_for`.
         own: its forward.
-        wider: weight and bias, of the shapes of the norm's and in the rule's `wide`.
+        wider: weight and bias, in the norm's shapes and the rule's dtype `wide`.
         x: the input, `(B, ..., d)`.
         args: further arguments of the forward.
         kwargs: further arguments by name.
@@ -221,7 +219,7 @@ def by_rule(
     """
     weight, bias = wider
     if rule.mode == "compensated":
-        # Rounded first, to the spacing of the difference: the sum is exact where nothing has changed.
+        # Rounding first, to the spacing of the difference, makes the sum exact where nothing has changed.
         y = by_rule(norm, replace(rule, mode="upcast"), own, wider, x, args, kwargs).to(rule.wide)
         return (y + _difference(norm, rule, own, x, args, kwargs)).to(rule.dtype)
     if rule.mode == "postscale":
@@ -248,7 +246,7 @@ def _difference(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Tensor:
-    """What the norm rounds away: the difference of its output from the same computed on a widened input."""
+    """The norm's rounding: the difference between its output and the same computed on a widened input."""
     weight, bias = parameter(norm, "weight").to(rule.wide), parameter(norm, "bias")
     wider = weight, None if bias is None else bias.to(rule.wide)
     wide = by_rule(norm, replace(rule, mode="upcast"), own, wider, x, args, kwargs)
@@ -263,11 +261,11 @@ def neutral(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Tensor:
-    """Compute a norm with parameters that change nothing.
+    """Compute a norm with neutral parameters: an effective weight of 1 and a bias of 0.
 
     Args:
         norm: the module; its hooks do not run.
-        rule: see `rule_for`.
+        rule: rule of the norm, from `rule_for`.
         own: its forward.
         x: the input, `(B, ..., d)`.
         args: further arguments of the forward.
@@ -287,5 +285,5 @@ def neutral(
 
 
 def widened(norm: nn.Module) -> torch.dtype:
-    """The dtype of a norm's weight, or float32 where that is wider."""
+    """The wider of float32 and the dtype of a norm's weight."""
     return torch.promote_types(parameter(norm, "weight").dtype, torch.float32)

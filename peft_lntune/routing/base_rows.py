@@ -1,4 +1,4 @@
-"""The parameters of the base model's norms, as rows of adapters are added to them."""
+"""The parameters of the base model's norms, to which the rows of adapters are added."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -14,13 +14,13 @@ __all__ = ["BaseRows"]
 class BaseRows:
     """The base model's parameters, widened, with the offset of zero-centred norms.
 
-    They are read anew each time, one operation a stack: fused optimizers and averages of weights write to parameters
-    without a trace, and a copy that is kept would not follow.
+    They are read anew each time, with one operation per stack: fused optimizers and averages of weights write to
+    parameters without a trace, so a cached copy could be out of date.
 
     Args:
-        parameter: gives a parameter of the model by its name, as it is now.
-        offsets: what is added to each parameter, by name: 1 for the weight of a zero-centred norm, else 0.
-        stacks: of deltas, for some of these parameters or all.
+        parameter: returns the present parameter of the model for a name.
+        offsets: the number added to each parameter, by name: 1 for the weight of a zero-centred norm, 0 for others.
+        stacks: stacks of deltas, for some or all of these parameters.
 
     Example:
         >>> model, offsets = nn.Sequential(nn.LayerNorm(2)), {"0.weight": 0.0, "0.bias": 0.0}
@@ -45,7 +45,7 @@ class BaseRows:
             gathered: rows of the stacks, `(B, k, *shape)` each.
 
         Returns:
-            Rows of effective parameters, likewise.
+            Rows of effective parameters, `(B, k, *shape)` each.
 
         Raises:
             UnsupportedError: a norm is on the meta device.
@@ -58,7 +58,7 @@ class BaseRows:
         """The parameters that are in no stack.
 
         Returns:
-            A stack for each, with one row `(1, 1, *shape)` for all samples.
+            One stack per parameter, with one row `(1, 1, *shape)` for all samples.
 
         Raises:
             UnsupportedError: a norm is on the meta device.

@@ -1,7 +1,7 @@
-"""Where calls come into a model: its own methods, and those of the parts that are called on their own.
+"""The entries of a model: its own methods, and the forwards of parts that may be called on their own.
 
-While a route is on, what is called outermost says how the batch looks. Here it is checked before the first layer runs,
-and where samples are in each layer is looked up, or measured (`peft_lntune.routing.samples`) when it is not known yet.
+While a route is on, the outermost call shows the layout of the batch. It is checked here before the first layer runs,
+and the place of samples in each layer is looked up, or measured (`peft_lntune.routing.samples`) if not known yet.
 """
 
 import re
@@ -23,22 +23,22 @@ from peft_lntune.routing.samples import Fact, measure_samples, tensors_in
 __all__ = ["CONTINUOUS", "Entries", "refuse_continuous"]
 
 CONTINUOUS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
-"""The methods of transformers that pack requests into one row, in a thread of their own."""
+"""The methods of transformers that pack requests into one row, in a separate thread."""
 
 _CACHES = ("past_key_values", "cache_params", "state")
 _INPUTS = ("inputs", "input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values", "encoder_outputs")
 _PLACEHOLDER = re.compile(r"(image|video|audio|vision|speech).*_token_(id|index)$")
-_MOST = 256  # ways of calling a model that are remembered
+_MOST = 256  # number of cached call layouts
 
 
 class Entries:
-    """The detours of a model's entries, and what has been learnt about its calls.
+    """The detours of a model's entries, and the facts measured for its calls.
 
     Args:
         root: the model.
         route: while it is on, calls are checked.
-        watched: gives the layers that follow the route, by the label that they have in `route.rows`.
-        known: facts by way of calling, where they outlive this object; None: they live here.
+        watched: returns the layers that follow the route, by their label in `route.rows`.
+        known: facts by call layout, where they outlive this object; None: a dict of this object.
     """
 
     def __init__(
@@ -55,14 +55,14 @@ class Entries:
         self._fused = any(isinstance(module, nn.TransformerEncoderLayer) for module in root.modules())
 
     def detours(self, modules: Mapping[str, nn.Module], places: Iterable[str]) -> list[Detour]:
-        """A detour for each entry; `patch` is left to the caller.
+        """Make one detour per entry; the caller patches them.
 
         Args:
-            modules: of the model by name, as it calls them.
-            places: the names of those that follow the route.
+            modules: modules of the model by name, as it calls them.
+            places: names of the modules that follow the route.
 
         Returns:
-            Detours of the model, of the parts that hold some of these places, and of `generate`.
+            Detours of the model, of the parts that contain some of these places, and of `generate`.
         """
         found = [
             Detour(modules[name], self.route, partial(self._run, modules[name]))
@@ -112,7 +112,7 @@ class Entries:
             )
 
     def _facts(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Fact]:
-        """Where each layer has the samples, as far as that is known."""
+        """Where each layer has the samples, as far as known."""
         if not self.route.mixed:
             return {}
         named = {**{str(place): value for place, value in enumerate(args)}, **kwargs}
@@ -121,7 +121,7 @@ class Entries:
         size = self.route.size([len(tensor) for _, tensor in tensors if tensor.dim()])
         if size is None:
             return {}
-        if caches and ("latest", id(module)) in self._known:  # a step of a generation: as its first one
+        if caches and ("latest", id(module)) in self._known:  # a later step of a generation has the layout of the first
             return self._known["latest", id(module)]
         watched = self.watched()
         shapes = tuple((name, *_layout(tensor, size)) for name, tensor in tensors)
@@ -134,7 +134,7 @@ class Entries:
         return self._known[key]
 
     def _counts(self, named: Mapping[str, Any], tensors: list[tuple[str, Tensor]]) -> tuple[object, ...]:
-        """How many images and the like each row has a place for: where it takes them from depends on that."""
+        """How many placeholders for images and the like each row has, which decides which of them belong to the row."""
         ids = named.get("input_ids")
         if not self._placeholders or not isinstance(ids, Tensor) or not any(t.is_floating_point() for _, t in tensors):
             return ()
@@ -142,7 +142,7 @@ class Entries:
 
 
 def _entry_names(modules: Mapping[str, nn.Module], places: Iterable[str]) -> list[str]:
-    """The names of the model itself and of the parts that hold some of these places, but for the layers of a list.
+    """The names of the model itself and of the parts that contain some of these places, except the layers of a list.
 
     Example:
         >>> model = nn.ModuleDict({"encoder": nn.ModuleDict({"layers": nn.ModuleList([nn.LayerNorm(2)])})})
@@ -158,7 +158,7 @@ def _entry_names(modules: Mapping[str, nn.Module], places: Iterable[str]) -> lis
 def _check_inputs(model: Any, route: Route, named: Mapping[str, Any]) -> None:
     """Check that `generate` gets as many samples as the route has names.
 
-    Before samples are repeated for beams and return sequences, where eight samples and two names could pass for two.
+    The check comes before samples are repeated for beams and return sequences, where lengths could match by chance.
     """
     first = getattr(model, "main_input_name", "input_ids")
     for name in ("inputs", first, *_INPUTS):
@@ -171,7 +171,7 @@ def _check_inputs(model: Any, route: Route, named: Mapping[str, Any]) -> None:
 
 
 def _has_packed_rows(named: Mapping[str, Any]) -> bool:
-    """Whether the rows of a batch hold several samples each, by the arguments that say so.
+    """Whether the rows of a batch hold several samples each, told from the arguments for packed rows.
 
     Example:
         >>> _has_packed_rows({"position_ids": torch.tensor([[0, 1, 2, 0, 1]])})
@@ -189,12 +189,12 @@ def _has_packed_rows(named: Mapping[str, Any]) -> bool:
 
 
 def refuse_continuous(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Stands in place of the methods in `CONTINUOUS` while a route is on.
+    """Replaces the methods in `CONTINUOUS` while a route is on.
 
     Args:
         own: the method.
-        *args: of the call.
-        **kwargs: of the call.
+        *args: arguments of the call.
+        **kwargs: keyword arguments of the call.
 
     Raises:
         RoutingError: always.
@@ -207,7 +207,7 @@ def refuse_continuous(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
 
 
 def _expansions_of(model: object, options: Mapping[str, Any]) -> set[int]:
-    """By which factors `model.generate(**options)` may repeat the samples of a batch: beams, or return sequences.
+    """The factors by which `model.generate(**options)` may repeat samples: beams or return sequences.
 
     Example:
         >>> sorted(_expansions_of(None, {"num_beams": 4, "num_return_sequences": 2}))
@@ -223,7 +223,7 @@ def _expansions_of(model: object, options: Mapping[str, Any]) -> set[int]:
 
 @contextmanager
 def _step_by_step() -> Iterator[None]:
-    """Without torch's fused path of a transformer's layer, which takes the weights of norms and calls none of them."""
+    """Inside this context, torch's fused transformer layer is off: it uses the weights of norms and calls no norm."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -233,7 +233,7 @@ def _step_by_step() -> Iterator[None]:
 
 
 def _layout(tensor: Tensor, size: int) -> tuple[object, ...]:
-    """What of a tensor's shape may decide where a model has samples: not the lengths."""
+    """The properties of a tensor that may decide where a model has samples; lengths do not."""
     ones = tuple(length == 1 for length in tensor.shape[1:])
     rows = len(tensor) // size if tensor.dim() and len(tensor) % size == 0 else None
     return tensor.dim(), tensor.is_floating_point(), None if rows is None else min(rows, 2), ones

@@ -1,7 +1,6 @@
-"""Heads with other parameters for each row of a batch: taken apart into layers, each of which is vectorized over rows.
+"""Heads with different parameters per row of a batch: split into layers, each vectorized over rows.
 
-A classification head of several layers is so no harder than a single one: its own forward runs, and each layer in it
-has the parameters of each row.
+The forward of a head with several layers runs as it is, and each layer in it uses the parameters of each row.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,11 +19,11 @@ __all__ = ["HeadForward", "HeadRun", "RowGroups", "group_rows", "layers_of", "ru
 
 
 def layers_of(modules: Mapping[str, nn.Module], norms: Mapping[str, Norm], head: str) -> list[str]:
-    """The modules in a head, or the head itself, that have parameters; not its norms, which have deltas like all norms.
+    """The modules with parameters in a head, or the head itself; without its norms, which have deltas like all norms.
 
     Args:
-        modules: of the model by name, as `base_modules` gives them.
-        norms: of the model by name.
+        modules: modules of the model by name, from `base_modules`.
+        norms: norms of the model by name.
         head: name of the head.
 
     Returns:
@@ -46,7 +45,7 @@ def layers_of(modules: Mapping[str, nn.Module], norms: Mapping[str, Norm], head:
         if any(name in norms for name in inside):
             raise UnsupportedError(
                 f"{head} ({type(modules[head]).__name__}) is a head with parameters of its own beside a norm in it, "
-                "which a bank cannot take apart. Load the adapter into a PeftModel, and run one batch an adapter."
+                "which a bank cannot split. Load the adapter into a PeftModel, and run one batch per adapter."
             )
         return [head]
     children = [name for name in inside if "." not in name.removeprefix(f"{head}.")]
@@ -57,12 +56,12 @@ def tensors_within(tensors: Mapping[str, Tensor], layer: str, head: str) -> dict
     """The tensors of one layer of a head, by their names in the layer.
 
     Args:
-        tensors: of the head, by their names in the head.
+        tensors: tensors of the head, by their names in the head.
         layer: name of the layer in the model, one of `layers_of(..., head)`.
         head: name of the head in the model.
 
     Returns:
-        The tensors whose names begin with that of the layer.
+        The tensors of the layer, by their names in the layer.
 
     Example:
         >>> tensors_within({"dense.bias": torch.ones(1), "out.bias": torch.zeros(1)}, "head.dense", "head")
@@ -73,13 +72,13 @@ def tensors_within(tensors: Mapping[str, Tensor], layer: str, head: str) -> dict
 
 
 class RowGroups(NamedTuple):
-    """Rows of a batch in groups of one size that share their parameters.
+    """Rows of a batch in groups of equal size that share their parameters.
 
     Attributes:
-        owners: whose rows are in each group; an owner of many rows has several groups.
-        rows: which row is at each place of a group, `(groups, size)` int64. Where an owner has no more, one of its rows
-            again: an owner that diverges must leave the others alone.
-        places: where each row of the batch is among all places, `(B,)` int64.
+        owners: the owner of each group's rows; an owner of many rows has several groups.
+        rows: number of the row at each place of a group, `(groups, size)` int64. Groups are filled up with rows of the
+            same owner, so that an owner that diverges does not affect the others.
+        places: place of each row of the batch among all places, `(B,)` int64.
     """
 
     owners: list[Any]
@@ -87,20 +86,29 @@ class RowGroups(NamedTuple):
     places: Tensor
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`F.linear` of `x` `(B, ..., i)` with `weight` `(groups, o, i)` and `bias` `(groups, o)`: `(B, ..., o)`."""
+        """Compute `F.linear` with the parameters of each row's group.
+
+        Args:
+            x: the input, `(B, ..., i)`.
+            weight: one weight per group, `(groups, o, i)`.
+            bias: one bias per group, `(groups, o)`, or None.
+
+        Returns:
+            The output, `(B, ..., o)`.
+        """
         grouped = x.index_select(0, self.rows.flatten().to(x.device)).unflatten(0, self.rows.shape)
         return _linear(grouped, weight, bias).flatten(0, 1).index_select(0, self.places.to(x.device))
 
     def spread(self, tensor: Tensor) -> Tensor:
-        """From what each group has, `(groups, *shape)`, to what each row has, `(B, *shape)`."""
+        """Expand a tensor with one entry per group, `(groups, *shape)`, to one entry per row, `(B, *shape)`."""
         return tensor.index_select(0, (self.places // self.rows.shape[1]).to(tensor.device))
 
 
 def group_rows(owners: Sequence[Any]) -> RowGroups:
-    """Groups of rows of one owner each, at most twice as many as there are owners.
+    """Group the rows of a batch by owner, in groups of equal size, at most twice as many as there are owners.
 
     Args:
-        owners: the owner of each row of a batch: the name or number of an adapter.
+        owners: the owner of each row: the name or number of an adapter.
 
     Returns:
         The groups, in the order of the owners' first rows.
@@ -124,17 +132,17 @@ def group_rows(owners: Sequence[Any]) -> RowGroups:
 
 
 class HeadRun:
-    """A layer of a head with the parameters of each row's adapter.
+    """Runs a layer of a head with the parameters of each row's adapter.
 
     Attributes:
-        rows: while a route is on, its tensors by name, `(B, *shape)`, or `(groups, *shape)`.
-        groups: while a route is on, which rows share their tensors; None: each row has its own.
-        refused: while a route is on with an adapter whose head has another shape, what to say of it.
+        rows: while a route is on, its tensors by name, `(B, *shape)` or `(groups, *shape)`.
+        groups: while a route is on, the groups of rows that share tensors; None: each row has its own.
+        refused: while a route is on with an adapter whose head has another shape, the error message.
 
     Args:
         module: the layer.
         label: its name in the model.
-        route: shared with the norms.
+        route: the route, shared with the norms.
     """
 
     def __init__(self, module: nn.Module, label: str, route: Route) -> None:
@@ -161,10 +169,10 @@ class HeadRun:
 
 
 class HeadForward(nn.Module):
-    """The forward of a head and nothing around it: a head's hooks run around what stands in its forward's place.
+    """The forward of a head without its hooks, which run around the function that replaces the forward.
 
     Args:
-        head: a module of one layer or several.
+        head: a module of one or several layers.
     """
 
     def __init__(self, head: nn.Module) -> None:
@@ -176,20 +184,20 @@ class HeadForward(nn.Module):
 
 
 def run_head(call: HeadForward, tensors: Mapping[str, Tensor], label: str, *args: Any, **kwargs: Any) -> Any:
-    """Run a head with other tensors for each sample, or with one set for all.
+    """Run a head with different tensors per sample, or with one set for all.
 
     Args:
-        call: of the head, which is afterwards as it was. Hooks on modules inside the head run.
-        tensors: its parameters and buffers by name, a row a sample, `(B, *shape)`, or `(1, *shape)` for all samples.
+        call: forward of the head, which is unchanged afterwards. Hooks on modules inside the head run.
+        tensors: its parameters and buffers by name, one row per sample, `(B, *shape)`, or `(1, *shape)` for all.
         label: name of the head, for errors.
-        *args: of its forward: the input `(B, ...)`, nothing else.
-        **kwargs: likewise.
+        *args: the input `(B, ...)` alone; with tensors for all samples, any arguments.
+        **kwargs: the input, where it is passed by name; with tensors for all samples, any arguments.
 
     Returns:
-        What the head says, row by row.
+        The output of the head, row by row.
 
     Raises:
-        MixedHeadError: the head takes more than one input, or does what cannot be vectorized.
+        MixedHeadError: the head takes more than one input, or its forward cannot be vectorized.
 
     Example:
         >>> head, weight = nn.Linear(2, 1, bias=False), torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
@@ -202,7 +210,7 @@ def run_head(call: HeadForward, tensors: Mapping[str, Tensor], label: str, *args
     if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
         raise MixedHeadError(
             f"{label} ({type(call.head).__name__}) takes {len(inputs)} inputs, and a head is run row by row on one "
-            "tensor. Run one batch an adapter."
+            "tensor. Run one batch per adapter."
         )
     if _is_linear(call.head, tensors):
         return _linear(inputs[0], tensors["weight"], tensors.get("bias"))
@@ -214,8 +222,8 @@ def run_head(call: HeadForward, tensors: Mapping[str, Tensor], label: str, *args
         return torch.func.vmap(one)(dict(tensors), inputs[0])
     except RuntimeError as error:
         raise MixedHeadError(
-            f"{label} ({type(call.head).__name__}) cannot be run with other parameters for each row: {error}. Run one "
-            "batch an adapter."
+            f"{label} ({type(call.head).__name__}) cannot be run with different parameters per row: {error}. Run one "
+            "batch per adapter."
         ) from error
 
 
@@ -224,7 +232,7 @@ def _is_linear(head: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """As the vectorized `F.linear`, in fewer operations."""
+    """`F.linear` per sample, in fewer operations than with vmap."""
     rows = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
     y = rows @ weight.mT if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)
     return y.squeeze(1) if x.dim() == 2 else y.unflatten(1, x.shape[1:-1])

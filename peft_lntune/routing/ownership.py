@@ -1,7 +1,7 @@
-"""Who has entered a route. A route belongs to the thread that entered it, and to the asyncio task there.
+"""The owner of a route. A route belongs to the thread that entered it, and to the asyncio task there.
 
-What a thread or a task starts with a copy of its context (`asyncio.to_thread`, a child task) may use the route as well,
-as long as it is open. Everything else that runs the same model meanwhile gets an error, never another one's rows.
+Threads and tasks started with a copy of this context (`asyncio.to_thread`, a child task) may use the route too, as long
+as it is open. Any other thread or task that runs the model meanwhile gets an error, never another's rows.
 """
 
 import threading
@@ -22,11 +22,11 @@ class _Entry:
 
 
 _ENTERED: ContextVar[tuple[_Entry, ...]] = ContextVar("peft_lntune_entered", default=())
-"""The entries that hold here, of all models."""
+"""The entries of all models in the present context."""
 
 
 class Ownership:
-    """Whose a route is at the moment.
+    """Tracks which thread or task owns a route.
 
     Example:
         >>> ownership = Ownership()
@@ -43,10 +43,10 @@ class Ownership:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Inside this context the route belongs to the caller.
+        """Inside this context, the route belongs to the caller.
 
         Raises:
-            RoutingError: somebody has entered it.
+            RoutingError: it has an owner already.
         """
         entry = _Entry(self)
         with self._lock:
@@ -64,9 +64,9 @@ class Ownership:
 
     @contextmanager
     def lent(self) -> Iterator[None]:
-        """Inside this context the caller may use the route that another thread has entered, if there is one.
+        """Inside this context, the caller may use the route of another thread, if there is one.
 
-        For threads of autograd, which compute a layer again in the backward pass.
+        For threads of autograd, which recompute layers in the backward pass.
         """
         entry = self._current
         if entry is None or entry in _ENTERED.get():
@@ -89,7 +89,7 @@ class Ownership:
         if any(entry.ownership is self for entry in entries):
             raise RoutingError(
                 "this forward pass was started inside a route that has been left since, so its rows are gone. Wait for "
-                "what was started in a route before leaving it."
+                "all threads and tasks started in a route before leaving it."
             )
         if current is not None:
             raise RoutingError(
@@ -106,5 +106,5 @@ def _holding(entry: _Entry) -> Iterator[None]:
     try:
         yield
     finally:
-        # Not by a token, which only the same context takes back: a generator may be closed in another one.
+        # Not with a token, which is valid in one context only: a generator may be closed in another.
         _ENTERED.set(tuple(each for each in _ENTERED.get() if each is not entry))

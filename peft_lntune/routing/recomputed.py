@@ -1,7 +1,7 @@
-"""A detour that is also taken when a layer is computed again in the backward pass, as gradient checkpointing does.
+"""A detour that is also taken when a layer is recomputed in the backward pass, as gradient checkpointing does.
 
-That may happen after the route has ended, in the middle of a model: so every module that holds something routed, not
-only the routed module itself, has one of these, and whichever is called first puts the route back for its call.
+Recomputation may come after the route has ended, and may start in the middle of a model. So every module that contains
+a routed module has such a detour, and the first one that is called restores the route for its call.
 """
 
 from collections.abc import Callable
@@ -20,19 +20,19 @@ Again = Callable[[], AbstractContextManager[None]]
 
 
 def in_backward() -> bool:
-    """Whether autograd is running a backward pass in this thread; `torch.utils.checkpoint` asks in this way too."""
+    """Whether autograd is running a backward pass in this thread; `torch.utils.checkpoint` uses the same test."""
     return torch._C._current_graph_task_id() != -1
 
 
 class RecomputedDetour(Detour):
-    """Stands in place of a module's forward.
+    """Takes the place of a module's forward, also in recomputation.
 
     Args:
-        module: the module; `patch` changes it, making a detour alone does not.
-        route: `run` is called in place of the forward while it is on.
-        run: `(own, *args, **kwargs)` with the forward that was there before; None: that forward itself.
-        again: a context in which the route of what is computed again is on.
-        unrouted: called where the module is called with gradients, not again, and no route is on; None: nothing.
+        module: the module; `patch` changes it, creating the detour does not.
+        route: while it is on, `run` is called in place of the forward.
+        run: called as `run(own, *args, **kwargs)`, with `own` the forward that was there before; None: that forward.
+        again: returns a context in which the route of the recomputed layer is on.
+        unrouted: called for each call with gradients, outside recomputation, while no route is on; None: nothing.
     """
 
     def __init__(

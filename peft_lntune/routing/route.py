@@ -1,6 +1,6 @@
-"""Which row of a batch uses which adapter: the names, the layout of the batch, and who entered the route.
+"""Which row of a batch uses which adapter: the names, the layout of the batch, and the owner of the route.
 
-One `Route` is shared by all layers of a model; a layer asks it for its own rows. See docs/design.md, "Route".
+One `Route` is shared by all layers of a model; each layer gets its rows from it. See docs/design.md, "Route".
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,19 +18,19 @@ __all__ = ["BASE", "Route"]
 
 
 class Route:
-    """The rows in force, or nothing. Plain Python state: it is set and cleared outside any compiled call.
+    """The rows of the present batch, if a route is on. Plain Python state, set and cleared outside compiled calls.
 
     Attributes:
-        active: whether a route is on, in whatever thread.
+        active: whether a route is on in any thread.
         names: the adapter of each sample.
-        order: of the adapters, for layers that keep stacks of their own.
-        what: how the user calls `names`, for errors.
+        order: order of the adapters in the stacks of layers that hold their own.
+        what: the user's term for `names`, for errors.
         one: whether one name is for all rows.
         mixed: whether rows have different adapters.
-        count: how many names there are.
-        facts: where the samples are in each layer's input, in the way in which the model was called last.
-        known: the same for each way in which the model was called, see `Entries`.
-        kept: rows of a PeftModel's adapters, see `rows_of_layers`.
+        count: number of names.
+        facts: where the samples are in each layer's input, for the layout of the latest call.
+        known: these facts for each call layout, see `Entries`.
+        kept: cached rows of a PeftModel's adapters, see `rows_of_layers`.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Route:
         self.known: dict[object, Mapping[str, Fact]] = {}
         self.kept: KeptRows = {}
         self._ownership = Ownership()
-        self.held = self._ownership.held  # `on`, for callers that know that nothing is compiled
+        self.held = self._ownership.held  # `on`, for callers outside compiled code
         self._indices: dict[tuple[int, torch.device], Tensor] = {}
         self._index = torch.empty(0, dtype=torch.long)
         self._expansions: set[int] = {1}
@@ -54,27 +54,27 @@ class Route:
         self._rows: dict[int, dict[str, NormRows]] = {}
 
     def __deepcopy__(self, memo: dict) -> "Route":
-        # A copy of a model routes on its own, and rows are made again on demand.
+        # A copy of a model has its own route, and its rows are made on demand.
         return memo.setdefault(id(self), Route())
 
     def __reduce__(self):
         return Route, ()
 
     def drop(self) -> None:
-        """Forget the rows that are kept, because a delta or a base parameter changed or may have changed."""
+        """Drop the cached rows, because a delta or a base parameter has changed or may have changed."""
         self.kept = {}
 
     def on(self) -> bool:
-        """Whether the caller's forward pass is routed; see `Ownership.held`.
+        """Whether the caller's forward pass is routed.
 
         Raises:
             RoutingError: the route is on in another thread or task, or the caller was started in one that has ended.
         """
-        # A graph must know neither threads nor contexts.
+        # A graph must not depend on threads or contexts.
         return self.active if torch.compiler.is_compiling() else self._ownership.held()
 
     def lent(self) -> AbstractContextManager[None]:
-        """Return a context in which the caller's thread may use the route of another; for threads of autograd."""
+        """A context in which the caller's thread may use the route of another thread; for threads of autograd."""
         return self._ownership.lent()
 
     @contextmanager
@@ -89,12 +89,15 @@ class Route:
 
         Args:
             names: the adapter of each sample, or one string for all samples.
-            gathered: the rows of every norm, one for each name.
-            what: how the user calls `names`, for errors.
-            order: of the adapters, for layers that keep stacks of their own.
+            gathered: the rows of every norm, one per name.
+            what: the user's term for `names`, for errors.
+            order: order of the adapters in the stacks of layers that hold their own.
+
+        Yields:
+            Nothing.
 
         Raises:
-            RoutingError: another routed forward of this model is under way.
+            RoutingError: another routed forward of this model is running.
         """
         self.check_idle()
         with self._ownership.entered():
@@ -102,10 +105,10 @@ class Route:
             self.count, self.one, self.mixed = len(self.names), isinstance(names, str), len(set(self.names)) > 1
             self._gathered, self.what, self.order = gathered, what, tuple(order)
             try:
-                if order:  # here and not at the first layer, so that a compiled model finds it as an input of its graph
+                if order:  # made here, not at the first layer, so that it is an input of a compiled graph
                     place = {name: number for number, name in enumerate(order)}
                     self._index = torch.tensor([place[name] for name in self.names], dtype=torch.long)
-                # Here and not at the first norm, so that a compiled model finds the rows as inputs of its graph.
+                # Made here, not at the first norm, so that the rows are inputs of a compiled graph.
                 self._rows = {1: spread(gathered)}
                 self.active = True
                 yield
@@ -114,7 +117,11 @@ class Route:
                 self._indices, self._gathered = {}, ()
 
     def check_idle(self) -> None:
-        """Raise a `RoutingError` where a routed forward of this model is under way."""
+        """Check that no routed forward of this model is running.
+
+        Raises:
+            RoutingError: one is running.
+        """
         if self.active:
             raise RoutingError(
                 f"this model is already running a forward pass routed to {sorted(set(self.names))}; one model runs "
@@ -123,10 +130,10 @@ class Route:
 
     @contextmanager
     def expanding(self, expansions: set[int]) -> Iterator[None]:
-        """Inside this context a generation repeats the samples.
+        """Inside this context, a generation may repeat the samples.
 
         Args:
-            expansions: by which factors it may.
+            expansions: the possible factors.
         """
         before = self._expansions
         self._expansions = before if self.one else expansions
@@ -136,27 +143,27 @@ class Route:
             self._expansions = before
 
     def size(self, lengths: Sequence[int]) -> int | None:
-        """How many samples a batch has.
+        """The number of samples in a batch.
 
         Args:
-            lengths: of its tensors along the first axis.
+            lengths: lengths of its tensors along the first axis.
 
         Returns:
-            The first length that fits the names; None where none does.
+            The first length that fits the names; None where no length fits.
         """
         possible = {self.count * factor for factor in self._expansions}
         return next((length for length in lengths if length in possible), None)
 
     def rows(self, owner: str, shape: Sequence[int], label: str) -> NormRows:
-        """The rows of one norm; without any, where no adapter touches it.
+        """The rows of one norm.
 
         Args:
-            owner: of the rows.
-            shape: of the norm's input, `(B, ..., d)`.
+            owner: name under which the stacks hold the norm's parameters.
+            shape: shape of the norm's input, `(B, ..., d)`.
             label: name of the norm, for errors.
 
         Returns:
-            Rows for all samples of the input.
+            Rows for all samples of the input; None in place of rows where no adapter tunes the norm.
 
         Raises:
             RoutingError: the batch has another length than the list of names.
@@ -167,12 +174,12 @@ class Route:
         return self._rows[factor].get(owner, NormRows())
 
     def index(self, shape: Sequence[int], label: str, device: torch.device) -> Tensor:
-        """The place in `order` of each row's adapter, for layers that keep stacks of their own in that order.
+        """The place in `order` of each row's adapter, for layers that hold their own stacks in that order.
 
         Args:
-            shape: of the layer's input, `(B, ...)`.
+            shape: shape of the layer's input, `(B, ...)`.
             label: name of the layer, for errors.
-            device: where the stacks are.
+            device: device of the stacks.
 
         Returns:
             `(B,)` int64; `(1,)` where one name is for all rows.
@@ -187,7 +194,7 @@ class Route:
         return self._indices[factor, device]
 
     def by_adapter(self, x: Tensor, label: str, run: Callable[[str, Tensor], Tensor]) -> Tensor:
-        """Run the rows of each adapter in one pass, for modules whose parameters do not fit a row.
+        """Run the rows of each adapter together, for modules whose parameters are too large to have one set per row.
 
         Args:
             x: the input, `(B, ...)`.
@@ -210,32 +217,32 @@ class Route:
         return torch.cat(outputs)[order.argsort()]
 
     def factor(self, shape: Sequence[int], label: str) -> int:
-        """How many rows of an input belong to one name.
+        """The number of rows of an input that belong to one name.
 
         Args:
-            shape: of a layer's input, `(B, ...)`.
+            shape: shape of a layer's input, `(B, ...)`.
             label: name of the layer, for errors.
 
         Returns:
             The number of rows; 1 where one name is for all rows.
 
         Raises:
-            RoutingError: the batch has another length than the list of names, or its rows are not those of samples, or
-                that cannot be told.
+            RoutingError: the batch has another length than the list of names, or it is not certain that its rows are
+                those of the samples.
         """
         if self.one:
             return 1
         batch = shape[0]
-        # A number and not the list: a graph must not depend on the names in it.
-        # Not by divmod, which Dynamo does not know where the batch's length is a symbol.
+        # The count, not the list, so that a graph does not depend on the names.
+        # Not divmod, which Dynamo does not support where the batch's length is a symbol.
         factor, rest = (batch // self.count, batch % self.count) if self.count else (0, batch)
         several = factor not in self._expansions
-        # OPT puts samples and tokens into one axis before some norms: (B, T, d) becomes (B * T, d), sample by sample.
+        # OPT flattens samples and tokens before some norms: (B, T, d) becomes (B * T, d), sample by sample.
         tokens = {expansion * self._tokens for expansion in self._expansions} if len(shape) == 2 else set()
-        # Several axes of the samples' length: which of them is theirs cannot be seen.
+        # Where several axes have the length of the batch, the shape does not tell which is that of the samples.
         alike = batch > 1 and any(length == batch for length in shape[1:-1])
         if torch.compiler.is_compiling() and not several and not rest and not alike:
-            fact = None  # a graph must not depend on what has been learnt where nothing hangs on it
+            fact = None  # a graph must not depend on facts that it does not need
         else:
             fact = self.facts.get(label)
         if fact is not None and self.mixed:
@@ -246,20 +253,20 @@ class Route:
             return factor
         if rest or (several and factor not in tokens):
             raise RoutingError(self.another_length(batch, f"in {label}, along its first axis"))
-        if (several or alike) and self.mixed:  # in this order: a graph need not know whether names differ
+        if (several or alike) and self.mixed:  # in this order, so that a graph depends on `mixed` only if needed
             raise RoutingError(self._refusal(shape, label, _UNCLEAR))
         self._tokens = shape[1] if len(shape) == 3 and not several else self._tokens
         return factor
 
     def another_length(self, length: int, where: str) -> str:
-        """The message about a batch of another length than the list of names.
+        """The error message for a batch of another length than the list of names.
 
         Args:
-            length: of the batch.
-            where: it was seen, in words.
+            length: length of the batch.
+            where: where it was found, in words.
 
         Returns:
-            A message that begins as PEFT's does.
+            A message that begins like PEFT's.
         """
         return (
             f"Length of {self.what} should be the same as the number of inputs, but got {self.count} and {length} "

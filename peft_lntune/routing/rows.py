@@ -1,4 +1,4 @@
-"""Norms run with other parameters for each row of a batch."""
+"""Run norms with different parameters per row of a batch."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -16,17 +16,17 @@ __all__ = ["NormRun", "check_free", "fitted_rows"]
 
 
 def fitted_rows(route: Route, owner: str, label: str, x: Tensor, axis: int = -1) -> NormRows:
-    """The rows of a norm as they broadcast over its input.
+    """The rows of a norm, shaped to broadcast over its input.
 
     Args:
-        route: the route in force.
-        owner: under which the route has the rows.
+        route: the present route.
+        owner: name under which the route has the rows.
         label: name of the norm, for errors.
         x: the norm's input, `(B, ..., *shape)`, or `(B, *shape, ...)` for `axis=1`.
-        axis: as in `peft_lntune.norms.find.Norm`.
+        axis: -1 where the parameters match the input's last dimensions, 1 where they match its channels.
 
     Returns:
-        Rows of weight and bias; None for what no adapter touches.
+        Rows of weight and bias; None for a parameter that no adapter tunes.
 
     Raises:
         RoutingError: the rows of the input are not those of the names.
@@ -45,8 +45,8 @@ def fitted_rows(route: Route, owner: str, label: str, x: Tensor, axis: int = -1)
 
 
 def _fitted(rows: Tensor, x: Tensor, axis: int) -> Tensor:
-    """Rows `(B, 1, *shape)`, or one row for all; no operation in the usual case."""
-    shape = rows.shape[2 + max(0, rows.dim() - 1 - x.dim()) :]  # `(1, C, 1, 1)`: the first is that of the samples
+    """Rows `(B, 1, *shape)`, or one row for all samples; no operation in the usual case."""
+    shape = rows.shape[2 + max(0, rows.dim() - 1 - x.dim()) :]  # `(1, C, 1, 1)` begins with the axis of samples
     middle = x.dim() - 1 - len(shape)
     if axis == 1:
         return rows.reshape(rows.shape[0], *shape, *(1,) * middle)
@@ -54,12 +54,12 @@ def _fitted(rows: Tensor, x: Tensor, axis: int) -> Tensor:
 
 
 class NormRun:
-    """A norm of the base model with the rows that the route has for it; it stands in place of the norm's forward.
+    """Replaces the forward of a norm of the base model, to run it with its rows of the route.
 
     Args:
         module: the norm.
-        norm: what `find_norms` found out about it; its name is that of the rows.
-        route: shared by all norms of the model.
+        norm: facts about the norm from `find_norms`; its name is that of the rows.
+        route: the route, shared by all norms of the model.
     """
 
     def __init__(self, module: nn.Module, norm: Norm, route: Route) -> None:
@@ -73,13 +73,13 @@ class NormRun:
 
 
 def check_free(norms: Iterable[nn.Module]) -> None:
-    """Check that nothing else routes these norms.
+    """Check that no bank and no `ManyTasks` routes these norms already.
 
     Args:
-        norms: of a base model.
+        norms: norms of a base model.
 
     Raises:
-        UnsupportedError: another bank, or many tasks, route one of them.
+        UnsupportedError: one of them is routed.
     """
     if any(isinstance(norm.__dict__.get("forward"), Detour) for norm in norms):
         raise UnsupportedError(

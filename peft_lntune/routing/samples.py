@@ -1,11 +1,10 @@
-"""Where a layer has the samples of a batch in its input: measured, since shapes alone do not tell.
+"""Where the samples of a batch are in the input of a layer: measured, since shapes alone do not tell.
 
-A model may put time first, put samples and tokens into one axis in either order, give several images to one sample, or
-hand tokens to experts; and two lengths may be equal by chance. So the model runs three times on the side: as it is, and
-twice with noise in what belongs to one sample, the first and then the last. Where samples are along the first axis,
-one after the other, nothing outside of that sample's own block may change in any layer that is watched. Noise is put
-into the model's inputs, and behind each watched layer, so that a layer whose input is the same for all samples (learned
-queries) is told by what follows from it.
+A model may put time first, flatten samples and tokens into one axis in either order, give several images to one sample,
+or send tokens to experts; and two lengths may be equal by chance. So a copy of the model runs three times: unchanged,
+and with noise in the first and then the last sample. Where samples are in order along the first axis, nothing outside
+the block of the noisy sample may change in any watched layer. Noise is added to the model's inputs and to the output of
+each watched layer, so that layers behind one with the same input for all samples (learned queries) are tested too.
 """
 
 import copy
@@ -23,11 +22,11 @@ __all__ = ["Fact", "measure_samples", "tensors_in"]
 
 
 class Fact(NamedTuple):
-    """What was found out about one layer.
+    """The result of the measurement for one layer.
 
     Attributes:
-        blocks: whether a sample had several rows, one block of them after the other; else it had one.
-        refused: why it cannot be routed by sample; empty where it can.
+        blocks: whether each sample has a block of several rows; False: one row.
+        refused: why the layer cannot be routed by sample; empty where it can.
     """
 
     blocks: bool = False
@@ -37,20 +36,20 @@ class Fact(NamedTuple):
 def measure_samples(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], size: int, watched: Mapping[str, nn.Module]
 ) -> dict[str, Fact] | None:
-    """Find out for each watched layer where it has the samples of a batch.
+    """Measure where each watched layer has the samples of a batch.
 
-    Nothing that is seen from outside changes: a copy of the model that shares its tensors runs, on copies of the
-    inputs, without gradients, and random states are put back.
+    The model and its inputs do not change: a copy of the model that shares its tensors runs on copies of the inputs,
+    without gradients, and random states are restored.
 
     Args:
         module: the model, or the part of it that is called.
-        args: of the call.
-        kwargs: its keyword arguments.
-        size: how many samples the batch has, at least two.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+        size: number of samples in the batch, at least two.
         watched: layers of the model by a label.
 
     Returns:
-        Facts by label, of the layers that were called; None where the model cannot be run on the side.
+        Facts by label, for the layers that were called; None where the copy cannot be made or run.
 
     Example:
         >>> class TimeFirst(nn.Module):
@@ -68,7 +67,7 @@ def measure_samples(
     try:
         with torch.no_grad(), torch.random.fork_rng(devices):
             runs = [_run(module, args, kwargs, size, watched, sample) for sample in (None, 0, size - 1)]
-    # Whatever it is: a model that cannot be copied or run on the side can still run, and lengths must do.
+    # Whatever the error, the model itself may still run; lengths must then suffice.
     except Exception:
         return None
     (plain, _), first, last = runs
@@ -82,14 +81,14 @@ def measure_samples(
 
 
 class _Run(NamedTuple):
-    """One run: for each label the sums of each call's input, one for each row; and whether noise was put anywhere."""
+    """One run: for each label the row sums of each call's input; and whether any noise was added."""
 
     calls: dict[str, list["_Sums"]]
     noisy: bool
 
 
 class _Sums(NamedTuple):
-    """`(rows,)` sums of an input, and how far rounding alone may move them, relative to what they are."""
+    """`(rows,)` sums of an input, and the relative change that rounding alone may cause."""
 
     values: Tensor
     rounding: float
@@ -103,7 +102,7 @@ def _run(
     watched: Mapping[str, nn.Module],
     sample: int | None,
 ) -> _Run:
-    """Run a copy, with noise in what belongs to one sample; None: without."""
+    """Run a copy, with noise in one sample; None: without noise."""
     copied, inside = sharing_copy(module)
     args, kwargs = _copied(args), _copied(dict(kwargs))
     noise = _Noise(size, sample)
@@ -113,7 +112,7 @@ def _run(
         if not tensor.is_floating_point() and tensor.dim() > 1 and len(tensor) % size == 0
     }
     for name, tensor in tensors_in((args, kwargs)):
-        # A mask of zeros and ones is no content.
+        # Masks get no noise.
         if tensor.is_floating_point() and tensor.dim() > 1 and "mask" not in name:
             noise.add(tensor)
     calls: dict[str, list[_Sums]] = {}
@@ -135,7 +134,7 @@ def _run(
 
 
 class _Noise:
-    """Adds noise to what belongs to one sample, taking the first axis for that of the samples."""
+    """Adds noise to one sample, assuming that samples are along the first axis."""
 
     def __init__(self, size: int, sample: int | None) -> None:
         self.size, self.sample, self.added = size, sample, False
@@ -148,13 +147,13 @@ class _Noise:
         rows = len(tensor) // self.size
         block = tensor[self.sample * rows : (self.sample + 1) * rows]
         spread = tensor.float().std().nan_to_num(1.0).clamp(1e-3, 1e3)
-        # Along the last axis alone: as many numbers as the tensor has would take longer than the model.
+        # Drawn along the last axis only: drawing for the whole tensor would take longer than the model.
         noise = torch.randn(tensor.shape[-1], generator=self.generator).to(tensor.device) * spread
         block.add_(noise.to(tensor.dtype))
         self.added = True
 
     def behind(self, output: Any) -> Any:
-        """A module's output, a copy with noise in it."""
+        """A copy of a module's output, with noise."""
         if self.sample is None or not isinstance(output, Tensor) or not output.is_floating_point():
             return output
         output = output.clone()
@@ -163,7 +162,7 @@ class _Noise:
 
 
 def _embedded(own: set[int], noise: _Noise, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """Noise behind an embedding of what the user has given; positions and the like are the same for all samples."""
+    """Add noise to embeddings of the user's inputs; positions and the like are the same for all samples."""
     index = args[0] if args else None
     if isinstance(index, Tensor) and index.dim() > 1 and index.untyped_storage().data_ptr() in own:
         return noise.behind(output)
@@ -177,7 +176,7 @@ def _note(found: list[_Sums], module: nn.Module, args: tuple[Any, ...], kwargs: 
         fixed = torch.Generator().manual_seed(1)
         while wide.dim() > 1:
             wide = wide @ torch.randn(wide.shape[-1], generator=fixed).to(wide)
-        # Experts group the tokens of a batch another way when one of them changes, and products round another way then.
+        # Experts regroup the tokens of a batch when one of them changes, which changes the rounding of products.
         found.append(_Sums(wide, {4: 1e-4, 8: 1e-9}.get(x.itemsize, 2**-6)))
 
 
@@ -185,7 +184,7 @@ def _judge(calls: list[_Sums], noisy: list[tuple[list[_Sums], int]], size: int) 
     several = False
     for others, sample in noisy:
         if len(others) != len(calls):
-            return Fact(refused="it is called another number of times when one sample changes")
+            return Fact(refused="the number of its calls changes with one sample")
         for plain, other in zip(calls, others, strict=True):
             before, after = plain.values, other.values
             if len(before) != len(after) or len(before) % size:
@@ -197,7 +196,7 @@ def _judge(calls: list[_Sums], noisy: list[tuple[list[_Sums], int]], size: int) 
             own = changed[sample * rows : (sample + 1) * rows].max()
             rest = torch.cat([changed[: sample * rows], changed[(sample + 1) * rows :]]).max()
             if rest > plain.rounding * own:
-                return Fact(refused="what is given for one sample reaches it in the rows of others")
+                return Fact(refused="a change of one sample reaches it in the rows of others")
     return Fact(blocks=several)
 
 
@@ -205,11 +204,11 @@ def tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """Find the tensors in nested tuples, lists and mappings.
 
     Args:
-        value: where to look.
-        name: what the keys begin with.
+        value: the object to search.
+        name: prefix of the names.
 
     Yields:
-        Each tensor, with the key or keys that lead to it before it.
+        Pairs of name and tensor; the name joins the keys that lead to the tensor.
 
     Example:
         >>> [name for name, _ in tensors_in({"a": torch.ones(1), "b": [torch.ones(1)]})]
@@ -226,6 +225,6 @@ def tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _copied(value: Any) -> Any:
-    """A copy of the inputs of a model, with tensors of their own: noise is put into them, and caches are written to."""
+    """A copy of a model's inputs with separate tensors: noise is added to them, and caches are written."""
     memo = {id(tensor): tensor.detach().clone() for _, tensor in tensors_in(value)}
     return copy.deepcopy(value, memo)

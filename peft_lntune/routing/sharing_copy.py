@@ -1,4 +1,4 @@
-"""A copy of a model that shares its tensors, to be run on the side: nothing that it does is seen by the model."""
+"""A copy of a model that shares its tensors, for runs that leave the model unchanged."""
 
 import copy
 from typing import Any
@@ -9,20 +9,20 @@ __all__ = ["sharing_copy"]
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _WORKING = ("torch", "peft", "peft_lntune", "accelerate")
-"""Packages whose hooks are a part of what a module computes; hooks of others watch it, as a rule."""
+"""Packages whose hooks take part in what a module computes; hooks of others usually only watch it."""
 
 
 def sharing_copy(module: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
-    """A copy of a module that shares its parameters and buffers, in evaluation mode and without the hooks of users.
+    """Copy a module so that it shares parameters and buffers, in evaluation mode and without users' hooks.
 
     Args:
-        module: of any kind; it is not changed.
+        module: any module; it is not changed.
 
     Returns:
-        The copy, and from the `id` of each module inside the given one to its copy.
+        The copy, and a dict from the `id` of each module inside the given one to its copy.
 
     Raises:
-        Exception: whatever `copy.deepcopy` raises where something in the module cannot be copied.
+        Exception: any error of `copy.deepcopy`, where a part of the module cannot be copied.
 
     Example:
         >>> norm = nn.LayerNorm(2)
@@ -35,7 +35,7 @@ def sharing_copy(module: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
         shared = [*each._parameters.values(), *each._buffers.values()]
         memo |= {id(tensor): tensor for tensor in shared if tensor is not None}
         for kind in _HOOKS:
-            # Of users' hooks the copy gets the same ones, which are taken away below: they may hold what is large.
+            # Users' hooks are shared, not copied, since they may hold large objects; they are removed below.
             memo |= {id(hook): hook for hook in getattr(each, kind).values() if not _works(hook)}
     copied = copy.deepcopy(module, memo)
     for each in copied.modules():

@@ -1,8 +1,8 @@
-"""The parameters of many adapters as few tensors: all parameters of one shape in one stack.
+"""The parameters of many adapters in few tensors: all parameters of one shape are in one stack.
 
-A batch so costs one operation for each shape, whatever the number of norms and adapters. There are two kinds of stacks.
-A bank and many tasks hold theirs (`Stacks`): an adapter is a row. A PeftModel holds a module for each adapter at each
-norm, and makes the rows of the adapters that a batch names from these (`rows_of_layers`).
+So a batch costs one operation per shape, whatever the number of norms and adapters. There are two kinds of stacks.
+`AdapterBank` and `ManyTasks` hold stacks with one row per adapter (`Stacks`). A PeftModel holds one module per adapter
+and norm, and builds the rows of the adapters that a batch names from them (`rows_of_layers`).
 
 Tensors have names of the form `"<owner>.weight"` or `"<owner>.bias"`, where the owner is a norm.
 """
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 BASE = "__base__"
-"""The name that stands for the base model in a list of adapter names, as in PEFT."""
+"""The name of the base model in a list of adapter names, as in PEFT."""
 
 
 class Stack(NamedTuple):
@@ -39,26 +39,23 @@ class Stack(NamedTuple):
 
 
 class NormRows(NamedTuple):
-    """Parameters of one norm, a row for each sample of the batch: `(B, 1, *shape)`, or None where it has none.
-
-    One row is for all samples.
-    """
+    """Parameters of one norm, one row per sample: `(B, 1, *shape)`, `(1, 1, *shape)` for all samples, or None."""
 
     weight: Tensor | None = None
     bias: Tensor | None = None
 
 
 class Stacks:
-    """Stacks for a set of named tensors. Rows are written whole before they are read; nothing else is promised of them.
+    """Stacks for a set of named tensors. A row has no defined values until it is written.
 
-    A stack that grows is copied and exchanged, so what was gathered from it, or still holds on to it, stays as it was.
-    Not for two threads at once; the caller has a lock.
+    A stack that grows is replaced by a larger copy, so earlier references to it stay valid. Not for two threads at
+    once; the caller holds a lock.
 
     Args:
         like: tensors by name; shapes, devices and, without `dtype`, dtypes are taken from them.
-        rows: how many rows to start with.
-        dtype: of the stacks; None: each tensor's own.
-        device: of the stacks; None: each tensor's own.
+        rows: initial number of rows.
+        dtype: dtype of the stacks; None: that of each tensor.
+        device: device of the stacks; None: that of each tensor.
 
     Example:
         >>> stacks = Stacks({"a.weight": torch.ones(4), "a.bias": torch.ones(4)}, rows=3)
@@ -74,7 +71,7 @@ class Stacks:
         device: torch.device | None = None,
     ) -> None:
         kinds = {name: (tensor.shape, dtype or tensor.dtype, device or tensor.device) for name, tensor in like.items()}
-        # Not zeros: pages of memory that no adapter has written are never touched.
+        # Not zeros, so that memory pages without an adapter are never touched.
         self._stacks = [
             Stack(names, _new(rows, torch.Size((len(names), *kinds[names[0]][0])), *kinds[names[0]][1:]))
             for names in _grouped(kinds)
@@ -91,10 +88,10 @@ class Stacks:
 
     @torch.no_grad()
     def grow(self, rows: int) -> None:
-        """Make room for more rows by doubling; the rows there are stay the same.
+        """Make room for more rows by doubling; existing rows keep their values.
 
         Args:
-            rows: for how many rows there must be room afterwards, at least.
+            rows: number of rows for which there must be room afterwards.
         """
         size = self.rows
         while size < rows:
@@ -113,8 +110,8 @@ class Stacks:
         """Write rows.
 
         Args:
-            slots: which rows, n of them.
-            blocks: for each stack its rows `(n, k, *shape)`, as `as_rows` makes them.
+            slots: numbers of n rows.
+            blocks: for each stack the n rows, `(n, k, *shape)`, as `as_rows` returns them.
         """
         for stack, block in zip(self._stacks, blocks, strict=True):
             values = block.to(stack.values.device, stack.values.dtype)
@@ -127,10 +124,10 @@ class Stacks:
         """Copy one row.
 
         Args:
-            slot: which row.
+            slot: number of the row.
 
         Returns:
-            Its tensors by name.
+            The tensors of the row by name.
         """
         return {
             name: value.clone()
@@ -139,7 +136,7 @@ class Stacks:
         }
 
     def follow(self, like: Mapping[str, Tensor]) -> None:
-        """Move each stack to where other tensors are; a stack that is moved is a new tensor.
+        """Move each stack to the device of other tensors; a moved stack is a new tensor.
 
         Args:
             like: tensors with the names of these stacks.
@@ -147,23 +144,23 @@ class Stacks:
         self._stacks = [Stack(names, values.to(like[names[0]].device)) for names, values in self._stacks]
 
     def gather(self, index: Tensor) -> list[Stack]:
-        """Copy rows of every stack, which may be written afterwards.
+        """Copy rows of every stack; later writes do not change the copies.
 
         Args:
-            index: which rows, `(B,)` int64.
+            index: numbers of the rows, `(B,)` int64.
 
         Returns:
-            The same stacks with values `(B, k, *shape)`.
+            Stacks with the copied rows, `(B, k, *shape)`.
         """
         return [Stack(names, values.index_select(0, index.to(values.device))) for names, values in self._stacks]
 
 
 def as_rows(stacks: Stacks, adapters: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
-    """The named tensors of adapters as rows for stacks; zero where an adapter has none.
+    """Arrange the named tensors of adapters as rows for stacks, with zeros where an adapter has no tensor.
 
     Args:
-        stacks: for which the rows are.
-        adapters: the tensors of each adapter by name, n adapters.
+        stacks: the stacks for which the rows are.
+        adapters: for each of n adapters its tensors by name.
 
     Returns:
         For each stack its rows, `(n, k, *shape)`.
@@ -189,9 +186,9 @@ class LayerTensor(NamedTuple):
     """One parameter of a norm in a PeftModel.
 
     Attributes:
-        name: of the parameter, beginning with its owner.
-        value: its value under an adapter, by the adapter's name.
-        sources: the tensors that this value comes from, the base model's first.
+        name: name of the parameter, which begins with its owner.
+        value: returns its value under an adapter, for the adapter's name.
+        sources: returns the tensors behind this value, that of the base model first.
     """
 
     name: str
@@ -200,20 +197,20 @@ class LayerTensor(NamedTuple):
 
 
 KeptRows = MutableMapping[str, tuple[object, list[Tensor]]]
-"""By adapter what its rows are true of, and the rows."""
+"""For each adapter a key of the tensors that its cached rows were built from, and the rows."""
 
 
 def rows_of_layers(names: Sequence[str], tensors: Sequence[LayerTensor], kept: KeptRows) -> list[Stack]:
-    """The rows of a batch, made from the layers of a PeftModel.
+    """Build the rows of a batch from the layers of a PeftModel.
 
-    Only what the batch names is made. The rows of an adapter are kept where none of the tensors that they came from can
-    be trained: optimizers and averages of weights write to what is trained without a trace. What is trained is summed
-    anew each time, one operation per tensor.
+    Only the rows of named adapters are built. They are cached where all their source tensors are frozen: optimizers and
+    averages of weights write to trained tensors without a trace. Rows of trained tensors are computed anew each time,
+    one operation per tensor.
 
     Args:
-        names: the adapter of each sample, B of them.
+        names: the adapter of each of the B samples.
         tensors: every routed parameter of the model.
-        kept: rows of earlier batches; those that may be kept are added.
+        kept: cached rows of earlier batches; rows that may be cached are added.
 
     Returns:
         Stacks of effective parameters, `(B, k, *shape)` each.
@@ -225,21 +222,21 @@ def rows_of_layers(names: Sequence[str], tensors: Sequence[LayerTensor], kept: K
     rows = {name: base if name == BASE else _rows_of(name, groups, kept, base) for name in dict.fromkeys(names)}
     return [
         Stack(tuple(tensor.name for tensor in group), torch.stack(one_dtype([rows[name][number] for name in names])))
-        for number, group in enumerate(groups if names else ())  # no names fit no batch, which the first norm says
+        for number, group in enumerate(groups if names else ())  # without names the first norm raises
     ]
 
 
 def _rows_of(
     name: str, groups: Sequence[Sequence[LayerTensor]], kept: KeptRows, base: Sequence[Tensor] | None
 ) -> list[Tensor]:
-    """The rows of one adapter, `(k, *shape)` for each group; those of the base where it has nothing."""
+    """The rows of one adapter, `(k, *shape)` per group; those of the base where the adapter has no delta."""
     sources = [source for group in groups for tensor in group for source in tensor.sources(name)]
     fixed = not any(source.requires_grad or source.is_inference() for source in sources)
     key = tuple((id(source), source.data_ptr(), source._version) for source in sources) if fixed else None
     before, rows = kept.get(name, (None, []))
     if fixed and before == key:
         return rows
-    # What was trained in between may be fixed again later, with nothing that tells.
+    # Tensors that were trained meanwhile may be frozen again later, without a trace.
     kept.pop(name, None)
     with torch.inference_mode(False), torch.no_grad():
         rows = []
@@ -256,11 +253,11 @@ def _rows_of(
 
 
 def spread(gathered: Sequence[Stack], factor: int = 1) -> dict[str, NormRows]:
-    """Rows of stacks as rows of norms.
+    """Split rows of stacks into rows of norms.
 
     Args:
         gathered: stacks of rows, `(B, k, *shape)`, or `(1, k, *shape)` where one row is for all samples.
-        factor: how often each row is repeated, as generation repeats the samples.
+        factor: how often each row is repeated, because generation repeats the samples.
 
     Returns:
         Rows `(factor * B, 1, *shape)` by the owner's name.
@@ -280,7 +277,7 @@ def spread(gathered: Sequence[Stack], factor: int = 1) -> dict[str, NormRows]:
 
 
 def unstacked(gathered: Sequence[Stack]) -> dict[str, Tensor]:
-    """Rows of stacks by the names of the tensors.
+    """Split rows of stacks by the names of the tensors.
 
     Args:
         gathered: stacks of rows, `(B, k, *shape)`.
@@ -292,16 +289,16 @@ def unstacked(gathered: Sequence[Stack]) -> dict[str, Tensor]:
         >>> unstacked([Stack(("weight", "bias"), torch.ones(3, 2, 4))])["bias"].shape
         torch.Size([3, 4])
     """
-    # A backward pass through `unbind` copies.
+    # The backward pass of `unbind` copies, so it is avoided where possible.
     each = ((names, [rows.squeeze(1)] if len(names) == 1 else rows.unbind(1)) for names, rows in gathered)
     return {name: values for names, parts in each for name, values in zip(names, parts, strict=True)}
 
 
 def one_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors in the narrowest dtype that holds them all.
+    """Cast tensors to the narrowest dtype that holds them all.
 
     Args:
-        tensors: of any dtypes.
+        tensors: tensors of any dtypes.
 
     Returns:
         The same tensors, or copies in another dtype.
@@ -314,7 +311,7 @@ def one_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _grouped(kinds: Mapping[str, Hashable]) -> list[tuple[str, ...]]:
-    """The names of each kind, kinds in the order in which they first appear."""
+    """The names of each kind, kinds in the order of first appearance."""
     groups: dict[Hashable, list[str]] = {}
     for name, kind in kinds.items():
         groups.setdefault(kind, []).append(name)
@@ -322,6 +319,6 @@ def _grouped(kinds: Mapping[str, Hashable]) -> list[tuple[str, ...]]:
 
 
 def _new(rows: int, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    # What is made in inference mode could not be written outside of it.
+    # A tensor made in inference mode could not be written outside of it.
     with torch.inference_mode(False):
         return torch.empty(rows, *shape, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""What matters (scores) and how much of it (a budget): pure functions on named tensors, torch only."""
+"""Scores of parameters and masks within a budget: pure functions on named tensors, torch only."""
 
 from peft_lntune.selection.fisher import FisherState, fisher_scores
 from peft_lntune.selection.masks import check_masks, combine_masks, mask_density, mask_overlap

@@ -1,4 +1,4 @@
-"""The parameters a model computes with, under the names its base model gives them."""
+"""The effective parameters of a model, under the names of its base model."""
 
 from collections.abc import Iterator
 from copy import deepcopy
@@ -7,22 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_lntune.core.module_tree import base_model, base_modules
+from peft_lntune.core.module_tree import base_model, base_modules, below
 
 __all__ = ["effective_parameters"]
 
 
 def effective_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters of a model with its active adapters merged in; the model itself is left as it is.
+    """The parameters of a model with its active adapters merged in; the model itself does not change.
 
-    Merged values are kept in float32 at least, so nothing of an adapter on a half-precision model is rounded away. What
-    `modules_to_save` has copied is read from the active adapter's copy. A shared parameter has its first name.
+    Merged values are in float32 or wider, so no part of an adapter on a half-precision model is rounded away. Modules
+    copied by `modules_to_save` are read from the active adapter's copy. A shared parameter has its first name.
 
     Args:
-        model: plain, or with adapters of any PEFT tuner whose layers can be merged.
+        model: a plain model, or one with adapters of any PEFT tuner whose layers can be merged.
 
     Returns:
-        By the base model's parameter name, tensors of the parameters' shapes; not copies where no adapter changes them.
+        Tensors by the names of the base model's parameters; copies only where an adapter changes the parameter.
 
     Example:
         >>> list(effective_parameters(nn.Sequential(nn.LayerNorm(2), nn.Linear(2, 2, bias=False))))
@@ -35,7 +35,7 @@ def effective_parameters(model: nn.Module) -> dict[str, Tensor]:
         if name in owners and layer is not owners[name]:
             inner = base_modules(_merged(layer))
             modules.update({f"{name}.{path}" if path else name: module for path, module in inner.items()})
-    first: dict[int, str] = {}  # by the base parameter: an adapter on one of two shared ones adds no name
+    first: dict[int, str] = {}  # by base parameter, since an adapter on one of two shared parameters adds no name
     for name, parameter in _parameters(owners):
         first.setdefault(id(parameter), name)
     names = set(first.values())
@@ -46,16 +46,16 @@ def _parameters(modules: dict[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
     for name, module in modules.items():
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                yield f"{name}.{key}" if name else key, parameter
+                yield below(name, key), parameter
 
 
 def _merged(layer: Any) -> nn.Module:
-    """The module that a tuner's layer stands for at this moment, its active adapters merged into a copy."""
+    """A copy of the module that a tuner's layer replaces, with the active adapters merged into it."""
     copy: Any = _wide(deepcopy(layer))
     if hasattr(copy, "unload_and_optionally_merge_module"):  # modules_to_save
         unload = copy.unload_and_optionally_merge_module
         return copy.original_module if copy.disable_adapters else unload(True, False, None)
-    for part in list(copy.modules()):  # a layer of one tuner may lie around another's
+    for part in list(copy.modules()):  # a layer of one tuner may wrap that of another
         if hasattr(part, "merged_adapters") and not part.disable_adapters:
             left = [name for name in part.active_adapters if name not in part.merged_adapters]
             if left:

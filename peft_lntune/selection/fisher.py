@@ -2,8 +2,8 @@
 
     F_i = mean over samples x of (d loss(x, y) / d w_i)^2
 
-Never the square of a batch's mean gradient, which is another quantity. `kind` says where y comes from: `empirical`
-takes the labels of the data, `mc` draws them from the model, `exact` takes the expectation over the model's classes.
+Gradients are squared per sample, not after averaging over the batch. `kind` selects y: `empirical` takes the labels of
+the data, `mc` draws them from the model, `exact` takes the expectation over the model's classes.
 """
 
 import inspect
@@ -37,17 +37,17 @@ __all__ = [
 FISHER_KINDS = ("empirical", "mc", "exact")
 
 MAX_CLASSES = 32
-"""The exact kind makes one backward pass a class, up to this many."""
+"""The exact kind runs one backward pass per class, up to this many."""
 
 
 @dataclass
 class FisherState:
-    """Sums over the samples seen so far: what a pass is resumed from, and how several processes share one.
+    """Sums over the samples seen so far, to resume a pass or to split it over several processes.
 
     Attributes:
-        first: number of the first sample, where another process scores those before it. Labels that are drawn depend on
+        first: number of the first sample, where another process scores the samples before it. Drawn labels depend on
             the seed and the number of the sample, not on the process.
-        samples: how many samples are in the sums; a resumed pass skips as many.
+        samples: number of samples in the sums; a resumed pass skips as many.
         squares: the summed squares by parameter.
 
     Example:
@@ -67,7 +67,10 @@ class FisherState:
     squares: dict[str, Tensor] = field(default_factory=dict)
 
     def scores(self) -> dict[str, Tensor]:
-        """The means so far.
+        """The scores so far.
+
+        Returns:
+            The mean over samples for each parameter.
 
         Raises:
             DataError: no sample has been seen.
@@ -83,9 +86,12 @@ class FisherState:
         return FisherState(min(self.first, other.first), self.samples + other.samples, squares)
 
     def of_all_processes(self) -> "FisherState":
-        """The sums of all processes of `torch.distributed`, the same in each of them; where there is one, its own.
+        """Add the sums of all processes of `torch.distributed`.
 
-        Every process calls it, also one that has seen no sample.
+        Every process must call this method, also one that has seen no sample.
+
+        Returns:
+            The total, the same in all processes; this state itself where there is a single process.
 
         Raises:
             ConfigError: the processes have scored different parameters.
@@ -108,7 +114,13 @@ class FisherState:
 
 
 def own_share(samples: int) -> tuple[int, int]:
-    """The number of the first sample, and how many samples, that this process of `torch.distributed` scores of all.
+    """The share of samples that this process of `torch.distributed` scores.
+
+    Args:
+        samples: number of samples of all processes.
+
+    Returns:
+        The number of its first sample, and the number of its samples.
 
     Example:
         >>> own_share(1024)  # one process
@@ -121,12 +133,12 @@ def own_share(samples: int) -> tuple[int, int]:
 
 
 def several_processes() -> bool:
-    """Whether `torch.distributed` runs more than one."""
+    """Whether `torch.distributed` runs more than one process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _device() -> torch.device:
-    """Where the tensors of this process have to be for `torch.distributed`."""
+    """The device that `torch.distributed` needs for tensors of this process."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
@@ -143,35 +155,35 @@ def fisher_scores(
     state: FisherState | None = None,
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """Score parameters by Fisher information, exact a sample, in one forward and backward pass a batch.
+    """Score parameters by Fisher information: exact per-sample scores from one forward and backward pass per batch.
 
-    The model runs in evaluation mode, without caches, and is afterwards as it was: mode, gradients, requires_grad.
-    Norms and linear modules cost one pass; for parameters of any other module, or used outside their module's call,
-    each sample gets a backward pass of its own.
+    The model runs in evaluation mode without caches. Its mode, gradients and requires_grad are restored afterwards.
+    Parameters of norms and linear modules need one pass per batch. Parameters of other modules, or used outside their
+    module's call, need one backward pass per sample.
 
     Source: Sung et al. 2021 (FISH mask, arXiv 2111.09839); ValizadehAslani and Liang 2024 (arXiv 2403.20284).
 
     Args:
-        model: any model; with adapters, it is scored as it is, its active adapters in effect.
-        batches: dicts of tensors, with labels, as a `DataLoader` gives them; batch axis first.
+        model: any model; a model with adapters is scored with its active adapters.
+        batches: dicts of tensors with labels, as a `DataLoader` yields them; batch axis first.
         kind: `"empirical"`, `"mc"` or `"exact"`. The last is for regression and heads of few classes (`MAX_CLASSES`).
         parameters: names in the base model; None: weight and bias of every norm.
-        loss: None takes the loss of the model's own head, for tokens the mean of each sample. Or the name of one, a key
-            of `peft_lntune.selection.losses.LOSS_HEADS` such as `"causal_lm_sum"`, or a function
-            `(outputs, batch) -> (B,)`.
-            Where the model's forward takes no `labels` (diffusion models), they are for that function alone.
-        seed: of the labels drawn by `"mc"`.
-        num_samples: stop after this many; None: all.
-        state: sums to go on with; it holds what was done where the pass is interrupted.
-        progress: show a bar where the pass takes longer than a few seconds.
+        loss: None: the loss of the model's own head; for losses over tokens, the mean over the tokens of each sample.
+            Otherwise a key of `peft_lntune.selection.losses.LOSS_HEADS` such as `"causal_lm_sum"`, or a function
+            `(outputs, batch) -> (B,)`. Where the model's forward takes no `labels` (diffusion models), only the
+            function gets them.
+        seed: seed of the labels drawn by `"mc"`.
+        num_samples: stop after this many samples; None: use all.
+        state: sums of an earlier pass to resume from; updated in place, also if the pass is interrupted.
+        progress: show a progress bar where the pass takes longer than a few seconds.
 
     Returns:
-        For each parameter its scores: same shape, at least 0, in float32 or wider. A parameter that no loss depends on
-        has zeros.
+        For each parameter its scores: of its shape, at least 0, in float32 or wider. A parameter on which no loss
+        depends has zeros.
 
     Raises:
-        ConfigError: an unknown kind, loss or parameter, or a loss that is not one value a sample.
-        DataError: no batches, no labels, packed rows, or a loss that is not finite.
+        ConfigError: the kind, loss or a parameter is unknown, or the loss does not give one value per sample.
+        DataError: there are no batches or labels, rows are packed, or a loss is not finite.
         UnsupportedError: the model mixes the rows of a batch before a norm, or its head fits no known loss.
 
     Example:
@@ -200,7 +212,24 @@ def add_samples(
     num_samples: int | None = None,
     progress: bool = True,
 ) -> None:
-    """Add the squares of samples to `state`; see `fisher_scores`. There may be none of them."""
+    """Add the squared gradients of samples to a state; unlike for `fisher_scores`, there may be no samples.
+
+    Args:
+        state: the sums, updated in place.
+        model: any model; a model with adapters is scored with its active adapters.
+        batches: dicts of tensors with labels; batch axis first.
+        kind: `"empirical"`, `"mc"` or `"exact"`.
+        parameters: names in the base model; None: weight and bias of every norm.
+        loss: None, a key of `LOSS_HEADS`, or a function `(outputs, batch) -> (B,)`.
+        seed: seed of the labels drawn by `"mc"`.
+        num_samples: stop after this many samples; None: use all.
+        progress: show a progress bar where the pass takes longer than a few seconds.
+
+    Raises:
+        ConfigError: the kind, loss or a parameter is unknown, or the loss does not give one value per sample.
+        DataError: there are no labels, rows are packed, or a loss is not finite.
+        UnsupportedError: the model mixes the rows of a batch before a norm, or its head fits no known loss.
+    """
     if kind not in FISHER_KINDS:
         raise ConfigError(f"kind={kind!r}: choose one of {', '.join(map(repr, FISHER_KINDS))}.")
     if isinstance(loss, str) and loss not in LOSS_HEADS:
@@ -221,7 +250,7 @@ def add_samples(
 
 
 class _Scorer:
-    """One pass: what is known of the model's head and batches, and how a batch is added."""
+    """One pass over batches, with the facts found about the model's head and hooks."""
 
     def __init__(
         self,
@@ -242,12 +271,12 @@ class _Scorer:
         self.checked = False
 
     def add(self, batch: Batch, size: int, state: FisherState) -> None:
-        """Add the squares of one batch to the sums; nothing is added where it raises."""
+        """Add the squares of one batch to the sums; where this raises, nothing is added."""
         packed = find_packed(batch, size)
         if packed is not None:
             raise DataError(
-                f"this batch has packed rows: {packed} says that a row holds several samples, and Fisher information "
-                "squares the gradient of each sample by itself. Give one sample per row, with padding (packing=False "
+                f"this batch has packed rows: {packed} shows that a row holds several samples, but Fisher information "
+                "squares the gradient of each sample separately. Give one sample per row, with padding (packing=False "
                 "and padding_free=False in TRL, DataCollatorWithPadding in transformers)."
             )
         batch = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
@@ -269,18 +298,18 @@ class _Scorer:
         state.samples += size
 
     def _find_head(self, batch: Batch, size: int) -> Head:
-        """Read off the first sample with a label what the model's own loss is."""
+        """Find the model's own loss from one sample."""
         labels = batch.get("labels")
         sample = 0
         if isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point():
             counted = (labels != -100).flatten(1).sum(1)
-            sample = int(counted.argmax())  # most tokens: the readings differ most there
+            sample = int(counted.argmax())  # the possible losses differ most for the sample with the most tokens
         one = _rows(batch, size, sample, sample + 1)
         self.hooks.start(1, _lengths(one, 1))
         return find_head(self.model, self.model(**one), one)
 
     def _losses(self, batch: Batch, size: int, number: int) -> list[tuple[Tensor | None, Tensor]]:
-        """What to send back: losses `(B,)`, each with the weights of its squares, or None for one."""
+        """The losses `(B,)` for the backward passes, each with the weights of its squares (None: 1)."""
         labels = self.head.labels if self.head is not None and not self.needs_labels else ()
         if self.loss is not None and not self.takes_labels:
             labels = ("labels",)
@@ -300,7 +329,7 @@ class _Scorer:
         for _, losses in terms:
             if not isinstance(losses, Tensor) or losses.shape != (size,):
                 shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-                raise ConfigError(f"loss should give one value a sample, of shape {(size,)}, but gave {shape}.")
+                raise ConfigError(f"loss should return one value per sample, of shape {(size,)}, but returned {shape}.")
             if not losses.isfinite().all():
                 row = int((~losses.isfinite()).nonzero()[0])
                 raise DataError(
@@ -319,13 +348,13 @@ class _Scorer:
         terms = self.head.expected(outputs)
         if len(terms) > MAX_CLASSES:
             raise UnsupportedError(
-                f'kind="exact" makes one backward pass a class, and this head has {len(terms)}, above {MAX_CLASSES}. '
-                'Use kind="mc", which draws a class a sample.'
+                f'kind="exact" runs one backward pass per class, and this head has {len(terms)}, above {MAX_CLASSES}. '
+                'Use kind="mc", which draws one class per sample.'
             )
         yield from terms
 
     def _send_back(self, terms: list[tuple[Tensor | None, Tensor]]) -> Iterator[None]:
-        """Run the backward pass of each term; squares of weighted gradients are those of gradients by sqrt(weight)."""
+        """Run the backward pass of each term, with the loss scaled by the root of the weight of its squares."""
         for left, (weights, losses) in zip(range(len(terms) - 1, -1, -1), terms, strict=True):
             if not losses.requires_grad:
                 raise UnsupportedError(
@@ -359,8 +388,8 @@ class _Scorer:
     def _check_hooks(self, batch: Batch, size: int, number: int) -> None:
         """Compare the hooks with autograd on the first sample, in a batch of two where there are two.
 
-        A parameter that the model uses outside its module's call has another gradient there; it goes the slow way.
-        And a loss that reaches the rows of another sample means that the rows are not what they seem.
+        A parameter that the model uses outside its module's call has another gradient in autograd; it then gets one
+        backward pass per sample. A loss that depends on the rows of another sample is refused.
         """
         if not self.hooks.hooked:
             return
@@ -375,7 +404,7 @@ class _Scorer:
             if gradient[1:].any():
                 raise UnsupportedError(
                     f"the loss of one sample depends on the rows of another at {name.rpartition('.')[0]}, so there is "
-                    "no gradient a sample: the batch axis is not the first there, or samples are mixed. Leave it out "
+                    "no gradient per sample: the batch axis is not the first there, or samples are mixed. Leave it out "
                     "with parameters=, or give batches of one sample."
                 )
         self.hooks.drop(name for name in self.hooks.hooked if not _agree(ours.get(name), theirs.get(name)))
@@ -390,16 +419,16 @@ def _takes(model: nn.Module, name: str) -> bool:
 def _agree(ours: Tensor | None, theirs: Tensor | None) -> bool:
     if theirs is None or ours is None:
         return (theirs is None or not theirs.any()) and (ours is None or not ours.any())
-    tolerance = 0.1 if theirs.dtype.itemsize < 4 else 1e-2  # rounding of sums; a use that was missed is far larger
+    tolerance = 0.1 if theirs.dtype.itemsize < 4 else 1e-2  # rounding of sums; a missed use makes a larger difference
     error = (ours[0].double() - theirs.double()).norm()
     return bool(error <= tolerance * theirs.double().norm())
 
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no cache, and no parameter requires a gradient; afterwards all as before.
+    """Inside this context, the model is in evaluation mode, has no cache, and no parameter requires a gradient.
 
-    Recurrent models write their caches in place, and autograd cannot go back through that.
+    Caches are off because recurrent models write them in place, which autograd cannot differentiate.
     """
     modes = [(module, module.training) for module in model.modules()]
     configs: dict[int, Any] = {id(c): c for c in (getattr(module, "config", None) for module in model.modules())}
@@ -424,7 +453,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _gradients_of(parameters: Mapping[str, Tensor]) -> Iterator[Callable[[], dict[str, Tensor]]]:
-    """Let these parameters take gradients; what is given fetches and clears them. Their own are put back."""
+    """Inside this context, these parameters get gradients; the yielded function fetches and clears them."""
     own = {name: parameter.grad for name, parameter in parameters.items()}
 
     def fetch() -> dict[str, Tensor]:
@@ -447,7 +476,7 @@ def _gradients_of(parameters: Mapping[str, Tensor]) -> Iterator[Callable[[], dic
 def _left(
     batches: Iterable[Batch], state: FisherState, num_samples: int | None, progress: bool
 ) -> Iterator[tuple[Batch, int]]:
-    """The batches, each with its size, that are not in `state` yet, cut to `num_samples` in all."""
+    """The batches that are not in `state` yet, each with its size, cut to `num_samples` in total."""
     from tqdm.auto import tqdm
 
     seen, done = 0, state.samples
@@ -467,7 +496,7 @@ def _left(
 
 
 def _size(batch: Batch) -> int:
-    """Samples of a batch: the length of its labels, or else of its first tensor."""
+    """Number of samples in a batch: the length of its labels or, without labels, of its first tensor."""
     names = [name for head in LOSS_HEADS.values() for name in head.labels if name in batch]
     for value in (*(batch[name] for name in names), *batch.values()):
         if isinstance(value, Tensor) and value.dim():
@@ -476,7 +505,7 @@ def _size(batch: Batch) -> int:
 
 
 def _rows(batch: Batch, size: int, begin: int, end: int) -> dict[str, Any]:
-    """Some samples of a batch; what has no batch axis stays."""
+    """Some samples of a batch; values without a batch axis are kept."""
     return {
         key: value[begin:end] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
         for key, value in batch.items()
@@ -484,6 +513,6 @@ def _rows(batch: Batch, size: int, begin: int, end: int) -> dict[str, Any]:
 
 
 def _lengths(batch: Batch, size: int) -> set[int]:
-    """How many rows a sample may have where a model flattens batch and tokens into one axis."""
+    """Possible numbers of rows per sample where a model flattens batch and tokens into one axis."""
     tensors = [value for value in batch.values() if isinstance(value, Tensor)]
     return {value.shape[1] for value in tensors if value.dim() > 1 and value.shape[0] == size}

@@ -1,7 +1,7 @@
-"""Losses a sample, `(B,)`, and labels drawn from the model: the one place that knows what a head's outputs mean.
+"""Per-sample losses `(B,)` and labels drawn from the model, for each kind of head.
 
-Each loss is what the head of a transformers model computes for a batch of that one sample. Over tokens that is a mean;
-`reduction="sum"` gives the negative log-likelihood of the whole sequence instead.
+Each loss equals the loss that a transformers model reports for a batch of that single sample. Over tokens this is a
+mean; `reduction="sum"` gives the negative log-likelihood of the whole sequence instead.
 """
 
 import math
@@ -33,36 +33,63 @@ __all__ = [
 
 Batch = Mapping[str, Any]
 Loss = Callable[[Any, Batch], Tensor]
-"""`(outputs, batch) -> (B,)`, as a user may give it."""
+"""`(outputs, batch) -> (B,)`: one loss per sample; users may pass their own."""
 
 IGNORED = -100
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy: logits `(B, C)`, labels `(B,)` int64 -> `(B,)`."""
+    """Cross entropy per sample.
+
+    Args:
+        logits: `(B, C)`, for C classes.
+        labels: `(B,)` int64.
+
+    Returns:
+        The losses, `(B,)`.
+    """
     return F.cross_entropy(_wide(logits), labels.long(), reduction="none")
 
 
 def regression_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Squared error, mean over outputs: logits `(B, K)`, labels `(B,)` or `(B, K)` floating -> `(B,)`."""
+    """Squared error per sample, mean over outputs.
+
+    Args:
+        logits: `(B, K)`, for K outputs.
+        labels: `(B,)` or `(B, K)`, floating-point.
+
+    Returns:
+        The losses, `(B,)`.
+    """
     return (logits - labels.reshape(logits.shape)).square().flatten(1).mean(1)
 
 
 def multi_label_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross entropy, mean over classes: logits and floating labels `(B, C)` -> `(B,)`."""
+    """Binary cross entropy per sample, mean over classes.
+
+    Args:
+        logits: `(B, C)`, for C classes.
+        labels: `(B, C)`, from 0 to 1.
+
+    Returns:
+        The losses, `(B,)`.
+    """
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(1)
 
 
 def token_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross entropy of tokens: token classification, masked language models, sequence to sequence.
+    """Cross entropy of tokens per sample: token classification, masked language models, sequence to sequence.
 
     Args:
         logits: `(B, T, C)`.
-        labels: `(B, T)` int64; -100 is left out, and a sample of nothing else has loss 0.
+        labels: `(B, T)` int64; -100 is ignored, and a sample with no other label has loss 0.
         reduction: `"mean"` or `"sum"` over the tokens of a sample.
 
     Returns:
-        `(B,)`.
+        The losses, `(B,)`.
+
+    Raises:
+        UnsupportedError: the reduction is unknown.
 
     Example:
         >>> token_loss(torch.zeros(1, 3, 2), torch.tensor([[0, 1, -100]]), reduction="sum")
@@ -76,21 +103,30 @@ def token_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tenso
 
 
 def causal_lm_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross entropy of the next token: as `token_loss`, logits of position t against the label of position t + 1."""
+    """Cross entropy of the next token per sample: logits of position t with the label of position t + 1.
+
+    Args:
+        logits: `(B, T, C)`.
+        labels: `(B, T)` int64; -100 is ignored, and a sample with no other label has loss 0.
+        reduction: `"mean"` or `"sum"` over the tokens of a sample.
+
+    Returns:
+        The losses, `(B,)`.
+    """
     return token_loss(logits[:, :-1], labels[:, 1:], reduction)
 
 
 def question_answering_loss(starts: Tensor, ends: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """Mean of two cross entropies over positions.
+    """Mean of the cross entropies of the answer's first and last position, per sample.
 
     Args:
-        starts: logits of the first token, `(B, T)`.
-        ends: logits of the last token, `(B, T)`.
-        start: positions, `(B,)`; one outside the sequence is left out.
-        end: likewise.
+        starts: logits of the first position, `(B, T)`.
+        ends: logits of the last position, `(B, T)`.
+        start: first positions, `(B,)` int64; positions outside the sequence are ignored.
+        end: last positions, `(B,)` int64; positions outside the sequence are ignored.
 
     Returns:
-        `(B,)`.
+        The losses, `(B,)`.
     """
     return (_position_loss(starts, start) + _position_loss(ends, end)) / 2
 
@@ -104,9 +140,9 @@ class LossTerm(NamedTuple):
     """A part of a head's loss over some rows: `weight * sum of sums / sum of counts`.
 
     Attributes:
-        weight: of this part in the loss.
-        sums: of each sample, `(B,)`.
-        counts: how many terms each sum has, `(B,)`; None: the loss is a sum and not a mean.
+        weight: weight of this part in the loss.
+        sums: sum of each sample, `(B,)`.
+        counts: number of terms in each sum, `(B,)`; None: the loss is a sum, not a mean.
     """
 
     weight: float
@@ -116,18 +152,18 @@ class LossTerm(NamedTuple):
 
 @dataclass(frozen=True)
 class Head:
-    """What the outputs of one kind of head mean.
+    """The meaning of the outputs of one kind of head.
 
     Attributes:
-        name: as `fisher_scores(loss=name)` takes it.
+        name: name of the head, for `fisher_scores(loss=name)`.
         labels: names of the labels in a batch.
-        fits: whether outputs and labels of a batch have the shapes of this head.
+        fits: `(outputs, batch) -> bool`, whether they have the shapes of this head.
         loss: `(outputs, batch) -> (B,)`.
         parts: `(outputs, batch) -> parts`, from which the loss of any rows of the batch follows.
-        draw: `(outputs, batch, generators) -> labels by name`, drawn from the model's own distribution, one generator
-            a sample.
-        expected: `outputs -> [(weights (B,), losses (B,))]`, so that the exact Fisher diagonal is the sum over the list
-            of weight times the squared gradient of the loss; None where that takes too many terms.
+        draw: `(outputs, batch, generators) -> labels by name`, drawn from the model's own distribution, with one
+            generator per sample.
+        expected: `outputs -> [(weights (B,), losses (B,))]`, such that the exact Fisher diagonal is the sum over the
+            list of weight times squared gradient of the loss; None where this needs too many terms.
     """
 
     name: str
@@ -140,15 +176,18 @@ class Head:
 
 
 def find_head(model: nn.Module, outputs: Any, batch: Batch) -> Head:
-    """The head whose loss is the one that the model itself reports.
+    """Find the head whose loss equals the loss that the model itself reports.
 
     Args:
-        model: for the message.
-        outputs: of the model, called with `batch`, labels among it; its `loss` is the model's own.
-        batch: a batch of one sample or several.
+        model: the model, for the message.
+        outputs: outputs of the model, called with `batch`; their `loss` is the model's own.
+        batch: a batch of one or more samples, with labels.
+
+    Returns:
+        The head.
 
     Raises:
-        DataError: the batch has no labels, or its own loss is not finite.
+        DataError: the batch has no labels, or the model's loss is not finite.
         UnsupportedError: the model reports no loss, or one that no known head computes.
     """
     own = _field(outputs, "loss")
@@ -159,7 +198,7 @@ def find_head(model: nn.Module, outputs: Any, batch: Batch) -> Head:
         )
     if own is None:
         raise UnsupportedError(
-            f"{type(model).__name__} reports no loss, so what its outputs mean cannot be told. Pass loss=, one of "
+            f"{type(model).__name__} reports no loss, so the meaning of its outputs is unknown. Pass loss=, one of "
             f"{', '.join(LOSS_HEADS)}, or a function (outputs, batch) -> (B,)."
         )
     if not bool(torch.isfinite(own)):
@@ -167,7 +206,7 @@ def find_head(model: nn.Module, outputs: Any, batch: Batch) -> Head:
     fitting = [
         head for head in LOSS_HEADS.values() if all(n in batch for n in head.labels) and head.fits(outputs, batch)
     ]
-    # The nearest, not the first near one: a model that knows nothing has nearly the same loss under several readings.
+    # The nearest, not the first near one: an untrained model has nearly the same loss for several heads.
     errors = [abs(whole_loss(head, outputs, batch).item() - own.item()) for head in fitting]
     if fitting and min(errors) <= 1e-3 + 1e-2 * abs(own.item()):
         return fitting[errors.index(min(errors))]
@@ -178,25 +217,34 @@ def find_head(model: nn.Module, outputs: Any, batch: Batch) -> Head:
 
 
 def whole_loss(head: Head, outputs: Any, batch: Batch) -> Tensor:
-    """The loss of all rows of a batch together, as the model itself reports it: a scalar."""
+    """The loss of all rows of a batch together, as the model itself would report it.
+
+    Args:
+        head: the meaning of the outputs.
+        outputs: outputs of the model.
+        batch: the batch, with labels.
+
+    Returns:
+        A scalar.
+    """
     parts = head.parts(outputs, batch)
     return _grouped(parts, torch.zeros_like(parts[0].sums, dtype=torch.long), 1)[0]
 
 
 def grouped_losses(head: Head, outputs: Any, batch: Batch, groups: Tensor, count: int) -> Tensor:
-    """The losses that groups of rows would have as batches of their own.
+    """The losses that groups of rows would have as separate batches.
 
-    Over tokens a loss is a mean over all tokens of its rows, so it is not the mean of the rows' own losses.
+    A loss over tokens is a mean over all tokens of its rows, which differs from the mean of the rows' losses.
 
     Args:
-        head: what the outputs mean.
-        outputs: of the model.
-        batch: with the labels.
-        groups: of each row the number of its group, `(B,)` int64.
-        count: how many groups there are.
+        head: the meaning of the outputs.
+        outputs: outputs of the model.
+        batch: the batch, with labels.
+        groups: number of the group of each row, `(B,)` int64.
+        count: number of groups.
 
     Returns:
-        `(count,)`; 0 for a group in which nothing is counted, where a batch of its own would have no loss.
+        The losses, `(count,)`; 0 for a group without counted terms, which as a separate batch would have no loss.
 
     Example:
         >>> outputs, batch = {"logits": torch.zeros(3, 2)}, {"labels": torch.tensor([0, 1, 0])}
@@ -219,7 +267,7 @@ def _grouped(parts: Sequence[LossTerm], groups: Tensor, count: int) -> Tensor:
 
 
 def _field(outputs: Any, name: str) -> Any:
-    """A named output of a model, whether outputs are a mapping, an object, or for logits a bare tensor."""
+    """A named output of a model, whose outputs may be a mapping, an object, or a bare tensor of logits."""
     if isinstance(outputs, Mapping):
         return outputs.get(name)
     if isinstance(outputs, Tensor):
@@ -258,7 +306,7 @@ def _fits_tokens(outputs: Any, batch: Batch) -> bool:
 
 
 def _mean_of_rows(loss: Loss) -> Callable[[Any, Batch], list[LossTerm]]:
-    """For losses that are a mean over samples; a class of -100 is left out."""
+    """Parts of a loss that is a mean over samples; samples of class -100 are ignored."""
 
     def parts(outputs: Any, batch: Batch) -> list[LossTerm]:
         losses, labels = loss(outputs, batch), batch["labels"]
@@ -292,9 +340,9 @@ def _span_parts(outputs: Any, batch: Batch) -> list[LossTerm]:
 
 
 def _draw_classes(logits: Tensor, generators: Sequence[torch.Generator], keep: Tensor | None = None) -> Tensor:
-    """One class for each row of logits `(B, ..., C)`, -100 where `keep` `(B, ...)` is False.
+    """Draw one class for each row of logits `(B, ..., C)`, or -100 where `keep` `(B, ...)` is False.
 
-    Draws are made on the CPU and for kept rows only, so neither the device nor the padding of a batch changes them.
+    Classes are drawn on the CPU and for kept rows only, so they depend neither on the device nor on padding.
     """
     drawn = []
     for number, generator in enumerate(generators):
@@ -324,7 +372,7 @@ def _draw_next_tokens(outputs: Any, batch: Batch, generators: Sequence[torch.Gen
 
 
 def _kept(outputs: Any, batch: Batch) -> Tensor:
-    """Which tokens count, `(B, T)`: those with a label, or without labels those that are no padding."""
+    """Which tokens count, `(B, T)`: those with a label or, without labels, those that are not padding."""
     if "labels" in batch:
         return batch["labels"] != IGNORED
     logits = _logits(outputs)

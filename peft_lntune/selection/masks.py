@@ -1,4 +1,4 @@
-"""What can be done with masks: combine, measure, compare, check."""
+"""Combine, measure, compare and check masks."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,12 +16,15 @@ def combine_masks(
     """Combine the masks of several tasks.
 
     Args:
-        masks: one set a task, all of the same parameters.
-        how: `"union"` (chosen by any), `"intersection"` (by all), or `"vote"` (by `at_least` of them).
-        at_least: for `"vote"`: how many, from 1 to the number of sets.
+        masks: one set of bool masks per task, all of the same parameters.
+        how: `"union"` (chosen by any task), `"intersection"` (by all tasks), or `"vote"` (by `at_least` tasks).
+        at_least: for `"vote"`: number of tasks, from 1 to the number of sets.
+
+    Returns:
+        The combined bool masks by parameter.
 
     Raises:
-        ConfigError: nothing to combine, parameters or shapes that differ, an unknown way, or votes out of range.
+        ConfigError: there are no masks, parameters or shapes differ, `how` is unknown, or `at_least` is out of range.
 
     Example:
         >>> one, two = {"w": torch.tensor([True, False, True])}, {"w": torch.tensor([True, True, False])}
@@ -47,7 +50,13 @@ def combine_masks(
 
 
 def mask_density(masks: Mapping[str, Tensor]) -> float:
-    """Fraction of all entries that are True.
+    """The fraction of entries that masks choose.
+
+    Args:
+        masks: bool masks by parameter.
+
+    Returns:
+        The fraction, from 0 to 1.
 
     Example:
         >>> mask_density({"w": torch.tensor([True, False]), "b": torch.tensor([False, False])})
@@ -57,7 +66,17 @@ def mask_density(masks: Mapping[str, Tensor]) -> float:
 
 
 def mask_overlap(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
-    """Jaccard index: entries in both, over entries in either. 1 where both are empty.
+    """The Jaccard index of two sets of masks: entries in both, divided by entries in either.
+
+    Args:
+        a: bool masks by parameter.
+        b: bool masks of the same parameters.
+
+    Returns:
+        The index, from 0 to 1; 1 where both are empty.
+
+    Raises:
+        ConfigError: parameters or shapes differ.
 
     Example:
         >>> mask_overlap({"w": torch.tensor([True, True, False])}, {"w": torch.tensor([True, False, False])})
@@ -70,16 +89,16 @@ def mask_overlap(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
 
 
 def check_masks(masks: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], what: str) -> None:
-    """Raise where masks are not bool tensors of these shapes, or choose nothing.
+    """Check that masks are bool tensors of given shapes and choose at least one entry.
 
     Args:
-        masks: by parameter.
-        shapes: the shapes of the parameters that there are; of a plain model
+        masks: masks by parameter.
+        shapes: shapes of all parameters that can be masked; for a plain model
             `{name: p.shape for name, p in model.named_parameters()}`.
-        what: whose parameters they are, for the message.
+        what: owner of the parameters, for the message.
 
     Raises:
-        ConfigError: a name or shape does not fit, or no entry is chosen.
+        ConfigError: a name or shape does not fit, a mask is not bool, or no entry is chosen.
 
     Example:
         >>> check_masks({"w": torch.tensor([True])}, {"w": torch.Size([1])}, "the model")
@@ -101,14 +120,30 @@ def check_masks(masks: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], w
 
 
 def check_bool(masks: Mapping[str, Tensor], what: str) -> None:
-    """Raise a `ConfigError` where one of these masks is no bool tensor; `what`: whose they are, for the message."""
+    """Check that masks are bool tensors.
+
+    Args:
+        masks: masks by parameter.
+        what: owner of the masks, for the message.
+
+    Raises:
+        ConfigError: a mask is not bool.
+    """
     for name, mask in masks.items():
         if mask.dtype != torch.bool:
             raise ConfigError(f"{what}: the mask of {name} should be a bool tensor, but is {mask.dtype}.")
 
 
 def check_alike(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
-    """Raise a `ConfigError` where two sets of masks are of other parameters, or of other shapes."""
+    """Check that two sets of masks have the same parameters and shapes.
+
+    Args:
+        a: masks by parameter.
+        b: masks by parameter.
+
+    Raises:
+        ConfigError: parameters or shapes differ; the message names the first.
+    """
     differing = sorted(a.keys() ^ b.keys()) or [name for name in a if a[name].shape != b[name].shape]
     if differing:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Packed rows: several samples in one row of a batch, told apart by positions that begin again or by offsets."""
+"""Packed rows: several samples in one row of a batch, separated by restarting positions or by offsets."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,14 +13,16 @@ _NUMBERS = ("seq_idx", "sequence_ids")
 
 
 def find_packed(batch: Mapping[str, Any], size: int) -> str | None:
-    """The entry of a batch that says that a row holds several samples; None where none does.
+    """Find the entry of a batch that shows that a row holds several samples.
 
-    Collators pack rows so that no token is padding: `DataCollatorWithFlattening`, TRL with `packing=True` or
-    `padding_free=True`.
+    Collators pack rows to avoid padding: `DataCollatorWithFlattening`, TRL with `packing=True` or `padding_free=True`.
 
     Args:
-        batch: as it is passed to the model.
-        size: rows of the batch.
+        batch: the batch as it is passed to the model.
+        size: number of rows in the batch.
+
+    Returns:
+        The name of the entry; None where no row is packed.
 
     Example:
         >>> find_packed({"input_ids": torch.ones(1, 5), "position_ids": torch.tensor([[0, 1, 2, 0, 1]])}, 1)
@@ -36,7 +38,7 @@ def find_packed(batch: Mapping[str, Any], size: int) -> str | None:
     if attended is not None and attended.dim() != 2:
         attended = None
     if attended is not None and not attended.is_floating_point() and attended.numel() and int(attended.max()) > 1:
-        return "attention_mask"  # a number per sample, as some packing collators have it
+        return "attention_mask"  # some packing collators number the samples in it
     positions = tensors.get("position_ids")
     if positions is not None and _begins_again(positions, attended):
         return "position_ids"
@@ -44,14 +46,14 @@ def find_packed(batch: Mapping[str, Any], size: int) -> str | None:
 
 
 def _begins_again(positions: Tensor, attended: Tensor | None) -> bool:
-    if positions.dim() == 3:  # a plane per axis of images and videos; the first one is time
+    if positions.dim() == 3:  # one plane per axis of images and videos; the first is time
         positions = positions[0]
     if positions.dim() == 1:
         positions = positions.unsqueeze(0)
     if positions.dim() != 2 or positions.is_floating_point():
         return False
     back = positions[:, 1:] < positions[:, :-1]
-    if attended is not None and attended.shape == positions.shape:  # the positions of padding mean nothing
+    if attended is not None and attended.shape == positions.shape:  # positions of padding are arbitrary
         real = attended.to(device=positions.device, dtype=torch.bool)
         back = back & real[:, 1:] & real[:, :-1]
     return bool(back.any())

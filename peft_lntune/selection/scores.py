@@ -1,6 +1,6 @@
-"""Scores by name, and those that need no data: magnitude, distance from the median, change, and chance as the control.
+"""Scores by name, and the scores that need no data: magnitude, distance from the median, change, and random.
 
-A new score is a function here under `register_score`, and its test; `peft-lntune fisher --score NAME` finds it.
+To add a score, write a function here under `register_score`, and a test; `peft-lntune fisher --score NAME` finds it.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -26,24 +26,21 @@ __all__ = [
 Score = TypeVar("Score", bound=Callable[..., dict[str, Tensor]])
 
 SCORES: dict[str, Callable[..., dict[str, Tensor]]] = {}
-"""Functions `(model, parameters=None, ...)` to scores by parameter, by the names under which the command line has them.
+"""Score functions `(model, parameters=None, ...) -> scores by parameter`, by their names on the command line.
 
-Of the further arguments, the command line gives those that a function names: `batches`, `kind`, `seed`, `state` and
-`progress`, as of `fisher_scores`.
+Of `fisher_scores`'s further arguments `batches`, `kind`, `seed`, `state` and `progress`, the command line passes those
+that the function accepts.
 """
 
 
 def register_score(name: str) -> Callable[[Score], Score]:
-    """Make a function known as a score: to `find_score`, and to `peft-lntune fisher --score NAME`.
+    """Register a function as a score, for `find_score` and `peft-lntune fisher --score NAME`.
 
     Args:
-        name: that no other score has.
+        name: a new name.
 
     Returns:
-        A decorator, which leaves the function as it is.
-
-    Raises:
-        ConfigError: the name is taken.
+        A decorator, which returns the function unchanged. It raises a `ConfigError` where the name is taken.
 
     Example:
         >>> @register_score("size")
@@ -64,10 +61,10 @@ def register_score(name: str) -> Callable[[Score], Score]:
 
 
 def find_score(name: str) -> Callable[..., dict[str, Tensor]]:
-    """The score of a name.
+    """Look up a score function by name.
 
     Args:
-        name: a key of `SCORES`.
+        name: a key of `SCORES`, such as `"fisher"` or `"magnitude"`.
 
     Returns:
         The function.
@@ -86,11 +83,17 @@ def find_score(name: str) -> Callable[..., dict[str, Tensor]]:
 
 @register_score("magnitude")
 def magnitude_scores(model: nn.Module, parameters: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """The absolute value of each entry.
+    """Score parameters by the absolute value of each entry.
 
     Args:
-        model: any model; with adapters, its base parameters as they are now: an adapter that is merged is in them.
+        model: any model; for a model with adapters, its present base parameters are scored, including merged adapters.
         parameters: names in the base model; None: weight and bias of every norm.
+
+    Returns:
+        For each parameter its scores, of its shape, in float32 or wider.
+
+    Raises:
+        ConfigError: a name is unknown, or the model has no norm.
 
     Example:
         >>> magnitude_scores(nn.Sequential(nn.LayerNorm(2)))["0.weight"]
@@ -101,24 +104,24 @@ def magnitude_scores(model: nn.Module, parameters: Iterable[str] | None = None) 
 
 @register_score("median-distance")
 def median_distance_scores(model: nn.Module, parameters: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """How far each entry lies from the median of its own parameter: `|w - median(w)|`.
+    """Score parameters by the distance of each entry from the median of its parameter, `|w - median(w)|`.
 
-    Gains of one norm crowd around a value of their own, so those that stand out, on either side, are not always the
-    large ones. The median stays where it is however far a few stand out, which the mean does not.
+    The gains of a norm cluster around one value, so outliers on either side are not always the largest gains. Unlike
+    the mean, the median does not move with a few outliers.
 
     Source: ours. Outliers by distance from the mean of their own vector: Kovaleva et al. 2021 (arXiv 2105.06990).
 
     Args:
-        model: any model; with adapters, its base parameters as they are now: an adapter that is merged is in them.
+        model: any model; for a model with adapters, its present base parameters are scored, including merged adapters.
         parameters: names in the base model; None: weight and bias of every norm. A parameter of more dimensions counts
             as one vector.
 
     Returns:
-        For each parameter its scores, of its shape. The median of an even number of entries is the lower of the two in
-        the middle.
+        For each parameter its scores, of its shape. The median of an even number of entries is the lower of the two
+        middle values.
 
     Raises:
-        ConfigError: a name is unknown, or there is no norm.
+        ConfigError: a name is unknown, or the model has no norm.
 
     Example:
         >>> norm = nn.LayerNorm(3)
@@ -135,19 +138,23 @@ def change_scores(
     after: nn.Module | Mapping[str, Tensor],
     parameters: Iterable[str] | None = None,
 ) -> dict[str, Tensor]:
-    """How far each entry moved in training: `|after - before|`.
+    """Score parameters by how far each entry moved in training, `|after - before|`.
 
-    To rank by it, set the model back and train only the entries on top is the rule of LT-SFT (Ansell et al. 2022, arXiv
-    2110.07560).
+    LT-SFT ranks by this score, resets the model, and trains only the entries with the highest scores.
+
+    Source: Ansell et al. 2022 (LT-SFT, arXiv 2110.07560).
 
     Args:
-        before: the model, or its parameters by name. Of a model with adapters the parameters it computes with are
-            taken, active adapters merged in; what a bottleneck or a prefix adds is in no parameter.
+        before: the model before training, or its parameters by name. For a model with adapters, the active adapters are
+            merged into the parameters; bottlenecks and prefixes change no parameter and do not count.
         after: the same model after training, or its parameters by name.
-        parameters: names in the base model; None: weight and bias of every norm of a model, or all tensors given.
+        parameters: names in the base model; None: weight and bias of every norm of a model, or all given tensors.
+
+    Returns:
+        For each parameter its scores, of its shape, in float32 or wider.
 
     Raises:
-        ConfigError: the two have other parameters or shapes.
+        ConfigError: parameters or shapes differ, or a name is unknown.
 
     Example:
         >>> change_scores({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([1.5, 0.0])})
@@ -166,12 +173,18 @@ def change_scores(
 
 @register_score("random")
 def random_scores(model: nn.Module, parameters: Iterable[str] | None = None, seed: int = 0) -> dict[str, Tensor]:
-    """Uniform in [0, 1): the control that any other score has to beat. The same for a seed and a name everywhere.
+    """Random scores, uniform in [0, 1): the control for all other scores.
 
     Args:
-        model: any model; with adapters, its base parameters.
+        model: any model; for a model with adapters, its base parameters are scored.
         parameters: names in the base model; None: weight and bias of every norm.
-        seed: another seed gives other scores.
+        seed: the scores depend only on the seed and the parameters' names and shapes.
+
+    Returns:
+        For each parameter its scores, of its shape, in float32.
+
+    Raises:
+        ConfigError: a name is unknown, or the model has no norm.
 
     Example:
         >>> scores = random_scores(nn.Sequential(nn.LayerNorm(2)), seed=1)
@@ -193,7 +206,7 @@ def _named(given: nn.Module | Mapping[str, Tensor], names: list[str] | None) -> 
         return given
     missing = [name for name in names if name not in given]
     if missing:
-        raise ConfigError(f"there is no tensor named {missing[0]!r} (and {len(missing) - 1} more).")
+        raise ConfigError(f"tensor {missing[0]!r} (and {len(missing) - 1} more) not found.")
     return {name: given[name] for name in names}
 
 

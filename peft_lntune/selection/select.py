@@ -26,23 +26,23 @@ def select(
 ) -> dict[str, Tensor]:
     """Choose the entries with the largest (or smallest) scores.
 
-    A density of n entries is `floor(density * n + 1/2)` of them, at least one. Equal scores are chosen in the order of
-    the parameters' names, then of their entries, so that every machine chooses alike.
+    For n entries, a density chooses `floor(density * n + 1/2)` of them, at least one. Equal scores are chosen in the
+    order of the parameters' names, then of their entries, so the result does not depend on the machine.
 
     Args:
-        scores: by parameter; any shapes.
-        density: fraction of the entries, above 0 and at most 1.
-        count: number of entries. Exactly one of `density`, `count` and `threshold` is given.
-        threshold: every entry with a score of at least this, or at most this where `largest` is False.
-        scope: over what density and count are meant: all entries together (`"global"`), each parameter (`"tensor"`), or
+        scores: scores by parameter, of any shapes.
+        density: fraction of the entries to choose, above 0 and at most 1.
+        count: number of entries to choose. Give exactly one of `density`, `count` and `threshold`.
+        threshold: choose every entry with a score of at least this, or at most this where `largest` is False.
+        scope: the group to which density and count apply: all entries (`"global"`), each parameter (`"tensor"`), or
             each layer (`"layer"`: the first number in the name; outside numbered layers, each module is a group).
-        largest: False takes the smallest scores, for controls.
+        largest: False: choose the smallest scores, for controls.
 
     Returns:
-        For each parameter of `scores` a bool mask of its shape, True where chosen.
+        For each parameter a bool mask of its shape, True where chosen.
 
     Raises:
-        ConfigError: not exactly one budget, one out of range, an unknown scope, or scores that are NaN.
+        ConfigError: not exactly one budget is given, it is out of range, the scope is unknown, or a score is NaN.
 
     Example:
         >>> select({"a": torch.tensor([1.0, 5.0]), "b": torch.tensor([3.0, 2.0])}, count=2)
@@ -66,7 +66,14 @@ def select(
 
 
 def group_of(name: str, scope: str) -> str:
-    """Which entries share a budget: the group of a parameter under a scope.
+    """The group of parameters that share a budget under a scope.
+
+    Args:
+        name: name of a parameter.
+        scope: `"global"`, `"tensor"` or `"layer"`.
+
+    Returns:
+        A key of the parameter's group: empty, the parameter's name, or the path up to the layer's number.
 
     Example:
         >>> [group_of("encoder.layer.3.output.LayerNorm.bias", scope) for scope in SCOPES]
@@ -83,7 +90,7 @@ def group_of(name: str, scope: str) -> str:
 def _best(scores: Mapping[str, Tensor], number: int, largest: bool) -> dict[str, Tensor]:
     device = next(iter(scores.values())).device
     flat = torch.cat([score.detach().reshape(-1).to(device) for score in scores.values()])
-    order = flat.argsort(descending=largest, stable=True)  # topk would leave open which of two equal ones it takes
+    order = flat.argsort(descending=largest, stable=True)  # topk has no fixed order for equal scores
     mask = torch.zeros_like(flat, dtype=torch.bool)
     mask[order[:number]] = True
     parts = mask.split([score.numel() for score in scores.values()])

@@ -1,4 +1,4 @@
-"""Batches with rows of every task, in which each task sees what it would see alone."""
+"""Batches with rows of every task, in which each task sees the same batches as alone."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,20 +10,20 @@ __all__ = ["TaskBatches"]
 
 
 class TaskBatches:
-    """A batch sampler: in every batch as many rows of each task, until those of a task are used up.
+    """A batch sampler with the same number of rows of each task in every batch, until a task has no rows left.
 
-    A task that is used up has no rows in the rest of an epoch. The order of a task's rows depends on the seed, the
-    epoch and how many there are, and not on the other tasks: alone it would see the same batches, and tasks that train
-    on the same rows see them in the same order.
+    A task without rows left is absent from the rest of the epoch. The order of a task's rows depends only on the seed,
+    the epoch and the number of its rows. So it would see the same batches if it trained alone, and tasks with the same
+    rows see them in the same order.
 
     Args:
         tasks: the task of each row of the data set.
-        rows: how many of each task are in a batch; the last of a task may be fewer.
-        seed: of the order.
-        shuffle: whether rows are shuffled, anew in each epoch.
+        rows: number of rows per task and batch; the last batch of a task may have fewer.
+        seed: seed of the order.
+        shuffle: whether to shuffle the rows, anew in each epoch.
 
     Raises:
-        ConfigError: `rows` is no positive number, or there are no rows.
+        ConfigError: `rows` is not a positive number, or the data set is empty.
 
     Example:
         >>> list(TaskBatches(["a", "b", "a", "a"], rows=2, shuffle=False))
@@ -44,19 +44,19 @@ class TaskBatches:
 
     @property
     def steps(self) -> dict[str, int]:
-        """In how many batches of an epoch each task has rows."""
+        """For each task the number of batches of an epoch in which it has rows."""
         return {task: -(-len(places) // self.rows) for task, places in self._places.items()}
 
     @property
     def sampler(self) -> "TaskBatches":
-        """What accelerate tells the epoch to."""
+        """The object whose `set_epoch` accelerate calls."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next pass.
 
         Args:
-            epoch: its number, from 0.
+            epoch: number of the epoch, from 0.
         """
         self.epoch = epoch
 
@@ -71,6 +71,6 @@ class TaskBatches:
     def _shuffled(self, places: list[int]) -> list[int]:
         if not self.shuffle:
             return places
-        # Not seed + epoch alone: the second epoch of one seed would be the first of the next.
+        # Not seed + epoch: the second epoch of one seed would equal the first of the next seed.
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
         return [places[place] for place in torch.randperm(len(places), generator=generator).tolist()]

@@ -1,4 +1,4 @@
-"""The loss of each task in a mixed batch: the one that its rows would have as a batch of their own."""
+"""The loss of each task in a mixed batch, equal to that of its rows as a separate batch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,28 +12,28 @@ from peft_lntune.selection.losses import Batch, Head, find_head, grouped_losses
 __all__ = ["RowLoss", "default_losses", "losses_of_rows", "rows_of"]
 
 RowLoss = Callable[[Any, Batch], Tensor]
-"""`(outputs, batch) -> scalar`, of the rows of one task."""
+"""`(outputs, batch) -> scalar`, for the rows of one task."""
 
 
 def default_losses(
     model: nn.Module, head: Head | None, outputs: Any, batch: Batch, groups: Sequence[int], one: bool
 ) -> tuple[list[Tensor], Head]:
-    """The losses of all tasks by the loss that the model itself reports.
+    """The losses of all tasks, computed like the loss that the model itself reports.
 
     Args:
-        model: for messages.
-        head: what the outputs mean, if that is known already.
-        outputs: of the model.
-        batch: with labels.
-        groups: of each row the number of its task; of all rows together where `one`.
-        one: whether all rows are of one task.
+        model: the model, for messages.
+        head: the meaning of the outputs, if known already.
+        outputs: outputs of the model.
+        batch: the batch, with labels.
+        groups: the number of the task of each row; with `one`, a single number.
+        one: whether all rows belong to one task.
 
     Returns:
         The losses in the order of the numbers, and the head.
 
     Raises:
         DataError: the batch has no labels, or another number of rows than the route.
-        UnsupportedError: the model's own loss is none that is known.
+        UnsupportedError: the model's own loss is not a known one.
     """
     head = find_head(model, outputs, batch) if head is None else head
     labels = batch.get(head.labels[0])
@@ -47,15 +47,15 @@ def default_losses(
 def losses_of_rows(
     loss: RowLoss, outputs: Any, batch: Batch, order: Mapping[str, int], groups: Sequence[int], one: bool
 ) -> dict[str, Tensor]:
-    """The losses of all tasks by a function of a user's.
+    """The losses of all tasks, computed by a function of the user.
 
     Args:
-        loss: called once for each task.
-        outputs: of the model.
-        batch: what the model was called with.
+        loss: called once per task.
+        outputs: outputs of the model.
+        batch: arguments of the model's call.
         order: the number of each task.
-        groups: of each row the number of its task.
-        one: whether all rows are of one task.
+        groups: the number of the task of each row; with `one`, a single number.
+        one: whether all rows belong to one task.
 
     Returns:
         Scalars by task.
@@ -80,17 +80,17 @@ def losses_of_rows(
 
 
 def rows_of(value: Any, index: Tensor, size: int) -> Any:
-    """Some rows of every tensor in a model's outputs or a batch that has a row a sample; the rest as it is.
+    """Select rows of every tensor in a model's outputs or in a batch that has one row per sample.
 
-    The loss among a model's outputs is left out: it is that of all rows.
+    Other values are kept. The loss among a model's outputs is left out, since it is that of all rows.
 
     Args:
-        value: a tensor, or a mapping, list or tuple of such.
-        index: which rows, int64.
-        size: how many rows a batch has.
+        value: a tensor, or a mapping, list or tuple of tensors.
+        index: numbers of the rows, int64.
+        size: number of rows in the batch.
 
     Returns:
-        The same, with those rows alone.
+        The value with only these rows.
 
     Example:
         >>> rows_of({"logits": torch.arange(3), "loss": torch.tensor(1.0)}, torch.tensor([0, 2]), 3)
@@ -101,7 +101,7 @@ def rows_of(value: Any, index: Tensor, size: int) -> Any:
     if isinstance(value, Mapping):
         kept = {name: each for name, each in value.items() if not (name == "loss" and isinstance(each, Tensor))}
         rows = {name: rows_of(each, index, size) for name, each in kept.items()}
-        return rows if isinstance(value, dict) and type(value) is dict else _alike(value, rows)
+        return rows if type(value) is dict else _alike(value, rows)
     if type(value) in (list, tuple):
         return type(value)(rows_of(each, index, size) for each in value)
     return value
@@ -110,7 +110,7 @@ def rows_of(value: Any, index: Tensor, size: int) -> Any:
 def _alike(value: Mapping[str, Any], rows: dict[str, Any]) -> Any:
     try:
         return type(value)(**rows)
-    except TypeError:  # a mapping that is not made from its entries, as tokenizers' batches
+    except TypeError:  # a mapping that cannot be built from its entries, such as tokenizers' batches
         return rows
 
 

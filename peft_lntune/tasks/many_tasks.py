@@ -1,4 +1,4 @@
-"""Many adapters of one model, trained in one pass: each row of a batch by the adapter of its task."""
+"""Many adapters of one model, trained in one pass: each row of a batch uses the adapter of its task."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.core.detour import Detour
 from peft_lntune.core.module_tree import base_modules, called_modules
 from peft_lntune.errors import ConfigError, RoutingError, UnsupportedError
-from peft_lntune.layers import ReplacementLayer, switched_off
+from peft_lntune.layers import ReplacementLayer, switched_off, unmerged_layers
 from peft_lntune.routing.base_rows import BaseRows
 from peft_lntune.routing.entries import Entries
 from peft_lntune.routing.heads import HeadRun, RowGroups, group_rows, layers_of, tensors_within
@@ -37,7 +37,7 @@ __all__ = ["ManyTasks"]
 
 @dataclass(eq=False)
 class _Routed:
-    """One entered route: whose the rows are, what they hold, and whether a backward pass has come down to them."""
+    """One entered route: owner, values, and whether backward has reached them."""
 
     names: list[str]
     one: bool
@@ -48,28 +48,28 @@ class _Routed:
 
 
 class ManyTasks:
-    """Adapters of a PeftModel that train at once, each on its rows of every batch.
+    """Adapters of a PeftModel that train at the same time, each on its rows of every batch.
 
-    What each adapter trains lies in a few tensors, a row a task. A routed batch takes its rows once, and each norm
-    costs one operation more than the base model's, however many tasks there are. Each task has the gradient that it
-    would have alone, and its own optimizer, schedule, clipping and end; see docs/many_tasks.md.
+    The trained values of all tasks are in a few tensors, one row per task. A routed batch gathers its rows once, and
+    each norm costs one operation more than in the base model, whatever the number of tasks. Each task has the gradient
+    that it would have alone, and its own optimizer, schedule, clipping and early stopping; see docs/many_tasks.md.
 
-    The values are in the adapters again after `write`, `save` or `close`; until then the adapters are as they were.
-    Inside a route the model's own adapters are off; outside of it the model is what it was.
+    `write`, `save` and `close` write the values into the adapters, which do not change until then. Inside a route the
+    model's own adapters are off; outside a route the model is unchanged.
 
     Attributes:
-        names: the tasks.
-        norms: the names of the norms that some task trains.
+        names: names of the tasks.
+        norms: names of the norms that at least one task trains.
 
     Args:
-        peft_model: holds an adapter a task, of LNTuningConfig or FisherLNConfig, with masks where these are wanted.
-        adapter_names: the tasks; None: all its adapters.
+        peft_model: a model with one adapter per task, of LNTuningConfig or FisherLNConfig, with masks set if wanted.
+        adapter_names: names of the adapters to train as tasks; None: all.
 
     Raises:
-        ConfigError: no PeftModel, or an adapter is not there or named twice.
+        ConfigError: the model is not a PeftModel, or an adapter is unknown or named twice.
         RoutingError: an adapter is merged.
-        UnsupportedError: an adapter is of another kind, a head cannot be taken apart or has buffers, or a bank is
-            attached to the model. Nothing has changed.
+        UnsupportedError: an adapter is of another kind, a head cannot be split or has buffers, or a bank is attached to
+            the model. Nothing has changed.
 
     Example:
         >>> from peft import get_peft_model
@@ -109,7 +109,7 @@ class ManyTasks:
         self._slots = {name: slot for slot, name in enumerate(self.names)}
         self._optimizers = 0
         self._latest: _Routed | None = None
-        self._recent: _Routed | None = None  # the latest that a backward pass may come down to
+        self._recent: _Routed | None = None  # the latest route that a backward pass may reach
         self._unclear = False
         self._head: Head | None = None
         self._detours: list[Detour] = []
@@ -136,7 +136,7 @@ class ManyTasks:
         return heads
 
     def _layers_in(self, adapters: Sequence[Adapter]) -> dict[str, str]:
-        """The layers of all heads, and the head that each is in."""
+        """The layers of all heads, with the head that contains each."""
         found: dict[str, str] = {}
         for head in dict.fromkeys(head for adapter in adapters for head in adapter.heads):
             for layer in layers_of(self._modules, self._reader.norms, head):
@@ -158,35 +158,38 @@ class ManyTasks:
 
     @property
     def entries(self) -> int:
-        """How many entries a task has in all stacks; each has a value, a gradient and what its optimizer keeps."""
+        """Number of entries per task in all stacks; each has a value, a gradient and optimizer state."""
         return sum(values[0].numel() for each in self._all() for _, values in each.stacks)
 
     # Routing.
 
     def index(self, names: Sequence[str]) -> Tensor:
-        """Tasks as numbers, which `route` takes in place of names.
+        """Convert names of tasks to indices, which `route` accepts in place of names.
 
         Args:
-            names: of tasks.
+            names: names of tasks.
 
         Returns:
-            `(len(names),)` int64.
+            The indices, `(len(names),)` int64.
 
         Raises:
-            RoutingError: there is no such task.
+            RoutingError: a task is unknown.
         """
         return torch.tensor(self._slots_of(names), dtype=torch.long)
 
     @contextmanager
     def route(self, names: Sequence[str] | str | Tensor) -> Iterator[None]:
-        """Forward passes and `generate` of the model inside this context use the adapter of each row's task.
+        """Inside this context, forward passes and `generate` of the model use the adapter of each row's task.
 
         Args:
-            names: the task of each row, or what `index` has made of them, or one name for all rows.
+            names: the task of each row; or indices from `index`, `(B,)` int64; or one name for all rows.
+
+        Yields:
+            Nothing.
 
         Raises:
-            RoutingError: there is no such task, the tasks are closed, an adapter is merged, or a route is on already.
-                Inside the context, at the first norm: the batch has another number of rows.
+            RoutingError: a task is unknown, the tasks are closed, an adapter is merged, or another route is on. Inside
+                the context, at the first norm: the batch has another number of rows.
         """
         tuners = self._tuners()
         if not self._detours:
@@ -222,7 +225,7 @@ class ManyTasks:
         finish = partial(setattr, routed, "finished", True)
         rows = self._base_rows.add_to(self._norms.gather(slots, index, finish))
         routed.gathered = [*rows, *self._base_rows.others()]
-        if not one:  # a head has more entries than a row has tokens, so the rows of a task share them
+        if not one:  # the rows of a task share the parameters of a head, which are large
             routed.groups = group_rows(slots)
             slots, index = routed.groups.owners, torch.tensor(routed.groups.owners)
         for layer, parameters in self._heads.items():
@@ -230,7 +233,7 @@ class ManyTasks:
         return routed
 
     def _follow(self) -> None:
-        """Move to where the model is by now."""
+        """Move to the present device of the model."""
         moved = self._norms.follow({name: self._reader.parameter(name) for name in self._parameters})
         for layer, parameters in self._heads.items():
             moved |= parameters.follow(tensors_of(self._modules, layer))
@@ -241,7 +244,7 @@ class ManyTasks:
         if isinstance(names, Tensor):
             if names.dtype != torch.long or names.dim() != 1:
                 raise RoutingError(
-                    f"an index is int64 of shape (B,), as tasks.index makes it, but got {names.dtype} of shape "
+                    f"an index is int64 of shape (B,), as tasks.index returns it, but got {names.dtype} of shape "
                     f"{tuple(names.shape)}."
                 )
             slots: list[int] = names.tolist()
@@ -255,7 +258,7 @@ class ManyTasks:
             raise RoutingError("no names: give the task of each row of the batch.")
         return slots
 
-    # What is computed again in the backward pass.
+    # Recomputation in the backward pass.
 
     def _begin(self, routed: _Routed | None) -> None:
         self._unclear = self._recent is not None and not self._recent.finished
@@ -263,11 +266,11 @@ class ManyTasks:
 
     @contextmanager
     def _again(self) -> Iterator[None]:
-        """The route of a layer that is computed again is on."""
+        """Inside this context, the route of a recomputed layer is on."""
         if self._unclear:
             raise RoutingError(
                 "a layer is computed again in a backward pass (gradient checkpointing), and there were several forward "
-                "passes before it, so that it is not known whose rows these are. Call backward after each of them."
+                "passes before it, so the tasks of its rows are unknown. Call backward after each of them."
             )
         if self._recent is None or self._route.active:
             with self._route.lent():
@@ -279,22 +282,22 @@ class ManyTasks:
     # Training.
 
     def losses(self, outputs: Any, batch: Batch, loss: RowLoss | None = None) -> dict[str, Tensor]:
-        """The loss of each task that has rows in the batch of the latest route, as its rows alone would give it.
+        """The loss of each task with rows in the batch of the latest route, equal to that of its rows alone.
 
         Args:
-            outputs: of the model, called in the route.
-            batch: what it was called with, labels among it.
-            loss: `(outputs, batch) -> scalar`, called once for each task with its rows of the tensors in both; None:
-                the loss that the model itself reports, which the first outputs must therefore have.
+            outputs: outputs of the model, called inside the route.
+            batch: arguments of this call, with labels.
+            loss: `(outputs, batch) -> scalar`, called once per task with its rows of the tensors in both; None: the
+                loss that the model itself reports, which the first outputs must include.
 
         Returns:
-            Scalars by task, in the order of their first rows; 0 where nothing of a task is counted, such as no token.
-            The sum of all of them is what to call `backward` on.
+            Scalars by task, in the order of their first rows; 0 where no token of a task counts. Call `backward` on
+            their sum.
 
         Raises:
             RoutingError: there was no route yet.
-            DataError: the batch has no labels, or another number of rows, or the model's own loss is not finite.
-            UnsupportedError: the model's own loss is none that is known. Pass `loss`.
+            DataError: the batch has no labels or another number of rows, or the model's own loss is not finite.
+            UnsupportedError: the model's own loss is not a known one. Pass `loss`.
         """
         if self._latest is None:
             raise RoutingError("losses are those of a routed batch. Call the model inside tasks.route(names) first.")
@@ -313,22 +316,24 @@ class ManyTasks:
         decayed: Callable[[str], bool] | None = None,
         **options: Any,
     ) -> TaskOptimizer:
-        """An optimizer of its own for each task.
+        """Create one optimizer per task.
 
         Args:
-            optimizer_class: of torch, or like torch's: called with the task's tensors and the options.
-            max_grad_norm: the largest norm of a task's gradient, or one for each task by name; None: no limit.
-            schedule: from a task's optimizer to its learning-rate schedule, or one for each task by name. It moves on
-                with each step of its task.
-            decayed: whether a tensor of the base model, by name, has weight decay; None: all have. Those of one shape
-                go together, of the norms and of a layer of a head: where one has none, they all have none.
-            **options: of the class, such as `lr`; a dict by name gives each task one of its own.
+            optimizer_class: a torch optimizer class, or one with the same interface, called with the task's tensors and
+                the options.
+            max_grad_norm: largest norm of a task's gradient, or a dict of one per task; None: no limit.
+            schedule: function from a task's optimizer to its learning-rate schedule, or a dict of one per task. The
+                schedule steps with its task.
+            decayed: whether a tensor of the base model, given by name, has weight decay; None: all have. Tensors of one
+                shape, in the norms or in a layer of a head, share the setting: if one has no weight decay, none has.
+            **options: options of the class, such as `lr`; a dict by task as a value gives each task its own.
 
         Returns:
-            What steps all tasks.
+            The optimizer of all tasks.
 
         Raises:
-            ConfigError: a dict lacks a task, or names one that is not there.
+            ConfigError: a dict lacks a task or names an unknown one.
+            RoutingError: the model was moved to another device after an earlier call.
         """
         self._follow()
         self._optimizers += 1
@@ -343,26 +348,26 @@ class ManyTasks:
         made.set_schedule(schedule)
         return made
 
-    # The way back.
+    # Saving.
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Return what each task trains, by task and by the names of the base model's tensors: deltas, and heads."""
+        """Return the trained values, deltas and heads, by task and by the names of the base model's tensors."""
         return {name: self._read(slot) for slot, name in enumerate(self.names)}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take values bit for bit.
+        """Restore trained values bit for bit.
 
         Args:
-            state: what `state_dict` returned.
+            state: a result of `state_dict`.
 
         Raises:
-            ConfigError: it is of other tasks, or of other tensors. Nothing has changed.
+            ConfigError: the state is of other tasks or other tensors. Nothing has changed.
         """
         for slot, name in enumerate(self.names):
             own = {key: value.shape for key, value in self._read(slot).items()}
             if own != {key: value.shape for key, value in state.get(name, {}).items()}:
                 raise ConfigError(
-                    f"the state is not one of task {name!r}: it has {', '.join(state)}, of other tensors."
+                    f"the state does not fit task {name!r}: it has {', '.join(state)}, with other tensors."
                 )
         for slot, name in enumerate(self.names):
             self._norms.write(slot, state[name])
@@ -376,7 +381,7 @@ class ManyTasks:
         return found
 
     def write(self) -> None:
-        """Put the values into the adapters of the model."""
+        """Write the values into the adapters of the model."""
         for slot, name in enumerate(self.names):
             heads: dict[str, dict[str, Tensor]] = {}
             for layer, head in self._head_layers.items():
@@ -387,19 +392,19 @@ class ManyTasks:
             _write_adapter(self._reader, self.model, name, Adapter(self._norms.read(slot), heads))
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write the values into the adapters, and save each as `save_pretrained` does, into `directory/<task>`.
+        """Write the values into the adapters, and save each with `save_pretrained` in `directory/<task>`.
 
         Args:
-            directory: of all tasks.
+            directory: the parent directory of all tasks.
         """
         self.write()
         for name in self.names:
-            # PEFT puts each adapter into a folder of its name, but for the one that is called "default".
+            # PEFT saves each adapter in a folder of its name, except the adapter "default".
             folder = Path(directory, name) if name == "default" else Path(directory)
             self.model.save_pretrained(str(folder), selected_adapters=[name])
 
     def close(self) -> None:
-        """Write the values into the adapters, and leave the model as it was otherwise. Closed twice is closed once.
+        """Write the values into the adapters, and otherwise restore the model. A second call has no effect.
 
         Raises:
             RoutingError: a route is on.
@@ -424,12 +429,7 @@ class ManyTasks:
         return [self._norms, *self._heads.values()]
 
     def _tuners(self) -> list[Any]:
-        """The tuner layers of the model, none of which may be merged."""
-        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-        tuners = [module for module in self._base.modules() if isinstance(module, kinds)]
-        if any(getattr(module, "merged", False) for module in tuners):
-            raise RoutingError("cannot train when there are merged adapters, please call `unmerge_adapter` first.")
-        return tuners
+        return unmerged_layers(self._base.modules(), "train")
 
     def _attach(self) -> None:
         route, modules, norms = self._route, self._modules, self._reader.norms
@@ -460,8 +460,8 @@ def _check_untied(base: nn.Module, names: Sequence[str]) -> None:
         for parameter in PARAMETERS:
             if any(layer.tied_to(parameter, name) for name in names):
                 raise UnsupportedError(
-                    f"{' and '.join(layer.names_of(parameter))} are one parameter, and a row of many tasks is of one "
-                    "module each. Train these adapters one by one, or leave out the norms that share (exclude_modules)."
+                    f"{' and '.join(layer.names_of(parameter))} are one parameter, but here each module has its own "
+                    "row. Train these adapters one by one, or leave out the norms that share (exclude_modules)."
                 )
 
 
@@ -480,7 +480,7 @@ def _checked_names(peft_model: PeftModel, adapter_names: Sequence[str] | None) -
 
 
 def _tuned_in(peft_model: PeftModel, name: str, adapter: Adapter) -> dict[str, Tensor]:
-    """Which entries of its deltas an adapter trains: bool, by the base parameter's name; in a head all of them."""
+    """Bool masks by the base parameter's name, True for entries that an adapter trains; in a head all of them."""
     deltas = deltas_in(called_modules(peft_model.get_base_model()), name)
     return {
         key: deltas[key].tuned().cpu() if key in deltas else torch.ones_like(value, dtype=torch.bool, device="cpu")
@@ -490,7 +490,7 @@ def _tuned_in(peft_model: PeftModel, name: str, adapter: Adapter) -> dict[str, T
 
 @torch.no_grad()
 def _write_adapter(reader: AdapterReader, peft_model: PeftModel, name: str, adapter: Adapter) -> None:
-    """Put values into an adapter of a model: the inverse of `AdapterReader.read(name, (peft_model, name))`."""
+    """Write values into an adapter of a model: the inverse of `AdapterReader.read(name, (peft_model, name))`."""
     called = called_modules(peft_model.get_base_model())
     deltas = deltas_in(called, name)
     for key, delta in deltas.items():
@@ -506,7 +506,7 @@ def _write_adapter(reader: AdapterReader, peft_model: PeftModel, name: str, adap
 
 
 def _above(modules: Mapping[str, nn.Module], places: set[str]) -> Iterator[str]:
-    """The names of these places and of all modules that hold one of them, but for the model itself."""
+    """The names of these modules and of all modules that contain one of them, except the model itself."""
     for name in modules:
         if name and any(f"{place}.".startswith(f"{name}.") for place in places):
             yield name

@@ -1,4 +1,4 @@
-"""An optimizer of its own for each task, over its rows of the tensors that hold all tasks."""
+"""One optimizer per task, over the task's rows of the tensors that hold all tasks."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ __all__ = ["TaskOptimizer", "clip_rows_"]
 
 @dataclass(eq=False)
 class _Task:
-    """The optimizer of one task, and its tensors by the number of the `TaskParameters` and of the stack in it."""
+    """The optimizer of one task, and its tensors by the numbers of the `TaskParameters` and of the stack in it."""
 
     optimizer: torch.optim.Optimizer
     schedule: Any
@@ -25,23 +25,23 @@ class _Task:
 
 
 class TaskOptimizer:
-    """As many optimizers as tasks; `ManyTasks.optimizer` makes one.
+    """One optimizer per task; created by `ManyTasks.optimizer`.
 
-    A task steps where a backward pass has come down to its rows since the last `zero_grad`; the others stay as they
-    are, their moments and step counts too. What a task has of one shape is one tensor, so an optimizer that takes each
-    entry by itself, such as SGD or Adam, does what it would have done alone; one that looks at a tensor as a whole,
-    such as Adafactor, does not.
+    A task steps if a backward pass has reached its rows since the last `zero_grad`. The others do not change, including
+    their moments and step counts. All tensors of a task with the same shape are one tensor. So an optimizer that treats
+    each entry separately, such as SGD or Adam, behaves as if the task trained alone; one that uses statistics of whole
+    tensors, such as Adafactor, does not.
 
     Args:
-        parameters: what is trained: of the norms, and of each layer of a head.
-        names: the tasks.
-        optimizer_class: of torch, or like torch's.
-        max_grad_norm: the largest norm of a task's gradient, or one for each task by name; None: no limit.
-        options: of the class by name; a dict by task gives each task one of its own.
-        free: the stacks without weight decay, by the number of the parameters and of the stack in them.
+        parameters: the trained parameters: of the norms, and of each layer of a head.
+        names: names of the tasks.
+        optimizer_class: a torch optimizer class, or one with the same interface.
+        max_grad_norm: largest norm of a task's gradient, or a dict of one per task; None: no limit.
+        options: options of the class by name; a dict by task as a value gives each task its own.
+        free: stacks without weight decay, by the numbers of the parameters and of the stack in them.
 
     Raises:
-        ConfigError: a dict lacks a task, or names one that is not there.
+        ConfigError: a dict lacks a task or names an unknown one.
     """
 
     def __init__(
@@ -75,13 +75,13 @@ class TaskOptimizer:
             self._tasks[name] = _Task(optimizer, None, rows)
 
     def set_schedule(self, schedule: Any) -> None:
-        """Give each task a schedule, from here on.
+        """Set the learning-rate schedule of each task.
 
         Args:
-            schedule: from a task's optimizer to its schedule, or one for each task by name; None: none.
+            schedule: function from a task's optimizer to its schedule, or a dict of one per task; None: no schedules.
 
         Raises:
-            ConfigError: a dict lacks a task, or names one that is not there.
+            ConfigError: a dict lacks a task or names an unknown one.
         """
         _check_option("schedule", schedule, self._names)
         for name, task in self._tasks.items():
@@ -90,12 +90,12 @@ class TaskOptimizer:
 
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """The optimizer of each task. Its tensors share memory with what all tasks hold."""
+        """The optimizer of each task. Its tensors share memory with the stacks of all tasks."""
         return {name: task.optimizer for name, task in self._tasks.items()}
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of all tasks, one after the other."""
+        """The parameter groups of all tasks, task by task."""
         return [group for task in self._tasks.values() for group in task.optimizer.param_groups]
 
     @property
@@ -105,22 +105,22 @@ class TaskOptimizer:
 
     @property
     def steps(self) -> dict[str, int]:
-        """How many steps each task has made."""
+        """The number of steps that each task has made."""
         return {name: task.steps for name, task in self._tasks.items()}
 
     @property
     def active(self) -> list[str]:
-        """The tasks that were not stopped."""
+        """The tasks that are not stopped."""
         return [name for name, task in self._tasks.items() if not task.stopped]
 
     def grad_norms(self) -> dict[str, float]:
-        """Return the norm of each task's gradient before the latest step clipped it; empty where nothing is clipped."""
+        """Return the norm of each task's gradient before clipping in the latest step; empty without clipping."""
         if self._norms is None:
             return {}
         return dict(zip(self._names, self._norms.tolist(), strict=True))
 
     def step(self) -> None:
-        """A step of each task that had rows and was not stopped, clipped by its own norm; then of its schedule."""
+        """Step the optimizer, after clipping, and the schedule of each task that had rows and is not stopped."""
         grads = [values.grad for each in self._parameters for _, values in each.stacks if values.grad is not None]
         if self._clips and grads:
             self._limits = self._limits.to(grads[0].device)
@@ -140,7 +140,7 @@ class TaskOptimizer:
                     task.schedule.step()
 
     def zero_grad(self) -> None:
-        """Forget the gradients of all tasks, and which tasks had rows."""
+        """Drop the gradients of all tasks, and forget which tasks had rows."""
         for each in self._parameters:
             each.forget()
         for task in self._tasks.values():
@@ -148,20 +148,20 @@ class TaskOptimizer:
                 row.grad = None
 
     def stop(self, name: str) -> None:
-        """Stop the steps of a task. Its rows may still be routed.
+        """Stop training a task. Its rows may still be routed.
 
         Args:
-            name: of the task.
+            name: name of the task.
 
         Raises:
-            ConfigError: there is no such task.
+            ConfigError: no task has this name.
         """
         if name not in self._tasks:
             raise ConfigError(f"no task {name!r}; there are {', '.join(self._names)}.")
         self._tasks[name].stopped = True
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Return for each task the state of its optimizer and schedule, its steps, and whether it was stopped."""
+        """Return for each task the state of its optimizer and schedule, its steps, and whether it is stopped."""
         return {
             name: {
                 "optimizer": task.optimizer.state_dict(),
@@ -173,13 +173,13 @@ class TaskOptimizer:
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Go on from a saved state.
+        """Resume from a saved state.
 
         Args:
-            state: what `state_dict` returned.
+            state: a result of `state_dict`.
 
         Raises:
-            ConfigError: it is of other tasks. Nothing has changed.
+            ConfigError: the state is of other tasks. Nothing has changed.
         """
         if state.keys() != self._tasks.keys():
             raise ConfigError(f"the state is of the tasks {', '.join(state)}, but these are {', '.join(self._names)}.")
@@ -205,14 +205,14 @@ def _check_option(option: str, value: Any, names: Sequence[str]) -> None:
 
 @torch.no_grad()
 def clip_rows_(grads: Sequence[Tensor], limits: Tensor) -> Tensor:
-    """Scale the rows of gradients down to a largest norm, as `torch.nn.utils.clip_grad_norm_` does for each task alone.
+    """Clip the gradient of each task to its own largest norm, as `torch.nn.utils.clip_grad_norm_` does for one task.
 
     Args:
-        grads: `(tasks, ...)` each, changed in place.
-        limits: `(tasks,)`, the largest norm of all rows of a task together; infinite for no limit.
+        grads: gradients, `(tasks, ...)` each, changed in place.
+        limits: largest norm of all rows of a task together, `(tasks,)`; infinite for no limit.
 
     Returns:
-        The norms before, `(tasks,)`.
+        The norms before clipping, `(tasks,)`.
 
     Example:
         >>> grads = torch.tensor([[3.0, 4.0], [3.0, 4.0]])

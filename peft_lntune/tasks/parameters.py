@@ -1,4 +1,4 @@
-"""What is trained, for all tasks together: leaf tensors `(tasks, k, *shape)`, and which entries of them are whose."""
+"""The trained values of all tasks: leaf tensors `(tasks, k, *shape)`, and which of their entries each task trains."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -13,17 +13,17 @@ __all__ = ["TaskParameters"]
 
 
 class TaskParameters:
-    """Named tensors of many tasks in stacks with gradients, a task a row.
+    """Named tensors of many tasks in stacks with gradients, one row per task.
 
     Args:
-        base: for each name the tensor that a task has which does not train it.
-        own: for each task its tensors by name.
-        tuned: for each task by name which entries it trains, bool; what is not named it does not train. None: each task
-            trains all that is its own.
+        base: for each name the tensor of tasks that do not train it.
+        own: for each task its own tensors by name.
+        tuned: for each task bool masks by name, True for entries that it trains; tensors without a mask are not
+            trained. None: each task trains all its own tensors.
 
     Attributes:
-        stacks: leaf tensors; `values.grad` of each is what backward passes have added up.
-        reached: for each stack the tasks whose rows a backward pass has come down to since the last `forget`.
+        stacks: leaf tensors, whose `values.grad` sums the gradients of backward passes.
+        reached: for each stack the tasks whose rows a backward pass has reached since the last `forget`.
 
     Example:
         >>> own = {"a.bias": torch.tensor([1.0, 2.0])}
@@ -41,7 +41,7 @@ class TaskParameters:
         own: Sequence[Mapping[str, Tensor]],
         tuned: Sequence[Mapping[str, Tensor]] | None = None,
     ) -> None:
-        # The widest dtype that a task has for a tensor: a base in half precision has deltas in float32.
+        # The widest dtype of any task, since the deltas of a base in half precision are in float32.
         like = {
             name: one_dtype([task[name].detach() for task in own if name in task] or [tensor])[0].to(tensor.device)
             for name, tensor in base.items()
@@ -56,11 +56,14 @@ class TaskParameters:
         self._require_grad()
 
     def owns(self, number: int, slot: int) -> bool:
-        """Whether a task trains something in a stack.
+        """Whether a task has its own tensors in a stack.
 
         Args:
-            number: of the stack.
-            slot: of the task.
+            number: number of the stack.
+            slot: slot of the task.
+
+        Returns:
+            True where it has.
         """
         return not self._own[slot].isdisjoint(self.stacks[number].names)
 
@@ -68,12 +71,12 @@ class TaskParameters:
         """The rows of a batch, with gradients.
 
         Args:
-            slots: the task of each row.
-            index: the same as a tensor, `(B,)` int64.
-            reached: called in each backward pass that comes down to them.
+            slots: slot of the task of each row.
+            index: the slots as a tensor, `(B,)` int64.
+            reached: called in each backward pass that reaches the rows.
 
         Returns:
-            The same stacks with values `(B, k, *shape)`.
+            Stacks with values `(B, k, *shape)`.
         """
         gathered = []
         for number, (names, values) in enumerate(self.stacks):
@@ -84,13 +87,13 @@ class TaskParameters:
         return gathered
 
     def read(self, slot: int) -> dict[str, Tensor]:
-        """Return copies of what is a task's own.
+        """Copy the own tensors of a task.
 
         Args:
-            slot: of the task.
+            slot: slot of the task.
 
         Returns:
-            Tensors by name.
+            Copies by name.
         """
         return {
             name: value.detach().clone()
@@ -101,10 +104,10 @@ class TaskParameters:
 
     @torch.no_grad()
     def write(self, slot: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write a task's own values in place.
+        """Write the own tensors of a task in place.
 
         Args:
-            slot: of the task.
+            slot: slot of the task.
             tensors: the values by name.
         """
         for names, values in self.stacks:
@@ -113,19 +116,19 @@ class TaskParameters:
                     place.copy_(tensors[name])
 
     def forget(self) -> None:
-        """Gradients are gone, and no task has been reached."""
+        """Drop all gradients, and mark no task as reached."""
         for (_, values), reached in zip(self.stacks, self.reached, strict=True):
             values.grad = None
             reached.clear()
 
     def follow(self, like: Mapping[str, Tensor]) -> bool:
-        """Move to where other tensors are.
+        """Move to the devices of other tensors.
 
         Args:
             like: tensors with the names of the stacks.
 
         Returns:
-            Whether anything was moved.
+            Whether any stack was moved.
         """
         if all(values.device == like[names[0]].device for names, values in self.stacks):
             return False
@@ -144,7 +147,7 @@ class TaskParameters:
             values.requires_grad_()
 
     def _untuned(self, stack: Stack, tuned: Sequence[Mapping[str, Tensor]]) -> Tensor | None:
-        """Which entries of a stack a task has but does not train; None where there are none."""
+        """Bool, True for entries of a stack that their task does not train; None where all are trained."""
         outside = torch.ones(stack.values.shape, dtype=torch.bool)
         for row, masks in zip(outside, tuned, strict=True):
             for place, name in zip(row, stack.names, strict=True):

@@ -1,4 +1,4 @@
-"""Which tasks no longer improve."""
+"""Early stopping per task."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,16 +9,16 @@ __all__ = ["EarlyStopping"]
 
 
 class EarlyStopping:
-    """The best value of each task, and for how many evaluations it has not been beaten.
+    """Tracks the best value of each task, and the number of evaluations since.
 
     Args:
-        names: the tasks.
-        patience: how many evaluations without a better value a task has; None: as many as it likes.
-        value: which of the evaluated values is looked at.
-        greater_is_better: whether it should grow.
+        names: names of the tasks.
+        patience: number of evaluations without a better value after which a task stops; None: no task stops.
+        value: name of the evaluated value to track.
+        greater_is_better: whether larger values are better.
 
     Raises:
-        ConfigError: the patience is no positive number.
+        ConfigError: the patience is not a positive number.
 
     Example:
         >>> stopping = EarlyStopping(["a", "b"], patience=1)
@@ -38,18 +38,18 @@ class EarlyStopping:
         self.worse: dict[str, int] = dict.fromkeys(names, 0)
 
     def look(self, metrics: Mapping[str, float], prefix: str, active: Sequence[str]) -> list[str]:
-        """Take in an evaluation.
+        """Record an evaluation.
 
         Args:
-            metrics: `<prefix>_<task>_<value>` and others.
-            prefix: of the evaluation.
-            active: the tasks that still train.
+            metrics: evaluated values by name, `<prefix>_<task>_<value>` among them.
+            prefix: prefix of the names.
+            active: names of the tasks that still train.
 
         Returns:
-            Those of them that have run out of patience.
+            Names of the active tasks that have run out of patience.
 
         Raises:
-            ConfigError: a task was evaluated, but not by this value.
+            ConfigError: a task was evaluated, but without this value.
         """
         if self.patience is None:
             return []
@@ -68,13 +68,13 @@ class EarlyStopping:
         return [name for name in active if self.worse[name] >= self.patience]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what going on needs."""
+        """Return the state needed to resume."""
         return {"best": dict(self.best), "worse": dict(self.worse)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state.
+        """Resume from a saved state.
 
         Args:
-            state: what `state_dict` returned.
+            state: a result of `state_dict`.
         """
         self.best, self.worse = dict(state["best"]), dict(state["worse"])

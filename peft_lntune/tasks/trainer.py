@@ -1,4 +1,4 @@
-"""transformers' Trainer for many tasks at once. Nobody imports it but its users: the Trainer takes long to import."""
+"""transformers' Trainer for many tasks at once. No other module imports this one: the Trainer is slow to import."""
 
 import math
 import os
@@ -30,31 +30,31 @@ VALUES_FILE = "tasks.safetensors"
 
 
 class TaskTrainer(Trainer):
-    """Trainer for `ManyTasks`: what is one thing there is one a task here.
+    """Trainer for `ManyTasks`.
 
-    Learning rate, schedule, clipping, evaluation, early stop and progress bar are a task's own; `args.max_grad_norm` is
-    the limit of each. Logs have `loss/<task>` and `learning_rate/<task>`, and their `loss` is the sum. Evaluation gives
-    `eval_<task>_...` for each task, and as `eval_loss` the mean of their losses; of a dict of evaluation sets,
-    `eval_<set>_<task>_...` and `eval_<set>_loss`. Checkpoints hold each task as an
-    ordinary adapter, and what going on bit for bit needs.
+    Each task has its own learning rate, schedule, clipping, evaluation, early stopping and progress bar;
+    `args.max_grad_norm` is the limit of each task. Logs have `loss/<task>` and `learning_rate/<task>`; their `loss` is
+    the sum. Evaluation gives `eval_<task>_...` per task and the mean of the losses as `eval_loss`; for a dict of
+    evaluation sets, `eval_<set>_<task>_...` and `eval_<set>_loss`. A checkpoint holds each task as an ordinary adapter,
+    and the state from which training resumes bit for bit.
 
-    Weight decay is what Trainer does: none on norms and on biases of heads.
+    Weight decay is that of Trainer: none for norms and for biases of heads.
 
     Args:
-        tasks: what is trained; its model is the Trainer's.
-        args: for one process and one device, without fp16 and without `load_best_model_at_end`.
-        task_column: the column of the data sets that names the task of each row, or gives its number in `tasks.names`.
-        learning_rates: of each task; None: `args.learning_rate` for all.
-        rows_per_task: batches are made by `TaskBatches` with so many rows of each task; None: as Trainer makes them.
-        loss: as in `ManyTasks.losses`.
-        patience: a task that did not improve in so many evaluations stops; None: none does.
-        stop_on: by which of its evaluated values, such as `"loss"` or one of `compute_metrics`.
-        greater_is_better: whether that value should grow.
-        **kwargs: of Trainer, such as `train_dataset`, `eval_dataset`, `data_collator`, `compute_metrics`.
+        tasks: the tasks to train, whose model is the Trainer's.
+        args: arguments for one process and one device, without fp16 and without `load_best_model_at_end`.
+        task_column: column of the data sets with the task of each row, as a name or as a number in `tasks.names`.
+        learning_rates: learning rate per task; None: `args.learning_rate` for all.
+        rows_per_task: number of rows per task and batch, in batches from `TaskBatches`; None: Trainer's own batches.
+        loss: `(outputs, batch) -> scalar`, called once per task with its rows; None: the model's own loss.
+        patience: number of evaluations without improvement after which a task stops; None: no task stops.
+        stop_on: the evaluated value that must improve, such as `"loss"` or one from `compute_metrics`.
+        greater_is_better: whether larger values of it are better.
+        **kwargs: arguments of Trainer, such as `train_dataset`, `eval_dataset`, `data_collator`, `compute_metrics`.
 
     Raises:
-        ConfigError: an argument that has no meaning for many tasks, or one that is missing.
-        UnsupportedError: several processes or devices.
+        ConfigError: an argument has no meaning for many tasks, or a required one is missing.
+        UnsupportedError: there are several processes or devices.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class TaskTrainer(Trainer):
         self.stopping = EarlyStopping(tasks.names, patience, stop_on, greater_is_better)
         collator: Any = self.data_collator  # type: ignore[has-type]
         self.data_collator = partial(_collate, collator, task_column, tasks)
-        # Losses are means of their rows' own, so accumulated batches count alike, as for models that take no number.
+        # Each loss is a mean over its own rows, so accumulated batches have equal weight.
         self.model_accepts_loss_kwargs = False
         self.task_optimizer: TaskOptimizer | None = None
         self._task_losses: dict[str, list[Tensor]] = {}
@@ -97,22 +97,23 @@ class TaskTrainer(Trainer):
         """The task of each row of a data set.
 
         Args:
-            dataset: with a column that names the task, or a sequence of rows with such a key.
+            dataset: a data set with the task column, or a sequence of rows with such a key.
 
         Returns:
-            Names of tasks.
+            The name of the task of each row.
 
         Raises:
-            DataError: the data set has no such column, or a row is of no task.
+            DataError: the data set has no task column, or the task of a row is unknown.
         """
         column = getattr(dataset, "column_names", None)
         if column is not None and self.task_column not in column:
             raise DataError(f"no column {self.task_column!r}; there are {', '.join(column)}. Give task_column.")
-        # The slice reads the column at once; without it datasets decodes a row at a time.
+        # The slice reads the column at once; without it, datasets decodes row by row.
         values = dataset[self.task_column][:] if column is not None else [row[self.task_column] for row in dataset]
         return [_name(self.tasks, value) for value in values]
 
     def get_train_dataloader(self) -> DataLoader:
+        """See `transformers.Trainer.get_train_dataloader`; with `rows_per_task`, batches are from `TaskBatches`."""
         if self.rows_per_task is None:
             return super().get_train_dataloader()
         if self.train_dataset is None:
@@ -136,13 +137,13 @@ class TaskTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
     def steps_of_tasks(self, steps: int) -> dict[str, int]:
-        """How many steps each task makes in so many of all.
+        """The number of steps of each task in a run.
 
         Args:
-            steps: of the whole run.
+            steps: number of steps of the whole run.
 
         Returns:
-            Steps by task; expected ones, where batches are mixed by chance.
+            Steps by task; expected numbers where batches are drawn at random.
         """
         counts = dict.fromkeys(self.tasks.names, 0)
         for name in self.tasks_of(self.train_dataset):
@@ -164,7 +165,14 @@ class TaskTrainer(Trainer):
     # Steps.
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """An optimizer of the class that `args.optim` names for each task."""
+        """Create the optimizers of all tasks, of the class that `args.optim` names.
+
+        Args:
+            model: ignored; see `transformers.Trainer.create_optimizer`.
+
+        Returns:
+            The `TaskOptimizer`.
+        """
         if self.task_optimizer is None:
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             rates = options["lr"] if self.learning_rates is None else self.learning_rates
@@ -181,7 +189,15 @@ class TaskTrainer(Trainer):
         return name.rpartition(".")[0] not in self.tasks.norms and not name.endswith("bias")
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """A schedule of the kind that `args.lr_scheduler_type` names for each task, over the task's own steps."""
+        """Create one schedule per task, of the kind that `args.lr_scheduler_type` names, over the task's own steps.
+
+        Args:
+            num_training_steps: number of steps of the whole run.
+            optimizer: ignored; see `transformers.Trainer.create_scheduler`.
+
+        Returns:
+            The stand-in for Trainer's single schedule.
+        """
         if self.lr_scheduler is None:  # type: ignore[has-type]
             assert self.task_optimizer is not None
             own = self.steps_of_tasks(num_training_steps)
@@ -202,7 +218,17 @@ class TaskTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The sum of the losses of the tasks that have rows in the batch."""
+        """The sum of the losses of the tasks with rows in the batch.
+
+        Args:
+            model: the model; see `transformers.Trainer.compute_loss` for all arguments.
+            inputs: the batch, with the task column.
+            return_outputs: whether to return the outputs too.
+            num_items_in_batch: ignored.
+
+        Returns:
+            The loss, or the loss and the outputs.
+        """
         own = {name: value for name, value in inputs.items() if name != self.task_column}
         index = inputs.get(self.task_column)
         with nullcontext() if index is None else self.tasks.route(index):
@@ -215,15 +241,32 @@ class TaskTrainer(Trainer):
         return (total, outputs) if return_outputs else total
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Predict a batch with the adapters of its rows.
+
+        Args:
+            model: the model; see `transformers.Trainer.prediction_step` for all arguments.
+            inputs: the batch, with the task column.
+            *args: further arguments of Trainer's method.
+            **kwargs: further keyword arguments of Trainer's method.
+
+        Returns:
+            Loss, logits and labels, as Trainer's method returns them.
+        """
         own = {name: value for name, value in inputs.items() if name != self.task_column}
         with self.tasks.route(inputs[self.task_column]):
             return super().prediction_step(model, own, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with loss and learning rate per task.
+
+        Args:
+            logs: values to log; see `transformers.Trainer.log`.
+            start_time: start of training.
+        """
         if "loss" in logs and self.task_optimizer is not None:
             means = {f"loss/{name}": torch.stack(each).mean().item() for name, each in self._task_losses.items()}
             rates = {f"learning_rate/{name}": rate for name, rate in self.task_optimizer.learning_rates.items()}
-            # Trainer knows of one norm and one rate, which are none of ours.
+            # Trainer's single gradient norm and learning rate belong to no task.
             logs = {key: value for key, value in logs.items() if key not in ("grad_norm", "learning_rate")}
             logs |= means | rates
             self._task_losses = {}
@@ -234,20 +277,20 @@ class TaskTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Evaluate each task on its rows, and stop those that no longer improve.
+        """Evaluate each task on its rows, and stop tasks that no longer improve.
 
         Args:
-            eval_dataset: a data set, several by name, or the name of one of those that TaskTrainer was given; None:
-                what it was given.
-            ignore_keys: as in Trainer.
-            metric_key_prefix: before all names; of several data sets, that of each comes behind it.
+            eval_dataset: a data set, a dict of data sets, or the name of one of those given to TaskTrainer; None: the
+                data set or data sets given to TaskTrainer.
+            ignore_keys: keys of the model's outputs to ignore; see `transformers.Trainer.evaluate`.
+            metric_key_prefix: prefix of all names, followed by the name of the data set where there are several.
 
         Returns:
             `<prefix>_<task>_<value>` for each task, and the mean of the tasks' losses as `<prefix>_loss`.
 
         Raises:
-            ConfigError: there is no data set, or none of that name.
-            DataError: the data set has no rows, or a row is of no task.
+            ConfigError: there is no data set, or none of this name.
+            DataError: the data set has no rows, or the task of a row is unknown.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
@@ -282,7 +325,12 @@ class TaskTrainer(Trainer):
     # Files.
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save each task as an ordinary adapter, in a folder of its name; and all values bit for bit, to go on from."""
+        """Save each task as an ordinary adapter in a folder of its name, and all values bit for bit, to resume from.
+
+        Args:
+            output_dir: folder to save to; None: `args.output_dir`.
+            _internal_call: ignored; see `transformers.Trainer.save_model`.
+        """
         folder = output_dir or self.args.output_dir
         assert folder is not None
         os.makedirs(folder, exist_ok=True)
@@ -295,7 +343,7 @@ class TaskTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         file = Path(resume_from_checkpoint, VALUES_FILE)
         if not file.is_file():
-            raise ConfigError(f"{resume_from_checkpoint} is no checkpoint of a TaskTrainer: it has no {VALUES_FILE}.")
+            raise ConfigError(f"{resume_from_checkpoint} is not a checkpoint of a TaskTrainer: no {VALUES_FILE} found.")
         state: dict[str, dict[str, Tensor]] = {name: {} for name in self.tasks.names}
         for key, value in read_tensors(file).items():
             name, _, own = key.rpartition("/")
@@ -304,13 +352,13 @@ class TaskTrainer(Trainer):
 
 
 class _Schedules:
-    """What Trainer takes for its one schedule. The schedules move on with the steps of their tasks, not with it."""
+    """Stands in for Trainer's single schedule. The schedules of tasks step with their tasks, not with this one."""
 
     def __init__(self, optimizer: TaskOptimizer, stopping: EarlyStopping) -> None:
         self._optimizer, self._stopping = optimizer, stopping
 
     def step(self) -> None:
-        """Nothing: see above."""
+        """Do nothing, since `TaskOptimizer.step` steps the schedules."""
 
     def get_last_lr(self) -> list[float]:
         return list(self._optimizer.learning_rates.values())
@@ -323,12 +371,13 @@ class _Schedules:
 
 
 class _ZeroGrad(TrainerCallback):
-    """Trainer sets the gradients of its model to zero after a step, and here they are elsewhere."""
+    """Clears the gradients of tasks, which Trainer's `model.zero_grad()` does not reach."""
 
     def __init__(self, trainer: TaskTrainer) -> None:
         self._trainer = trainer
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See `transformers.TrainerCallback`."""
         if self._trainer.task_optimizer is not None:
             self._trainer.task_optimizer.zero_grad()
 
@@ -351,7 +400,7 @@ def _name(tasks: ManyTasks, value: Any) -> str:
 
 
 def _chance(rows: int, own: int, size: int) -> float:
-    """How likely it is that `size` of `rows` have at least one of `own` among them."""
+    """The probability that `size` of `rows` rows include at least one of `own` rows."""
     if not own:
         return 0.0
     return 1 - math.comb(rows - own, size) / math.comb(rows, size)
@@ -373,7 +422,7 @@ def _check(args: TrainingArguments, kwargs: Mapping[str, Any], by_task: bool) ->
         "deepspeed": "its optimizer steps all parameters at once, and each task has its own",
         "fsdp": "it cuts parameters in pieces, and a task is a row of one",
     }
-    if by_task:  # what Trainer's own batches follow
+    if by_task:  # options for Trainer's own batches
         refused |= {
             "group_by_length": "rows_per_task says what is in a batch",
             "dataloader_drop_last": "rows_per_task ends a task with what it has left",
@@ -396,11 +445,11 @@ def _check(args: TrainingArguments, kwargs: Mapping[str, Any], by_task: bool) ->
 
 
 class TaskBars(TrainerCallback):
-    """Bars one below the other, each with the latest loss of its task.
+    """One progress bar per task, with its latest loss.
 
     Args:
-        steps: from the steps of the whole run to those of each task.
-        names: the tasks.
+        steps: function from the number of steps of the whole run to that of each task.
+        names: names of the tasks.
     """
 
     def __init__(self, steps: Callable[[int], Mapping[str, int]], names: Sequence[str]) -> None:
@@ -408,6 +457,7 @@ class TaskBars(TrainerCallback):
         self.bars: dict[str, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bars; see `transformers.TrainerCallback.on_train_begin`."""
         totals = self._steps(state.max_steps)
         made = kwargs["optimizer"].steps
         self.bars = {
@@ -416,16 +466,19 @@ class TaskBars(TrainerCallback):
         }
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Advance the bars; see `transformers.TrainerCallback.on_step_end`."""
         for name, steps in kwargs["optimizer"].steps.items():
             self.bars[name].update(steps - self.bars[name].n)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **kwargs: Any
     ) -> None:
+        """Show the latest losses; see `transformers.TrainerCallback.on_log`."""
         for name, bar in self.bars.items():
             if f"loss/{name}" in (logs or {}):
                 bar.set_postfix(loss=f"{(logs or {})[f'loss/{name}']:.3f}", refresh=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bars; see `transformers.TrainerCallback.on_train_end`."""
         for bar in self.bars.values():
             bar.close()

@@ -197,7 +197,7 @@ def test_cut_off_after_it_was_opened(tmp_path):
 
 def test_a_shard_is_missing(tmp_path):
     (shard(tmp_path) / "model-0.safetensors").unlink()
-    with pytest.raises(AdapterFileError, match=r"names 1 shards that are not beside it: model-0"):
+    with pytest.raises(AdapterFileError, match=r"names 1 missing shards, such as model-0"):
         Checkpoint(tmp_path)
 
 
@@ -210,7 +210,7 @@ def test_a_shard_of_another_save(tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}'])
 def test_an_index_that_is_none(text, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(AdapterFileError, match="is no index of a checkpoint"):
+    with pytest.raises(AdapterFileError, match="is not the index of a checkpoint"):
         Checkpoint(tmp_path)
 
 
@@ -222,7 +222,7 @@ def test_no_such_thing(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(AdapterFileError, match=r"but pytorch_model.bin"):
         Checkpoint(tmp_path)
-    with pytest.raises(AdapterFileError, match="no safetensors file, and pickled weights are not read"):
+    with pytest.raises(AdapterFileError, match="not a safetensors file, and pickled weights are not read"):
         Checkpoint(tmp_path / "pytorch_model.bin")
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(AdapterFileError, match=r"It is an adapter: give the merged model"):

@@ -123,7 +123,7 @@ def test_chance_a_tensor_is_that_of_shuffled_masks():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: sparsity({}), "there are no masks: keep is empty"),
+        (lambda: sparsity({}), "no masks: keep is empty"),
         (lambda: sparsity(masks(0), by="layer"), "by='layer': choose 'tensor' or 'component'"),
         (lambda: sparsity({"w": torch.ones(2)}), r"keep: the mask of w should be a bool tensor, but is torch\.float32"),
         (lambda: sparsity(masks(0), {"w": torch.ones(2)}), "start: the mask of w should be a bool tensor"),

@@ -165,7 +165,7 @@ class TestBesidePeft:
 
     def test_learned_prompts_are_refused(self):
         model = get_peft_model(build("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-        with pytest.raises(UnsupportedError, match="learned prompts, which a route cannot leave out"):
+        with pytest.raises(UnsupportedError, match="learned prompts, which a route cannot switch off"):
             AdapterBank(model)
 
 
@@ -309,8 +309,8 @@ class TestNames:
         [
             ({"capacity": 0}, "capacity=0 should be a number of adapters"),
             ({"capacity": 2.5}, "capacity=2.5 should be"),
-            ({"dtype": torch.int8}, r"dtype=torch\.int8 is no floating dtype"),
-            ({"dtype": "float32"}, "dtype='float32' is no floating dtype of torch"),
+            ({"dtype": torch.int8}, r"dtype=torch\.int8 is not a floating dtype"),
+            ({"dtype": "float32"}, "dtype='float32' is not a floating dtype of torch"),
         ],
     )
     def test_impossible_options_are_refused(self, options, message):
@@ -450,7 +450,7 @@ class TestRoute:
     @pytest.mark.parametrize("index", [torch.ones(3), torch.ones(1, 3, dtype=torch.long)], ids=["float", "2d"])
     def test_a_tensor_that_is_no_index_is_refused(self, index):
         model, bank = banked("bert")
-        with pytest.raises(RoutingError, match=r"an index is int64 of shape \(B,\), as bank\.index makes it"):
+        with pytest.raises(RoutingError, match=r"an index is int64 of shape \(B,\), as bank\.index returns it"):
             routed(bank, model, inputs("bert"), index)
 
     def test_training_mode_is_refused(self):

@@ -59,7 +59,7 @@ def test_what_looks_at_values_is_refused():
     head = Looks(2, 2)
     tensors = {name: torch.randn(3, *value.shape) for name, value in head.state_dict().items()}
     with pytest.raises(
-        MixedHeadError, match=r"scores \(Looks\) cannot be run with other parameters for each row: .*vmap"
+        MixedHeadError, match=r"scores \(Looks\) cannot be run with different parameters per row: .*vmap"
     ):
         run_head(HeadForward(head), tensors, "scores", torch.randn(3, 2))
 

@@ -420,7 +420,7 @@ def refused():
     generator = build("gpt2")
     yield "kind", ConfigError, "choose one of", model, [batch], {"kind": "true"}
     yield "loss name", ConfigError, "choose one of", model, [batch], {"loss": "hinge"}
-    yield "loss shape", ConfigError, "one value a sample", model, [batch], {"loss": lambda o, b: o.logits.sum()}
+    yield "loss shape", ConfigError, "one value per sample", model, [batch], {"loss": lambda o, b: o.logits.sum()}
     yield "mc with a function", ConfigError, "takes a name", model, [batch], {"loss": len, "kind": "mc"}
     yield "parameter", ConfigError, "no parameter 'bert.nose'", model, [batch], {"parameters": ["bert.nose"]}
     yield "no parameter", ConfigError, "names none", model, [batch], {"parameters": []}

@@ -382,7 +382,7 @@ class TestRefused:
 
     def test_state_of_other_tasks(self):
         tasks = ManyTasks(tasked(FAMILY))
-        with pytest.raises(ConfigError, match="the state is not one of task 'a'"):
+        with pytest.raises(ConfigError, match="the state does not fit task 'a'"):
             tasks.load_state_dict(ManyTasks(tasked(FAMILY, "x")).state_dict())
 
     def test_masks_that_were_not_fitted_are_spoken_of(self):
