@@ -195,7 +195,7 @@ def test_change_takes_models_or_tensors():
     assert change_scores(state, after, list(scores)).keys() == scores.keys()
     with pytest.raises(ConfigError, match="another shape"):
         change_scores({"w": torch.ones(2)}, {"w": torch.ones(3)})
-    with pytest.raises(ConfigError, match="tensor 'v' .* not found"):
+    with pytest.raises(ConfigError, match=r"tensor 'v' .* not found"):
         change_scores({"w": torch.ones(2)}, {"w": torch.ones(2)}, ["v"])
 
 
