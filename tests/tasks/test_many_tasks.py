@@ -307,12 +307,12 @@ class TestRefused:
         [
             (
                 ModuleTuningConfig(components=["query"]),
-                "is of ModuleTuningConfig, and training many tasks holds deltas",
+                "has ModuleTuningConfig, and training many tasks holds only deltas",
             ),
             (LNTuningConfig(target_modules=["query"]), "modules other than norms"),
             (
                 UnifiedConfig(parts=[LNTuningConfig(), LoraConfig(target_modules=["query"])]),
-                "is of LNTuningConfig, Lora",
+                "has LNTuningConfig, Lora",
             ),
         ],
     )
