@@ -276,7 +276,7 @@ def test_data_it_refuses(tmp_path):
     with pytest.raises(DataError, match="a row is of task 3"):
         train(tmp_path, train_dataset=dataset(numbers=True).map(lambda row: {"task": 3}))
     (tmp_path / "checkpoint-1").mkdir()
-    with pytest.raises(ConfigError, match=r"is no checkpoint of a TaskTrainer: it has no tasks\.safetensors"):
+    with pytest.raises(ConfigError, match=r"is not a checkpoint of a TaskTrainer: no tasks\.safetensors found"):
         train(tmp_path, resume=str(tmp_path / "checkpoint-1"))
     (tmp_path / "checkpoint-1" / "tasks.safetensors").touch()
     with pytest.raises(AdapterFileError, match=r"tasks\.safetensors is damaged or cut off"):
