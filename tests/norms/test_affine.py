@@ -272,7 +272,9 @@ def test_on_meta():
 
 
 def test_normalize_refuses_what_is_no_norm():
-    with pytest.raises(UnsupportedError, match=r"independent of its input's scale; BatchNorm1d is not one\. See find_norms"):
+    with pytest.raises(
+        UnsupportedError, match=r"independent of its input's scale; BatchNorm1d is not one\. See find_norms"
+    ):
         normalize(nn.BatchNorm1d(4), torch.randn(2, 4))
 
 

@@ -540,7 +540,7 @@ def test_packed_rows_are_refused(entry):
     """A row of several samples has one gradient, whose square is none of theirs."""
     batch = {key: value for key, value in PACKED[entry]().items() if value is not None}
     state = FisherState()
-    with pytest.raises(DataError, match=f"packed rows: {entry} says"):
+    with pytest.raises(DataError, match=f"packed rows: {entry} shows"):
         fisher_scores(llama(), [batch], state=state)
     assert state.samples == 0
 
