@@ -223,7 +223,8 @@ def run_head(call: HeadForward, tensors: Mapping[str, Tensor], label: str, *args
     except RuntimeError as error:
         raise MixedHeadError(
             f"{label} ({type(call.head).__name__}) cannot be run with different parameters per row: {error}. Run one "
-            "batch per adapter."
+            "batch per adapter. PEFT's own words for such a layer: Mixed batching is only supported for the following "
+            "modules: Linear, Embedding, Conv1d, Conv2d, Conv3d."
         ) from error
 
 
