@@ -140,7 +140,7 @@ def search_first(
 
     Args:
         protocol: of the cells.
-        stages: reported cells, in order of worth.
+        stages: reported cells, most informative first.
         needs: which learning rates a cell needs; a search may need one as well, which is then searched before it.
     """
     searched: set[Kind] = set()
@@ -192,7 +192,7 @@ def run_experiment(
         options: the command line, see `experiment_parser`.
         protocol: what is equal for all arms.
         rows: where the rows go.
-        waves: cells in order of worth; a wave may need the learning rates that the waves before it have chosen.
+        waves: cells most informative first; a wave may need the learning rates that the waves before it have chosen.
         run: takes a cell, and `protocol`, `place` and `rates` by name; `run_cell` where None.
         needs: which learning rates a cell needs; one whose rates are not known is left for the next time.
 

@@ -1,4 +1,4 @@
-"""Runs the cells of an experiment that have no row yet, in order of worth, and says what is left."""
+"""Runs the cells of an experiment that have no row yet, most informative first, and says what is left."""
 
 import argparse
 import datetime

@@ -107,7 +107,7 @@ def _notes() -> str:
     )
 
 
-# In order of worth: a run that is cut off leaves the rows that answer most.
+# Most informative first: a run that is cut off leaves the rows that answer most.
 TIERS = (
     ("float32", ("ln", "head", "full")),
     ("float32", ("lora", "bitfit", "stock-ln")),
@@ -122,7 +122,7 @@ DTYPE_NAMES = ("float32", "bfloat16")
 
 
 def waves(options: argparse.Namespace, protocol: Protocol) -> list[list[Cell]]:
-    """Return the cells in order of worth; a wave may need the rows of the waves before it."""
+    """Return the cells most informative first; a wave may need the rows of the waves before it."""
     stages: list[list[Cell]] = []
     for dtype, arms in LONG_TIERS if protocol.name == "full" else TIERS:
         kept = [arm for arm in arms if arm in options.arms and dtype in options.dtypes]

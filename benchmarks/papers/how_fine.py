@@ -381,7 +381,7 @@ EXTENTS = {"cpu": CPU, "cpu-600": CPU, "full": Extent("bert-base-uncased", ("sst
 
 
 def stages(options: argparse.Namespace) -> list[list[dict[str, Any]]]:
-    """Return the coordinates of what is reported, in order of worth."""
+    """Return the coordinates of what is reported, most informative first."""
     first = [sparsity for sparsity in options.sparsities if sparsity in FIRST_SPARSITIES]
     rest = [sparsity for sparsity in options.sparsities if sparsity not in FIRST_SPARSITIES]
     found: list[list[dict[str, Any]]] = [
@@ -405,7 +405,7 @@ def _sparse(sparsities: Sequence[float]) -> list[dict[str, Any]]:
 
 
 def waves(options: argparse.Namespace, protocol: Protocol) -> list[list[Cell]]:
-    """Return the cells in order of worth; each stage searches its learning rates first."""
+    """Return the cells most informative first; each stage searches its learning rates first."""
     finals = [
         [cell for at in stage for task in options.tasks for cell in _finals(protocol, task, at, options.seeds)]
         for stage in stages(options)

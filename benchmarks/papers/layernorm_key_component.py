@@ -351,7 +351,7 @@ EXTENTS = {
 
 
 def stages(options: argparse.Namespace) -> list[list[dict[str, Any]]]:
-    """Return the coordinates of what is reported (arm, density, tasks of the masks), in order of worth."""
+    """Return the coordinates of what is reported (arm, density, tasks of the masks), most informative first."""
     others = [density for density in options.densities if density != DENSITY]
     found: list[list[dict[str, Any]]] = [
         [{"arm": name} for name in ARM_NAMES],
@@ -371,7 +371,7 @@ def unions(options: argparse.Namespace, task: str) -> list[dict[str, Any]]:
 
 
 def waves(options: argparse.Namespace, protocol: Protocol) -> list[list[Cell]]:
-    """Return the cells in order of worth; each stage searches its learning rates first."""
+    """Return the cells most informative first; each stage searches its learning rates first."""
     planned = [[(task, at) for at in stage for task in options.tasks] for stage in stages(options)]
     planned.append([(task, at) for task in options.tasks for at in unions(options, task)])
     finals = [

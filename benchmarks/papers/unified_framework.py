@@ -46,7 +46,7 @@ from benchmarks.harness.tasks import LOADERS, SIMILARITY, TEXT_COLUMNS, load_tas
 NAME = "unified_framework"
 AVERAGED = ("sst2", "trec")  # where they are reported, averages are over these alone: the other tasks come after them
 BEST = "prefix+mha-adapter+ln"  # of the paper's combinations
-# In order of worth, which is the order they are run in.
+# In run order, which is the order they are run in.
 FIRST = (
     *("ln", "mha-adapter", "ffn-adapter", "prefix"),
     *("mha-adapter+ln", "ffn-adapter+ln", "prefix+ln", BEST),
@@ -244,7 +244,7 @@ COST_ROUNDS = 10
 
 
 def waves(options: argparse.Namespace, protocol: Protocol) -> list[list[Cell]]:
-    """Return the cells in order of worth; each stage searches its learning rates first."""
+    """Return the cells most informative first; each stage searches its learning rates first."""
     main = [task for task in options.tasks if task not in OTHERS]
     others = [[task] for task in options.tasks if task in OTHERS]
     stages = [(arms, main) for arms in (FIRST, ABLATIONS, COMBINED)]

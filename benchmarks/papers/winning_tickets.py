@@ -433,7 +433,7 @@ DTYPE = "float32"
 # What a protocol runs where the command line says nothing: a Hub id (None: MiniLM), and tasks.
 MODELS = {"cpu": None, "cpu-600": None, "full": "bert-base-uncased"}
 TASKS = {"cpu": ("sst2", "trec"), "cpu-600": ("sst2", "trec"), "full": ("sst2", "cola", "mrpc", "rte")}
-COUNTS = (768, 48, 192, 3072)  # in order of worth
+COUNTS = (768, 48, 192, 3072)  # most informative first
 FIRST = 2  # of the counts, that come before other modules
 GROUPS = {
     "components": (*CONTROLS, *ALONE),
@@ -462,7 +462,7 @@ def _entries(model: nn.Module, config: LNTuningConfig | ModuleTuningConfig) -> i
 
 
 def stages(options: argparse.Namespace, shape: Shape) -> list[list[dict[str, Any]]]:
-    """Return the coordinates of what is reported (arm, layer, count, parameter), in order of worth."""
+    """Return the coordinates of what is reported (arm, layer, count, parameter), most informative first."""
     first, rest = options.counts[:FIRST], options.counts[FIRST:]
 
     def norms(counts: Sequence[int], parameter: str) -> list[dict[str, Any]]:
@@ -484,7 +484,7 @@ def stages(options: argparse.Namespace, shape: Shape) -> list[list[dict[str, Any
 
 
 def waves(options: argparse.Namespace, protocol: Protocol, shape: Shape) -> list[list[Cell]]:
-    """Return the cells in order of worth; each stage searches its learning rates first."""
+    """Return the cells most informative first; each stage searches its learning rates first."""
     finals = partial(final_cells, protocol, dtype=DTYPE, seeds=options.seeds)
     planned = [[(task, at) for at in stage for task in options.tasks] for stage in stages(options, shape)]
     return search_first(protocol, [[cell for task, at in stage for cell in finals(task, **at)] for stage in planned])
