@@ -6,7 +6,7 @@ import click
 
 from peft_lntune.cli.models import adapter_to_folder, load_adapted
 from peft_lntune.cli.output import new_folder
-from peft_lntune.interop.peft_ln_tuning import to_peft_ln_tuning
+from peft_lntune.interop.peft_ln_tuning import to_stock
 
 __all__ = ["command", "export_peft_ln_tuning"]
 
@@ -29,7 +29,7 @@ def export_peft_ln_tuning(adapter: str, out: str | Path, model: str | None = Non
         UnsupportedError: the adapter has parts other than norms.
     """
     with new_folder(Path(out)) as made:
-        to_peft_ln_tuning(load_adapted(adapter, model), made)
+        to_stock(load_adapted(adapter, model), made)
     return Path(out)
 
 

@@ -25,13 +25,13 @@ from peft_lntune.storage.packing import ROOT
 from peft_lntune.storage.saving import new_adapters
 from peft_lntune.tuner.restoring import restored_on_error, told_by_us
 
-__all__ = ["from_peft_ln_tuning", "to_peft_ln_tuning"]
+__all__ = ["from_stock", "to_stock"]
 
 _CONTAINER = "ln_tuning_layers"
 _DIGEST = "peft_lntune_digest"  # key in the metadata of the weight file, which PEFT does not read
 
 
-def to_peft_ln_tuning(peft_model: PeftModel, directory: str | os.PathLike, adapter_name: str = "default") -> None:
+def to_stock(peft_model: PeftModel, directory: str | os.PathLike, adapter_name: str = "default") -> None:
     """Write an adapter in PEFT's own LN_TUNING format, for use without this package.
 
     The file holds each tuned module whole, base plus delta, rounded to the base dtype. Over a bfloat16 base, small
@@ -50,7 +50,7 @@ def to_peft_ln_tuning(peft_model: PeftModel, directory: str | os.PathLike, adapt
         >>> import tempfile
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), LNTuningConfig())
         >>> directory = tempfile.mkdtemp()
-        >>> to_peft_ln_tuning(model, directory)
+        >>> to_stock(model, directory)
         >>> PeftConfig.from_pretrained(directory).peft_type.value
         'LN_TUNING'
     """
@@ -87,7 +87,7 @@ def to_peft_ln_tuning(peft_model: PeftModel, directory: str | os.PathLike, adapt
         saved.save_pretrained(str(folder))
 
 
-def from_peft_ln_tuning(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> PeftModel:
+def from_stock(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> PeftModel:
     """Load an adapter in PEFT's own LN_TUNING format as an adapter of this package.
 
     The file holds whole norms, so the deltas are those norms minus the norms of `model`. Give the base model that the
@@ -108,8 +108,8 @@ def from_peft_ln_tuning(model: nn.Module, directory: str | os.PathLike, adapter_
         >>> import tempfile
         >>> directory = tempfile.mkdtemp()
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), LNTuningConfig())
-        >>> to_peft_ln_tuning(model, directory)
-        >>> from_peft_ln_tuning(model.unload(), directory).peft_config["default"].kind
+        >>> to_stock(model, directory)
+        >>> from_stock(model.unload(), directory).peft_config["default"].kind
         'LNTuningConfig'
     """
     with restored_on_error(model, adapter_name), told_by_us(directory, lambda: True):
@@ -117,7 +117,7 @@ def from_peft_ln_tuning(model: nn.Module, directory: str | os.PathLike, adapter_
 
 
 def _from_peft(model: nn.Module, directory: str | os.PathLike, adapter_name: str) -> PeftModel:
-    saved, files = read_foreign(directory, "LN_TUNING", "from_peft_ln_tuning")
+    saved, files = read_foreign(directory, "LN_TUNING", "from_stock")
     loaded = files.tensors
     _check_digest(files.weights, loaded, saved)
     base = base_modules(model.get_base_model() if isinstance(model, PeftModel) else model)
@@ -148,7 +148,7 @@ def _digest(tensors: Mapping[str, Tensor], config: PeftConfig) -> str:
 
 
 def _check_digest(file: Path | None, tensors: Mapping[str, Tensor], config: PeftConfig) -> None:
-    """Refuse a file of `to_peft_ln_tuning` that was changed after writing. PEFT's own files have no digest."""
+    """Refuse a file of `to_stock` that was changed after writing. PEFT's own files have no digest."""
     if file is None or file.name != WEIGHTS_FILE:
         return
     try:
@@ -158,7 +158,7 @@ def _check_digest(file: Path | None, tensors: Mapping[str, Tensor], config: Peft
         raise AdapterFileError(f"{file} is damaged or cut off ({error}). Get a good copy of the adapter.") from error
     if saved is not None and saved != _digest(tensors, config):
         raise AdapterFileError(
-            f"{file} or its adapter_config.json was changed after to_peft_ln_tuning wrote them: the digests differ. "
+            f"{file} or its adapter_config.json was changed after to_stock wrote them: the digests differ. "
             "Get both files from one export."
         )
 

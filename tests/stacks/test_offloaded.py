@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 
 import peft_lntune as lntune
 from peft_lntune.errors import UnsupportedError
-from peft_lntune.interop import from_peft_ln_tuning, to_peft_ln_tuning
+from peft_lntune.interop import from_stock, to_stock
 from peft_lntune.layers.offloaded import device_of, is_offloaded, onloaded
 from tests.stacks.models import fill, llama, tokens
 
@@ -149,8 +149,8 @@ def test_finding_and_planning_need_no_values(offload):
 
 def test_the_stock_format(offload, tmp_path):
     found = adapted(offload(llama()), "norms")
-    to_peft_ln_tuning(found, tmp_path / "stock")
-    again = from_peft_ln_tuning(offload(llama()), tmp_path / "stock")
+    to_stock(found, tmp_path / "stock")
+    again = from_stock(offload(llama()), tmp_path / "stock")
     torch.testing.assert_close(answer(again), answer(found), rtol=1e-5, atol=1e-6)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import peft_lntune as ln
 from peft_lntune import AdapterBank, PeftLNTuneError
-from peft_lntune.interop import from_peft_ln_tuning, to_peft_ln_tuning
+from peft_lntune.interop import from_stock, to_stock
 from tests import adapted
 from tests.plugin.saved import build_base, mask_half
 from tests.storage import mutants
@@ -85,8 +85,8 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Good:
     bank.save(root / "bank.safetensors")
     stock = get_peft_model(found.fresh(), ln.LNTuningConfig(task_type="SEQ_CLS"))
     adapted.fill(stock, "default", seed=7)
-    to_peft_ln_tuning(stock, root / "stock")
-    found.answers["stock"] = answer(from_peft_ln_tuning(found.fresh(), root / "stock"))
+    to_stock(stock, root / "stock")
+    found.answers["stock"] = answer(from_stock(found.fresh(), root / "stock"))
     unified = found.fresh()
     get_peft_model(unified, LoraConfig(**LORA)).save_pretrained(str(root / "lora"))
     found.answers["lora"] = load_lora(with_lora(found.fresh()), root / "lora")
@@ -161,7 +161,7 @@ LOADERS: dict[str, tuple[Callable[[nn.Module], Any], Callable[[Any, Path], Any]]
     "auto": (lambda base: base, load_auto),
     "bank": (lambda base: AdapterBank(base, capacity=4), load_into_bank),
     "open": (lambda base: base, open_bank),
-    "stock": (lambda base: base, lambda model, path: answer(from_peft_ln_tuning(model, path))),
+    "stock": (lambda base: base, lambda model, path: answer(from_stock(model, path))),
     "lora": (with_lora, load_lora),
 }
 

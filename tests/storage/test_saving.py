@@ -21,7 +21,7 @@ from torch import nn
 from peft_lntune import AdapterBank, BottleneckConfig, LNTuningConfig
 from peft_lntune.config.base import LNTuneConfig
 from peft_lntune.errors import AdapterFileError
-from peft_lntune.interop import from_peft_ln_tuning, to_peft_ln_tuning
+from peft_lntune.interop import from_stock, to_stock
 from peft_lntune.storage.atomic import STAGING, new_file
 from peft_lntune.storage.manifest import PREVIOUS
 from tests import adapted
@@ -123,7 +123,7 @@ def test_files_have_the_modes_of_files_that_are_simply_written(tmp_path: Path) -
     before = os.umask(0o027)
     try:
         model.save_pretrained(tmp_path / "adapter" / "new")
-        to_peft_ln_tuning(model, tmp_path / "stock")
+        to_stock(model, tmp_path / "stock")
         bank.save(tmp_path / "banks" / "bank")
     finally:
         os.umask(before)
@@ -264,7 +264,7 @@ def test_sizes_are_compared_with_the_file(config: Any, fields: Any, native: bool
 )
 @pytest.mark.parametrize("peft_model", [False, True])
 def test_damaged_stock_files_leave_no_trace(peft_model: bool, change: Any, message: str, tmp_path: Path) -> None:
-    to_peft_ln_tuning(adapt(build_base()), tmp_path)
+    to_stock(adapt(build_base()), tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
     good = dict(tensors)
     key = min(key for key in tensors if "ln_tuning_layers" in key)
@@ -273,9 +273,9 @@ def test_damaged_stock_files_leave_no_trace(peft_model: bool, change: Any, messa
     model: Any = adapt(build_base(), "first") if peft_model else build_base()
     names, adapters = list(model.state_dict()), list(getattr(model, "peft_config", {}))
     with pytest.raises(AdapterFileError, match=message):
-        from_peft_ln_tuning(model, tmp_path)
+        from_stock(model, tmp_path)
     assert (list(model.state_dict()), list(getattr(model, "peft_config", {}))) == (names, adapters)
     save_file(good, tmp_path / WEIGHTS)
-    loaded = from_peft_ln_tuning(model, tmp_path)
+    loaded = from_stock(model, tmp_path)
     loaded.set_adapter("default")
     torch.testing.assert_close(logits(loaded), logits(adapt(build_base())))

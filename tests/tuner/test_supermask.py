@@ -20,7 +20,7 @@ from peft_lntune import (
 )
 from peft_lntune.architectures.table import LAYER_MATRICES
 from peft_lntune.errors import ConfigError, NoMatchError, UnsupportedError
-from peft_lntune.interop import to_peft_ln_tuning
+from peft_lntune.interop import to_stock
 from peft_lntune.layers.held import supermasks_of
 from peft_lntune.tuner.supermasks import keep_masks, sampled_masks, start_masks
 from tests import adapted
@@ -528,8 +528,8 @@ class TestRefused:
             "has a SupermaskConfig, and masks are fitted for a FisherLNConfig",
         ),
         (
-            "to_peft_ln_tuning",
-            lambda model: to_peft_ln_tuning(model, "nowhere"),
+            "to_stock",
+            lambda model: to_stock(model, "nowhere"),
             UnsupportedError,
             r"has parts \(SupermaskConfig\) that PEFT's LN_TUNING format cannot hold",
         ),
