@@ -23,7 +23,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("tiny_bert")
+    # A folder of its own, since protocols are named after the model's and other tests make one of this name too.
+    folder = tmp_path_factory.mktemp("models") / "tiny_bert0"
+    folder.mkdir()
     vocabulary = folder / "vocab.txt"
     vocabulary.write_text("\n".join(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS)))
     BertTokenizerFast(str(vocabulary)).save_pretrained(folder)

@@ -93,7 +93,7 @@ def test_module_cost(monkeypatch: pytest.MonkeyPatch, tiny_bert: str, tmp_path: 
         entries = row["num_method_params"]
         assert entries["deltas"] == entries["plain"] > 0
         peaks = {name: arm["accelerator_memory_max"] for name, arm in row["arms"].items()}
-        assert peaks["plain"] == peaks["plain again"] < peaks["deltas"]
+        assert peaks["plain"] == peaks["plain again"] <= peaks["deltas"]
     assert rows["query"]["num_method_params"]["supermask"] < rows["query"]["num_method_params"]["deltas"]
     table = (tmp_path / "module_cost.md").read_text()
     assert table.count("| supermask |") == len(module_cost.MASKED)
