@@ -50,7 +50,7 @@ def answers(model: nn.Module, tensors: Mapping[str, Tensor], batches: Iterable[B
 
     Args:
         model: a classifier of transformers.
-        tensors: by parameter name; the model's own where there is none.
+        tensors: by parameter name; the model's own tensor where none is given.
         batches: with labels.
     """
     model.eval()
@@ -130,7 +130,7 @@ def contributions(
     Args:
         model: a classifier of transformers, run in evaluation mode.
         start: w0, named tensors with n entries together.
-        end: w1, likewise.
+        end: w1, the tensors after training, by the same names.
         rest: other parameters that replace the model's own.
         batches: with labels; the loss is the mean over their rows.
         points: passes over the batches.

@@ -50,7 +50,7 @@ from peft_lntune.analysis.distances import CONTROLS as DISTANCE_CONTROLS
 from peft_lntune.analysis.distances import DISTANCES
 
 CLOSER = 10.0  # times closer than two random models are to each other: the bound set before measuring
-UNEVEN = 1.5  # times the layer that moves least: likewise
+UNEVEN = 1.5  # times the layer that moves least: the bound set before measuring
 SAID = {"angle": "angle", "mean_l1": "mean L1"}  # the paper's two distances
 MEASURES = [*DISTANCES, *(f"{control}_{name}" for control in DISTANCE_CONTROLS for name in DISTANCES)]
 ABOUT_CLOSENESS = (

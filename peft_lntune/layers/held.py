@@ -1,5 +1,7 @@
 """The deltas, supermasks and prefixes of an adapter in the layers of a model."""
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from peft_lntune.core.delta_module import Delta
@@ -9,7 +11,7 @@ from peft_lntune.layers.module import ModuleLayer
 from peft_lntune.layers.prefix import PrefixLayer
 from peft_lntune.layers.replacing import PARAMETERS, ReplacementLayer
 
-__all__ = ["deltas_of", "prefixes_of", "supermasks_of", "without_fsdp"]
+__all__ = ["deltas_in", "deltas_of", "prefixes_of", "supermasks_of", "without_fsdp"]
 
 
 def deltas_of(model: nn.Module, adapter_name: str) -> dict[str, Delta]:
@@ -22,9 +24,29 @@ def deltas_of(model: nn.Module, adapter_name: str) -> dict[str, Delta]:
     Returns:
         The deltas by the name `<module>.lntune_<parameter>`.
     """
+    found = {}
+    for name, delta in deltas_in(dict(model.named_modules()), adapter_name).items():
+        module, _, parameter = name.rpartition(".")
+        found[f"{without_fsdp(module)}.lntune_{parameter}"] = delta
+    return found
+
+
+def deltas_in(called: Mapping[str, nn.Module], adapter_name: str) -> dict[str, Delta]:
+    """The deltas of an adapter among given modules, by the names of the parameters that they are added to.
+
+    With the `called_modules` of a base model these are the names of the base parameters. PEFT's names would not do: a
+    head's copy holds copies of the layers of other adapters.
+
+    Args:
+        called: modules by name.
+        adapter_name: the adapter.
+
+    Returns:
+        The delta modules, by `<module>.weight` or `<module>.bias`.
+    """
     return {
-        f"{without_fsdp(name)}.lntune_{parameter}": layer.deltas(parameter)[adapter_name]
-        for name, layer in model.named_modules()
+        f"{place}.{parameter}": layer.deltas(parameter)[adapter_name]
+        for place, layer in called.items()
         if isinstance(layer, ReplacementLayer)
         for parameter in PARAMETERS
         if adapter_name in layer.deltas(parameter)

@@ -169,7 +169,7 @@ def call_with_rows(
         norm: the module; afterwards it is as it was, also when its forward raises. Not for two threads at once.
         x: its input, `(B, ..., d)`.
         weight: `weight + offset` of each sample, `(B, 1, ..., d)` or whatever broadcasts over `x`; float32 or wider.
-        bias: the bias of each sample, of the shape and dtype of `weight`; None where there is none.
+        bias: bias per sample, of the shape and dtype of `weight`, or None.
         *args: further arguments of the module's forward, such as a gate.
         **kwargs: further arguments by name.
 
@@ -213,7 +213,7 @@ def with_rows(
         own: its forward, `forward_of(norm)`.
         x: its input, `(B, ..., d)`.
         weight: `weight + offset` of each sample, `(B, 1, ..., d)` or whatever broadcasts over `x`; float32 or wider.
-        bias: the bias of each sample, of the shape and dtype of `weight`; None where there is none.
+        bias: bias per sample, of the shape and dtype of `weight`, or None.
         *args: further arguments of the module's forward, such as a gate.
         **kwargs: further arguments by name.
 

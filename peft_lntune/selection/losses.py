@@ -83,7 +83,7 @@ def token_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tenso
     Args:
         logits: `(B, T, C)`.
         labels: `(B, T)` int64; -100 is ignored, and a sample with no other label has loss 0.
-        reduction: `"mean"` or `"sum"` over the tokens of a sample.
+        reduction: `"mean"` or `"sum"` over each sample's tokens.
 
     Returns:
         The losses, `(B,)`.

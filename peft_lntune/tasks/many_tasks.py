@@ -19,6 +19,7 @@ from peft_lntune.core.detour import Detour
 from peft_lntune.core.module_tree import base_modules, called_modules
 from peft_lntune.errors import ConfigError, RoutingError, UnsupportedError
 from peft_lntune.layers import ReplacementLayer, switched_off, unmerged_layers
+from peft_lntune.layers.held import deltas_in
 from peft_lntune.routing.base_rows import BaseRows
 from peft_lntune.routing.entries import Entries
 from peft_lntune.routing.heads import HeadRun, RowGroups, group_rows, layers_of, tensors_within
@@ -30,7 +31,7 @@ from peft_lntune.selection.losses import Batch, Head
 from peft_lntune.tasks.losses import RowLoss, default_losses, losses_of_rows
 from peft_lntune.tasks.optimizer import TaskOptimizer
 from peft_lntune.tasks.parameters import TaskParameters
-from peft_lntune.tuner.read_adapter import Adapter, AdapterReader, deltas_in, tensors_of
+from peft_lntune.tuner.read_adapter import Adapter, AdapterReader, tensors_of
 
 __all__ = ["ManyTasks"]
 

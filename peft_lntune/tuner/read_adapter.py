@@ -11,11 +11,10 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from peft_lntune.config import LNTuneConfig, LNTuningConfig, StoredConfig, parts_of
-from peft_lntune.core.delta import PARAMETERS, scatter, unpack_bits
-from peft_lntune.core.delta_module import Delta
+from peft_lntune.core.delta import scatter, unpack_bits
 from peft_lntune.core.module_tree import base_modules, called_modules
 from peft_lntune.errors import ConfigError, UnsupportedError
-from peft_lntune.layers import ReplacementLayer
+from peft_lntune.layers.held import deltas_in
 from peft_lntune.norms.find import Norm, find_norms
 from peft_lntune.norms.names import own_parameter, role_of
 from peft_lntune.planning.claims import check_architecture
@@ -25,7 +24,7 @@ from peft_lntune.storage.saved_adapter import SavedAdapter
 from peft_lntune.tuner.restoring import told_by_us
 from peft_lntune.tuner.state_dict import check_shapes, unpack_by
 
-__all__ = ["Adapter", "AdapterReader", "AdapterSource", "deltas_in", "tensors_of"]
+__all__ = ["Adapter", "AdapterReader", "AdapterSource", "tensors_of"]
 
 AdapterSource = str | os.PathLike | tuple[PeftModel, str]
 """A folder that `save_pretrained` wrote, or a model and the name of one of its adapters."""
@@ -226,27 +225,6 @@ class AdapterReader:
                 every[inside[key]] = tensors[key].to(wide) - own[key].detach().to(tensors[key].device, wide)
             rest[head] = {key: value for key, value in tensors.items() if key not in inside}
         return Adapter(every, rest)
-
-
-def deltas_in(called: Mapping[str, nn.Module], adapter_name: str) -> dict[str, Delta]:
-    """Find the deltas of an adapter by the names of base parameters.
-
-    PEFT's names would not do: a head's copy holds copies of the layers of other adapters.
-
-    Args:
-        called: the `called_modules` of a base model.
-        adapter_name: the adapter.
-
-    Returns:
-        The delta modules, by `<module>.weight` or `<module>.bias`.
-    """
-    return {
-        f"{place}.{parameter}": layer.deltas(parameter)[adapter_name]
-        for place, layer in called.items()
-        if isinstance(layer, ReplacementLayer)
-        for parameter in PARAMETERS
-        if adapter_name in layer.deltas(parameter)
-    }
 
 
 def tensors_of(modules: Mapping[str, nn.Module], name: str = "") -> dict[str, Tensor]:

@@ -1,13 +1,13 @@
 """The table of methods, and a method that is added to it: its config, its layer, the method and one row."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from peft_lntune import LNTuningConfig, UnifiedConfig, plan
@@ -15,7 +15,7 @@ from peft_lntune.config.base import PART_KINDS, LNTuneConfig, part_kind
 from peft_lntune.errors import ConfigError, NoMatchError, UnsupportedError
 from peft_lntune.layers import InsertedLayer
 from peft_lntune.planning.facts import ModelFacts
-from peft_lntune.planning.methods import METHODS, Injection, WeightedSum, method_of
+from peft_lntune.planning.methods import METHODS, Injection, method_of
 from peft_lntune.planning.methods.inserted import InsertedMethod
 from peft_lntune.planning.targets import is_chosen
 from peft_lntune.planning.types import Plan, PlannedModule
@@ -78,6 +78,7 @@ class ScaleLayer(InsertedLayer):
 
 class Scales(InsertedMethod):
     name = "scale"
+    no_sum = "has factors, and a weighted sum of factors does not weigh their effects."
 
     def plan(self, facts: ModelFacts, config: Any, counts: Any = None) -> Plan:
         found = {n: m for n, m in facts.modules.items() if isinstance(m, nn.Linear) and is_chosen(config, n)}
@@ -88,9 +89,6 @@ class Scales(InsertedMethod):
     def make_layer(self, injection: Injection, part: PlannedModule) -> ScaleLayer:
         module: Any = injection.modules[part.name]
         return ScaleLayer(injection.route, part.name, module.out_features)
-
-    def sum_parts(self, facts: ModelFacts, parts: Mapping[str, Sequence[Any]], wanted: WeightedSum) -> list[PeftConfig]:
-        raise UnsupportedError("a weighted sum of factors is none of effects.")
 
 
 # 4. The row.

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from peft_lntune.core.shared import Place
+from peft_lntune.errors import UnsupportedError
 from peft_lntune.layers import ReplacementLayer
 from peft_lntune.planning.facts import ModelFacts
 from peft_lntune.planning.types import Plan, PlannedModule
@@ -100,6 +101,8 @@ class Method(ABC):
     """Whether its layers replace modules, so that shared modules and tied parameters matter."""
     has_masks: ClassVar[bool] = False
     """Whether `set_masks` can choose among its entries."""
+    no_sum: ClassVar[str] = "has a part without a weighted sum. Make several active instead: set_adapter({names!r})."
+    """Why there is no weighted sum, for a method that does not override `sum_parts`; `{names!r}` are the adapters."""
 
     # Before anything changes.
 
@@ -237,9 +240,10 @@ class Method(ABC):
 
     # Sums.
 
-    @abstractmethod
     def sum_parts(self, facts: ModelFacts, parts: Mapping[str, Sequence[Any]], wanted: WeightedSum) -> list[PeftConfig]:
-        """Make the configs of this method's parts of a weighted sum of adapters. Nothing is changed.
+        """Make the configs of this method's parts of a weighted sum of adapters; by default this is refused.
+
+        Nothing is changed.
 
         Args:
             facts: facts of the model that holds the adapters.
@@ -252,6 +256,7 @@ class Method(ABC):
         Raises:
             UnsupportedError: the parts have no such sum.
         """
+        raise UnsupportedError(f"adapter {next(iter(parts))!r} {self.no_sum.format(names=list(wanted.totals))}")
 
     def sum_into(self, model: nn.Module, wanted: WeightedSum, into: str) -> bool:
         """Fill an adapter that was injected with the configs of `sum_parts`.

@@ -1,23 +1,22 @@
 """Keys and values that every query of an attention also sees."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from torch import Tensor, nn
 
 from peft_lntune.architectures.attention import find_attention
 from peft_lntune.config import PrefixConfig
 from peft_lntune.config.prefix import ATTENTION_ROLES
 from peft_lntune.core.prefix import Prefix
-from peft_lntune.errors import NoMatchError, UnsupportedError
+from peft_lntune.errors import NoMatchError
 from peft_lntune.layers import PrefixLayer
 from peft_lntune.layers.held import prefixes_of
 from peft_lntune.planning.facts import ModelFacts
 from peft_lntune.planning.gaps import find_gaps
 from peft_lntune.planning.methods.inserted import InsertedMethod
-from peft_lntune.planning.methods.method import Counts, Injection, WeightedSum
+from peft_lntune.planning.methods.method import Counts, Injection
 from peft_lntune.planning.targets import is_chosen
 from peft_lntune.planning.types import Plan, PlannedModule
 
@@ -30,6 +29,10 @@ class Prefixes(InsertedMethod):
     """A prefix at each chosen attention."""
 
     name = "prefix"
+    no_sum = (
+        "has a prefix, and attention over two prefixes is not a weighted sum of attention over each. Make both active "
+        "instead: set_adapter({names!r})."
+    )
 
     def plan(self, facts: ModelFacts, config: PrefixConfig, counts: Counts = None) -> Plan:
         """Plan a prefix at each chosen attention module.
@@ -119,25 +122,6 @@ class Prefixes(InsertedMethod):
         for prefix in prefixes_of(model, adapter_name):
             prefix.fold_()
         return tensors
-
-    def sum_parts(self, facts: ModelFacts, parts: Mapping[str, Sequence[Any]], wanted: WeightedSum) -> list[PeftConfig]:
-        """Refuse: prefixes have no weighted sum.
-
-        Args:
-            facts: facts of the model that holds the adapters.
-            parts: the prefix parts of each adapter, by adapter name.
-            wanted: the sum.
-
-        Returns:
-            Never.
-
-        Raises:
-            UnsupportedError: always.
-        """
-        raise UnsupportedError(
-            f"adapter {next(iter(parts))!r} has a prefix, and attention over two prefixes is not a weighted sum of "
-            f"attention over each. Make both active instead: set_adapter({list(wanted.totals)!r})."
-        )
 
 
 def folded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

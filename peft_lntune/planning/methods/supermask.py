@@ -1,12 +1,11 @@
 """Masks over the weights of components, or of named modules."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from torch import Tensor, nn
 
 from peft_lntune.config import SupermaskConfig
@@ -16,7 +15,7 @@ from peft_lntune.layers import ModuleLayer
 from peft_lntune.layers.held import supermasks_of
 from peft_lntune.planning.components import find_component_parameters
 from peft_lntune.planning.facts import ModelFacts
-from peft_lntune.planning.methods.method import Counts, WeightedSum
+from peft_lntune.planning.methods.method import Counts
 from peft_lntune.planning.methods.replacing import ReplacingMethod
 from peft_lntune.planning.targets import is_chosen, is_saved
 from peft_lntune.planning.types import Plan, PlannedModule
@@ -29,6 +28,10 @@ class Supermasks(ReplacingMethod):
     """A mask over each chosen weight."""
 
     name = "supermask"
+    no_sum = (
+        "has supermasks, and a weighted sum of masks is not a mask. Make several active instead, which keeps what all "
+        "of them keep: peft_model.base_model.set_adapter({names!r})."
+    )
 
     def plan(self, facts: ModelFacts, config: SupermaskConfig, counts: Counts = None) -> Plan:
         """Plan a mask over each chosen weight.
@@ -146,26 +149,6 @@ class Supermasks(ReplacingMethod):
             shape = weight.shape if block is None else block.shape_in(weight.shape)
             shapes[name] = shape, config.initial_score if trained else None
         return shapes
-
-    def sum_parts(self, facts: ModelFacts, parts: Mapping[str, Sequence[Any]], wanted: WeightedSum) -> list[PeftConfig]:
-        """Refuse: supermasks have no weighted sum.
-
-        Args:
-            facts: facts of the model that holds the adapters.
-            parts: the supermask parts of each adapter, by adapter name.
-            wanted: the sum.
-
-        Returns:
-            Never.
-
-        Raises:
-            UnsupportedError: always.
-        """
-        name, instead = next(iter(parts)), f"peft_model.base_model.set_adapter({list(wanted.totals)!r})"
-        raise UnsupportedError(
-            f"adapter {name!r} has supermasks, and a weighted sum of masks is not a mask. Make several active instead, "
-            f"which keeps what all of them keep: {instead}."
-        )
 
 
 def with_scores(
