@@ -19,9 +19,13 @@ from peft_lntune.analysis import Table, plot_score_map, score_map
 from peft_lntune.cli.data import (
     NAME_COLUMNS,
     TEXT_COLUMNS,
+    Labels,
+    class_names,
     count_cut,
+    describe_data,
     find_columns,
     find_labels,
+    read_labels,
     read_table,
     read_texts,
 )
@@ -36,7 +40,10 @@ from peft_lntune.storage.atomic import new_file
 
 __all__ = ["FisherMasks", "command", "fisher_masks", "load_classifier"]
 
-_OF_DATA = ("data", "text_columns", "label_column", "regression", "encoding", "num_samples", "batch_size", "max_length")
+_OF_DATA = (
+    *("data", "text_columns", "label_column", "label_separator", "regression", "encoding"),
+    *("num_samples", "batch_size", "max_length"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +64,13 @@ class FisherMasks:
 
 
 def load_classifier(
-    model: str, labels: Sequence[Any], seed: int = 0, source: str = "the data", regression: bool | None = None
-) -> tuple[nn.Module, PreTrainedTokenizerBase, list]:
+    model: str,
+    labels: Sequence[Any],
+    seed: int = 0,
+    source: str = "the data",
+    regression: bool | None = None,
+    names: Sequence[str] = (),
+) -> tuple[nn.Module, PreTrainedTokenizerBase, list, Labels]:
     """Load a classifier and its tokenizer, and encode the labels for it.
 
     A model without a head for classification gets a randomly initialized, seeded head for the classes in the labels.
@@ -70,9 +82,11 @@ def load_classifier(
         seed: seed of a random head.
         source: name of the data, for errors.
         regression: whether numbers are values; None decides by their form.
+        names: names of classes that come with the data, in the order of their numbers. They name the classes of a head
+            that has none of its own (`LABEL_0`, `LABEL_1`).
 
     Returns:
-        The model, the tokenizer, and the labels as numbers.
+        The model, the tokenizer, the labels as numbers, and what kind of labels they are.
 
     Raises:
         DataError: a label is damaged, or the model's own head does not have it.
@@ -80,6 +94,8 @@ def load_classifier(
     config = AutoConfig.from_pretrained(model)
     headed = any("ForSequenceClassification" in name for name in config.architectures or ())
     known = {str(name): number for name, number in (config.label2id or {}).items()} if headed else {}
+    if list(known) == [f"LABEL_{number}" for number in range(len(names))]:
+        known = {name: number for number, name in enumerate(names)}
     found = find_labels(labels, source, True if len(known) == 1 else regression, known)
     options = {} if headed else {"num_labels": len(found.names) or 1, "problem_type": found.problem_type}
     with torch.random.fork_rng(devices=[]):
@@ -90,7 +106,7 @@ def load_classifier(
         tokenizer.pad_token = tokenizer.eos_token
     if loaded.config.pad_token_id is None:
         loaded.config.pad_token_id = tokenizer.pad_token_id
-    return loaded, tokenizer, found.encode(labels, source)
+    return loaded, tokenizer, found.encode(labels, source), found
 
 
 def fisher_masks(
@@ -204,7 +220,12 @@ def _table(model: nn.Module, scores: Mapping[str, Tensor], masks: Mapping[str, T
     "--label-column", default="label", show_default=True, metavar="NAME", help="Column of classes, or of values."
 )
 @click.option(
-    "--regression/--no-regression", default=None, help="Whether numbers are values.  [default: by their form]"
+    "--label-separator", metavar="TEXT", help="What stands between the classes of a row, as | in toxic|insult."
+)
+@click.option(
+    "--regression/--no-regression",
+    default=None,
+    help="Whether numbers are values; with no, each label is a class.  [default: by their form]",
 )
 @click.option("--encoding", default="utf-8-sig", show_default=True, help="Encoding of a text file, such as latin-1.")
 @click.option("--density", type=float, help="Fraction of the entries to choose.  [default: 0.2]")
@@ -240,6 +261,7 @@ def command(
     out: Path,
     text_columns: tuple[str, ...],
     label_column: str,
+    label_separator: str | None,
     regression: bool | None,
     encoding: str,
     density: float | None,
@@ -282,9 +304,11 @@ def command(
             rows.column_names, [(*names, label_column) for names in choices], str(data), NAME_COLUMNS
         )
         texts = [read_texts(rows[column], column, str(data)) for column in columns]
-        loaded, tokenizer, labels = load_classifier(model, rows[label_column][:], seed, str(data), regression)
+        raw, names = read_labels(rows, [label_column], str(data), label_separator), class_names(rows, label_column)
+        loaded, tokenizer, labels, kind = load_classifier(model, raw, seed, str(data), regression, names)
         cut = count_cut(tokenizer, texts, settings["max_length"])
-        click.echo(f"{data}: {len(rows):,} rows with {' and '.join(columns)}, {cut:,} of them cut", err=True)
+        counted = f"{len(rows):,} rows of {data}"
+        click.echo(describe_data(counted, columns, cut, settings["max_length"], kind.describe(labels)), err=True)
         found = fisher_masks(loaded.to(device), tokenizer, [*zip(*texts, strict=True)], labels, **settings)
     _save(found.masks, out, found.source)
     if scores is not None:
