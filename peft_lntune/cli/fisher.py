@@ -17,9 +17,13 @@ from peft_lntune.analysis import Table, score_map
 from peft_lntune.cli.data import (
     NAME_COLUMNS,
     TEXT_COLUMNS,
+    Labels,
+    class_names,
     count_cut,
+    describe_data,
     find_columns,
     find_labels,
+    read_labels,
     read_table,
     read_texts,
 )
@@ -49,8 +53,13 @@ class FisherMasks:
 
 
 def load_classifier(
-    model: str, labels: Sequence[Any], seed: int = 0, source: str = "the data", regression: bool | None = None
-) -> tuple[nn.Module, PreTrainedTokenizerBase, list]:
+    model: str,
+    labels: Sequence[Any],
+    seed: int = 0,
+    source: str = "the data",
+    regression: bool | None = None,
+    names: Sequence[str] = (),
+) -> tuple[nn.Module, PreTrainedTokenizerBase, list, Labels]:
     """Load a classifier and its tokenizer, and encode the labels for it.
 
     A model without a head for classification gets a randomly initialized, seeded head for the classes in the labels.
@@ -62,9 +71,11 @@ def load_classifier(
         seed: seed of a random head.
         source: name of the data, for errors.
         regression: whether numbers are values; None decides by their form.
+        names: names of classes that come with the data, in the order of their numbers. They name the classes of a head
+            that has none of its own (`LABEL_0`, `LABEL_1`).
 
     Returns:
-        The model, the tokenizer, and the labels as numbers.
+        The model, the tokenizer, the labels as numbers, and what kind of labels they are.
 
     Raises:
         DataError: a label is damaged, or the model's own head does not have it.
@@ -72,6 +83,8 @@ def load_classifier(
     config = AutoConfig.from_pretrained(model)
     headed = any("ForSequenceClassification" in name for name in config.architectures or ())
     known = {str(name): number for name, number in (config.label2id or {}).items()} if headed else {}
+    if list(known) == [f"LABEL_{number}" for number in range(len(names))]:
+        known = {name: number for number, name in enumerate(names)}
     found = find_labels(labels, source, True if len(known) == 1 else regression, known)
     options = {} if headed else {"num_labels": len(found.names) or 1, "problem_type": found.problem_type}
     with torch.random.fork_rng(devices=[]):
@@ -82,7 +95,7 @@ def load_classifier(
         tokenizer.pad_token = tokenizer.eos_token
     if loaded.config.pad_token_id is None:
         loaded.config.pad_token_id = tokenizer.pad_token_id
-    return loaded, tokenizer, found.encode(labels, source)
+    return loaded, tokenizer, found.encode(labels, source), found
 
 
 def fisher_masks(
@@ -201,6 +214,7 @@ def load_data(
     text_columns: Sequence[str],
     label_column: str,
     *,
+    label_separator: str | None = None,
     regression: bool | None = None,
     encoding: str = "utf-8-sig",
     max_length: int = 128,
@@ -213,6 +227,7 @@ def load_data(
         data: file of texts and labels, as for `read_table`.
         text_columns: one column of texts, or two for pairs; none: those in `TEXT_COLUMNS`.
         label_column: column of labels.
+        label_separator: what stands between the classes of a row, if a row can have several.
         regression: whether numbers are values; None decides by their form.
         encoding: of a text file.
         max_length: number of tokens that are kept of each text.
@@ -230,9 +245,10 @@ def load_data(
         rows.column_names, [(*names, label_column) for names in choices], str(data), NAME_COLUMNS
     )
     texts = [read_texts(rows[column], column, str(data)) for column in columns]
-    loaded, tokenizer, labels = load_classifier(model, rows[label_column][:], seed, str(data), regression)
+    raw, names = read_labels(rows, [label_column], str(data), label_separator), class_names(rows, label_column)
+    loaded, tokenizer, labels, kind = load_classifier(model, raw, seed, str(data), regression, names)
     cut = count_cut(tokenizer, texts, max_length)
-    said = f"{data}: {len(rows):,} rows with {' and '.join(columns)}, {cut:,} of them cut"
+    said = describe_data(f"{len(rows):,} rows of {data}", columns, cut, max_length, kind.describe(labels))
     return loaded, tokenizer, [*zip(*texts, strict=True)], labels, said
 
 
