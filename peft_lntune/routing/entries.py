@@ -6,7 +6,7 @@ and the place of samples in each layer is looked up, or measured (`peft_lntune.r
 
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -42,6 +42,7 @@ class Entries:
         watched: returns the layers that follow the route, by their label in `route.rows`.
         known: facts by call layout, where they outlive this object; None: a dict of this object.
         on_packed: called before a batch of packed rows runs, with its rows by token.
+        refused: methods of the model that are refused while a route is on.
     """
 
     def __init__(
@@ -51,11 +52,12 @@ class Entries:
         watched: Callable[[], Mapping[str, nn.Module]],
         known: dict[object, Any] | None = None,
         on_packed: Callable[[PackedRows], None] = lambda packed: None,
+        refused: Sequence[str] = CONTINUOUS,
     ) -> None:
         self.root, self.route, self.watched = root, route, watched
         self._known = {} if known is None else known
         self._inside: set[int] = set()
-        self.on_packed = on_packed
+        self.on_packed, self.refused = on_packed, refused
         self._placeholders = _placeholders(getattr(root, "config", None))
         self._fused = any(isinstance(module, nn.TransformerEncoderLayer) for module in root.modules())
 
@@ -75,7 +77,7 @@ class Entries:
         ]
         if callable(getattr(self.root, "generate", None)):
             found.append(Detour(self.root, self.route, self._generate, "generate"))
-        for method in CONTINUOUS:
+        for method in self.refused:
             if callable(getattr(self.root, method, None)):
                 found.append(Detour(self.root, self.route, refuse_continuous, method))
         return found
@@ -250,9 +252,9 @@ def refuse_continuous(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
         RoutingError: always.
     """
     raise RoutingError(
-        f"continuous batching ({', '.join(CONTINUOUS)}) packs requests into one row and runs in a thread of its own, "
-        "so it follows no route and no `adapter_names`. Call generate, with a name for each sample, or make one "
-        "adapter active."
+        f"continuous batching ({', '.join(CONTINUOUS)}) runs in a thread of its own, so it does not follow this route. "
+        "Outside of the route, name the adapter of each request: generate_batch(inputs, adapter_names=[...]) of the "
+        "PeftModel, or an AdapterBank."
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peft_lntune.routing.samples import Noise, Sums, run_copy, sums_of
 
-__all__ = ["Probe", "TokenFact", "axes_of", "measure_tokens", "probes_of"]
+__all__ = ["Probe", "TokenFact", "axes_of", "measure_causal", "measure_tokens", "probes_of"]
 
 
 class TokenFact(NamedTuple):
@@ -96,6 +96,24 @@ def measure_tokens(
         label: _judge(calls, [run.calls.get(label, []) for run in noisy], probes)
         for label, calls in plain.calls.items()
     }
+
+
+def measure_causal(model: nn.Module, watched: Mapping[str, nn.Module]) -> dict[str, TokenFact] | None:
+    """Measure where each watched layer of a causal language model has its tokens, with a sequence of three.
+
+    Noise in a token may change this one and those behind it, so the order of the tokens is measured too.
+
+    Args:
+        model: the model, called with `input_ids`.
+        watched: layers of the model by a label.
+
+    Returns:
+        Facts by label, for the layers that were called; None where a copy of the model cannot be made or run.
+    """
+    device = next(model.parameters()).device
+    ids, place = torch.arange(3, device=device)[None], torch.arange(3)[None]
+    probes = [Probe(place >= first, place >= first) for first in (1, 2)]
+    return measure_tokens(model, (), {"input_ids": ids, "use_cache": False}, probes, watched)
 
 
 class _TokenNoise(Noise):
