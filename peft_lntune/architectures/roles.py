@@ -7,13 +7,16 @@ do not cover or would misread.
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 from peft_lntune.architectures.role_rules import Tree, role_in
 from peft_lntune.architectures.table import ARCHITECTURES
 
-__all__ = ["ROLES", "find_roles"]
+__all__ = ["ROLES", "Role", "find_roles"]
 
-ROLES = {
+Role = Literal["attention", "cross_attention", "ffn", "mixer", "qk", "embedding", "final"]
+
+ROLES: dict[Role, str] = {
     "attention": "feeds or closes self-attention",
     "cross_attention": "feeds or closes attention over an encoder's output",
     "ffn": "feeds or closes the feed-forward layer, experts included",

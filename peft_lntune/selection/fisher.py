@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from peft_lntune.selection.scores import register_score
 __all__ = [
     "FISHER_KINDS",
     "MAX_CLASSES",
+    "FisherKind",
     "FisherState",
     "add_samples",
     "fisher_scores",
@@ -34,7 +35,8 @@ __all__ = [
     "several_processes",
 ]
 
-FISHER_KINDS = ("empirical", "mc", "exact")
+FisherKind = Literal["empirical", "mc", "exact"]
+FISHER_KINDS: tuple[FisherKind, ...] = get_args(FisherKind)
 
 MAX_CLASSES = 32
 """The exact kind runs one backward pass per class, up to this many."""

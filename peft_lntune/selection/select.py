@@ -4,15 +4,17 @@ import math
 import re
 from collections.abc import Mapping
 from numbers import Integral
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from peft_lntune.errors import ConfigError
 
-__all__ = ["SCOPES", "group_of", "select"]
+__all__ = ["SCOPES", "Scope", "group_of", "select"]
 
-SCOPES = ("global", "tensor", "layer")
+Scope = Literal["global", "tensor", "layer"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 
 def select(
