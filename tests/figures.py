@@ -1,4 +1,4 @@
-"""The figures of the documentation, computed from `benchmarks/results`: the functions that `docs/figures.toml` calls."""
+"""The figures of the documentation, computed from `benchmarks/results`: the functions `docs/figures.toml` calls."""
 
 import json
 import re
