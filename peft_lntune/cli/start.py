@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,9 +18,10 @@ def load_package() -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Load the package, and unless stderr is a terminal, switch off progress bars and what libraries log.
+    """Load the package, and unless stderr is a terminal, switch off progress bars and reports of libraries.
 
-    Warnings stay. What libraries log of missing weights is an error of ours (`peft_lntune.cli.models`).
+    What libraries log of missing weights is an error of ours (`peft_lntune.cli.models`). Warnings stay, but for those
+    of features that will change: they address the authors of the calling code.
 
     Yields:
         Nothing; the old settings return when the block ends.
@@ -37,7 +39,10 @@ def quiet() -> Iterator[None]:
         shown = bars.is_progress_bar_enabled()
         bars.disable_progress_bar()
         try:
-            yield
+            with warnings.catch_warnings():
+                for kind in (DeprecationWarning, FutureWarning):
+                    warnings.simplefilter("ignore", kind)
+                yield
         finally:
             if shown:
                 bars.enable_progress_bar()
