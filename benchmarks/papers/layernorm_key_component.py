@@ -241,7 +241,7 @@ def write_report(rows: Rows, results: Path, scope: Scope) -> None:
         plot_dots(results / picture, panels, f"Accuracy after {scope.protocol.steps} steps")
         parts.append(f"![Accuracy by what is tuned, on {' and '.join(panel.title for panel in panels)}]({picture})")
         parts.append(f"{ABOUT_DOTS} {ABOUT_ACROSS}")
-    full = {task: rows for task in scope.tasks if (rows := found.of(task, "full"))}
+    full = {task: ran for task in scope.tasks if (ran := found.of(task, "full"))}
     if full:
         parts += ["## What full fine-tuning changes", CHANGE_NOTES]
     limits = change_limits(full)
@@ -368,8 +368,8 @@ def _sides(scope: Scope, task: str) -> dict[str, list[Side]]:
         found[f"{100 * density:g} % of the entries"] = [Side(SAID[mask], mask, at) for mask in scope.masks]
     for name, others in scope.unions:
         if name == task:
-            at = {"density": DENSITY, "mask_tasks": list(others)}
-            found.setdefault(f"{AT} of the entries", []).append(Side(UNION_SAID, "union", at))
+            joined = Side(UNION_SAID, "union", {"density": DENSITY, "mask_tasks": list(others)})
+            found.setdefault(f"{AT} of the entries", []).append(joined)
     return found
 
 

@@ -304,8 +304,8 @@ def _few(compared: Comparison, scope: Scope, results: Path) -> Iterator[str]:
 
 
 def _about_few(compared: Comparison) -> str:
-    searched = {LARGEST: {"count": COUNT, "parameter": "weight"}, OTHER_LARGEST: {"count": COUNT}}
-    norms, others = (compared.rates(arm, **at) or NOT_RUN for arm, at in searched.items())
+    searched = (of_norms(LARGEST, "weight", COUNT), of_others(OTHER_LARGEST, COUNT))
+    norms, others = (_rates(compared, side) or NOT_RUN for side in searched)
     return (
         "`mean size` is the mean |w| of the chosen entries before training. Entries are ranked over all gains, or over "
         "all biases, together. The median is that of an entry's own vector, since each norm has a level of its own. "
