@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -46,6 +46,8 @@ from benchmarks.harness.tables import NOT_RUN, mean_and_spread, of_what_ran
 from benchmarks.harness.tasks import TEXT_COLUMNS
 from benchmarks.papers.accuracy import ABOVE_HEAD, NEAR_FULL
 from peft_lntune import LNTuningConfig, ModuleTuningConfig, plan
+from peft_lntune.architectures.table import ComponentName
+from peft_lntune.config.deltas import Tune
 from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.errors import NoMatchError, UnsupportedError
 
@@ -443,8 +445,8 @@ def shape_of(model: str) -> Shape:
     config = AutoConfig.from_pretrained(model)
     with torch.device("meta"):
         empty = classes(2).auto_class.from_config(config)
-    norms = {parameter: _entries(empty, LNTuningConfig(tune=parameter)) for parameter in PARAMETERS}
-    there = tuple(name for name in ALONE if _entries(empty, ModuleTuningConfig(components=[name])))
+    norms = {parameter: _entries(empty, LNTuningConfig(tune=cast(Tune, parameter))) for parameter in PARAMETERS}
+    there = tuple(name for name in ALONE if _entries(empty, ModuleTuningConfig(components=[cast(ComponentName, name)])))
     return Shape(there, config.num_hidden_layers, {name: size for name, size in norms.items() if size})
 
 
