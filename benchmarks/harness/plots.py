@@ -26,7 +26,7 @@ def plot_against_size(path: Path, panels: Mapping[str, Scores], sizes: Mapping[s
 
     Args:
         path: PNG file.
-        panels: task -> dtype of the base -> arm -> scores, one a seed; the first dtype is drawn with
+        panels: task -> dtype of the base -> arm -> scores, one per seed; the first dtype is drawn with
             filled markers, the others with hollow ones.
         sizes: arm -> tuned entries beside the head.
         title: above the panels.
@@ -49,7 +49,7 @@ def plot_curves(
 
     Args:
         path: PNG file.
-        panels: task -> name -> points, each the tuned entries and the scores, one a seed. The points of a
+        panels: task -> name -> points, each the tuned entries and the scores, one per seed. The points of a
             name with several are joined.
         title: above the panels.
         bands: names of one point that are drawn across the panel, since they tune far more than the others.
@@ -89,7 +89,7 @@ def plot_along(
 
     Args:
         path: PNG file.
-        panels: task -> name -> points, each its place and the scores, one a seed. The points of a name are joined.
+        panels: task -> name -> points, each its place and the scores, one per seed. The points of a name are joined.
         title: above the panels.
         along: what the axis is.
         upright: what the scores are; None: those of the task's metric.

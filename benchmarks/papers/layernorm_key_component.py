@@ -70,7 +70,7 @@ def write_change(rows: Sequence[Row], results: Path, stem: str) -> Iterator[str]
     """Write a task's CSV and picture, and yield the paragraphs of its section.
 
     Args:
-        rows: of `full`, one a seed.
+        rows: of `full`, one per seed.
         results: folder.
         stem: name of both files without its ending.
     """
