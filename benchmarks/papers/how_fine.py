@@ -67,7 +67,7 @@ def distance_bounds(rows: Mapping[str, Sequence[Row]]) -> Iterator[str]:
     """Yield the lines that say whether the paper's two claims on distances hold.
 
     Args:
-        rows: task -> rows of `full`, one a seed.
+        rows: task -> rows of `full`, one per seed.
     """
     layers = [_table(row, "layers") for each in rows.values() for row in each]
     close = (
@@ -110,7 +110,7 @@ def write_closeness(
     """Write a task's CSV and picture, and yield the paragraphs of its section.
 
     Args:
-        rows: of `full`, one a seed.
+        rows: of `full`, one per seed.
         results: folder.
         stem: name of both files without its ending.
         planned: number of seeds.
