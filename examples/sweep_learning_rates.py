@@ -19,7 +19,7 @@ import torch
 import transformers
 from methods import METHODS, find_head
 from peft import get_peft_model
-from task_data import add_task_options, errors_as_text
+from task_data import add_task_options, errors_as_text, say
 from text_classification import task_or_demo
 from training import Run, Task, load_base, make_trainer, quiet
 from transformers import TrainingArguments
@@ -115,6 +115,14 @@ def format_table(found: Found) -> str:
     return str(Table(["learning rate", *columns], rows))
 
 
+def warn_of_rates(found: Found, chance: float | None) -> None:
+    """Say which rates end no better than an answer that does not look at the input."""
+    lost = [f"{rate:g}" for rate, values in found.items() if chance is not None and not values["loss"] < chance]
+    if lost:
+        rates = ", ".join(lost)
+        say(f"warning: at {rates} the validation loss is not below that of chance ({chance:.3f}): nothing was learned")
+
+
 def plot(found: Found, path: Path) -> None:
     """Draw loss and metrics over the learning rate."""
     from matplotlib.figure import Figure
@@ -151,6 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         task, model = task_or_demo(args)
         found, seconds = sweep(task, model, args.rates, args)
     print(format_table(found))
+    warn_of_rates(found, task.chance)
     alone = time_alone(task, model, args)
     rows = max(1, args.batch_size // len(args.rates))
     print(
