@@ -16,7 +16,7 @@ FLOORS = [
     {"architectures", "storage"},
     {"norms"},
     {"routing", "selection"},
-    {"config", "analysis", "layers"},
+    {"config", "analysis", "layers", "continuous"},
     {"planning"},
     {"tuner"},
     {"interop", "bank"},

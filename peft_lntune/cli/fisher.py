@@ -17,9 +17,13 @@ from peft_lntune.analysis import Table, score_map
 from peft_lntune.cli.data import (
     NAME_COLUMNS,
     TEXT_COLUMNS,
+    Labels,
+    class_names,
     count_cut,
+    describe_data,
     find_columns,
     find_labels,
+    read_labels,
     read_table,
     read_texts,
 )
@@ -50,8 +54,13 @@ class FisherMasks:
 
 
 def load_classifier(
-    model: str, labels: Sequence[Any], seed: int = 0, source: str = "the data", regression: bool | None = None
-) -> tuple[nn.Module, PreTrainedTokenizerBase, list]:
+    model: str,
+    labels: Sequence[Any],
+    seed: int = 0,
+    source: str = "the data",
+    regression: bool | None = None,
+    names: Sequence[str] = (),
+) -> tuple[nn.Module, PreTrainedTokenizerBase, list, Labels]:
     """Load a classifier and its tokenizer, and encode the labels for it.
 
     A model without a head for classification gets a randomly initialized, seeded head for the classes in the labels.
@@ -63,24 +72,29 @@ def load_classifier(
         seed: seed of a random head.
         source: name of the data, for errors.
         regression: whether numbers are values; None decides by their form.
+        names: names of classes that come with the data, in the order of their numbers. They name the classes of a head
+            that has none of its own (`LABEL_0`, `LABEL_1`).
 
     Returns:
-        The model, the tokenizer, and the labels as numbers.
+        The model, the tokenizer, the labels as numbers, and what kind of labels they are.
 
     Raises:
         DataError: a label is damaged, or the model's own head does not have it.
         ConfigError: there is no such model, or it lacks weights outside of its head, or a tokenizer.
     """
-    return _load_classifier(model, labels, seed, source, regression)[:3]
+    loaded, tokenizer, encoded, found, _ = _load_classifier(model, labels, seed, source, regression, names)
+    return loaded, tokenizer, encoded, found
 
 
 def _load_classifier(
-    model: str, labels: Sequence[Any], seed: int, source: str, regression: bool | None
-) -> tuple[nn.Module, PreTrainedTokenizerBase, list, list[str]]:
+    model: str, labels: Sequence[Any], seed: int, source: str, regression: bool | None, names: Sequence[str]
+) -> tuple[nn.Module, PreTrainedTokenizerBase, list, Labels, list[str]]:
     """As `load_classifier`, with the names of the parameters that are random."""
     config = read_model_config(model)
     headed = any("ForSequenceClassification" in name for name in config.architectures or ())
     known = {str(name): number for name, number in (config.label2id or {}).items()} if headed else {}
+    if list(known) == [f"LABEL_{number}" for number in range(len(names))]:
+        known = {name: number for number, name in enumerate(names)}
     found = find_labels(labels, source, True if len(known) == 1 else regression, known)
     encoded = found.encode(labels, source)
     tokenizer = load_tokenizer(model)
@@ -96,7 +110,7 @@ def _load_classifier(
         tokenizer.pad_token = tokenizer.eos_token
     if loaded.config.pad_token_id is None:
         loaded.config.pad_token_id = tokenizer.pad_token_id
-    return loaded, tokenizer, encoded, missing
+    return loaded, tokenizer, encoded, found, missing
 
 
 def fisher_masks(
@@ -215,6 +229,7 @@ def load_data(
     text_columns: Sequence[str],
     label_column: str,
     *,
+    label_separator: str | None = None,
     regression: bool | None = None,
     encoding: str = "utf-8-sig",
     max_length: int = 128,
@@ -227,6 +242,7 @@ def load_data(
         data: file of texts and labels, as for `read_table`.
         text_columns: one column of texts, or two for pairs; none: those in `TEXT_COLUMNS`.
         label_column: column of labels.
+        label_separator: what stands between the classes of a row, if a row can have several.
         regression: whether numbers are values; None decides by their form.
         encoding: of a text file.
         max_length: number of tokens that are kept of each text.
@@ -244,13 +260,12 @@ def load_data(
         rows.column_names, [(*names, label_column) for names in choices], str(data), NAME_COLUMNS
     )
     texts = [read_texts(rows[column], column, str(data)) for column in columns]
-    loaded, tokenizer, labels, random_names = _load_classifier(
-        model, rows[label_column][:], seed, str(data), regression
-    )
+    raw, names = read_labels(rows, [label_column], str(data), label_separator), class_names(rows, label_column)
+    loaded, tokenizer, labels, kind, missing = _load_classifier(model, raw, seed, str(data), regression, names)
     cut = count_cut(tokenizer, texts, max_length)
-    said = f"{data}: {len(rows):,} rows with {' and '.join(columns)}, {cut:,} of them cut"
-    if random_names:
-        said += f"\n{model} has no weights for {', '.join(random_names)}: random, with seed {seed}"
+    said = describe_data(f"{len(rows):,} rows of {data}", columns, cut, max_length, kind.describe(labels))
+    if missing:
+        said += f"\n{model} has no weights for {', '.join(missing)}: random, with seed {seed}"
     return loaded, tokenizer, [*zip(*texts, strict=True)], labels, said
 
 

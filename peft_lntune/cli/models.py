@@ -125,7 +125,14 @@ def load_model(
     """
     kind = _class_for(read_model_config(model, options.get("revision")), task_type, class_name)
     loaded, info = kind.from_pretrained(model, output_loading_info=True, **options)
-    check_weights(model, set(info["missing_keys"]) - set(saved_beside))
+    missing = set(info["missing_keys"]) - set(saved_beside)
+    if loaded.base_model is loaded:
+        # Checkpoints with a head often lack the pooler; without a head, most users do not read its output.
+        poolers = {name for name in missing if name.startswith("pooler.")}
+        if poolers:
+            warnings.warn(f"{model} has no weights for {', '.join(sorted(poolers))}: they are random.", stacklevel=2)
+        missing -= poolers
+    check_weights(model, missing)
     return loaded
 
 

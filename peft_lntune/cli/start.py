@@ -20,15 +20,16 @@ def load_package() -> None:
 def quiet() -> Iterator[None]:
     """Load the package, and unless stderr is a terminal, switch off progress bars and reports of libraries.
 
-    What libraries log of missing weights is an error of ours (`peft_lntune.cli.models`). Warnings stay, but for those
-    of features that will change: they address the authors of the calling code.
+    What libraries log of missing weights is an error of ours (`peft_lntune.cli.models`). Warnings stay, one line each,
+    except those of features that will change: they address the authors of the calling code.
 
     Yields:
         Nothing; the old settings return when the block ends.
     """
     if sys.stderr.isatty():
         load_package()
-        yield
+        with _one_line_per_warning():
+            yield
         return
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
@@ -39,12 +40,20 @@ def quiet() -> Iterator[None]:
         shown = bars.is_progress_bar_enabled()
         bars.disable_progress_bar()
         try:
-            with warnings.catch_warnings():
-                for kind in (DeprecationWarning, FutureWarning):
-                    warnings.simplefilter("ignore", kind)
+            with _one_line_per_warning():
                 yield
         finally:
             if shown:
                 bars.enable_progress_bar()
     finally:
         logging.disable(before)
+
+
+@contextmanager
+def _one_line_per_warning() -> Iterator[None]:
+    """Show warnings without the place in the code that gave them."""
+    with warnings.catch_warnings():
+        for kind in (DeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", kind)
+        warnings.showwarning = lambda message, *_, **__: print(f"Warning: {message}", file=sys.stderr)
+        yield

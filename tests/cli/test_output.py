@@ -53,9 +53,11 @@ def test_each_command_is_tried():
 def test_results_are_on_stdout_and_nothing_on_stderr(name, folder, tmp_path):
     result = run_at(80, *arguments(name, folder, tmp_path))
     assert result.exit_code == 0
-    # fisher says what it has understood of the data.
-    said = f"{folder / 'train.jsonl'}: 12 rows with text, 0 of them cut\n" if name == "fisher" else ""
-    assert result.stderr == said
+    if name == "fisher":  # says what it has understood of the data
+        assert result.stderr.count("\n") == 1
+        assert "12 rows" in result.stderr
+    else:
+        assert result.stderr == ""
     assert result.stdout.strip()
     long = [line for line in result.stdout.splitlines() if len(line) > 80 and str(tmp_path.parent) not in line]
     assert long == []

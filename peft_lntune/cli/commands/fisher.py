@@ -14,7 +14,10 @@ from peft_lntune.cli.options import OutFile, csv_option, is_given, json_option, 
 
 __all__ = ["command"]
 
-_OF_DATA = ("data", "text_columns", "label_column", "regression", "encoding", "num_samples", "batch_size", "max_length")
+_OF_DATA = (
+    *("data", "text_columns", "label_column", "label_separator", "regression", "encoding"),
+    *("num_samples", "batch_size", "max_length"),
+)
 
 
 def _check(
@@ -81,7 +84,12 @@ def _check_used(score: str, taken: Collection[str]) -> None:
     "--label-column", default="label", show_default=True, metavar="NAME", help="Column of classes, or of values."
 )
 @click.option(
-    "--regression/--no-regression", default=None, help="Whether numbers are values.  [default: by their form]"
+    "--label-separator", metavar="TEXT", help="What stands between the classes of a row, as | in toxic|insult."
+)
+@click.option(
+    "--regression/--no-regression",
+    default=None,
+    help="Whether numbers are values; with no, each label is a class.  [default: by their form]",
 )
 @click.option("--encoding", default="utf-8-sig", show_default=True, help="Encoding of a text file, such as latin-1.")
 @click.option(
@@ -118,6 +126,7 @@ def command(
     out: Path,
     text_columns: tuple[str, ...],
     label_column: str,
+    label_separator: str | None,
     regression: bool | None,
     encoding: str,
     density: float | None,
@@ -166,6 +175,7 @@ def command(
             data,
             text_columns,
             label_column,
+            label_separator=label_separator,
             regression=regression,
             encoding=encoding,
             max_length=settings["max_length"],
