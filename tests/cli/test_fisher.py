@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from peft_lntune import LNTuningConfig, fisher_scores, select
 from peft_lntune.cli.fisher import fisher_masks, load_classifier
 from peft_lntune.errors import ConfigError, DataError
+from peft_lntune.selection.scores import SCORES
 from tests.cli.saved import refused, run, save_model, task, write_rows
 
 
@@ -164,6 +165,11 @@ def test_budgets(options, said, model, data, tmp_path):
     options = [*options, "--count", "100000"]
     assert refused(run("fisher", "--model", model, "--data", data, "--out", out, *options), said)
     assert not out.exists()
+
+
+def test_the_help_names_every_score():
+    shown = " ".join(run("fisher", "--help").stdout.split())
+    assert all(name in shown.partition("Score to choose by:")[2].partition(".")[0] for name in SCORES)
 
 
 def test_no_rows(model):
