@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from peft_lntune.architectures.roles import ROLES, Role
+from peft_lntune.choices import ROLES, Role
 from peft_lntune.config.base import check_roles, part_kind
 from peft_lntune.config.deltas import DeltaConfig
 

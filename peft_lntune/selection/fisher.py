@@ -10,12 +10,13 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from peft_lntune.choices import FISHER_KINDS
 from peft_lntune.core.module_tree import base_model
 from peft_lntune.errors import ConfigError, DataError, UnsupportedError
 from peft_lntune.norms.per_sample import PerSample, per_sample
@@ -27,16 +28,12 @@ from peft_lntune.selection.scores import register_score
 __all__ = [
     "FISHER_KINDS",
     "MAX_CLASSES",
-    "FisherKind",
     "FisherState",
     "add_samples",
     "fisher_scores",
     "own_share",
     "several_processes",
 ]
-
-FisherKind = Literal["empirical", "mc", "exact"]
-FISHER_KINDS: tuple[FisherKind, ...] = get_args(FisherKind)
 
 MAX_CLASSES = 32
 """The exact kind runs one backward pass per class, up to this many."""

@@ -4,17 +4,14 @@ import math
 import re
 from collections.abc import Mapping
 from numbers import Integral
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from peft_lntune.choices import SCOPES
 from peft_lntune.errors import ConfigError
 
-__all__ = ["SCOPES", "Scope", "group_of", "select"]
-
-Scope = Literal["global", "tensor", "layer"]
-SCOPES: tuple[Scope, ...] = get_args(Scope)
+__all__ = ["SCOPES", "group_of", "select"]
 
 
 def select(
