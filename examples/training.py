@@ -1,4 +1,4 @@
-"""The loop that the examples share: one run of one method on one task, saved, resumed, reloaded, and shown in a table.
+"""The training loop of the examples: one run of one method on one task, saved, resumed, reloaded and shown in a table.
 
 Every method trains the same head (see `methods.find_head`), from the same seed, on the same batches, without weight
 decay. What differs between tasks is a `Task`: its head, its rows, how they become batches, how logits are scored.
@@ -318,11 +318,15 @@ def add_options(parser: argparse.ArgumentParser, out: Path) -> None:
     parser.add_argument("--epochs", type=float, default=3.0, help="default 3")
     parser.add_argument("--max-steps", type=int, help="instead of --epochs")
     parser.add_argument("--batch-size", type=int, default=32, help="default 32")
-    parser.add_argument("--lr", type=float, help="of all but the head; default: the method's own, 1e-3 for most")
+    parser.add_argument(
+        "--lr", type=float, help="learning rate of all but the head; default: the method's own, 1e-3 for most"
+    )
     parser.add_argument("--head-learning-rate", type=float, default=HEAD_LR, help=f"default {HEAD_LR:g}")
-    parser.add_argument("--seed", type=int, default=0, help="of the head, the order of the rows and dropout; default 0")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="for the head, the order of the rows and dropout; default 0"
+    )
     parser.add_argument("--out", type=Path, default=out, help=f"default {out}")
-    parser.add_argument("--resume", action="store_true", help="keep finished methods, go on with a killed one")
+    parser.add_argument("--resume", action="store_true", help="keep finished methods and resume a killed one")
 
 
 def try_methods(runs: Sequence[Run], task: Task) -> None:

@@ -1,4 +1,4 @@
-"""Mixed batches as PEFT serves them: many adapters in the model, a name for each row."""
+"""Mixed batches as PEFT serves them: many adapters in the model, one name per row."""
 
 import copy
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""Result rows: one JSON object a line, appended as soon as it is known, so that a killed run goes on where it was."""
+"""Result rows: one JSON object per line, appended when it is known, so that a killed run resumes where it stopped."""
 
 import json
 import os
