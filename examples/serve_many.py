@@ -38,7 +38,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from peft_lntune import AdapterBank
 from peft_lntune.errors import DataError, PeftLNTuneError
 
-CHARACTERS = 20  # a token is hardly ever longer; what is longer than so many a token is not even cut into tokens
+CHARACTERS = 20  # a token is rarely longer; a text with more characters per token is not tokenized at all
 TASK = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 Tokens = dict[str, list[int]]
 

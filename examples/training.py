@@ -30,7 +30,7 @@ from peft_lntune.analysis import Table
 from peft_lntune.errors import DataError, PeftLNTuneError
 from peft_lntune.interop import last_whole_checkpoint
 
-SAVE_EVERY = 200  # steps between checkpoints, which --resume goes on from
+SAVE_EVERY = 200  # steps between checkpoints, from which --resume continues
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Result:
 
 
 class ProgressBar(transformers.TrainerCallback):
-    """One bar a run, with the loss beside it."""
+    """One progress bar per run, with the loss."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -247,7 +247,7 @@ def warn_of_chance(run: Run, task: Task, losses: Sequence[float]) -> None:
 
 
 def check_resumable(run: Run, folder: Path) -> None:
-    """Refuse to go on with a folder that holds a run with other settings."""
+    """Refuse to continue in a folder that contains a run with other settings."""
     settings = folder / "settings.json"
     other = json.loads(settings.read_text()) if settings.is_file() else asdict(run)
     changed = [f"{k} {other.get(k)!r}, now {v!r}" for k, v in asdict(run).items() if other.get(k) != v]
@@ -256,7 +256,7 @@ def check_resumable(run: Run, folder: Path) -> None:
 
 
 def train_method(run: Run, task: Task, folder: Path, *, resume: bool = False, checkpoints: bool = True) -> Result:
-    """Train, evaluate and save one method; with `resume`, read a finished run or go on from a checkpoint."""
+    """Train, evaluate and save one method; with `resume`, read a finished run or continue from a checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     finished, kept = folder / "result.json", folder / "checkpoints"
     if resume:
@@ -265,7 +265,7 @@ def train_method(run: Run, task: Task, folder: Path, *, resume: bool = False, ch
             return Result(**json.loads(finished.read_text()))
     else:
         finished.unlink(missing_ok=True)
-        shutil.rmtree(kept, ignore_errors=True)  # of an earlier run; a later --resume must not go on from them
+        shutil.rmtree(kept, ignore_errors=True)  # of an earlier run; a later --resume must not continue from them
     (folder / "settings.json").write_text(json.dumps(asdict(run)))
     base = load_base(task, run.model, run.seed)
     head = count_head(base)
