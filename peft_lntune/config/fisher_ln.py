@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from peft_lntune.choices import FISHER_KINDS, SCOPES
+from peft_lntune.choices import FISHER_KINDS, SCOPES, FisherKind, Scope
 from peft_lntune.config.base import check_choice, check_type, part_kind
 from peft_lntune.config.ln_tuning import LNTuningConfig
 from peft_lntune.errors import ConfigError
@@ -46,8 +46,8 @@ class FisherLNConfig(LNTuningConfig):
     """
 
     density: float = 0.2
-    fisher: str = "empirical"
-    scope: str = "global"
+    fisher: FisherKind = "empirical"
+    scope: Scope = "global"
     num_samples: int = 1024
     seed: int = 0
 

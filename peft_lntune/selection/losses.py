@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from peft_lntune.errors import DataError, UnsupportedError
 
 __all__ = [
+    "IGNORED",
     "LOSS_HEADS",
     "Head",
     "LossTerm",
