@@ -5,8 +5,8 @@
     python examples/text_classification.py --data-dir my_data --text-column title body --label-column topic \\
         --predict my_data/test.csv
 
-Labels are class names or numbers, lists of them (several classes per text), or values (--regression). Texts without
-labels are answered by --predict: a table with scores stands beside each method's adapter.
+Labels are class names or numbers, lists of them (several classes per text), or values (--regression). For texts without
+labels, --predict writes a table of scores beside each method's adapter.
 
 Every method trains the same head (see `methods.find_head`), from the same seed, on the same batches, without weight
 decay. `head` trains nothing else and is the control: a frozen body.
