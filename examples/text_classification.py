@@ -29,6 +29,7 @@ from training import Run, Task, add_options, compare, default_model, load_tokeni
 from transformers import AutoModelForSequenceClassification
 
 from peft_lntune.cli.data import count_cut, describe_data, find_columns, read_table, read_texts
+from peft_lntune.errors import DataError
 
 PREDICTIONS = "predictions.csv"
 
@@ -79,6 +80,9 @@ def read_unlabelled(file: Path, data: TaskData, encoding: str) -> datasets.Datas
     find_columns(rows.column_names, [data.columns], str(file))
     for column in data.columns:
         read_texts(rows[column], column, str(file))
+    taken = [name for name in rows.column_names if name == "prediction" or name.startswith("score_")]
+    if taken:
+        raise DataError(f"{file} has the column {taken[0]!r}, which {PREDICTIONS} would overwrite. Rename it.")
     return rows
 
 
