@@ -45,7 +45,7 @@ format: $(VENV)/.test  ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 clean:  ## remove the virtual environment and what tests leave behind
-	rm -rf $(VENV) $(OLDEST) docs/_build docs/api docs/results docs/project .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis runs
+	rm -rf $(VENV) $(OLDEST) docs/_build docs/api docs/inside docs/jupyter_execute docs/results docs/project .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis runs
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,8 +1,9 @@
 """How Sphinx builds the site: `make docs`. Warnings are errors, so a link to a page that is gone fails the build."""
 
 import os
-import re
+import pkgutil
 import shutil
+import sys
 from importlib import import_module
 from importlib.metadata import version as version_of
 from pathlib import Path
@@ -11,6 +12,9 @@ from sphinx.application import Sphinx
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+sys.path.insert(0, str(DOCS))
+from links import relink  # noqa: E402
+
 # Pages that stand elsewhere in the repository, where people who read it there look for them; copied at each build.
 COPIED = {
     "CHANGELOG.md": "project/changelog.md",
@@ -57,9 +61,6 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 
-LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
-
-
 def _rewrite(app: Sphinx, docname: str, source: list[str]) -> None:
     """Lead links between files of the repository to their pages; a file without a page becomes plain text."""
     here = _origin(docname)
@@ -67,20 +68,17 @@ def _rewrite(app: Sphinx, docname: str, source: list[str]) -> None:
         readme = (ROOT / "README.md").read_text().partition("\n")[2]
         source[0], here = source[0].replace("README", readme, 1), "README.md"
 
-    def page(match: re.Match[str]) -> str:
-        image, text, link = match.groups()
+    def page(link: str) -> str | None:
         target, _, anchor = link.partition("#")
         path = (ROOT / here).parent.joinpath(target).resolve()
         if not target or "://" in target or not path.exists():
-            return match[0]  # Sphinx says which link is broken
+            return link  # Sphinx says which link is broken
         found = _page(path.relative_to(ROOT).as_posix())
         if found is None:
-            return text
-        found = os.path.relpath(DOCS / found, (DOCS / docname).parent)
-        return f"{image}[{text}]({found}{'#' if anchor else ''}{anchor})"
+            return None
+        return f"{os.path.relpath(DOCS / found, (DOCS / docname).parent)}{'#' if anchor else ''}{anchor}"
 
-    fences = re.split(r"(```.*?```)", source[0], flags=re.DOTALL)
-    source[0] = "".join(part if part.startswith("```") else LINK.sub(page, part) for part in fences)
+    source[0] = relink(source[0], page)
 
 
 def _origin(docname: str) -> str:
@@ -107,17 +105,35 @@ def _copy(app: Sphinx) -> None:
 
 
 def _write_api(app: Sphinx) -> None:
-    folder = DOCS / "api"
-    folder.mkdir(exist_ok=True)
-    for room, about in ROOMS.items():
-        exported = import_module(room).__all__
-        again = "" if room == project else ", ".join(set(exported) & set(import_module(project).__all__))
+    for name in ROOMS:
+        again = "" if name == project else ", ".join(set(_exported(name)) & set(_exported(project)))
         options = [":members:", ":imported-members:", ":show-inheritance:", f":exclude-members: {again}"]
-        page = f"# {room}\n\n{about}\n\n```{{eval-rst}}\n.. automodule:: {room}\n"
-        page += "".join(f"   {option}\n" for option in options) + "```\n"
-        file = folder / f"{room.rpartition('.')[2]}.md"
-        if not file.exists() or file.read_text() != page:
-            file.write_text(page)
+        _write_page("api", name, f"{ROOMS[name]}\n\n{_automodule(name, options)}")
+    for room in pkgutil.iter_modules(import_module(project).__path__, f"{project}."):
+        if room.ispkg and room.name not in ROOMS:
+            inside = pkgutil.iter_modules(import_module(room.name).__path__, f"{room.name}.")
+            names = [module.name for module in inside if not module.name.endswith("__main__")]
+            # The public ones among them have their place under their public names.
+            parts = [f"## {name}\n\n{_automodule(name, [':members:', ':no-index:'])}" for name in names]
+            about = f"{import_module(room.name).__doc__}\n\nNot public: names may change between versions.\n\n"
+            _write_page("inside", room.name, about + "\n".join(parts))
+
+
+def _exported(module: str) -> list[str]:
+    return list(import_module(module).__all__)
+
+
+def _automodule(name: str, options: list[str]) -> str:
+    lines = "".join(f"   {option}\n" for option in options)
+    return f"```{{eval-rst}}\n.. automodule:: {name}\n{lines}```\n"
+
+
+def _write_page(folder: str, room: str, text: str) -> None:
+    file = DOCS / folder / f"{room.rpartition('.')[2]}.md"
+    file.parent.mkdir(exist_ok=True)
+    page = f"# {room}\n\n{text}"
+    if not file.exists() or file.read_text() != page:
+        file.write_text(page)
 
 
 def setup(app: Sphinx) -> None:

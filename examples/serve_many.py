@@ -74,7 +74,7 @@ class Tasks:
         """Take a task's adapter into the bank, if it is not there.
 
         Raises:
-            HTTPException: 400 the name is none or leads out of the folder, 404 there is no such adapter, 500 it is
+            HTTPException: 400 the name is invalid or leads out of the folder, 404 there is no such adapter, 500 it is
                 damaged or does not fit.
         """
         folder = self._folder / task

@@ -43,7 +43,7 @@ class Task:
         head: how that head is made: `num_labels` and the like.
         collator: rows -> one padded batch.
         evaluate: logits of the validation rows, in order -> metrics.
-        chance: the training loss of an answer that is always the same; None where it is not known.
+        chance: the training loss of an answer that does not look at the input; None where it is not known.
     """
 
     peft_type: str
@@ -235,14 +235,14 @@ def check_equal(reloaded: np.ndarray, trained: np.ndarray, folder: Path, what: s
     print(f"reloaded {folder}: {what} are bit-equal to those after training")
 
 
-def warn_of_chance(run: Run, task: Task, losses: Sequence[float]) -> None:
-    """Say so where the last losses are no better than those of an answer that is always the same."""
+def warn_of_chance(method: str, rate: float, chance: float | None, trainer: Trainer) -> None:
+    """Say so where the last losses are no better than those of an answer that does not look at the input."""
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     last = float(np.mean(losses[-5:])) if losses else None
-    if last is not None and task.chance is not None and not last < task.chance:
+    if last is not None and chance is not None and not last < chance:
         say(
-            f"warning: {run.method} ends with a loss of {last:.3f}, not below that of chance ({task.chance:.3f}): "
-            f"nothing was learned. Try a lower --lr (now {run.lr or METHODS[run.method].lr:g}), or more steps where it "
-            "still falls."
+            f"warning: {method} ends with a loss of {last:.3f}, not below that of chance ({chance:.3f}): nothing was "
+            f"learned. Try a lower --lr (now {rate:g}), or more steps where it still falls."
         )
 
 
@@ -273,7 +273,7 @@ def train_method(run: Run, task: Task, folder: Path, *, resume: bool = False, ch
     trainer = make_trainer(run, model, task, kept if checkpoints else None)
     last = last_whole_checkpoint(kept) if resume else None
     trained = trainer.train(resume_from_checkpoint=last)
-    warn_of_chance(run, task, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    warn_of_chance(run.method, trainer.args.learning_rate, task.chance, trainer)
     logits = predict(trainer, task)
     result = Result(
         method=run.method,

@@ -34,6 +34,11 @@ class Metric:
         """
         return -difference if self.smaller else difference
 
+    @property
+    def along(self) -> str:
+        """Return the name of the figure at the axis of a plot."""
+        return f"{self.said} (smaller is better)" if self.smaller else self.said
+
     def held_out(self, metrics: Mapping[str, float]) -> float:
         """Return how good a run of the search was; more is better."""
         return self.gain(metrics[f"held_out_{self.name}"])

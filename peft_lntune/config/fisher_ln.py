@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
+from peft_lntune.choices import FISHER_KINDS, SCOPES, FisherKind, Scope
 from peft_lntune.config.base import check_choice, check_type, part_kind
 from peft_lntune.config.ln_tuning import LNTuningConfig
 from peft_lntune.errors import ConfigError
-from peft_lntune.selection.fisher import FISHER_KINDS
-from peft_lntune.selection.select import SCOPES
 
 __all__ = ["FisherLNConfig"]
 
@@ -47,8 +46,8 @@ class FisherLNConfig(LNTuningConfig):
     """
 
     density: float = 0.2
-    fisher: str = "empirical"
-    scope: str = "global"
+    fisher: FisherKind = "empirical"
+    scope: Scope = "global"
     num_samples: int = 1024
     seed: int = 0
 

@@ -81,9 +81,9 @@ def test_equal_seeds_give_equal_drawings():
 
 
 def test_errors(images, cache, tmp_path):
-    with pytest.raises(SystemExit, match=r"error: cannot load .*nowhere"):
+    with pytest.raises(SystemExit, match=r"error: .*nowhere.train has no folders of classes\. Wanted are two"):
         main(["--data-dir", str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit, match="error: no model 'no-such-model': "):
         main(["--model", "no-such-model"])
-    with pytest.raises(DataError, match="has no part validation; it has train"):
+    with pytest.raises(DataError, match="train has no folders of classes"):
         read_images(images / "train", None)
