@@ -165,9 +165,7 @@ class TestManager:
     def test_a_request_keeps_an_adapter_that_is_removed(self):
         """Its row in the bank is another adapter's by then."""
         tuned, plain, bank = banked("a", "b")
-        manager = plain.init_continuous_batching(
-            generation_config=generation(), continuous_batching_config=small()
-        )
+        manager = plain.init_continuous_batching(generation_config=generation(), continuous_batching_config=small())
         request = manager.add_request(PROMPT, adapter="a")
         bank.remove("a")
         bank.add("other", (tuned, "b"))
@@ -234,9 +232,7 @@ class TestManager:
     def test_an_engine_that_cannot_follow_fails_its_requests(self):
         """A norm that lost its detour would run without adapter."""
         _, plain, bank = banked()
-        manager = plain.init_continuous_batching(
-            generation_config=generation(), continuous_batching_config=small()
-        )
+        manager = plain.init_continuous_batching(generation_config=generation(), continuous_batching_config=small())
         request = manager.add_request(PROMPT, adapter="a")
         plain.model.norm = torch.nn.RMSNorm(16)
         manager.start()
@@ -265,9 +261,7 @@ def test_operations_do_not_depend_on_the_number_of_adapters():
     bank._requests.facts()  # measured once
     counts = set()
     for names in (["a"] * 8, list("abcdfghi"), ["a", "b"] * 4):
-        manager = plain.init_continuous_batching(
-            generation_config=generation(), continuous_batching_config=small()
-        )
+        manager = plain.init_continuous_batching(generation_config=generation(), continuous_batching_config=small())
         manager.warmup()
         for name in names:
             manager.add_request(PROMPT[:5], adapter=name)
