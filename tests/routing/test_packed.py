@@ -51,9 +51,7 @@ class TestPackedRows:
         mask = torch.ones_like(batch["input_ids"])
         with routing(way, adapt(build("llama"), "a", "b")) as run, torch.no_grad():
             for changed in ({"use_cache": True}, {"attention_mask": mask}):
-                with pytest.raises(
-                    RoutingError, match=r"layernorm: a change of one sequence reaches it"
-                ):
+                with pytest.raises(RoutingError, match=r"layernorm: a change of one sequence reaches it"):
                     run(NAMES, **batch | changed)
             run(NAMES, **batch)
 
