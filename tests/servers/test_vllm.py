@@ -96,13 +96,14 @@ class Server:
             "dtype": "float32", "max-model-len": 128,
         }  # fmt: skip
         given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enable-lora", "--enforce-eager", *given],
-            env={**os.environ, **environment},
-            stdout=log.open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        end = time.monotonic() + 600
+        with log.open("w") as said:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enable-lora", "--enforce-eager", *given],
+                env={**os.environ, **environment},
+                stdout=said,
+                stderr=subprocess.STDOUT,
+            )
+        end = time.monotonic() + 900
         while time.monotonic() < end and self._process.poll() is None:
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5).close()
