@@ -116,9 +116,7 @@ def group_of(name: str, scope: str) -> str:
     return found[0] if found else name.rpartition(".")[0]
 
 
-def _best(
-    scores: Mapping[str, Tensor], allowed: Mapping[str, Tensor], number: int, largest: bool
-) -> dict[str, Tensor]:
+def _best(scores: Mapping[str, Tensor], allowed: Mapping[str, Tensor], number: int, largest: bool) -> dict[str, Tensor]:
     """The best of the allowed entries, at most so many."""
     device = next(iter(scores.values())).device
     flat = torch.cat([score.detach().reshape(-1).to(device) for score in scores.values()])
