@@ -5,8 +5,8 @@ from pathlib import Path
 import click
 
 from peft_lntune.cli.models import adapter_to_folder, load_adapted
-from peft_lntune.cli.output import new_folder
 from peft_lntune.interop.peft_ln_tuning import to_stock
+from peft_lntune.storage.atomic import new_folder
 
 __all__ = ["command", "export_peft_ln_tuning"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from peft_lntune.cli.models import adapter_to_folder, load_adapted
-from peft_lntune.cli.output import new_folder
+from peft_lntune.storage.atomic import new_folder
 
 __all__ = ["command", "merge_adapter"]
 

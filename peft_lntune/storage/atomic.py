@@ -1,4 +1,4 @@
-"""Atomic writes: a file appears whole or not at all, and a killed process leaves nothing behind."""
+"""Atomic writes: a file or folder appears whole or not at all, and a killed process leaves nothing behind."""
 
 import errno
 import os
@@ -7,14 +7,16 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp
+
+from peft_lntune.errors import ConfigError
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["STAGING", "new_file", "put", "staging"]
+__all__ = ["STAGING", "locked", "new_file", "new_folder", "put", "staging"]
 
 STAGING = ".lntune-writing-"
 """Prefix of the names of folders that hold files before they are moved to their places."""
@@ -48,6 +50,31 @@ def new_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Make a folder to write into, and move it to `path` when the block ends.
+
+    Args:
+        path: the folder to make; it must be missing or empty.
+
+    Yields:
+        The folder to write into.
+
+    Raises:
+        ConfigError: `path` exists and is not an empty folder.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"{path} exists and is not an empty folder. Give a new one; nothing is overwritten.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+        made = Path(folder, path.name)
+        made.mkdir()
+        yield made
+        if path.exists():
+            path.rmdir()
+        os.replace(made, path)
+
+
+@contextmanager
 def staging(folder: Path) -> Iterator[Path]:
     """Make a temporary folder inside `folder`, for files that `put` then moves to their places.
 
@@ -66,7 +93,7 @@ def staging(folder: Path) -> Iterator[Path]:
         _clear_if_left(entry)
     with ExitStack() as stack:
         made = Path(mkdtemp(dir=folder, prefix=STAGING))
-        while stack.enter_context(_locked(made)) is False or not made.is_dir():
+        while stack.enter_context(locked(made)) is False or not made.is_dir():
             made = Path(mkdtemp(dir=folder, prefix=STAGING))  # another process removed the first before it was locked
         try:
             yield made
@@ -101,7 +128,7 @@ def _usual_mode(folder: Path) -> int:
 
 
 def _clear_if_left(entry: Path) -> None:
-    with _locked(entry) as held:
+    with locked(entry) as held:
         try:
             old = time.time() - entry.stat().st_mtime > _DAY
         except OSError:
@@ -111,13 +138,20 @@ def _clear_if_left(entry: Path) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[bool | None]:
-    """Lock a folder. Yields True; False if another process holds the lock; None if there are no locks."""
+def locked(path: Path) -> Iterator[bool | None]:
+    """Lock a folder or a file inside this context against other calls of this function. The process holds the lock.
+
+    Args:
+        path: the folder or file.
+
+    Yields:
+        True; False if another process holds the lock; None if the path cannot be locked.
+    """
     opened = None
     held: bool | None = None
     if fcntl is not None:
         try:
-            opened = os.open(folder, os.O_RDONLY)
+            opened = os.open(path, os.O_RDONLY)
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held = True
         except OSError as error:
