@@ -28,7 +28,7 @@ from task_data import Collator, TaskData, add_task_options, errors_as_text, read
 from training import Run, Task, add_options, compare, default_model, load_tokenizer, make_trainer, predict, quiet
 from transformers import AutoModelForSequenceClassification
 
-from peft_lntune.cli.data import count_cut, find_columns, read_table, read_texts
+from peft_lntune.cli.data import count_cut, describe_data, find_columns, read_table, read_texts
 
 PREDICTIONS = "predictions.csv"
 
@@ -48,10 +48,7 @@ def text_task(data: TaskData, model: str) -> Task:
     parts = {"train": data.train, "validation": data.validation}
     cut = [count_cut(tokenizer, [rows[c] for c in data.columns], data.max_length) for rows in parts.values()]
     counts = " and ".join(f"{len(rows):,} {part} rows" for part, rows in parts.items())
-    say(
-        f"data: {counts}; texts in {', '.join(data.columns)}, {sum(cut):,} of them cut at {data.max_length} tokens; "
-        f"labels: {data.labels.describe(data.train['label'][:])}"
-    )
+    say(describe_data(counts, data.columns, sum(cut), data.max_length, data.labels.describe(data.train["label"][:])))
     names = data.labels.names
     named = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}} if names else {}
     return Task(

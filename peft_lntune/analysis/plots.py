@@ -5,10 +5,8 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
-from peft_lntune.analysis.change import MEASURES
-from peft_lntune.analysis.distances import DISTANCES
-from peft_lntune.analysis.sizes import SIZES
 from peft_lntune.analysis.tables import Table
+from peft_lntune.choices import DISTANCES, MEASURES, SIZES
 from peft_lntune.errors import ConfigError
 
 __all__ = ["plot_change", "plot_closeness", "plot_magnitude", "plot_overlap", "plot_score_map", "plot_sparsity"]

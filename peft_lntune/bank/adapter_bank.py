@@ -12,7 +12,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from peft_lntune.bank.bank_file import BLOCK, BankFile, save_bank
+from peft_lntune.bank.continuous import BankAdapters
 from peft_lntune.bank.heads import Heads
+from peft_lntune.continuous.adapters import next_serial
 from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.core.detour import Detour
 from peft_lntune.core.module_tree import called_modules
@@ -94,7 +96,9 @@ class AdapterBank:
         self._free: deque[int] = deque()
         self._next = 1
         self._saved: BankFile | None = None
+        self._serials: dict[str, int] = {}
         self._detours: list[Detour] = []
+        self._requests = BankAdapters(self)
 
     # Contents.
 
@@ -189,7 +193,7 @@ class AdapterBank:
             if self._saved is not None:
                 self._saved.pending.pop(name, None)
             slot = self._slots.pop(name)
-            del self._names[slot]
+            del self._names[slot], self._serials[name]
             self._give_back([slot])
 
     def index(self, names: Sequence[str]) -> Tensor:
@@ -325,9 +329,10 @@ class AdapterBank:
             check_free(modules[name] for name in self._reader.norms)
             for name, norm in self._reader.norms.items():
                 self._put(Detour(modules[name], self._route, NormRun(modules[name], norm, self._route)))
-            for detour in Entries(self._base, self._route, self._watched).detours(
-                called_modules(self._base), self._reader.norms
-            ):
+            entries = Entries(self._base, self._route, self._watched, refused=())
+            for detour in entries.detours(called_modules(self._base), self._reader.norms):
+                self._put(detour)
+            for detour in self._requests.detours():
                 self._put(detour)
             self._heads.attach()
 
@@ -347,6 +352,7 @@ class AdapterBank:
         """
         with self._lock:
             self._route.check_idle()
+            self._requests.check_paused("bank.detach()", anywhere=True)
             self._heads.detach()
             for detour in reversed(self._detours):
                 detour.restore()
@@ -377,6 +383,7 @@ class AdapterBank:
         with ExitStack() as stack:
             with self._lock:
                 tuners = self._check_ready()
+                self._requests.check_paused("bank.route")
                 self._route.check_idle()
                 named, slots = self._resolve(names)
                 self._load(named)
@@ -472,6 +479,7 @@ class AdapterBank:
     def _name(self, names: Sequence[str], slots: Sequence[int]) -> None:
         self._slots.update(zip(names, slots, strict=True))
         self._names.update(zip(slots, names, strict=True))
+        self._serials.update((name, next_serial()) for name in names)
 
     def _give_back(self, slots: Sequence[int]) -> None:
         self._heads.forget(slots)

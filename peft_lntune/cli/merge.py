@@ -1,14 +1,12 @@
-"""`peft-lntune merge`: merges an adapter into its model; the result needs neither PEFT nor this package."""
+"""Merges an adapter into its model; the result needs neither PEFT nor this package."""
 
 import shutil
 from pathlib import Path
 
-import click
+from peft_lntune.cli.models import load_adapted
+from peft_lntune.storage.folders import new_folder
 
-from peft_lntune.cli.models import adapter_to_folder, load_adapted
-from peft_lntune.storage.atomic import new_folder
-
-__all__ = ["command", "merge_adapter"]
+__all__ = ["merge_adapter"]
 
 # Beginnings of the names of further files to copy from the model's folder.
 _BESIDE = (
@@ -51,18 +49,3 @@ def merge_adapter(adapter: str, out: str | Path, model: str | None = None) -> Pa
             if file.is_file() and file.name.startswith(_BESIDE):
                 shutil.copy2(file, made)
     return Path(out)
-
-
-@click.command("merge", short_help="Merge an adapter into its model.")
-@adapter_to_folder
-def command(adapter: str, out: Path, model: str | None) -> None:
-    """Merge ADAPTER into its model and save it in the new folder OUT, with the tokenizer.
-
-    The result is a plain model that loads without PEFT and without this package. Adapters with bottlenecks or prefixes
-    cannot be merged, and are refused.
-
-    \b
-    Example:
-      peft-lntune merge ./my-adapter ./my-model --model ./bert-base
-    """
-    click.echo(f"The merged model is in {merge_adapter(adapter, out, model)}.")

@@ -1,10 +1,7 @@
 """Loads models from folders, with or without weights, and with an adapter."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import click
 import torch
 import transformers
 from peft import PeftModel
@@ -17,7 +14,7 @@ from peft_lntune.planning.claims import check_architecture
 from peft_lntune.storage.keys import is_ours
 from peft_lntune.storage.saved_adapter import SavedAdapter
 
-__all__ = ["adapter_to_folder", "empty_model", "load_adapted", "load_model"]
+__all__ = ["empty_model", "load_adapted", "load_model"]
 
 CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -28,22 +25,6 @@ CLASSES = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 """The class of transformers with the head for each of PEFT's task types."""
-
-
-def adapter_to_folder(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the arguments `ADAPTER`, `OUT` and `--model` to a command that makes a folder from a saved adapter.
-
-    Args:
-        command: the function of the command.
-
-    Returns:
-        The function with these arguments.
-    """
-    model = click.option(
-        "--model", help="Folder of the base model.  [default: the one that the adapter's config names]"
-    )
-    out = click.argument("out", type=click.Path(path_type=Path))
-    return click.argument("adapter")(out(model(command)))
 
 
 def empty_model(model: str) -> nn.Module:

@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
+from peft_lntune.choices import FISHER_KINDS, SCOPES
 from peft_lntune.config.base import check_choice, check_type, part_kind
 from peft_lntune.config.ln_tuning import LNTuningConfig
 from peft_lntune.errors import ConfigError
-from peft_lntune.selection.fisher import FISHER_KINDS
-from peft_lntune.selection.select import SCOPES
 
 __all__ = ["FisherLNConfig"]
 

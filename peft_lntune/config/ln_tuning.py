@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from peft_lntune.architectures.roles import ROLES
+from peft_lntune.choices import ROLES
 from peft_lntune.config.base import check_roles, part_kind
 from peft_lntune.config.deltas import DeltaConfig
 

@@ -36,20 +36,27 @@ class Conversion(NamedTuple):
 
 
 ARCHITECTURES: Mapping[str, Conversion] = {
+    "arcee": Conversion(("arcee",)),
     "bert": Conversion(("bert", "roberta", "xlm-roberta")),
     "bloom": Conversion(("bloom",)),
     "cohere2": Conversion(("cohere2",)),
     "command-r": Conversion(("cohere",)),
+    "deepseek2": Conversion(("deepseek_v2", "deepseek_v3")),
+    "ernie4_5": Conversion(("ernie4_5",)),
+    "exaone4": Conversion(("exaone4",)),
     "falcon": Conversion(("falcon",)),
     "gemma": Conversion(("gemma",), 1.0),
     "gemma2": Conversion(("gemma2",), 1.0),
     "gemma3": Conversion(("gemma3", "gemma3_text"), 1.0),
     "glm4": Conversion(("glm4",)),
+    "glm4moe": Conversion(("glm4_moe",)),
     "gpt-oss": Conversion(("gpt_oss",)),
     "gpt2": Conversion(("gpt2",)),
     "gptneox": Conversion(("gpt_neox",)),
     "granite": Conversion(("granite",)),
     "granitemoe": Conversion(("granitemoe",)),
+    "hunyuan-dense": Conversion(("hunyuan_v1_dense",)),
+    "lfm2": Conversion(("lfm2",)),
     "llama": Conversion(("llama", "mistral", "mixtral")),
     "mpt": Conversion(("mpt",)),
     "nemotron": Conversion(("nemotron",), 1.0),
@@ -61,6 +68,7 @@ ARCHITECTURES: Mapping[str, Conversion] = {
     "qwen2moe": Conversion(("qwen2_moe",)),
     "qwen3": Conversion(("qwen3",)),
     "qwen3moe": Conversion(("qwen3_moe",)),
+    "seed_oss": Conversion(("seed_oss",)),
     "smollm3": Conversion(("smollm3",)),
     "stablelm": Conversion(("stablelm",)),
     "starcoder2": Conversion(("starcoder2",)),
@@ -247,9 +255,9 @@ def _places(names: Iterable[str], reader: Any, architecture: str, file: Path, wh
 def _in_checkpoints(name: str) -> list[str]:
     """The names that a parameter may have in a checkpoint, as the converter sees it."""
     bare = name
-    for prefix in ("bert.", "roberta.", "model.language_model.", "language_model.model.", "language_model."):
+    for prefix in ("transformer.", "bert.", "roberta.", "model.language_model.", "language_model.model.", "language_model."):
         bare = bare.removeprefix(prefix)
-    return list(dict.fromkeys([name, bare, f"model.{name}", f"model.{bare}", f"transformer.{bare}"]))
+    return list(dict.fromkeys([name, bare, f"model.{name}", f"model.{bare}"]))
 
 
 def _check_trained_on(

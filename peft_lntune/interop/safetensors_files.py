@@ -17,7 +17,7 @@ import torch
 from peft_lntune.errors import AdapterFileError, ConfigError, UnsupportedError
 from peft_lntune.interop.norm_deltas import NormAdapter, NormMerge, Place, check_base, edit_of, folder_of, said
 from peft_lntune.norms.names import spellings
-from peft_lntune.storage.atomic import new_folder
+from peft_lntune.storage.folders import new_folder
 from peft_lntune.storage.byte_edits import ByteEdit, write_edited
 
 __all__ = ["merge_into_safetensors", "norms_alone", "read_places", "tensors_of", "weight_files"]

@@ -6,8 +6,8 @@ and the place of samples in each layer is looked up, or measured (`peft_lntune.r
 
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from peft_lntune.core.detour import Detour
 from peft_lntune.errors import RoutingError
+from peft_lntune.routing.packed import PackedRows, sequences_of
 from peft_lntune.routing.recomputed import in_backward
 from peft_lntune.routing.route import Route
 from peft_lntune.routing.samples import Fact, measure_samples, tensors_in
+from peft_lntune.routing.tokens import TokenFact, measure_tokens, probes_of
 
 __all__ = ["CONTINUOUS", "Entries", "refuse_continuous"]
 
@@ -39,6 +41,8 @@ class Entries:
         route: while it is on, calls are checked.
         watched: returns the layers that follow the route, by their label in `route.rows`.
         known: facts by call layout, where they outlive this object; None: a dict of this object.
+        on_packed: called before a batch of packed rows runs, with its rows by token.
+        refused: methods of the model that are refused while a route is on.
     """
 
     def __init__(
@@ -46,11 +50,14 @@ class Entries:
         root: nn.Module,
         route: Route,
         watched: Callable[[], Mapping[str, nn.Module]],
-        known: dict[object, Mapping[str, Fact]] | None = None,
+        known: dict[object, Any] | None = None,
+        on_packed: Callable[[PackedRows], None] = lambda packed: None,
+        refused: Sequence[str] = CONTINUOUS,
     ) -> None:
         self.root, self.route, self.watched = root, route, watched
         self._known = {} if known is None else known
         self._inside: set[int] = set()
+        self.on_packed, self.refused = on_packed, refused
         self._placeholders = _placeholders(getattr(root, "config", None))
         self._fused = any(isinstance(module, nn.TransformerEncoderLayer) for module in root.modules())
 
@@ -70,7 +77,7 @@ class Entries:
         ]
         if callable(getattr(self.root, "generate", None)):
             found.append(Detour(self.root, self.route, self._generate, "generate"))
-        for method in CONTINUOUS:
+        for method in self.refused:
             if callable(getattr(self.root, method, None)):
                 found.append(Detour(self.root, self.route, refuse_continuous, method))
         return found
@@ -79,13 +86,18 @@ class Entries:
         if torch.compiler.is_compiling():
             return own(*args, **kwargs)
         here = threading.get_ident()
-        if here in self._inside or in_backward():
+        if here in self._inside or in_backward() or self.route.packed is not None:
             return own(*args, **kwargs)
         self._check(kwargs)
         self._inside.add(here)
         try:
-            with _step_by_step() if self._fused else nullcontext():
-                self.route.facts = self._facts(module, args, kwargs)
+            with _step_by_step() if self._fused else nullcontext(), ExitStack() as stack:
+                if not self.route.one and _has_packed_rows(kwargs):
+                    packed = self._packed(module, args, kwargs)
+                    self.on_packed(packed)
+                    stack.enter_context(self.route.packing(packed))
+                else:
+                    self.route.facts = self._facts(module, args, kwargs)
                 return own(*args, **kwargs)
         finally:
             self._inside.discard(here)
@@ -93,6 +105,11 @@ class Entries:
     def _generate(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         named = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
         self._check(named)
+        if not self.route.one and _has_packed_rows(named):
+            raise RoutingError(
+                "generate got packed rows, with several sequences each (position_ids that begin again, or "
+                "cu_seq_lens). Give it one sequence per row, padded on the left."
+            )
         if not self.route.one:
             _check_inputs(self.root, self.route, named)
         with self.route.expanding(_expansions_of(self.root, named)):
@@ -104,12 +121,45 @@ class Entries:
                 f"a route is on, and the model got `adapter_names` beside {self.route.what}. Give the names once: "
                 "leave the route, or leave `adapter_names` out."
             )
-        if not self.route.one and _has_packed_rows(named):
+
+    def _packed(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PackedRows:
+        """The rows by token of a batch of packed rows."""
+        sequences, route = sequences_of(kwargs), self.route
+        count = 0 if sequences is None else int(sequences.max()) + 1
+        if sequences is None or count != route.count:
             raise RoutingError(
-                "the rows of this batch are packed: each holds several samples one after the other (position_ids that "
-                "begin again, or cu_seq_lens), and a route has one adapter for each row. Give batches with a sample a "
-                "row, padded (DataCollatorWithPadding), or one name as a string for all samples."
+                f"the rows of this batch are packed: they hold {count} sequences one after the other (position_ids "
+                f"that begin again, or cu_seq_lens_q), but {route.what} are {route.count}. Give one name per sequence, "
+                "in their order, or one name as a string for all of them."
             )
+        device = route.gathered[0].values.device if route.gathered else sequences.device
+        facts = self._token_facts(module, args, kwargs, sequences)
+        return PackedRows(
+            [stack for stack in route.gathered if len(stack.values) == count],
+            sequences.to(device),
+            facts=facts,
+            shared=[stack for stack in route.gathered if len(stack.values) != count],
+        )
+
+    def _token_facts(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], sequences: Tensor
+    ) -> Mapping[str, TokenFact] | None:
+        """Where each layer has the tokens of packed rows, measured once per way of calling the model."""
+        watched = self.watched()
+        named = {**{str(place): value for place, value in enumerate(args)}, **kwargs}
+        given = tuple((name, tensor.dim(), tensor.is_floating_point()) for name, tensor in tensors_in(named))
+        attention = getattr(getattr(self.root, "config", None), "_attn_implementation", None)
+        mixed = int(sequences.max()) > 0
+        key = "packed", id(module), getattr(module.forward, "own", None), given, attention, mixed, frozenset(watched)
+        if key not in self._known:
+            self._known[key] = measure_tokens(module, args, kwargs, probes_of(sequences), watched)
+        facts: Mapping[str, TokenFact] | None = self._known[key]
+        if facts is None and mixed:
+            raise RoutingError(
+                "the rows of this batch are packed, and a copy of the model could not be run to see whether it keeps "
+                "the sequences of a row apart. Give batches with one sequence per row, padded."
+            )
+        return facts
 
     def _facts(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Fact]:
         """Where each layer has the samples, as far as known."""
@@ -122,7 +172,8 @@ class Entries:
         if size is None:
             return {}
         if caches and ("latest", id(module)) in self._known:  # a later step of a generation has the layout of the first
-            return self._known["latest", id(module)]
+            found: Mapping[str, Fact] = self._known["latest", id(module)]
+            return found
         watched = self.watched()
         shapes = tuple((name, *_layout(tensor, size)) for name, tensor in tensors)
         key = id(module), getattr(module.forward, "own", None), shapes, self._counts(named, tensors), frozenset(watched)
@@ -130,8 +181,9 @@ class Entries:
             while len(self._known) >= _MOST:
                 del self._known[next(iter(self._known))]
             self._known[key] = measure_samples(module, args, kwargs, size, watched) or {}
-        self._known["latest", id(module)] = self._known[key]
-        return self._known[key]
+        facts: Mapping[str, Fact] = self._known[key]
+        self._known["latest", id(module)] = facts
+        return facts
 
     def _counts(self, named: Mapping[str, Any], tensors: list[tuple[str, Tensor]]) -> tuple[object, ...]:
         """How many placeholders for images and the like each row has, which decides which of them belong to the row."""
@@ -200,9 +252,9 @@ def refuse_continuous(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
         RoutingError: always.
     """
     raise RoutingError(
-        f"continuous batching ({', '.join(CONTINUOUS)}) packs requests into one row and runs in a thread of its own, "
-        "so it follows no route and no `adapter_names`. Call generate, with a name for each sample, or make one "
-        "adapter active."
+        f"continuous batching ({', '.join(CONTINUOUS)}) runs in a thread of its own, so it does not follow this route. "
+        "Outside of the route, name the adapter of each request: generate_batch(inputs, adapter_names=[...]) of the "
+        "PeftModel, or an AdapterBank."
     )
 
 

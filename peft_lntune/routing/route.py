@@ -4,13 +4,15 @@ One `Route` is shared by all layers of a model; each layer gets its rows from it
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from peft_lntune.errors import RoutingError
 from peft_lntune.routing.ownership import Ownership
+from peft_lntune.routing.packed import PackedRows
 from peft_lntune.routing.samples import Fact
 from peft_lntune.routing.stacks import BASE, KeptRows, NormRows, Stack, spread
 
@@ -29,8 +31,10 @@ class Route:
         mixed: whether rows have different adapters.
         count: number of names.
         facts: where the samples are in each layer's input, for the layout of the latest call.
-        known: these facts for each call layout, see `Entries`.
+        known: facts for each call layout, see `Entries`.
         kept: cached rows of a PeftModel's adapters, see `rows_of_layers`.
+        gathered: the rows of every norm, one per name.
+        packed: while a batch of packed rows runs, the rows by token; None: rows are by sample.
     """
 
     def __init__(self) -> None:
@@ -42,7 +46,7 @@ class Route:
         self.mixed = False
         self.count = 0
         self.facts: Mapping[str, Fact] = {}
-        self.known: dict[object, Mapping[str, Fact]] = {}
+        self.known: dict[object, Any] = {}
         self.kept: KeptRows = {}
         self._ownership = Ownership()
         self.held = self._ownership.held  # `on`, for callers outside compiled code
@@ -50,7 +54,8 @@ class Route:
         self._index = torch.empty(0, dtype=torch.long)
         self._expansions: set[int] = {1}
         self._tokens = 0
-        self._gathered: Sequence[Stack] = ()
+        self.gathered: Sequence[Stack] = ()
+        self.packed: PackedRows | None = None
         self._rows: dict[int, dict[str, NormRows]] = {}
 
     def __deepcopy__(self, memo: dict) -> "Route":
@@ -103,7 +108,7 @@ class Route:
         with self._ownership.entered():
             self.names = [names] if isinstance(names, str) else list(names)
             self.count, self.one, self.mixed = len(self.names), isinstance(names, str), len(set(self.names)) > 1
-            self._gathered, self.what, self.order = gathered, what, tuple(order)
+            self.gathered, self.what, self.order = gathered, what, tuple(order)
             try:
                 if order:  # made here, not at the first layer, so that it is an input of a compiled graph
                     place = {name: number for number, name in enumerate(order)}
@@ -114,7 +119,7 @@ class Route:
                 yield
             finally:
                 self.active, self.names, self._rows, self._tokens = False, [], {}, 0
-                self._indices, self._gathered = {}, ()
+                self._indices, self.gathered = {}, ()
 
     def check_idle(self) -> None:
         """Check that no routed forward of this model is running.
@@ -127,6 +132,36 @@ class Route:
                 f"this model is already running a forward pass routed to {sorted(set(self.names))}; one model runs "
                 "one routed forward at a time. Wait for the first to end, or use a second copy of the model."
             )
+
+    @contextmanager
+    def packing(self, packed: PackedRows, what: str = "`adapter`") -> Iterator[None]:
+        """Inside this context, the parameters of norms follow the tokens of packed rows.
+
+        It is entered inside the caller's route, or inside one that was lent to the caller, or enters one itself.
+
+        Args:
+            packed: the rows by token.
+            what: the user's term for the names, for errors.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            RoutingError: another packed batch of this model is running.
+        """
+        if self.packed is not None:
+            raise RoutingError(
+                "this model is already running a batch of packed rows; one model runs one at a time. Use a second copy "
+                "of the model."
+            )
+        with ExitStack() as stack:
+            if not self.active:
+                stack.enter_context(self.serving((), what=what))
+            self.packed = packed
+            try:
+                yield
+            finally:
+                self.packed = None
 
     @contextmanager
     def expanding(self, expansions: set[int]) -> Iterator[None]:
@@ -170,7 +205,7 @@ class Route:
         """
         factor = self.factor(shape, label)
         if factor not in self._rows:
-            self._rows[factor] = spread(self._gathered, factor)
+            self._rows[factor] = spread(self.gathered, factor)
         return self._rows[factor].get(owner, NormRows())
 
     def index(self, shape: Sequence[int], label: str, device: torch.device) -> Tensor:
@@ -204,9 +239,9 @@ class Route:
         Returns:
             The outputs, in the order of `x`.
         """
+        factor = self.factor(x.shape, label)
         if self.one:
             return run(self.names[0], x)
-        factor = self.factor(x.shape, label)
         rows: dict[str, list[int]] = {}
         for row in range(x.shape[0]):
             rows.setdefault(self.names[row // factor], []).append(row)
@@ -230,6 +265,11 @@ class Route:
             RoutingError: the batch has another length than the list of names, or it is not certain that its rows are
                 those of the samples.
         """
+        if self.packed is not None:
+            raise RoutingError(
+                f"{label} cannot be routed in packed rows: there, parameters follow tokens, which norms can do alone. "
+                "Give batches with one sequence per row, padded, or adapters that tune norms only."
+            )
         if self.one:
             return 1
         batch = shape[0]

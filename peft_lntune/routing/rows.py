@@ -29,7 +29,7 @@ def fitted_rows(route: Route, owner: str, label: str, x: Tensor, axis: int = -1)
         Rows of weight and bias; None for a parameter that no adapter tunes.
 
     Raises:
-        RoutingError: the rows of the input are not those of the names.
+        RoutingError: the rows of the input are not those of the names, or its tokens are not those of packed rows.
 
     Example:
         >>> from peft_lntune.routing.stacks import Stack
@@ -38,6 +38,8 @@ def fitted_rows(route: Route, owner: str, label: str, x: Tensor, axis: int = -1)
         ...     fitted_rows(route, "norm", "norm", x).weight.shape
         torch.Size([2, 1, 1, 4])
     """
+    if route.packed is not None:
+        return route.packed.rows(owner, x, label, axis)
     weight, bias = route.rows(owner, x.shape, label)
     return NormRows(
         None if weight is None else _fitted(weight, x, axis), None if bias is None else _fitted(bias, x, axis)

@@ -8,7 +8,7 @@ each watched layer, so that layers behind one with the same input for all sample
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from peft_lntune.routing.sharing_copy import sharing_copy
 
-__all__ = ["Fact", "measure_samples", "tensors_in"]
+__all__ = ["Fact", "Noise", "Run", "Sums", "measure_samples", "run_copy", "sums_of", "tensors_in"]
 
 
 class Fact(NamedTuple):
@@ -66,7 +66,10 @@ def measure_samples(
     devices = sorted({tensor.device.index for tensor in module.parameters() if tensor.device.type == "cuda"})
     try:
         with torch.no_grad(), torch.random.fork_rng(devices):
-            runs = [_run(module, args, kwargs, size, watched, sample) for sample in (None, 0, size - 1)]
+            runs = [
+                run_copy(module, args, kwargs, watched, _SampleNoise(size, sample), sums_of)
+                for sample in (None, 0, size - 1)
+            ]
     # Whatever the error, the model itself may still run; lengths must then suffice.
     except Exception:
         return None
@@ -80,88 +83,133 @@ def measure_samples(
     return facts
 
 
-class _Run(NamedTuple):
-    """One run: for each label the row sums of each call's input; and whether any noise was added."""
+class Run(NamedTuple):
+    """One run: for each label what was noted of each call's input; and whether any noise was added."""
 
-    calls: dict[str, list["_Sums"]]
+    calls: dict[str, list[Any]]
     noisy: bool
 
 
-class _Sums(NamedTuple):
+class Sums(NamedTuple):
     """`(rows,)` sums of an input, and the relative change that rounding alone may cause."""
 
     values: Tensor
     rounding: float
 
 
-def _run(
+def run_copy(
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    size: int,
     watched: Mapping[str, nn.Module],
-    sample: int | None,
-) -> _Run:
-    """Run a copy, with noise in one sample; None: without noise."""
+    noise: "Noise",
+    note: Callable[[Tensor], Any],
+) -> Run:
+    """Run a copy of a module on copies of its inputs, with noise.
+
+    Args:
+        module: the module, which does not change.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+        watched: layers of the module by a label.
+        noise: where noise is added.
+        note: what is kept of the input of a watched layer.
+
+    Returns:
+        What was noted, by label.
+
+    Raises:
+        Exception: any error of the copy or of its forward pass.
+    """
     copied, inside = sharing_copy(module)
     args, kwargs = _copied(args), _copied(dict(kwargs))
-    noise = _Noise(size, sample)
     own = {
         tensor.untyped_storage().data_ptr()
         for _, tensor in tensors_in((args, kwargs))
-        if not tensor.is_floating_point() and tensor.dim() > 1 and len(tensor) % size == 0
+        if not tensor.is_floating_point() and tensor.dim() > 1 and noise.fits(tensor)
     }
     for name, tensor in tensors_in((args, kwargs)):
         # Masks get no noise.
         if tensor.is_floating_point() and tensor.dim() > 1 and "mask" not in name:
             noise.add(tensor)
-    calls: dict[str, list[_Sums]] = {}
+    calls: dict[str, list[Any]] = {}
     with ExitStack() as stack:
         for label, each in watched.items():
             if id(each) in inside:
-                note = inside[id(each)].register_forward_pre_hook(
-                    partial(_note, calls.setdefault(label, [])), with_kwargs=True
+                before = inside[id(each)].register_forward_pre_hook(
+                    partial(_note, calls.setdefault(label, []), note), with_kwargs=True
                 )
-                after = inside[id(each)].register_forward_hook(lambda module, args, output: noise.behind(output))
-                stack.callback(note.remove)
-                stack.callback(after.remove)
+                stack.callback(before.remove)
+                if noise.everywhere:
+                    after = inside[id(each)].register_forward_hook(lambda module, args, output: noise.behind(output))
+                    stack.callback(after.remove)
         for each in copied.modules():
             if isinstance(each, nn.Embedding):
                 handle = each.register_forward_hook(partial(_embedded, own, noise))
                 stack.callback(handle.remove)
         copied(*args, **kwargs)
-    return _Run({label: found for label, found in calls.items() if found}, noise.added)
+    return Run({label: found for label, found in calls.items() if found}, noise.added)
 
 
-class _Noise:
-    """Adds noise to one sample, assuming that samples are along the first axis."""
+class Noise:
+    """Adds noise to a part of tensors.
 
-    def __init__(self, size: int, sample: int | None) -> None:
-        self.size, self.sample, self.added = size, sample, False
+    Attributes:
+        added: whether any was added.
+        everywhere: whether it is added behind watched layers too, not only to inputs and embeddings.
+    """
+
+    everywhere = False
+
+    def __init__(self) -> None:
+        self.added = False
         self.generator = torch.Generator().manual_seed(0)
+
+    def fits(self, tensor: Tensor) -> bool:
+        """Whether a tensor may have the part."""
+        raise NotImplementedError
+
+    def chosen(self, tensor: Tensor) -> Any:
+        """An index of the part in a tensor that fits; None: no noise."""
+        raise NotImplementedError
 
     def add(self, tensor: Tensor) -> None:
         """In place."""
-        if self.sample is None or not tensor.dim() or not len(tensor) or len(tensor) % self.size:
+        if not self.fits(tensor) or (chosen := self.chosen(tensor)) is None:
             return
-        rows = len(tensor) // self.size
-        block = tensor[self.sample * rows : (self.sample + 1) * rows]
         spread = tensor.float().std().nan_to_num(1.0).clamp(1e-3, 1e3)
         # Drawn along the last axis only: drawing for the whole tensor would take longer than the model.
         noise = torch.randn(tensor.shape[-1], generator=self.generator).to(tensor.device) * spread
-        block.add_(noise.to(tensor.dtype))
+        tensor[chosen] += noise.to(tensor.dtype)
         self.added = True
 
     def behind(self, output: Any) -> Any:
         """A copy of a module's output, with noise."""
-        if self.sample is None or not isinstance(output, Tensor) or not output.is_floating_point():
+        if not isinstance(output, Tensor) or not output.is_floating_point():
             return output
         output = output.clone()
         self.add(output)
         return output
 
 
-def _embedded(own: set[int], noise: _Noise, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+class _SampleNoise(Noise):
+    """Adds noise to one sample, assuming that samples are along the first axis; None: to none."""
+
+    everywhere = True
+
+    def __init__(self, size: int, sample: int | None) -> None:
+        super().__init__()
+        self.size, self.sample = size, sample
+
+    def fits(self, tensor: Tensor) -> bool:
+        return tensor.dim() > 0 and len(tensor) > 0 and len(tensor) % self.size == 0
+
+    def chosen(self, tensor: Tensor) -> Any:
+        rows = len(tensor) // self.size
+        return None if self.sample is None else slice(self.sample * rows, (self.sample + 1) * rows)
+
+
+def _embedded(own: set[int], noise: Noise, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     """Add noise to embeddings of the user's inputs; positions and the like are the same for all samples."""
     index = args[0] if args else None
     if isinstance(index, Tensor) and index.dim() > 1 and index.untyped_storage().data_ptr() in own:
@@ -169,18 +217,32 @@ def _embedded(own: set[int], noise: _Noise, module: nn.Module, args: tuple[Any, 
     return output
 
 
-def _note(found: list[_Sums], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _note(
+    found: list[Any], note: Callable[[Tensor], Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     x = args[0] if args else next(iter(kwargs.values()), None)
     if isinstance(x, Tensor) and x.is_floating_point() and x.dim():
-        wide = x if x.dtype == torch.float64 else x.float()
-        fixed = torch.Generator().manual_seed(1)
-        while wide.dim() > 1:
-            wide = wide @ torch.randn(wide.shape[-1], generator=fixed).to(wide)
-        # Experts regroup the tokens of a batch when one of them changes, which changes the rounding of products.
-        found.append(_Sums(wide, {4: 1e-4, 8: 1e-9}.get(x.itemsize, 2**-6)))
+        found.append(note(x))
 
 
-def _judge(calls: list[_Sums], noisy: list[tuple[list[_Sums], int]], size: int) -> Fact:
+def sums_of(x: Tensor) -> Sums:
+    """A weighted sum of each row of an input, which changes if any of its entries changes.
+
+    Args:
+        x: floating-point, `(rows, ...)`.
+
+    Returns:
+        The sums.
+    """
+    wide = x if x.dtype == torch.float64 else x.float()
+    fixed = torch.Generator().manual_seed(1)
+    while wide.dim() > 1:
+        wide = wide @ torch.randn(wide.shape[-1], generator=fixed).to(wide)
+    # Experts regroup the tokens of a batch when one of them changes, which changes the rounding of products.
+    return Sums(wide, {4: 1e-4, 8: 1e-9}.get(x.itemsize, 2**-6))
+
+
+def _judge(calls: list[Sums], noisy: list[tuple[list[Sums], int]], size: int) -> Fact:
     several = False
     for others, sample in noisy:
         if len(others) != len(calls):

@@ -8,11 +8,10 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from peft_lntune.choices import SCOPES
 from peft_lntune.errors import ConfigError
 
 __all__ = ["SCOPES", "group_of", "select"]
-
-SCOPES = ("global", "tensor", "layer")
 
 
 def select(

@@ -1,4 +1,4 @@
-"""Atomic writes: a file or folder appears whole or not at all, and a killed process leaves nothing behind."""
+"""Atomic writes: a file appears whole or not at all, and a killed process leaves nothing behind."""
 
 import errno
 import os
@@ -7,16 +7,14 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory, mkdtemp
-
-from peft_lntune.errors import ConfigError
+from tempfile import mkdtemp
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["STAGING", "locked", "new_file", "new_folder", "put", "staging"]
+__all__ = ["STAGING", "locked", "new_file", "put", "staging"]
 
 STAGING = ".lntune-writing-"
 """Prefix of the names of folders that hold files before they are moved to their places."""
@@ -47,31 +45,6 @@ def new_file(path: str | os.PathLike) -> Iterator[Path]:
         made = folder / target.name
         yield made
         put(made, target)
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Make a folder to write into, and move it to `path` when the block ends.
-
-    Args:
-        path: the folder to make; it must be missing or empty.
-
-    Yields:
-        The folder to write into.
-
-    Raises:
-        ConfigError: `path` exists and is not an empty folder.
-    """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(f"{path} exists and is not an empty folder. Give a new one; nothing is overwritten.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-        made = Path(folder, path.name)
-        made.mkdir()
-        yield made
-        if path.exists():
-            path.rmdir()
-        os.replace(made, path)
 
 
 @contextmanager

@@ -75,7 +75,7 @@ def test_the_masks_fit_an_adapter(model, data, tmp_path):
 
 def test_settings_reach_the_scores(model):
     texts, labels = [(row["text"],) for row in task()], [row["label"] for row in task()]
-    loaded, tokenizer, _ = load_classifier(str(model), labels)
+    loaded, tokenizer, *_ = load_classifier(str(model), labels)
     options = {"progress": False}
     plain = fisher_masks(loaded, tokenizer, texts, labels, **options)
     small = fisher_masks(loaded, tokenizer, texts, labels, batch_size=5, **options)
@@ -119,7 +119,7 @@ def test_a_pair_from_the_command_line(model, tmp_path):
 )
 def test_labels_of_a_fresh_head(labels, encoded, classes, tmp_path):
     body = save_model(tmp_path / "body", labels=None)
-    loaded, _, found = load_classifier(str(body), labels)
+    loaded, _, found, _ = load_classifier(str(body), labels)
     assert found == encoded
     assert [type(label) for label in found] == [type(label) for label in encoded]
     assert loaded.config.num_labels == classes
@@ -155,17 +155,18 @@ def test_labels_that_do_not_fit(labels, said, model):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--density", "1.5"], "density=1.5 should be above 0"),
-        (["--count", "100000"], "is more than the"),
+        (["--scope", "global"], "is more than the"),
+        (["--scope", "tensor"], "is more than the"),
     ],
 )
 def test_budgets(options, said, model, data, tmp_path):
     out = tmp_path / "m.safetensors"
+    options = [*options, "--count", "100000"]
     assert refused(run("fisher", "--model", model, "--data", data, "--out", out, *options), said)
     assert not out.exists()
 
 
 def test_no_rows(model):
-    loaded, tokenizer, _ = load_classifier(str(model), [0, 1])
+    loaded, tokenizer, *_ = load_classifier(str(model), [0, 1])
     with pytest.raises((ConfigError, DataError), match=r"no sample|no scores"):
         fisher_masks(loaded, tokenizer, [], [])

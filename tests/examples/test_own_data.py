@@ -303,7 +303,7 @@ def test_pairs_triplets_and_scores(tmp_path):
         ("anchor,positive\na,\n", r"row 0 of .*train\.csv has no text in 'positive'"),
         ("sentence1,sentence2,score\na,b,\n", r"train\.csv: the label of row 0 is '': it is missing"),
         ("sentence1,sentence2,score\na,b,alike\n", r"the label of row 0 is 'alike', which is not a number"),
-        ("sentence1,sentence2,score\na,b,1\nc,d,1\n", r"every score is 1"),
+        ("sentence1,sentence2,score\na,b,1\nc,d,1\n", r"every label is .1., so there is nothing to learn"),
         ("a,b\nc,d\n", r"train\.csv has the columns a, b; wanted are anchor, positive, negative or"),
     ],
 )

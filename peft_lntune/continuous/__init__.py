@@ -1,0 +1,3 @@
+"""transformers' continuous batching with an adapter per request."""
+
+__all__: list[str] = []
