@@ -252,10 +252,14 @@ def _places(names: Iterable[str], reader: Any, architecture: str, file: Path, wh
     return places
 
 
+# What models with a head put before the names of the model inside. The converter takes it off.
+_WRAPPERS = ("transformer.", "bert.", "roberta.", "model.language_model.", "language_model.model.", "language_model.")
+
+
 def _in_checkpoints(name: str) -> list[str]:
     """The names that a parameter may have in a checkpoint, as the converter sees it."""
     bare = name
-    for prefix in ("transformer.", "bert.", "roberta.", "model.language_model.", "language_model.model.", "language_model."):
+    for prefix in _WRAPPERS:
         bare = bare.removeprefix(prefix)
     return list(dict.fromkeys([name, bare, f"model.{name}", f"model.{bare}"]))
 

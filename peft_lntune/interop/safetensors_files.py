@@ -17,10 +17,10 @@ import torch
 from peft_lntune.errors import AdapterFileError, ConfigError, UnsupportedError
 from peft_lntune.interop.norm_deltas import NormAdapter, NormMerge, Place, check_base, edit_of, folder_of, said
 from peft_lntune.norms.names import spellings
-from peft_lntune.storage.folders import new_folder
 from peft_lntune.storage.byte_edits import ByteEdit, write_edited
+from peft_lntune.storage.folders import new_folder
 
-__all__ = ["merge_into_safetensors", "norms_alone", "read_places", "tensors_of", "weight_files"]
+__all__ = ["is_quantized", "merge_into_safetensors", "norms_alone", "read_places", "tensors_of", "weight_files"]
 
 _DTYPES = {
     "F64": torch.float64,
@@ -105,6 +105,19 @@ def norms_alone(adapter: str | os.PathLike) -> bool:
     except UnsupportedError:
         return False
     return True
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether a folder holds a quantized model in safetensors.
+
+    Args:
+        folder: folder of a model.
+
+    Returns:
+        True if its config says how it was quantized, and it has safetensors.
+    """
+    known = {"quantization_config", "compression_config"} & _json(folder / "config.json").keys()
+    return bool(known) and any((folder / name).is_file() for name in (_SINGLE, f"{_SINGLE}.index.json"))
 
 
 def weight_files(folder: Path) -> list[Path]:
