@@ -93,9 +93,9 @@ def command(
     \b
     Examples:
       peft-lntune export ./my-adapter ./my-adapter-for-peft --model ./bert-base
-      peft-lntune export ./my-adapter --gguf model-Q4_K_M.gguf --out tuned-Q4_K_M.gguf
-      peft-lntune export ./my-adapter --gguf model-Q4_K_M.gguf --in-place
-      peft-lntune export --gguf model-Q4_K_M.gguf --undo
+      peft-lntune export ./my-adapter --gguf model.gguf --out tuned.gguf
+      peft-lntune export ./my-adapter --gguf model.gguf --in-place
+      peft-lntune export --gguf model.gguf --undo
     """
     from peft_lntune.cli import export
 
