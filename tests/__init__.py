@@ -1,4 +1,4 @@
-"""Tests. A folder mirrors one of the package (or `benchmarks`, `examples`, `processes`); tests of several folders are here.
+"""Tests. A folder mirrors one of the package (or `benchmarks`, `examples`, `processes`); what needs several is here.
 
 - `contract`: the contract table, one row per kind of adapter, which `test_contract_table` checks on many models.
 - `cases`: tiny models of many families, and norm classes; `few` limits the quick run to one family of each kind.

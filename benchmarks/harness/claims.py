@@ -92,7 +92,7 @@ def seeds_claim(
 
     Args:
         wanted: the claim.
-        values: one a seed.
+        values: one per seed.
         planned: how many seeds are planned.
         bound: the mean is held to it.
         holds: `holds(mean, bound)`.

@@ -1,4 +1,4 @@
-"""How fine can fine-tuning be: how far do models move, what need not, and do zeros alone do? arXiv 2004.14129.
+"""How fine can fine-tuning be: how far do models move, what can stay, and are zeros enough? arXiv 2004.14129.
 
 python -m benchmarks.papers.how_fine --protocol full
 python -m benchmarks.papers.how_fine --data-dir <folder>
@@ -67,7 +67,7 @@ def distance_bounds(rows: Mapping[str, Sequence[Row]]) -> Iterator[str]:
     """Yield the lines that say whether the paper's two claims on distances hold.
 
     Args:
-        rows: task -> rows of `full`, one a seed.
+        rows: task -> rows of `full`, one per seed.
     """
     layers = [_table(row, "layers") for each in rows.values() for row in each]
     close = (
@@ -110,7 +110,7 @@ def write_closeness(
     """Write a task's CSV and picture, and yield the paragraphs of its section.
 
     Args:
-        rows: of `full`, one a seed.
+        rows: of `full`, one per seed.
         results: folder.
         stem: name of both files without its ending.
         planned: number of seeds.

@@ -90,7 +90,7 @@ def write_change(
     """Write a task's CSV and picture, and yield the paragraphs of its section.
 
     Args:
-        rows: of `full`, one a seed.
+        rows: of `full`, one per seed.
         results: folder.
         stem: name of both files without its ending.
         task: named in the picture.

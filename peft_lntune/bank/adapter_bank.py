@@ -353,6 +353,7 @@ class AdapterBank:
         with self._lock:
             self._route.check_idle()
             self._requests.check_paused("bank.detach()", anywhere=True)
+            self._requests.let_go()
             self._heads.detach()
             for detour in reversed(self._detours):
                 detour.restore()

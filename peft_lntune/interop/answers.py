@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from peft_lntune.core.module_tree import base_model
 from peft_lntune.errors import ConfigError
 from peft_lntune.layers.offloaded import device_of
 
@@ -90,9 +91,9 @@ def answers(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
     try:
         output = model(**inputs)
     except Exception as error:
+        name, what = type(base_model(model)).__name__, f"{type(error).__name__}: {error}"
         raise ConfigError(
-            f"{type(model).__name__} does not run on {', '.join(inputs)} ({type(error).__name__}: {error}). Pass "
-            "batches=[...], dicts of its inputs."
+            f"{name} does not run on {', '.join(inputs)} ({what}). Pass batches=[...], dicts of its inputs."
         ) from error
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor):

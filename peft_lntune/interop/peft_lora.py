@@ -42,7 +42,6 @@ _PLAIN = {
     "peft_type",
 }
 """Fields of a LoRA part that leave it a product of two matrices beside a linear map."""
-_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # others change the base weights
 
 _SAME = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 
@@ -203,8 +202,6 @@ def _check_plain(part: LoraConfig, adapter_name: str) -> None:
         for own in fields(part)
         if own.name not in _PLAIN and getattr(part, own.name) != getattr(plain, own.name)
     ]
-    if not strange and part.init_lora_weights not in _PLAIN_STARTS:
-        strange = ["init_lora_weights"]  # such as "pissa", which also changes the weights of the base
     if strange:
         raise UnsupportedError(
             f"adapter {adapter_name!r} has a LoRA part with {strange[0]}={getattr(part, strange[0])!r}, which is more "

@@ -43,8 +43,8 @@ def find_consumers(
         norms: the norms by name.
         linears: the linear maps by name; each must apply to the last dimension of its input.
         modules: every module of the model by name, for the texts in `Consumers.others`.
-        run: runs the model once, in evaluation mode, on any inputs. What does not run is not seen, so the inputs
-            should be those that the model is used with.
+        run: runs the model once, in evaluation mode, on any inputs, and returns what it is used for, such as its
+            logits. What does not run is not seen, so the inputs should be of the kind that the model is used with.
 
     Returns:
         The consumers of each norm that ran. A linear map that is also called with something else, such as the output
@@ -66,7 +66,8 @@ def find_consumers(
         for name, norm in norms.items():
             handles.append(norm.register_forward_hook(watch.follow(name)))
         with torch.no_grad(), watch:
-            run()
+            answer = run()
+        watch.answered(answer)
     finally:
         for handle in handles:
             handle.remove()
@@ -123,14 +124,14 @@ class _Watch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         read = [found for leaf in tree_leaves((args, kwargs or {})) if (found := self._of(leaf)) is not None]
         if read and not self._in_consumer(read[0][0]):
-            self._saw(func, read, result)
+            self._saw(func, args, read, result)
         return result
 
-    def _saw(self, func: Any, read: list[tuple[str, Tensor]], result: Any) -> None:
+    def _saw(self, func: Any, args: Any, read: list[tuple[str, Tensor]], result: Any) -> None:
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if outputs and all(self._of(output) is not None for output in outputs) and not func._schema.is_mutable:
             return  # a view
-        if func in _COPIES and _rows_are_last(outputs[0]) and outputs[0].shape[-1] == read[0][1].shape[-1]:
+        if func in _COPIES and _is_aligned(args[0], read[0][1]) and _rows_are_last(outputs[0]):
             self._outputs[_storage(outputs[0])] = read[0][0], outputs[0]
             return
         for norm, _ in read:
@@ -139,6 +140,11 @@ class _Watch(TorchDispatchMode):
     def _other(self, norm: str, what: str) -> None:
         inside = next((self._names[module] for module in reversed(self._running) if self._names.get(module)), "")
         self._read_by.setdefault(norm, {})[f"{what} in {inside or 'the model itself'}"] = None
+
+    def answered(self, answer: Any) -> None:
+        """Take note of what the model returned, which is read by whoever called it."""
+        for norm, _ in filter(None, map(self._of, tree_leaves(answer))):
+            self._read_by.setdefault(norm, {})["whoever calls the model: it is the answer"] = None
 
     def _in_consumer(self, norm: str) -> bool:
         """Whether a linear map that reads this norm is running."""
