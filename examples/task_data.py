@@ -1,6 +1,6 @@
-"""The two parts of a task, from local files or the Hub, checked before anything is trained; and what they are.
+"""The two parts of a task, from local files or the Hub, described and checked before anything is trained.
 
-Files are read by `peft_lntune.cli.data`, as the command line reads them.
+Files are read by `peft_lntune.cli.data`, as in the command line.
 """
 
 import argparse
@@ -21,8 +21,10 @@ from peft_lntune.cli.data import (
     NAME_COLUMNS,
     TEXT_COLUMNS,
     Labels,
+    class_names,
     find_columns,
     find_labels,
+    read_labels,
     read_table,
     read_texts,
 )
@@ -112,12 +114,16 @@ def errors_as_text() -> Iterator[None]:
 
 def find_file(data_dir: Path, part: str) -> Path:
     """The file of one part, whatever its format."""
-    wanted = [data_dir / f"{part}{ending}" for ending in ENDINGS]
-    found = [path for path in wanted if path.is_file()]
+    if data_dir.is_file():
+        raise DataError(f"{data_dir} is a file. Give the folder that has train and validation files.")
+    present = sorted(path for path in data_dir.iterdir() if path.is_file()) if data_dir.is_dir() else []
+    found = [path for e in ENDINGS for path in present if path.stem == part and path.suffix.lower() == e]
     if len(found) == 1:
         return found[0]
-    problem = "several files for one part, keep one of" if found else "no such file, looked for"
-    raise DataError(f"{problem}: {', '.join(map(str, found or wanted))}")
+    if found:
+        raise DataError(f"several files for one part, keep one of: {', '.join(map(str, found))}")
+    there = f"The folder has {', '.join(path.name for path in present[:10])}." if present else "It has no files."
+    raise DataError(f"no such file, looked for: {', '.join(str(data_dir / f'{part}{e}') for e in ENDINGS)}. {there}")
 
 
 def read_part(data_dir: Path, part: str, encoding: str = ENCODING) -> datasets.Dataset:
@@ -156,22 +162,20 @@ def hub_parts(
     return {part: f"{source} ({part})" for part in PARTS}, {part: loaded[name] for part, name in found.items()}
 
 
-def read_labels(rows: datasets.Dataset, columns: Sequence[str], source: str) -> list[Any]:
-    """The labels of a part: names where they come with it, and a list per row where several columns hold a 0 or 1."""
-    kind = rows.features[columns[0]]
-    if isinstance(kind, datasets.ClassLabel):
-        return [None if label is None or label < 0 else kind.names[label] for label in rows[columns[0]]]
-    if len(columns) == 1:
-        return rows[columns[0]][:]
-    flags = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0, "false": 0.0, "true": 1.0}
-    labels = [[flags.get(str(label).lower()) for label in row] for row in zip(*(rows[c] for c in columns), strict=True)]
-    for i, row in enumerate(labels):
-        if None in row:
-            column = columns[row.index(None)]
-            raise DataError(
-                f"{source}: row {i} has {rows[column][i]!r} in {column!r}; several label columns hold 0 or 1"
-            )
-    return labels
+def check_labels(labels: Labels, encoded: dict[str, list[Any]], sources: dict[str, str]) -> None:
+    """Refuse labels that are all the same, and a class that no training row has, also where its name is known."""
+    for part, values in encoded.items():
+        if all(value == values[0] for value in values) and (part == "train" or labels.problem_type == "regression"):
+            problem = "there is nothing to learn" if part == "train" else "there is no correlation"
+            raise DataError(f"{sources[part]}: every row has the same label, so {problem}")
+    if labels.problem_type != "regression":
+        several = labels.problem_type == "multi_label_classification"
+        of_row = (lambda row: np.flatnonzero(row).tolist()) if several else (lambda row: [row])
+        known = {number for row in encoded["train"] for number in of_row(row)}
+        for i, row in enumerate(encoded["validation"]):
+            if strange := set(of_row(row)) - known:
+                name = labels.names[min(strange)]
+                raise DataError(f"{sources['validation']}: row {i} has the class {name!r}, which no training row has")
 
 
 def read_data(
@@ -180,6 +184,7 @@ def read_data(
     *,
     text_columns: Sequence[str] = (),
     label_columns: Sequence[str] = ("label",),
+    label_separator: str | None = None,
     regression: bool | None = None,
     max_length: int = MAX_TOKENS,
     encoding: str = ENCODING,
@@ -191,38 +196,41 @@ def read_data(
         raise DataError(f"give a data folder, or a task that is loaded from the Hub: {', '.join(GLUE_COLUMNS)}")
     validation = "validation_matched" if task == "mnli" else "validation"
     sources, parts = load_parts(data_dir, "nyu-mll/glue", str(task), validation=validation, encoding=encoding)
+    if len(text_columns) > 2 or len({*text_columns, *label_columns}) < len([*text_columns, *label_columns]):
+        raise DataError(
+            f"the text columns are {', '.join(text_columns) or 'not named'} and the label columns "
+            f"{', '.join(label_columns)}: name one or two of texts, and no column twice"
+        )
     choices = [tuple(text_columns)] if text_columns else TEXT_COLUMNS if task is None else [GLUE_COLUMNS[task]]
     wanted = [(*names, *label_columns) for names in choices]
     columns = find_columns(parts["train"].column_names, wanted, sources["train"], NAME_COLUMNS)[: -len(label_columns)]
-    if task is not None and regression is None:
-        regression = task == "stsb"
+    if task == "stsb" and regression is None:
+        regression = True
     for part, rows in parts.items():
         find_columns(rows.column_names, [(*columns, *label_columns)], sources[part], NAME_COLUMNS)
-    raw = {part: read_labels(rows, label_columns, sources[part]) for part, rows in parts.items()}
-    kind = parts["train"].features[label_columns[0]]
-    if len(label_columns) > 1:
-        labels = Labels("multi_label_classification", tuple(label_columns))
-    elif isinstance(kind, datasets.ClassLabel):
-        labels = Labels("single_label_classification", tuple(kind.names))
+    raw = {part: read_labels(rows, label_columns, sources[part], label_separator) for part, rows in parts.items()}
+    names = class_names(parts["train"], label_columns[0]) if len(label_columns) == 1 else tuple(label_columns)
+    if names:
+        several = isinstance(raw["train"][0], list)
+        labels = Labels("multi_label_classification" if several else "single_label_classification", names)
     else:
         labels = find_labels(raw["train"], sources["train"], regression)
+    encoded = {part: labels.encode(raw[part], sources[part]) for part in parts}
+    check_labels(labels, encoded, sources)
     read = {
         part: datasets.Dataset.from_dict(
-            {column: read_texts(rows[column], column, sources[part]) for column in columns}
-            | {"label": labels.encode(raw[part], sources[part])}
+            {column: read_texts(rows[column], column, sources[part]) for column in columns} | {"label": encoded[part]}
         )
         for part, rows in parts.items()
     }
-    return TaskData(
-        task or metrics_of(labels, read["train"]["label"][:]), columns, labels, **read, max_length=max_length
-    )
+    metrics = task or labels.problem_type
+    if metrics == "single_label_classification":
+        metrics = metrics_of(np.bincount(encoded["train"], minlength=len(labels.names)))
+    return TaskData(metrics, columns, labels, **read, max_length=max_length)
 
 
-def metrics_of(labels: Labels, train: Sequence[Any]) -> str:
-    """Which metrics suit the labels; where one class is much rarer than another, those beside accuracy too."""
-    if labels.problem_type != "single_label_classification":
-        return labels.problem_type
-    counts = np.bincount(train, minlength=len(labels.names))
+def metrics_of(counts: np.ndarray) -> str:
+    """Which metrics suit classes with so many rows: where one is much rarer than another, those beside accuracy too."""
     return "imbalanced" if counts.max() >= IMBALANCED * counts.min() else "classification"
 
 
@@ -240,8 +248,11 @@ def add_task_options(parser: argparse.ArgumentParser, without: str = "; without 
     parser.add_argument(
         "--label-column", nargs="+", default=["label"], help="default label; several of 0 or 1: a class each"
     )
+    parser.add_argument("--label-separator", help="what stands between the classes of a row, as | in toxic|insult")
     parser.add_argument(
-        "--regression", action=argparse.BooleanOptionalAction, help="whether numbers are values; default: by their look"
+        "--regression",
+        action=argparse.BooleanOptionalAction,
+        help="whether numbers are values; --no-regression: each label is a class; default: by their look",
     )
     parser.add_argument("--max-length", type=int, default=MAX_TOKENS, help=f"tokens of a text; default {MAX_TOKENS}")
 
@@ -253,6 +264,7 @@ def read_task(args: argparse.Namespace) -> TaskData:
         args.data_dir,
         text_columns=args.text_column,
         label_columns=args.label_column,
+        label_separator=args.label_separator,
         regression=args.regression,
         max_length=args.max_length,
         encoding=args.encoding,

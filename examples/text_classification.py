@@ -5,8 +5,8 @@
     python examples/text_classification.py --data-dir my_data --text-column title body --label-column topic \\
         --predict my_data/test.csv
 
-Labels are class names or numbers, lists of them (several classes per text), or values (--regression). Texts without
-labels are answered by --predict: a table with scores stands beside each method's adapter.
+Labels are class names or numbers, lists of them (several classes per text), or values (--regression). For texts without
+labels, --predict writes a table of scores beside each method's adapter.
 
 Every method trains the same head (see `methods.find_head`), from the same seed, on the same batches, without weight
 decay. `head` trains nothing else and is the control: a frozen body.
@@ -28,7 +28,8 @@ from task_data import Collator, TaskData, add_task_options, errors_as_text, read
 from training import Run, Task, add_options, compare, default_model, load_tokenizer, make_trainer, predict, quiet
 from transformers import AutoModelForSequenceClassification
 
-from peft_lntune.cli.data import count_cut, find_columns, read_table, read_texts
+from peft_lntune.cli.data import count_cut, describe_data, find_columns, read_table, read_texts
+from peft_lntune.errors import DataError
 
 PREDICTIONS = "predictions.csv"
 
@@ -48,10 +49,7 @@ def text_task(data: TaskData, model: str) -> Task:
     parts = {"train": data.train, "validation": data.validation}
     cut = [count_cut(tokenizer, [rows[c] for c in data.columns], data.max_length) for rows in parts.values()]
     counts = " and ".join(f"{len(rows):,} {part} rows" for part, rows in parts.items())
-    say(
-        f"data: {counts}; texts in {', '.join(data.columns)}, {sum(cut):,} of them cut at {data.max_length} tokens; "
-        f"labels: {data.labels.describe(data.train['label'][:])}"
-    )
+    say(describe_data(counts, data.columns, sum(cut), data.max_length, data.labels.describe(data.train["label"][:])))
     names = data.labels.names
     named = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}} if names else {}
     return Task(
@@ -82,6 +80,9 @@ def read_unlabelled(file: Path, data: TaskData, encoding: str) -> datasets.Datas
     find_columns(rows.column_names, [data.columns], str(file))
     for column in data.columns:
         read_texts(rows[column], column, str(file))
+    taken = [name for name in rows.column_names if name == "prediction" or name.startswith("score_")]
+    if taken:
+        raise DataError(f"{file} has the column {taken[0]!r}, which {PREDICTIONS} would overwrite. Rename it.")
     return rows
 
 

@@ -8,12 +8,12 @@ from peft_lntune.analysis.checkpoints import check_same, facts_of
 from peft_lntune.analysis.pooling import moments, pieces, pool, ratio, rows_by_place
 from peft_lntune.analysis.tables import Table
 from peft_lntune.architectures.components import find_components
+from peft_lntune.choices import MEASURES
 from peft_lntune.errors import ConfigError
 from peft_lntune.selection.effective import effective_parameters
 
 __all__ = ["MEASURES", "parameter_change"]
 
-MEASURES = ("mean_change", "relative_to_mean", "relative_to_std")
 _RANKS = tuple(f"rank_{measure}" for measure in MEASURES)
 
 

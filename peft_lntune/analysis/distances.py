@@ -13,14 +13,13 @@ from peft_lntune.analysis.checkpoints import CheckpointSource, match_tensors
 from peft_lntune.analysis.pooling import pieces, ratio, rows_by_place
 from peft_lntune.analysis.tables import Table
 from peft_lntune.architectures.components import ParameterPlace, find_components
+from peft_lntune.choices import BY, DISTANCES
 from peft_lntune.errors import ConfigError
 from peft_lntune.selection.parameters import generator
 
 __all__ = ["BY", "CONTROLS", "DISTANCES", "closeness"]
 
-DISTANCES = ("mean_l1", "relative_l1", "angle")
 CONTROLS = ("random", "noise")
-BY = ("component", "layer", "tensor")
 
 
 def closeness(

@@ -10,12 +10,10 @@ from peft_lntune.analysis.pooling import moments, pieces, pool, ratio, rows_by_p
 from peft_lntune.analysis.tables import Table
 from peft_lntune.architectures.components import ParameterPlace, find_components
 from peft_lntune.architectures.role_names import is_called_norm
+from peft_lntune.choices import DEVIATIONS, SIZES
 from peft_lntune.errors import ConfigError
 
 __all__ = ["find_outliers", "magnitude", "outlier_overlap", "outliers"]
-
-SIZES = ("mean_magnitude", "std", "largest", "over_others")
-DEVIATIONS = 3.0
 
 
 def magnitude(source: CheckpointSource, *, layers: bool = True) -> Table:

@@ -10,18 +10,9 @@ from collections.abc import Iterable, Mapping
 
 from peft_lntune.architectures.role_rules import Tree, role_in
 from peft_lntune.architectures.table import ARCHITECTURES
+from peft_lntune.choices import ROLES
 
 __all__ = ["ROLES", "find_roles"]
-
-ROLES = {
-    "attention": "feeds or closes self-attention",
-    "cross_attention": "feeds or closes attention over an encoder's output",
-    "ffn": "feeds or closes the feed-forward layer, experts included",
-    "mixer": "feeds, closes or lies in a token mixer that is not attention: a state space, a convolution",
-    "qk": "normalizes the queries or keys inside attention, or the latents that both are made of",
-    "embedding": "lies in or closes the embeddings, before the first block",
-    "final": "stands after the last block: the body's last norm, or one in the head on top of it",
-}
 
 
 def find_roles(modules: Iterable[str] | Mapping[str, object], norms: Iterable[str]) -> dict[str, tuple[str, ...]]:

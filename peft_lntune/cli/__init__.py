@@ -1,13 +1,16 @@
-"""The command line, `peft-lntune`: one file per command, which also holds the function that does the work.
+"""The command line, `peft-lntune`. `commands` has one file per command, which reads options and prints; the functions
+that do the work are beside it and can be called from Python.
 
-Commands only read arguments and print. From Python, call the functions: `peft_lntune.cli.inspect.inspect_adapter`,
-`merge.merge_adapter`, `export.export_peft_ln_tuning`, `fisher.fisher_masks`, `plan.plan_model`,
-`change.change_between`, `magnitude.magnitude_of`, and those of `peft_lntune.analysis`.
+From Python: `peft_lntune.cli.inspect.inspect_adapter`, `merge.merge_adapter`, `export.export_peft_ln_tuning`,
+`fisher.fisher_masks`, `plan.plan_model`, `change.change_between`, `magnitude.magnitude_of`, and those of
+`peft_lntune.analysis`.
+
+What this module imports answers `--help`, so it does not import torch: commands import their work when they run.
 """
 
 import click
 
-from peft_lntune.cli import change, closeness, export, fisher, inspect, magnitude, merge, plan
+from peft_lntune.cli.commands import COMMANDS
 from peft_lntune.cli.group import Commands
 from peft_lntune.version import __version__
 
@@ -29,5 +32,5 @@ def main(traceback: bool) -> None:
     """
 
 
-for _file in (plan, fisher, change, closeness, magnitude, inspect, merge, export):
-    main.add_command(_file.command)
+for _command in COMMANDS:
+    main.add_command(_command)

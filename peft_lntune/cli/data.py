@@ -4,11 +4,13 @@ Only the commands read data, so this module is here. The examples import it too,
 way.
 """
 
+import codecs
+import csv
+import io
 import json
 import math
 import re
 import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,9 +27,12 @@ __all__ = [
     "NAME_COLUMNS",
     "TEXT_COLUMNS",
     "Labels",
+    "class_names",
     "count_cut",
+    "describe_data",
     "find_columns",
     "find_labels",
+    "read_labels",
     "read_table",
     "read_texts",
 ]
@@ -51,6 +56,14 @@ NAME_COLUMNS = "Name yours: --text-column, --label-column."
 MISSING = {"na", "n/a", "null", "none", "-", "?"}
 """What spreadsheets write for a missing number. Among class names it is a class."""
 
+FOREIGN = {
+    b"\x1f\x8b": "is compressed by gzip. Unpack it first.",
+    b"PK\x03\x04": "is a zip archive or an Excel workbook. Unpack it, or save the sheet as CSV.",
+    b"\xd0\xcf\x11\xe0": "is an old Excel workbook. Save the sheet as CSV.",
+    b"version https://git-lfs": "is a pointer of Git LFS. Fetch the file itself: git lfs pull.",
+}
+"""First bytes of files that often have the ending of a table, and what to do with such a file."""
+
 
 def read_table(file: str | Path, encoding: str = "utf-8-sig") -> "Dataset":
     """Read a file by its ending. Rows are counted from 0 in every error.
@@ -72,7 +85,7 @@ def read_table(file: str | Path, encoding: str = "utf-8-sig") -> "Dataset":
         ['text', 'label']
     """
     path = Path(file)
-    if path.suffix not in ENDINGS:
+    if path.suffix.lower() not in ENDINGS:
         raise DataError(f"{path} should end in one of {', '.join(ENDINGS)}, because the ending says how it is read.")
     if not path.is_file():
         raise DataError(f"no such file: {path}")
@@ -81,43 +94,98 @@ def read_table(file: str | Path, encoding: str = "utf-8-sig") -> "Dataset":
     except ModuleNotFoundError as error:
         message = "reading data files needs datasets: pip install datasets, or peft-lntune with its extra 'examples'"
         raise ModuleNotFoundError(message) from error
-    try:
-        if path.suffix in (".csv", ".tsv"):
-            table = datasets.Dataset.from_dict(_read_csv(path, encoding))
-        elif path.suffix == ".conll":
-            table = datasets.Dataset.from_dict(_read_conll(path, encoding))
-        else:
-            table = _read_arrow(path, encoding)
-    except UnicodeError as error:
-        raise DataError(f"{path} is not {encoding}: {error}. Name its encoding: --encoding latin-1.") from error
+    with path.open("rb") as opened:
+        first = opened.read(32)
+    for begin, problem in FOREIGN.items():
+        if first.startswith(begin):
+            raise DataError(f"{path} {problem}")
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        table = _read_parquet(path)
+    elif kind in (".csv", ".tsv"):
+        table = datasets.Dataset.from_dict(_read_csv(path, _read_text(path, encoding)))
+    elif kind == ".conll":
+        table = datasets.Dataset.from_dict(_read_conll(path, _read_text(path, encoding)))
+    else:
+        table = _read_json(path, _read_text(path, encoding))
     if not len(table):
         raise DataError(f"{path} has no rows.")
     return table
 
 
-def _read_csv(path: Path, encoding: str) -> dict[str, list[str]]:
-    import pandas
-
-    with path.open(encoding=encoding, newline="") as opened:
-        header = opened.readline()
-    mark = max(",;\t", key=re.sub('"[^"]*"', "", header).count)
+def _read_text(path: Path, encoding: str) -> str:
+    """The text of a file, without a byte order mark; refuses what is decoded, but not by the file's own encoding."""
+    content = path.read_bytes()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pandas.errors.ParserWarning)  # a row longer than the header would be cut
-            options: Any = {"dtype": str, "keep_default_na": False, "index_col": False}
-            return dict(pandas.read_csv(path, sep=mark, encoding=encoding, **options).to_dict("list"))
-    except pandas.errors.EmptyDataError:
-        return {}
-    except (pandas.errors.ParserError, pandas.errors.ParserWarning) as error:
+        text = content.decode(encoding).removeprefix("\ufeff")
+    except LookupError as error:
+        raise DataError(f"unknown encoding {encoding!r}. Name one such as utf-8, cp1252 or utf-16.") from error
+    except UnicodeError as error:
+        likely = "utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "cp1252"
         raise DataError(
-            f"{path} is not a table with {len(header.split(mark))} columns, separated by {mark!r}: "
-            f"{str(error).strip()}. Quote texts that contain the separator or a line break."
+            f"{path} is not {encoding}: {error}. Name its encoding, such as --encoding {likely}."
         ) from error
+    # Latin-1 decodes any bytes; cp1252 has quotation marks and the euro where it has control characters.
+    wrong = "[\0\x80-\x9f]" if codecs.lookup(encoding).name == "iso8859-1" else "\0"
+    if found := re.search(wrong, text):
+        line, likely = text.count("\n", 0, found.start()) + 1, "utf-16" if found.group() == "\0" else "cp1252"
+        raise DataError(
+            f"line {line} of {path} has the control character {found.group()!r}, so its encoding is not {encoding}, or "
+            f"it is no text. Name its encoding, such as --encoding {likely}."
+        )
+    return text
 
 
-def _read_conll(path: Path, encoding: str) -> dict[str, list[list[str]]]:
+def _read_csv(path: Path, text: str) -> dict[str, list[str]]:
+    first = next(iter(text.splitlines()), "")
+    mark = max(",;\t|", key=re.sub('"[^"]*"', "", first).count)
+    limit = csv.field_size_limit()
+    csv.field_size_limit(max(limit, len(text)))
+    # Strict: what follows a closing quotation mark would be taken into the text, with whole rows in between.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
+    header, rows, line, problem = [], [], 0, ""
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        line = reader.line_num
+        for row in reader:
+            line = reader.line_num
+            if len(row) == len(header) and not (mark == "\t" and any("\t" in value and "\n" in value for value in row)):
+                rows.append(row)
+            elif len(header) == 1 and not row:
+                rows.append([""])  # an empty text; those at the end are no rows
+            elif len(row) == len(header):
+                problem = f"a quotation mark before line {line} begins a text that holds a tab and a line break"
+            elif len("".join(row).strip()):
+                problem = f"line {line} has {len(row)} fields"
+            if problem:
+                break
+    except csv.Error as error:
+        problem = f"the row that begins in line {line + 1} has a quotation mark too many or too few ({error})"
+    finally:
+        csv.field_size_limit(limit)
+    if problem:
+        raise DataError(
+            f"{path} is not a table with {len(header)} columns, separated by {mark!r}: {problem}. Quote texts that "
+            "contain the separator, a quotation mark or a line break, and double the quotation marks in them; or "
+            "write JSON lines."
+        )
+    while len(header) == 1 and rows and rows[-1] == [""]:
+        rows.pop()
+    names = [name or f"unnamed {i}" for i, name in enumerate(header)]
+    _check_names(names, path)
+    return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)) if rows else {}
+
+
+def _check_names(names: Sequence[str], path: Path) -> None:
+    """Refuse a name that two columns have."""
+    name, count = Counter(names).most_common(1)[0] if names else ("", 1)
+    if count > 1:
+        raise DataError(f"{path} has {count} columns {name!r}. Rename all but one.")
+
+
+def _read_conll(path: Path, text: str) -> dict[str, list[list[str]]]:
     sentences: list[list[list[str]]] = [[]]
-    for number, line in enumerate(path.read_text(encoding=encoding).split("\n")):
+    for number, line in enumerate(text.split("\n")):
         fields = line.split("\t") if "\t" in line else line.split()
         if not line.strip() or fields[0] == "-DOCSTART-":
             sentences.append([])
@@ -131,31 +199,44 @@ def _read_conll(path: Path, encoding: str) -> dict[str, list[list[str]]]:
     return {"tokens": words[0], "ner_tags": words[1]}
 
 
-def _read_arrow(path: Path, encoding: str) -> "Dataset":
+def _read_parquet(path: Path) -> "Dataset":
     import datasets
     import pyarrow.parquet
 
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
     try:
-        if path.suffix == ".parquet":
-            return datasets.Dataset(pyarrow.parquet.read_table(path))
+        table = pyarrow.parquet.read_table(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    _check_names(table.column_names, path)
+    return datasets.Dataset(table)
+
+
+def _read_json(path: Path, text: str) -> "Dataset":
+    import datasets
+
+    if re.fullmatch(r"[\s\[\]{}]*", text):
+        return datasets.Dataset.from_dict({})
+    shown, level = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is raised here
+    try:
         # A cache that outlives the call would hide later changes of the file.
-        with tempfile.TemporaryDirectory() as cache:
-            return datasets.Dataset.from_json(str(path), encoding=encoding, cache_dir=cache, keep_in_memory=True)
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / "data.json"
+            copy.write_text(text, encoding="utf-8", newline="")
+            return datasets.Dataset.from_json(str(copy), cache_dir=folder, keep_in_memory=True)
     except (StopIteration, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        if path.suffix == ".jsonl":
-            for number, line in enumerate(path.read_text(encoding=encoding).split("\n")):
+        if path.suffix.lower() == ".jsonl":
+            for number, line in enumerate(text.split("\n")):
                 try:
                     json.loads(line if line.strip() else "{}")
                 except json.JSONDecodeError as wrong:
                     raise DataError(
                         f"line {number + 1} of {path} is not JSON: {wrong}. Write one object per line."
                     ) from wrong
-        if path.suffix != ".parquet" and not path.read_text(encoding=encoding).strip():
-            return datasets.Dataset.from_dict({})
         raise DataError(f"{path} cannot be read: {error.__cause__ or error}") from error
     finally:
+        datasets.logging.set_verbosity(level)
         if shown:
             datasets.enable_progress_bars()
 
@@ -206,7 +287,7 @@ def read_texts(values: Iterable[Any], column: str, source: str) -> list[str]:
     for row, value in enumerate(values):
         if not isinstance(value, (str, int, float)) or not str(value).strip() or value != value:
             raise DataError(
-                f"row {row} of {source} has no text in {column!r}: {value!r}. Fill it in or remove the row."
+                f"row {row} of {source} has no text in {column!r}: {_show(value)}. Fill it in or remove the row."
             )
         texts.append(str(value))
     return texts
@@ -225,6 +306,86 @@ def count_cut(tokenizer: Any, columns: Sequence[Sequence[str]], max_length: int)
     """
     tokens = tokenizer(*map(list, columns), truncation=True, max_length=max_length + 1)["input_ids"]
     return sum(len(row) > max_length for row in tokens)
+
+
+def describe_data(rows: str, columns: Sequence[str], cut: int, max_length: int, labels: str) -> str:
+    """Say in one line what was understood of data.
+
+    Args:
+        rows: the numbers of rows, in words.
+        columns: the columns of texts.
+        cut: the number of rows whose texts are cut, from `count_cut`.
+        max_length: number of tokens that are kept.
+        labels: the labels in words, from `Labels.describe`.
+
+    Returns:
+        The line.
+
+    Example:
+        >>> describe_data("12 train rows", ["text"], 3, 128, "2 classes: no (8), yes (4)")
+        'data: 12 train rows; texts in text, 3 of them cut at 128 tokens; labels: 2 classes: no (8), yes (4)'
+    """
+    return f"data: {rows}; texts in {', '.join(columns)}, {cut:,} of them cut at {max_length} tokens; labels: {labels}"
+
+
+def class_names(rows: "Dataset", column: str) -> tuple[str, ...]:
+    """Find the names of classes that come with a column, such as a `ClassLabel` of a Parquet file.
+
+    Args:
+        rows: the table.
+        column: the column of labels.
+
+    Returns:
+        The names, in the order of their numbers; empty if the column holds plain numbers or text.
+    """
+    kind = rows.features[column]
+    return tuple(getattr(getattr(kind, "feature", kind), "names", None) or ())
+
+
+def read_labels(rows: "Dataset", columns: Sequence[str], source: str, separator: str | None = None) -> list[Any]:
+    """Read the labels of a table.
+
+    Args:
+        rows: the table.
+        columns: one column of labels, or several that each hold a 0 or 1 per row.
+        source: the table's name, for errors.
+        separator: what stands between the classes of one row, in text such as `toxic|insult`.
+
+    Returns:
+        One label per row: a name if the classes have names, a list if a row may have several.
+
+    Raises:
+        DataError: several columns hold something else than 0 and 1, or a text to be split is missing.
+    """
+    if len(columns) == 1:
+        names, labels = class_names(rows, columns[0]), rows[columns[0]][:]
+        if names:
+            return [_named(label, names) for label in labels]
+        if not separator:
+            return labels
+        for row, label in enumerate(labels):
+            if not str("" if label is None else label).strip():
+                raise DataError(
+                    f"{source}: the label of row {row} is {label!r}: it is missing. Fill it in or remove the row; "
+                    f"{separator!r} alone is a row without a class."
+                )
+        return [[part.strip() for part in str(label).split(separator) if part.strip()] for label in labels]
+    flags = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0, "false": 0.0, "true": 1.0}
+    found = [[flags.get(str(label).lower()) for label in row] for row in zip(*(rows[c] for c in columns), strict=True)]
+    for i, several in enumerate(found):
+        if None in several:
+            column = columns[several.index(None)]
+            raise DataError(
+                f"{source}: row {i} has {_show(rows[column][i])} in {column!r}; several label columns hold 0 or 1."
+            )
+    return found
+
+
+def _named(label: Any, names: Sequence[str]) -> Any:
+    """The names of one label's classes; None for -1, which data sets write where a label is hidden."""
+    if isinstance(label, (list, tuple)):
+        return [_named(one, names) for one in label]
+    return None if label is None or label < 0 else names[label]
 
 
 @dataclass(frozen=True)
@@ -306,20 +467,21 @@ def find_labels(
     """Find out whether labels are classes or values, and which classes there are.
 
     Text and whole numbers are classes, also if written as `2.0` or counted from 1. Lists are several classes per row,
-    or a 0 or 1 per class. Other numbers are values of a regression.
+    or a 0 or 1 per class. Other numbers are values of a regression. What has two readings is asked about.
 
     Args:
         labels: one label per row.
         source: the table's name, for errors.
-        regression: whether numbers are values. None decides by the rule above, and raises if that is not clear.
+        regression: True: numbers are values. False: each label is one class as it stands. None decides by the rule
+            above, and raises if that is not clear.
         known: number of each class of a model's head, by name; whole numbers are then its classes, from 0.
 
     Returns:
         The kind and the classes.
 
     Raises:
-        DataError: a label is missing, NaN, negative, of another type or not known; there is only one class; or whole
-            numbers look like a scale.
+        DataError: a label is missing, NaN, negative, of another type or not known; all labels are equal; whole numbers
+            look like a scale; numbers have a comma; or texts look like several classes each.
 
     Example:
         >>> find_labels(["1.0", "2.0", "1.0"], "ratings.csv").names
@@ -342,17 +504,34 @@ def find_labels(
     if spelled:
         row, label = spelled[0]
         missing = numbers and not several and all(str(one).strip().lower() in MISSING for _, one in spelled)
+        if regression is not False and not known and all(_COMMA.fullmatch(str(one).strip()) for _, one in spelled):
+            raise DataError(
+                f"{source}: the label of row {row} is {label!r}, a number with a comma. Write a point to learn values; "
+                "or say --no-regression to learn classes, or --label-separator , if it is several classes."
+            )
         if regression or missing:
             raise DataError(f"{source}: the label of row {row} is {label!r}, which is not a number. Remove the row.")
         if known:
             raise DataError(
                 f"the model's head knows {', '.join(known)}, and the data has {', '.join(_names(flat)[:5])}."
             )
+        if regression is None and not several and (mark := _separator(_names(flat))):
+            row = next(row for row, one in spelled if mark in str(one))
+            raise DataError(
+                f"{source}: the label of row {row} is {labels[row]!r}, which looks like several classes. Say "
+                f"--label-separator {mark!r} to learn several per row, or --no-regression to learn one per row."
+            )
     elif not several and (regression or (regression is None and not all(map(float.is_integer, numbers)))):
+        if not known and len(set(numbers)) == 1:
+            raise DataError(f"{source}: every label is {flat[0]!r}, so there is nothing to learn.")
         return Labels("regression")
-    elif min(numbers) < 0:
-        row = numbers.index(min(numbers))
-        raise DataError(f"{source}: labels of classes are counted from 0, but that of row {row} is {flat[row]!r}.")
+    elif min(numbers) < 0 and (known or several or regression is None):
+        one = flat[numbers.index(min(numbers))]
+        row = next(row for row, label in enumerate(labels) if one in (label if several else [label]))
+        raise DataError(
+            f"{source}: labels of classes are counted from 0, but that of row {row} is {labels[row]!r}. Remove the row "
+            "if its label is hidden, or say --regression to learn values, or --no-regression to learn classes."
+        )
     elif known and max(numbers) >= len(known):
         raise DataError(
             f"the data has {int(max(numbers)) + 1} classes, and the head of the model {len(known)}. Give the model "
@@ -378,22 +557,33 @@ def find_labels(
     return Labels(kind, names)
 
 
+def _show(value: Any) -> str:
+    """A value as an error shows it: a text or a list may be long."""
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."
+
+
+_COMMA = re.compile(r"[+-]?\d[\d.]*,\d+")
+
+
 def _check(labels: Sequence[Any], source: str) -> None:
     """Refuse values that cannot be labels."""
     for row, label in enumerate(labels):
-        said = f"{source}: the label of row {row} is {label!r}"
         several = isinstance(label, (list, tuple))
+        problem = None
         if several != isinstance(labels[0], (list, tuple)):
-            raise DataError(f"{said}. Either all labels are lists, or none.")
+            problem = ". Either all labels are lists, or none."
         for one in label if several else [label]:
             if one is None or (isinstance(one, str) and not one.strip()):
-                raise DataError(f"{said}: it is missing. Fill it in or remove the row.")
-            if not isinstance(one, (str, bool, int, float)):
-                raise DataError(f"{said}, of type {type(one).__name__}. A label is a number or the name of a class.")
-            if not math.isfinite(_number(one) or 0.0):
-                raise DataError(f"{said}, which is not a finite number. Fill it in or remove the row.")
-            if isinstance(one, str) and one.strip()[:1] == "[":
-                raise DataError(f"{said}, text that looks like a list. Write lists as JSON lines or Parquet.")
+                problem = problem or ": it is missing. Fill it in or remove the row."
+            elif not isinstance(one, (str, bool, int, float)):
+                problem = problem or f", of type {type(one).__name__}. A label is a number or the name of a class."
+            elif not math.isfinite(_number(one) or 0.0):
+                problem = problem or ", which is not a finite number. Fill it in or remove the row."
+            elif isinstance(one, str) and one.strip()[:1] in ("[", "{"):
+                problem = problem or ", text that looks like a list. Write lists as JSON lines or Parquet."
+        if problem:
+            raise DataError(f"{source}: the label of row {row} is {_show(label)}{problem}")
 
 
 def _are_vectors(labels: Sequence[Any]) -> bool:
@@ -409,14 +599,31 @@ def _names(labels: Sequence[Any]) -> tuple[str, ...]:
     return tuple(sorted(map(str, whole), key=int))
 
 
+def _separator(names: Sequence[str]) -> str | None:
+    """What separates several classes in one label: each of its parts is also in another label."""
+    for mark in "|;,":
+        parts = {name: {part.strip() for part in name.split(mark)} for name in names}
+        found = Counter(part for several in parts.values() for part in several)
+        if any(len(several) > 1 and all(found[part] > 1 for part in several) for several in parts.values()):
+            return mark
+    return None
+
+
 def _whole(label: Any) -> str | None:
     """A whole number without its `.0`; None for anything else."""
     number = _number(label)
-    return str(int(number)) if number is not None and number.is_integer() else None
+    if number is None or not number.is_integer():
+        return None
+    try:
+        return str(int(label))  # exact, also above 2^53
+    except ValueError:
+        return str(int(number))
 
 
 def _number(label: Any) -> float | None:
     """The number that a label is or spells; None if it is a name."""
+    if isinstance(label, str) and "_" in label:  # Python reads 1_2 as 12
+        return None
     try:
         return float(label)
     except (TypeError, ValueError):

@@ -1,14 +1,12 @@
-"""`peft-lntune export`: writes an adapter in PEFT's own format, for use without this package."""
+"""Writes an adapter in PEFT's own format, for use without this package."""
 
 from pathlib import Path
 
-import click
-
-from peft_lntune.cli.models import adapter_to_folder, load_adapted
+from peft_lntune.cli.models import load_adapted
 from peft_lntune.cli.output import new_folder
 from peft_lntune.interop.peft_ln_tuning import to_stock
 
-__all__ = ["command", "export_peft_ln_tuning"]
+__all__ = ["export_peft_ln_tuning"]
 
 
 def export_peft_ln_tuning(adapter: str, out: str | Path, model: str | None = None) -> Path:
@@ -31,18 +29,3 @@ def export_peft_ln_tuning(adapter: str, out: str | Path, model: str | None = Non
     with new_folder(Path(out)) as made:
         to_stock(load_adapted(adapter, model), made)
     return Path(out)
-
-
-@click.command("export", short_help="Write an adapter in PEFT's own LN_TUNING format.")
-@adapter_to_folder
-def command(adapter: str, out: Path, model: str | None) -> None:
-    """Write ADAPTER into the new folder OUT in PEFT's own LN_TUNING format.
-
-    The result loads with PEFT alone. The format holds whole norms in the dtype of the model, so small deltas over a
-    bfloat16 model are lost to rounding. It cannot hold parts other than norms.
-
-    \b
-    Example:
-      peft-lntune export ./my-adapter ./my-adapter-for-peft --model ./bert-base
-    """
-    click.echo(f"The adapter in PEFT's format is in {export_peft_ln_tuning(adapter, out, model)}.")

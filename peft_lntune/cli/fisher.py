@@ -1,4 +1,4 @@
-"""`peft-lntune fisher`: which entries of the norms matter for a task, as masks in a file."""
+"""Which entries of the norms matter for a task, as masks in a file."""
 
 import inspect
 import json
@@ -8,35 +8,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import click
 import torch
-from click.core import ParameterSource
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from peft_lntune.analysis import Table, plot_score_map, score_map
+from peft_lntune.analysis import Table, score_map
 from peft_lntune.cli.data import (
     NAME_COLUMNS,
     TEXT_COLUMNS,
+    Labels,
+    class_names,
     count_cut,
+    describe_data,
     find_columns,
     find_labels,
+    read_labels,
     read_table,
     read_texts,
 )
-from peft_lntune.cli.models import load_model
-from peft_lntune.cli.tables import csv_option, plot_option, show
+from peft_lntune.cli.models import check_weights, load_tokenizer, read_model_config
+from peft_lntune.errors import ConfigError
 from peft_lntune.norms.find import find_norms
-from peft_lntune.selection import FisherState, find_score, mask_density, select
-from peft_lntune.selection.fisher import FISHER_KINDS
-from peft_lntune.selection.scores import SCORES
-from peft_lntune.selection.select import SCOPES
+from peft_lntune.selection import FisherState, find_score, select
 from peft_lntune.storage.atomic import new_file
 
-__all__ = ["FisherMasks", "command", "fisher_masks", "load_classifier"]
-
-_OF_DATA = ("data", "text_columns", "label_column", "regression", "encoding", "num_samples", "batch_size", "max_length")
+__all__ = ["FisherMasks", "find_device", "fisher_masks", "load_classifier", "load_data", "save_masks"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +54,13 @@ class FisherMasks:
 
 
 def load_classifier(
-    model: str, labels: Sequence[Any], seed: int = 0, source: str = "the data", regression: bool | None = None
-) -> tuple[nn.Module, PreTrainedTokenizerBase, list]:
+    model: str,
+    labels: Sequence[Any],
+    seed: int = 0,
+    source: str = "the data",
+    regression: bool | None = None,
+    names: Sequence[str] = (),
+) -> tuple[nn.Module, PreTrainedTokenizerBase, list, Labels]:
     """Load a classifier and its tokenizer, and encode the labels for it.
 
     A model without a head for classification gets a randomly initialized, seeded head for the classes in the labels.
@@ -70,27 +72,45 @@ def load_classifier(
         seed: seed of a random head.
         source: name of the data, for errors.
         regression: whether numbers are values; None decides by their form.
+        names: names of classes that come with the data, in the order of their numbers. They name the classes of a head
+            that has none of its own (`LABEL_0`, `LABEL_1`).
 
     Returns:
-        The model, the tokenizer, and the labels as numbers.
+        The model, the tokenizer, the labels as numbers, and what kind of labels they are.
 
     Raises:
         DataError: a label is damaged, or the model's own head does not have it.
+        ConfigError: there is no such model, or it lacks weights outside of its head, or a tokenizer.
     """
-    config = AutoConfig.from_pretrained(model)
+    loaded, tokenizer, encoded, found, _ = _load_classifier(model, labels, seed, source, regression, names)
+    return loaded, tokenizer, encoded, found
+
+
+def _load_classifier(
+    model: str, labels: Sequence[Any], seed: int, source: str, regression: bool | None, names: Sequence[str]
+) -> tuple[nn.Module, PreTrainedTokenizerBase, list, Labels, list[str]]:
+    """As `load_classifier`, with the names of the parameters that are random."""
+    config = read_model_config(model)
     headed = any("ForSequenceClassification" in name for name in config.architectures or ())
     known = {str(name): number for name, number in (config.label2id or {}).items()} if headed else {}
+    if list(known) == [f"LABEL_{number}" for number in range(len(names))]:
+        known = {name: number for number, name in enumerate(names)}
     found = find_labels(labels, source, True if len(known) == 1 else regression, known)
+    encoded = found.encode(labels, source)
+    tokenizer = load_tokenizer(model)
     options = {} if headed else {"num_labels": len(found.names) or 1, "problem_type": found.problem_type}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        loaded = AutoModelForSequenceClassification.from_pretrained(model, **options)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+        loaded, info = AutoModelForSequenceClassification.from_pretrained(model, output_loading_info=True, **options)
+    body = f"{loaded.base_model_prefix}."
+    missing = sorted(info["missing_keys"])
+    # A pooler is read by the head alone, and models without a head are often saved without it.
+    check_weights(model, [name for name in missing if headed or (name.startswith(body) and ".pooler." not in name)])
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if loaded.config.pad_token_id is None:
         loaded.config.pad_token_id = tokenizer.pad_token_id
-    return loaded, tokenizer, found.encode(labels, source)
+    return loaded, tokenizer, encoded, found, missing
 
 
 def fisher_masks(
@@ -178,135 +198,85 @@ def _table(model: nn.Module, scores: Mapping[str, Tensor], masks: Mapping[str, T
     return Table((*means.columns, "tuned", "share_tuned"), rows)
 
 
-@click.command("fisher", short_help="Which entries of the norms matter for a task, as masks.")
-@click.option("--model", required=True, help="Folder of the model, or a name on the Hub.")
-@click.option("--score", default="fisher", show_default=True, help=f"Score to choose by: {', '.join(SCORES)}.")
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Labelled texts, if the score needs them: .csv, .tsv, .jsonl or .parquet.",
-)
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
-    default="masks.safetensors",
-    show_default=True,
-    help="File for the masks: one bool tensor per parameter.",
-)
-@click.option(
-    "--text-column",
-    "text_columns",
-    multiple=True,
-    metavar="NAME",
-    help="Column of texts; give it twice for pairs.  [default: text, sentence, ...]",
-)
-@click.option(
-    "--label-column", default="label", show_default=True, metavar="NAME", help="Column of classes, or of values."
-)
-@click.option(
-    "--regression/--no-regression", default=None, help="Whether numbers are values.  [default: by their form]"
-)
-@click.option("--encoding", default="utf-8-sig", show_default=True, help="Encoding of a text file, such as latin-1.")
-@click.option("--density", type=float, help="Fraction of the entries to choose.  [default: 0.2]")
-@click.option("--count", type=int, help="Number of entries to choose, instead of --density.")
-@click.option(
-    "--scope",
-    type=click.Choice(SCOPES),
-    default="global",
-    show_default=True,
-    help="Choose among all entries, or per tensor or layer.",
-)
-@click.option(
-    "--kind", type=click.Choice(FISHER_KINDS), default="empirical", show_default=True, help="Where labels come from."
-)
-@click.option(
-    "--num-samples", type=click.IntRange(1), default=1024, show_default=True, help="Rows to look at, drawn at random."
-)
-@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Does not change the scores.")
-@click.option(
-    "--max-length", type=click.IntRange(1), default=128, show_default=True, help="Tokens to keep of each text."
-)
-@click.option("--seed", default=0, show_default=True, help="Seed of drawn rows and labels, and of a random head.")
-@click.option("--device", default="cpu", show_default=True, help="Device of the model, such as cuda.")
-@click.option(
-    "--scores", type=click.Path(path_type=Path, dir_okay=False), help="Also write the scores to this safetensors file."
-)
-@csv_option
-@plot_option
-def command(
-    model: str,
-    score: str,
-    data: Path | None,
-    out: Path,
-    text_columns: tuple[str, ...],
-    label_column: str,
-    regression: bool | None,
-    encoding: str,
-    density: float | None,
-    count: int | None,
-    seed: int,
-    device: str,
-    scores: Path | None,
-    csv_file: Path | None,
-    plot: Path | None,
-    **settings: Any,
-) -> None:
-    """Score every gain and bias of the norms, by Fisher information or another score, and write masks of the best.
+def find_device(name: str) -> torch.device:
+    """Check the name of a device before a model is read.
 
-    A model without a head for classification gets a randomly initialized head, and the scores then reflect that head.
-    To use the masks in Python: peft_model.set_masks(safetensors.torch.load_file("masks.safetensors")).
+    Args:
+        name: such as `"cpu"`, `"cuda"` or `"cuda:1"`.
 
-    \b
-    Examples:
-      peft-lntune fisher --model ./bert-base --data train.jsonl --density 0.1
-      peft-lntune fisher --model ./bert-base --data pairs.csv --text-column premise --text-column hypothesis
-      peft-lntune fisher --model ./bert-base --score magnitude
+    Returns:
+        The device.
+
+    Raises:
+        ConfigError: the name is not known, or this machine does not have the device.
+
+    Example:
+        >>> find_device("cpu")
+        device(type='cpu')
     """
-    if density is not None and count is not None:
-        raise click.UsageError("give --density or --count, not both.")
-    if len(text_columns) > 2:
-        raise click.UsageError("give --text-column once, or twice for pairs.")
-    if density is None and count is None:
-        density = 0.2
-    settings |= {"score": score, "density": density, "count": count, "seed": seed}
-    taken = inspect.signature(find_score(score)).parameters
-    _check_options(score, set(taken))
-    if "batches" not in taken:
-        found = fisher_masks(load_model(model).to(device), **settings)
-    elif data is None:
-        raise click.UsageError(f"--score {score} needs data. Give labelled texts with --data.")
-    else:
-        rows = read_table(data, encoding)
-        choices = [text_columns] if text_columns else TEXT_COLUMNS
-        *columns, _ = find_columns(
-            rows.column_names, [(*names, label_column) for names in choices], str(data), NAME_COLUMNS
-        )
-        texts = [read_texts(rows[column], column, str(data)) for column in columns]
-        loaded, tokenizer, labels = load_classifier(model, rows[label_column][:], seed, str(data), regression)
-        cut = count_cut(tokenizer, texts, settings["max_length"])
-        click.echo(f"{data}: {len(rows):,} rows with {' and '.join(columns)}, {cut:,} of them cut", err=True)
-        found = fisher_masks(loaded.to(device), tokenizer, [*zip(*texts, strict=True)], labels, **settings)
-    _save(found.masks, out, found.source)
-    if scores is not None:
-        _save(found.scores, scores, found.source)
-    show(found.table, csv_file, plot, plot_score_map)
-    tuned = sum(int(mask.sum()) for mask in found.masks.values())
-    by = f"{found.source['samples']:,} samples" if "samples" in found.source else score
-    click.echo(f"\n{tuned:,} entries ({mask_density(found.masks):.1%}) chosen by {by}; the masks are in {out}.")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).add_(1)
+    except Exception as error:  # torch raises RuntimeError, AssertionError or NotImplementedError, by device
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ConfigError(f"device {name!r} cannot be used: {reason}. Give another one, such as cpu.") from error
+    return device
 
 
-def _check_options(score: str, taken: set[str]) -> None:
-    """Raise a `UsageError` if an option is given that the score does not use."""
-    needs = dict.fromkeys(_OF_DATA, "batches") | {"kind": "kind", "seed": "seed"}
-    context = click.get_current_context()
-    for name, parameter in needs.items():
-        given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-        if given and parameter not in taken and not (name == "seed" and "batches" in taken):
-            option = next(option for option in context.command.params if option.name == name)
-            raise click.UsageError(f"--score {score} does not use {option.opts[0]}. Leave it out.")
+def load_data(
+    model: str,
+    data: Path,
+    text_columns: Sequence[str],
+    label_column: str,
+    *,
+    label_separator: str | None = None,
+    regression: bool | None = None,
+    encoding: str = "utf-8-sig",
+    max_length: int = 128,
+    seed: int = 0,
+) -> tuple[nn.Module, PreTrainedTokenizerBase, list[tuple[str, ...]], list, str]:
+    """Read labelled texts, and load a classifier for them. The texts are checked before the model is read.
+
+    Args:
+        model: folder, or a name on the Hub.
+        data: file of texts and labels, as for `read_table`.
+        text_columns: one column of texts, or two for pairs; none: those in `TEXT_COLUMNS`.
+        label_column: column of labels.
+        label_separator: what stands between the classes of a row, if a row can have several.
+        regression: whether numbers are values; None decides by their form.
+        encoding: of a text file.
+        max_length: number of tokens that are kept of each text.
+        seed: seed of a random head.
+
+    Returns:
+        The model, its tokenizer, a tuple of texts per row, a label per row, and lines that say what was read.
+
+    Raises:
+        DataError: the file, a column, a text or a label is missing or damaged, or does not fit the model's head.
+    """
+    rows = read_table(data, encoding)
+    choices = [tuple(text_columns)] if text_columns else TEXT_COLUMNS
+    *columns, _ = find_columns(
+        rows.column_names, [(*names, label_column) for names in choices], str(data), NAME_COLUMNS
+    )
+    texts = [read_texts(rows[column], column, str(data)) for column in columns]
+    raw, names = read_labels(rows, [label_column], str(data), label_separator), class_names(rows, label_column)
+    loaded, tokenizer, labels, kind, missing = _load_classifier(model, raw, seed, str(data), regression, names)
+    cut = count_cut(tokenizer, texts, max_length)
+    said = describe_data(f"{len(rows):,} rows of {data}", columns, cut, max_length, kind.describe(labels))
+    if missing:
+        said += f"\n{model} has no weights for {', '.join(missing)}: random, with seed {seed}"
+    return loaded, tokenizer, [*zip(*texts, strict=True)], labels, said
 
 
-def _save(tensors: Mapping[str, Tensor], file: Path, source: Mapping[str, Any]) -> None:
+def save_masks(tensors: Mapping[str, Tensor], file: Path, source: Mapping[str, Any]) -> None:
+    """Write masks or scores as safetensors. The file appears whole or not at all.
+
+    Args:
+        tensors: by parameter name.
+        file: the file.
+        source: how they were made, for the metadata.
+    """
     with new_file(file) as made:
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(plain, made, {"format": "pt", "mask_source": json.dumps(dict(source))})

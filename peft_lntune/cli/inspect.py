@@ -1,4 +1,4 @@
-"""`peft-lntune inspect`: the contents of an adapter folder, without loading a model."""
+"""The contents of an adapter folder, without loading a model."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from torch import Tensor
 
 from peft_lntune.analysis import Table
+from peft_lntune.analysis.tables import fill
 from peft_lntune.architectures.components import find_components
 from peft_lntune.config import LNTuneConfig, SupermaskConfig, parts_of
 from peft_lntune.config.parts import build
@@ -23,7 +23,7 @@ from peft_lntune.storage.keys import CONTAINERS, LORA, is_ours
 from peft_lntune.storage.packing import DELTAS, KEEP, PREFIX, ROOT, SCORES, is_packed
 from peft_lntune.storage.saved_adapter import SavedAdapter
 
-__all__ = ["AdapterReport", "command", "inspect_adapter"]
+__all__ = ["AdapterReport", "inspect_adapter"]
 
 
 @dataclass(frozen=True)
@@ -56,24 +56,57 @@ class AdapterReport:
             return "wrong"
         return "ok" if (self.config.manifest or {}).get("digest") else "not recorded"
 
-    def __str__(self) -> str:
+    def to_data(self) -> dict[str, Any]:
+        """The report as plain data, for JSON.
+
+        Returns:
+            The facts and the table. `tuned` and `head` are numbers of entries.
+        """
         config = self.config
-        parts = [type(part).__name__ for part in parts_of(config)]
-        facts = {
+        return {
             "adapter": str(self.directory),
-            "kind": config.kind + (f" of {', '.join(parts)}" if parts != [config.kind] else ""),
-            "task": config.task_type or "not said",
-            "base model": config.base_model_name_or_path or "not said",
-            "saved by": f"peft_lntune {config.peft_lntune_version}, format {config.format_version}",
+            "kind": config.kind,
+            "parts": [type(part).__name__ for part in parts_of(config)],
+            "task": config.task_type,
+            "base_model": config.base_model_name_or_path,
+            "version": config.peft_lntune_version,
+            "format": config.format_version,
+            "files": self.file_bytes,
+            "digest": self.digest,
+            "masks": self.masks,
+            "problem": self.problem,
+            "table": self.entries,
+            "tuned": sum(row[5] for row in self.entries.rows if row[0] != "head"),
+            "head": sum(row[5] for row in self.entries.rows if row[0] == "head"),
+        }
+
+    def to_text(self, width: int | None = None) -> str:
+        """The report as text.
+
+        Args:
+            width: longest line; None: no limit. A line may be longer if one word or path is.
+
+        Returns:
+            The facts, the table and the total.
+        """
+        data = self.to_data()
+        parts = data["parts"]
+        facts = {
+            "adapter": data["adapter"],
+            "kind": data["kind"] + (f" of {', '.join(parts)}" if parts != [data["kind"]] else ""),
+            "task": data["task"] or "not said",
+            "base model": data["base_model"] or "not said",
+            "saved by": f"peft_lntune {data['version']}, format {data['format']}",
             "files": ", ".join(f"{name} ({size:,} bytes)" for name, size in self.file_bytes.items()),
             "digest": self.digest,
             "mask": "; ".join(f"{part}: {_said(source)}" for part, source in self.masks.items()) or "none: all entries",
         }
-        lines = [f"{name:<12}{value}" for name, value in facts.items()]
-        tuned = [row for row in self.entries.rows if row[0] != "head"]
-        heads = sum(row[5] for row in self.entries.rows if row[0] == "head")
-        total = f"{sum(row[5] for row in tuned):,} tuned entries" + (f", and {heads:,} of heads" if heads else "")
-        return "\n".join([*lines, "", str(self.entries), "", f"{total}."])
+        lines = [fill(f"{name:<12}{value}", width, " " * 12) for name, value in facts.items()]
+        total = f"{data['tuned']:,} tuned entries" + (f", and {data['head']:,} of heads" if data["head"] else "")
+        return "\n".join([*lines, "", self.entries.to_text(width), "", f"{total}."])
+
+    def __str__(self) -> str:
+        return self.to_text()
 
 
 def inspect_adapter(directory: str | Path) -> AdapterReport:
@@ -210,20 +243,3 @@ def _ranges(layers: Iterable[int]) -> str | None:
 
 def _said(source: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in source.items())
-
-
-@click.command("inspect", short_help="What is in an adapter folder, without loading a model.")
-@click.argument("adapter", type=click.Path(path_type=Path))
-def command(adapter: Path) -> None:
-    """Report what is in the folder ADAPTER: kind and parts, entries and their places, bytes, and how its mask was made.
-
-    No model is loaded. If the weights do not match the config, the report ends with an error.
-
-    \b
-    Example:
-      peft-lntune inspect ./my-adapter
-    """
-    report = inspect_adapter(adapter)
-    click.echo(str(report))
-    if report.problem:
-        raise click.ClickException(report.problem)

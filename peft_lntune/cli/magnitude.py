@@ -1,8 +1,7 @@
-"""`peft-lntune magnitude`: how large the entries of norms are compared with the rest, and which are outliers."""
+"""How large the entries of norms are compared with the rest, and which are outliers."""
 
 from pathlib import Path
 
-import click
 from torch import Tensor
 
 from peft_lntune.analysis import (
@@ -11,19 +10,16 @@ from peft_lntune.analysis import (
     magnitude,
     open_tensors,
     outlier_overlap,
-    outliers,
-    plot_magnitude,
 )
 from peft_lntune.analysis.checkpoints import CheckpointSource
 from peft_lntune.analysis.pooling import rows_by_place
-from peft_lntune.analysis.sizes import DEVIATIONS, SIZES
+from peft_lntune.analysis.sizes import DEVIATIONS
 from peft_lntune.architectures.components import find_components
 from peft_lntune.cli.models import load_adapted
-from peft_lntune.cli.tables import csv_option, layers_option, plot_option, show, to_csv, with_layers
 from peft_lntune.errors import ConfigError
 from peft_lntune.tuner.state_dict import masks_of
 
-__all__ = ["command", "magnitude_of", "overlap_with_adapter"]
+__all__ = ["magnitude_of", "overlap_with_adapter"]
 
 
 def magnitude_of(source: CheckpointSource, *, layers: bool = True, deviations: float = DEVIATIONS) -> Table:
@@ -88,79 +84,3 @@ def overlap_with_adapter(model: str, adapter: str, *, deviations: float = DEVIAT
     with adapted.disable_adapter():
         found = find_outliers(adapted, deviations=deviations)
     return outlier_overlap(found, masks)
-
-
-@click.command("magnitude", short_help="How large the entries of norms are, and which are outliers.")
-@click.argument("model")
-@layers_option
-@click.option(
-    "--deviations",
-    type=click.FloatRange(0, min_open=True),
-    default=DEVIATIONS,
-    show_default=True,
-    help="Outliers are this many standard deviations from the mean of their own vector.",
-)
-@click.option(
-    "--fisher-mask",
-    "adapter",
-    metavar="ADAPTER",
-    help="Also show how many outliers the mask of this saved adapter tunes, compared with chance.",
-)
-@csv_option
-@click.option(
-    "--outliers",
-    "outliers_file",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Write every outlier to this CSV file, with its position, value and distance.",
-)
-@click.option(
-    "--overlap",
-    "overlap_file",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Write the table of --fisher-mask to this CSV file.",
-)
-@plot_option
-@click.option("--measure", type=click.Choice(SIZES), default=SIZES[0], show_default=True, help="What --plot shows.")
-def command(
-    model: str,
-    layers: bool,
-    deviations: float,
-    adapter: str | None,
-    csv_file: Path | None,
-    outliers_file: Path | None,
-    overlap_file: Path | None,
-    plot: Path | None,
-    measure: str,
-) -> None:
-    """Show how large the entries of each component of MODEL are, and which entries of gains and biases are outliers.
-
-    MODEL is local: a safetensors file, the index of a sharded checkpoint, or the folder of a model. It is read one
-    tensor at a time. The column over_others compares the mean magnitude with that of all weights outside the norms:
-    2 is twice as large. By default, outliers lie more than 3 standard deviations from the mean of their own gain or
-    bias. Matrices are not searched.
-
-    With --fisher-mask, a second table shows the share of outliers that the adapter tunes, and the share that random
-    masks of the same size would tune: by_chance if entries are drawn anywhere, by_chance_in_place if every parameter
-    keeps its number of tuned entries. MODEL is then the folder of the model that the adapter was trained on.
-
-    \b
-    Examples:
-      peft-lntune magnitude ./bert-base --no-layers
-      peft-lntune magnitude ./bert-base --plot magnitude.png --measure over_others
-      peft-lntune magnitude ./bert-base --fisher-mask ./my-fisher-adapter --outliers outliers.csv
-    """
-    with_layers(plot, layers)
-    if overlap_file is not None and adapter is None:
-        raise click.UsageError("--overlap writes the table of --fisher-mask; give that too.")
-    # Compute everything before writing anything.
-    table = magnitude_of(model, layers=layers, deviations=deviations)
-    overlap = None if adapter is None else overlap_with_adapter(model, adapter, deviations=deviations)
-    if outliers_file is not None:
-        to_csv(outliers(model, deviations=deviations), outliers_file)
-    show(table, csv_file, plot, lambda drawn, path: plot_magnitude(drawn, path, measure))
-    number = sum(found or 0 for found in table.column("outliers"))
-    far = f"{deviations:g} standard deviations from the mean of their own vector"
-    click.echo(f"\n{number:,} entries of gains and biases lie more than {far}.")
-    if overlap is not None:
-        click.echo()
-        show(overlap, overlap_file)

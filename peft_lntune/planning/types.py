@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from peft_lntune.analysis.tables import Table
+from peft_lntune.analysis.tables import Table, fill
 from peft_lntune.architectures.attention import AttentionFacts
 from peft_lntune.architectures.sublayers import Sublayer
 from peft_lntune.core.delta import ParameterSlice
@@ -83,7 +84,38 @@ class Plan:
         """Size of all tuned values in bytes."""
         return sum(part.bytes for part in self.parts.values())
 
-    def __str__(self) -> str:
+    def to_data(self) -> dict[str, Any]:
+        """The plan as plain data, for JSON.
+
+        Returns:
+            `modules`: for each module its class, method, roles, bytes, and tuned and total entries by parameter;
+            `not_tuned` and `missed`: the reason for each other norm, or module that looks like one; `entries` and
+            `bytes`: totals.
+        """
+        modules = [
+            {
+                "module": part.name,
+                "class": part.module_class,
+                "method": part.method,
+                "role": part.roles,
+                "entries": {name: {"tuned": tuned, "of": size} for name, (tuned, size) in part.entries.items()},
+                "bytes": part.bytes,
+            }
+            for part in self.parts.values()
+        ]
+        missed = {name: str(one) for name, one in self.missed.items()}
+        totals = {"entries": self.entries, "bytes": self.bytes}
+        return {"modules": modules, "not_tuned": dict(self.left_out), "missed": missed, **totals}
+
+    def to_text(self, width: int | None = None) -> str:
+        """The plan as a table.
+
+        Args:
+            width: longest line; None: no limit. A line may be longer if one word is.
+
+        Returns:
+            The table, and below it the norms that are not tuned, with the reasons.
+        """
         header: tuple[str, ...] = ("module", "class", "method", "role", "tuned entries", "bytes")
         rows: list[tuple[str, ...]] = [
             (part.name, part.module_class, part.method, part.roles, _entries(part.entries), f"{part.bytes:,}")
@@ -92,12 +124,16 @@ class Plan:
         rows.append((f"{len(self.parts)} modules", "", "", "", f"{self.entries:,}", f"{self.bytes:,}"))
         if all(part.method == "delta" for part in self.parts.values()):
             header, rows = header[:2] + header[3:], [row[:2] + row[3:] for row in rows]
-        lines = [str(Table(header, rows))]
-        if self.left_out:
-            lines += ["", "not tuned:", *(f"  {name}: {reason}" for name, reason in self.left_out.items())]
-        if self.missed:
-            lines += ["", "not tuned, though they look like norms:", *(f"  {one}" for one in self.missed.values())]
+        lines = [Table(header, rows).to_text(width)]
+        reasons = [f"{name}: {reason}" for name, reason in self.left_out.items()]
+        missed = [str(one) for one in self.missed.values()]
+        for title, texts in (("not tuned", reasons), ("not tuned, though they look like norms", missed)):
+            if texts:
+                lines += ["", f"{title}:", *(fill(f"  {text}", width, "    ") for text in texts)]
         return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.to_text()
 
 
 def _entries(entries: Mapping[str, tuple[int, int]]) -> str:

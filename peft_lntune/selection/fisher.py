@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from peft_lntune.choices import FISHER_KINDS
 from peft_lntune.core.module_tree import base_model
 from peft_lntune.errors import ConfigError, DataError, UnsupportedError
 from peft_lntune.norms.per_sample import PerSample, per_sample
@@ -33,8 +34,6 @@ __all__ = [
     "own_share",
     "several_processes",
 ]
-
-FISHER_KINDS = ("empirical", "mc", "exact")
 
 MAX_CLASSES = 32
 """The exact kind runs one backward pass per class, up to this many."""

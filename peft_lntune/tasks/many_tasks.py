@@ -353,6 +353,7 @@ class ManyTasks:
         max_grad_norm: float | Mapping[str, float | None] | None = None,
         schedule: Callable[[Any], Any] | Mapping[str, Callable[[Any], Any]] | None = None,
         decayed: Callable[[str], bool] | None = None,
+        head_lr: float | Mapping[str, float] | None = None,
         **options: Any,
     ) -> TaskOptimizer:
         """Create one optimizer per task.
@@ -365,6 +366,7 @@ class ManyTasks:
                 schedule steps with its task.
             decayed: whether a tensor of the base model, given by name, has weight decay; None: all have. Tensors of one
                 shape, in the norms or in a layer of a head, share the setting: if one has no weight decay, none has.
+            head_lr: learning rate of the heads, or a dict of one per task; None: that of the norms.
             **options: options of the class, such as `lr`; a dict by task as a value gives each task its own.
 
         Returns:
@@ -383,7 +385,7 @@ class ManyTasks:
             for number, (names, _) in enumerate(parameters.stacks)
             if decayed is not None and not all(decayed(prefix + name) for name in names)
         }
-        made = TaskOptimizer(self._all(), self.names, optimizer_class, max_grad_norm, options, free)
+        made = TaskOptimizer(self._all(), self.names, optimizer_class, max_grad_norm, options, free, head_lr)
         made.set_schedule(schedule)
         return made
 

@@ -207,6 +207,13 @@ class LNTuneModel(BaseTuner):
         stop_keeping_padded(model)
         return model
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, ModulesToSaveWrapper):
+            # PEFT's would read the weight of what is taken out, and a block such as a pooler has none (peft#3114).
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def _check_mergeable(self, adapter_names: list[str] | None, instead: str) -> None:
         names = self.active_adapters if adapter_names is None else adapter_names
         for layer in self._layers(InsertedLayer):

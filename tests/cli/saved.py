@@ -17,8 +17,14 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "very", "the
 
 
 def run(*arguments: object) -> Result:
-    """Run a command; only errors that it does not expect come through."""
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="peft-lntune")
+    """Run a command on a wide terminal; only errors that it does not expect come through."""
+    return run_at(1000, *arguments)
+
+
+def run_at(width: int, *arguments: object) -> Result:
+    """Run a command with lines of this many characters."""
+    runner = CliRunner(env={"COLUMNS": str(width)})
+    result = runner.invoke(main, [str(argument) for argument in arguments], prog_name="peft-lntune")
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result

@@ -91,7 +91,8 @@ def test_other_encodings(name, encoding, tmp_path):
     text = {"d.csv": "text,label\ncafé,1\n", "d.jsonl": '{"text": "café", "label": 1}\n', "d.conll": "café O\n"}[name]
     (tmp_path / name).write_bytes(text.encode(encoding))
     assert "café" in str(read_table(tmp_path / name, encoding)[0])
-    with pytest.raises(DataError, match=f"{name} is not utf-8.*--encoding latin-1"):
+    likely = "utf-16" if encoding == "utf-16" else "cp1252"
+    with pytest.raises(DataError, match=f"{name} is not utf-8.*--encoding {likely}"):
         read_table(tmp_path / name)
 
 
@@ -115,7 +116,7 @@ def test_a_changed_file_is_read_again(tmp_path):
             r"d.csv is not a table with 2 columns, separated by ','.*line 3.*Quote texts",
         ),
         ("d.csv", "text,label\na, b,0\nc, d,1\n", "is not a table with 2 columns"),  # else each label were ' b'
-        ("d.csv", 'text,label\n"a,0\nb,1\n', r"is not a table.*EOF inside string starting at row 1"),
+        ("d.csv", 'text,label\n"a,0\nb,1\n', r"is not a table.*the row that begins in line 2 has a quotation mark too"),
         ("d.jsonl", '{"text": "a", "label": 0}\n{', r"line 2 of .* is not JSON"),
         ("d.json", '[{"text": "a"}, {', "d.json cannot be read"),
         ("d.parquet", "x", "d.parquet cannot be read"),
@@ -279,11 +280,11 @@ def test_a_class_that_training_does_not_have(labels):
     ):
         find_labels(labels, "train").encode(strange, "validation")
     with pytest.raises(DataError, match="validation: the label of row 1 is 'x', and the others are numbers"):
-        find_labels([0.5], "train").encode(["1", "x"], "validation")
+        find_labels([0.5, 1.5], "train").encode(["1", "x"], "validation")
 
 
 def test_what_is_said_of_labels():
     assert find_labels(["b", "a", "b"], "").describe([1, 0, 1]) == "2 classes: a (1), b (2)"
     assert find_labels([["a"], ["b", "a"]], "").describe([[1, 0], [1, 1]]) == "2 classes, several per row: a (2), b (1)"
-    assert find_labels([0.5], "").describe([0.5, 3]) == "values from 0.5 to 3"
+    assert find_labels([0.5, 3], "").describe([0.5, 3]) == "values from 0.5 to 3"
     assert find_labels([*range(12)] * 2, "").describe([*range(12)]).endswith("9 (1) and 2 more")

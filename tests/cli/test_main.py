@@ -12,7 +12,7 @@ import peft_lntune
 from peft_lntune.cli import main
 from peft_lntune.cli.output import new_folder
 from peft_lntune.errors import AdapterFileError, ConfigError
-from tests.cli.saved import refused, run
+from tests.cli.saved import refused, run, run_at
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,7 +21,8 @@ def test_the_script_is_this_function():
     written = (ROOT / "pyproject.toml").read_text()
     name = written.partition("[project.scripts]\npeft-lntune = ")[2].partition("\n")[0].strip('"')
     module, _, function = name.partition(":")
-    assert getattr(importlib.import_module(module), function) is main
+    assert (module, function) == ("peft_lntune_cli", "main")
+    assert callable(getattr(importlib.import_module(module), function))
 
 
 def test_as_a_module(monkeypatch, capsys):
@@ -34,7 +35,7 @@ def test_as_a_module(monkeypatch, capsys):
 def test_one_command_a_file():
     assert list(main.commands) == ["plan", "fisher", "change", "closeness", "magnitude", "inspect", "merge", "export"]
     for name, command in main.commands.items():
-        assert importlib.import_module(f"peft_lntune.cli.{name}").command is command
+        assert importlib.import_module(f"peft_lntune.cli.commands.{name}").command is command
 
 
 def test_help_names_all_commands():
@@ -48,10 +49,10 @@ def test_help_names_all_commands():
 @pytest.mark.parametrize("name", main.commands)
 def test_help_of_each_command(name):
     command = main.commands[name]
-    shown = run(name, "--help").stdout
+    shown = run_at(80, name, "--help").stdout
     assert "Example" in shown
     assert f"peft-lntune {name}" in shown
-    assert max(map(len, shown.splitlines())) <= 120
+    assert max(map(len, shown.splitlines())) <= 80
     assert (command.short_help or "").endswith(".")
     silent = [p.name for p in command.params if isinstance(p, click.Option) and not p.help]
     assert silent == []
@@ -79,6 +80,21 @@ def test_help_of_each_command(name):
         ("magnitude", "a", "--overlap", "o.csv"),
         ("fisher", "--model", "m"),
         ("fisher", "--model", "m", "--data", "nowhere.jsonl"),
+        ("fisher", "--model", "m", "--data", __file__, "--density", "1.5"),
+        ("fisher", "--model", "m", "--data", __file__, "--count", "0"),
+        ("fisher", "--model", "m", "--data", __file__, "--encoding", "utf-9"),
+        ("fisher", "--model", "m", "--data", __file__, "--text-column", "label"),
+        ("fisher", "--model", "m", "--data", __file__, "--out", "nowhere/m.safetensors"),
+        ("fisher", "--model", "m", "--data", __file__, "--out", "m", "--scores", "m"),
+        ("change", "a", "b", "--csv", "nowhere/c.csv"),
+        ("change", "a", "b", "--csv", "."),
+        ("change", "a", "b", "--plot", "p.txt"),
+        ("change", "a", "b", "--measure", "mean_change"),
+        ("closeness", "a", "b", "--measure", "angle"),
+        ("closeness", "a", "b", "--no-controls", "--seed", "1"),
+        ("closeness", "a", "b", "--init-std", "0"),
+        ("magnitude", "a", "--measure", "std"),
+        ("plan", "m", "--layers", "3-1"),
         ("fisher", "--model", "m", "--data", __file__, "--density", "0.1", "--count", "3"),
         ("fisher", "--model", "m", "--data", __file__, *("--text-column", "a") * 3),
     ],

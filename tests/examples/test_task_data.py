@@ -35,7 +35,7 @@ def test_columns_without_task(tmp_path):
 
 
 def test_hub_task(monkeypatch):
-    pairs = datasets.Dataset.from_dict({"premise": ["a"], "hypothesis": ["b"], "label": [0]})
+    pairs = datasets.Dataset.from_dict({"premise": ["a", "b"], "hypothesis": ["c", "d"], "label": [0, 2]})
     pairs = pairs.cast_column("label", datasets.ClassLabel(names=["entailment", "neutral", "contradiction"]))
     asked = []
 
