@@ -20,7 +20,7 @@ demo: $(VENV)/.examples  ## tune a real pretrained encoder through its LayerNorm
 
 test: lint types unit  ## lint, types, tests, the README's code and the quick examples
 
-test-full: test  ## also what takes long: whole runs, every family, compiled models, PEFT's own generic test suite
+test-full: test $(VENV)/.docs  ## also what takes long: whole runs, every family, compiled models, PEFT's own generic test suite
 	$(OFFLINE) $(BIN)/python -m pytest -m "full or end_to_end"
 
 # torch's older wheels for Linux bring CUDA: some 5 GB. The unit tests alone: linters and types are the newest's.
@@ -49,7 +49,7 @@ format: $(VENV)/.test  ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 clean:  ## remove the virtual environment and what tests leave behind
-	rm -rf $(VENV) $(OLDEST) docs/_build docs/api docs/results docs/project .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis runs
+	rm -rf $(VENV) $(OLDEST) docs/_build docs/api docs/inside docs/jupyter_execute docs/results docs/project .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis runs
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

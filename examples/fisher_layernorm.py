@@ -4,20 +4,20 @@
     python examples/fisher_layernorm.py --task sst2 --model bert-base-cased --density 0.05
     python examples/fisher_layernorm.py --data-dir my_data
 
-One pass over some training batches scores every gain and bias; the best are trained, the rest stay as they were, and
-the saved adapter holds the chosen values and one bit for each entry.
+One pass over some training batches scores every gain and bias. The best are trained, the rest do not change, and the
+saved adapter contains the chosen values and one bit per entry.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from methods import find_head
+from methods import HEAD_LR, find_head
 from peft import get_peft_model
 from task_data import add_task_options
 from text_classification import task_or_demo
 from torch.utils.data import DataLoader
-from training import Run, load_base, make_trainer, predict, quiet, reload, save_tuned
+from training import Run, load_base, make_trainer, predict, quiet, reload, save_tuned, warn_of_chance
 
 from peft_lntune import FisherLNConfig, fit_fisher_masks
 
@@ -32,7 +32,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-samples", type=int, default=1024)
     parser.add_argument("--max-steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=1e-3, help="of the norms; default 1e-3")
+    parser.add_argument("--head-learning-rate", type=float, default=HEAD_LR, help=f"default {HEAD_LR:g}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/fisher_layernorm"))
     return parser.parse_args(argv)
@@ -60,9 +61,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # The masks have replaced parameters, so the optimizer, which the Trainer makes, comes after them.
     source = str(args.data_dir or "Hub")
-    run = Run("ln", model_name, source, steps=args.max_steps, batch_size=args.batch_size, lr=args.lr, seed=args.seed)
+    run = Run(
+        "ln",
+        model_name,
+        source,
+        steps=args.max_steps,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        seed=args.seed,
+        head_lr=args.head_learning_rate,
+    )
     trainer = make_trainer(run, model, task)
     trainer.train()
+    warn_of_chance("Fisher LN", args.lr, task.chance, trainer)
     logits = predict(trainer, task)
     print(", ".join(f"{name} {value:.4f}" for name, value in task.evaluate(logits).items()))
     save_tuned(model, args.out, logits)

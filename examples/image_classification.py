@@ -1,10 +1,10 @@
-"""Tune a vision transformer to tell classes of images through its LayerNorms and its head, by transformers' Trainer.
+"""Tune the LayerNorms and the head of a vision transformer to classify images, with transformers' Trainer.
 
     python examples/image_classification.py                                  # a tiny random ViT, drawings made here
     python examples/image_classification.py --model google/vit-base-patch16-224-in21k --dataset uoft-cs/cifar10
     python examples/image_classification.py --model DIR --data-dir my_images       # train/CLASS/*.png, validation/...
 
-What is saved, deltas and head, is loaded into a fresh model, which has to answer bit for bit as the trained one did.
+The saved deltas and head are loaded into a fresh model, whose predictions must equal the trained model's bit for bit.
 """
 
 import argparse
@@ -17,9 +17,10 @@ import torch
 import transformers
 from image_data import add_image_options, read_images
 from methods import HEAD_LR, find_head
+from metrics import score
 from peft import PeftModel, get_peft_model
-from task_data import errors_as_text
-from training import ProgressBar, TwoRates, check_equal, quiet
+from task_data import entropy, errors_as_text, metrics_of
+from training import ProgressBar, TwoRates, check_equal, quiet, warn_of_chance
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -63,13 +64,10 @@ def collator(processor: Any) -> Callable[[list[dict]], dict]:
     return collate
 
 
-def accuracy(predicted: Any) -> dict[str, float]:
-    """For Trainer's `compute_metrics`."""
-    return {"accuracy": float(np.mean(predicted.predictions.argmax(-1) == predicted.label_ids))}
-
-
 def make_trainer(args: argparse.Namespace, model: Any, parts: dict, processor: Any) -> TwoRates:
     """Trainer as for any model, with a learning rate of its own for the head."""
+    counts = np.bincount(parts["train"]["label"][:], minlength=len(parts["train"].features["label"].names))
+    kind = metrics_of(counts)
     arguments = TrainingArguments(
         output_dir=str(args.out),
         max_steps=args.max_steps,
@@ -91,7 +89,7 @@ def make_trainer(args: argparse.Namespace, model: Any, parts: dict, processor: A
         data_collator=collator(processor),
         train_dataset=parts["train"],
         eval_dataset=parts["validation"],
-        compute_metrics=accuracy,
+        compute_metrics=lambda found: score(kind, found.predictions.argmax(-1).tolist(), found.label_ids.tolist()),
         callbacks=[ProgressBar("ln")],
     )
     trainer.head_lr = args.head_learning_rate
@@ -127,8 +125,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer = make_trainer(args, model, parts, processor)
     before = trainer.evaluate()
     trainer.train()
+    labels = parts["train"]["label"][:]
+    warn_of_chance("ln", args.lr, entropy(np.bincount(labels) / len(labels)), trainer)
     after = trainer.evaluate()
-    for name in ("loss", "accuracy"):
+    for name in ("loss", *(name for name in ("accuracy", "macro_f1", "majority") if f"eval_{name}" in after)):
         figures = [figure[f"eval_{name}"] for figure in (before, after)]
         print("{} of the validation images: {:.3f} before, {:.3f} after".format(name, *figures))
 

@@ -1,7 +1,7 @@
 """Images for the examples, in two parts with the columns `image` and `label`: a folder, the Hub, or drawings made here.
 
-A folder has train and validation, each with a folder a class. What is made here are discs, squares and stripes of any
-colour and place, over noise: enough to see a model learn, and of no other use.
+A folder contains train and validation, each with one folder per class. The drawings are discs, squares and stripes of
+any colour and place, over noise: enough to see a model learn, and of no other use.
 """
 
 import argparse
@@ -68,6 +68,8 @@ def read_images(
         counts = (count, count // 4)
         return {part: draw_images(n, side, 2 * seed + i) for i, (part, n) in enumerate(zip(PARTS, counts, strict=True))}
     source = str(data_dir or dataset)
+    if data_dir is not None:
+        check_folders(data_dir)
     sources, parts = hub_parts(
         lambda: datasets.load_dataset("imagefolder", data_dir=source) if data_dir else datasets.load_dataset(source),
         source,
@@ -82,7 +84,7 @@ def read_images(
         parts[part] = rows.select_columns(list(names)).rename_columns({k: v for k, v in names.items() if k != v})
         if data_dir is not None:
             check_images(parts[part])
-    found = {part: Counter(rows["label"]) for part, rows in parts.items()}
+    found = {part: Counter(rows["label"][:]) for part, rows in parts.items()}
     classes = parts["train"].features["label"].names
     if strange := set(found["validation"]) - set(found["train"]):
         raise DataError(f"{sources['validation']} has the class {classes[min(strange)]}, which no training image has")
@@ -102,5 +104,20 @@ def check_images(rows: datasets.Dataset) -> None:
         try:
             with Image.open(row["path"] if row["bytes"] is None else io.BytesIO(row["bytes"])) as image:
                 image.load()
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+                mode = image.mode
+        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(f"{row['path']} is no image that can be read: {error}. Replace or remove it.") from error
+        if mode.startswith(("I", "F")):  # convert("RGB") makes all above 255 white
+            raise DataError(f"{row['path']} has more than 8 bits per channel (mode {mode}). Rescale it to 8 bits.")
+
+
+def check_folders(data_dir: Path) -> None:
+    """Refuse a folder whose train has no folders of classes: their names would be looked for elsewhere."""
+    train = data_dir / "train"
+    folders = (path.name for path in train.iterdir() if path.is_dir()) if train.is_dir() else ()
+    classes = sorted(name for name in folders if not name.startswith("."))
+    if len(classes) < 2:
+        has = f"the only class {classes[0]}" if classes else "no folders of classes"
+        raise DataError(f"{train} has {has}. Wanted are two or more: train/CLASS/*.png, and validation/CLASS/*.png.")
+    if deep := [path for name in classes for path in (train / name).iterdir() if path.is_dir()]:
+        raise DataError(f"{deep[0]} is a folder inside of a class. Wanted is train/CLASS/*.png.")

@@ -1,4 +1,4 @@
-"""Tune a sentence encoder through its LayerNorms, by sentence-transformers' own trainer.
+"""Tune the LayerNorms of a sentence encoder with sentence-transformers' own trainer.
 
     python examples/sentence_embeddings.py                         # an installed all-MiniLM-L6-v2, the demo's sentences
     python examples/sentence_embeddings.py --stsb --model sentence-transformers/all-mpnet-base-v2          # the Hub
@@ -6,8 +6,8 @@
 
 Local files have sentence1, sentence2 and label (or score), on any scale; or anchor and positive, two texts that mean
 the same; or anchor, positive and negative. `SentenceTransformer.add_adapter` takes the config; training, saving and
-loading are as without. The figure is the rank correlation of cosine similarities with the labels; of pairs, how often
-the right text is the nearest; of triplets, how often it is nearer than the wrong one.
+loading do not change. The score is the rank correlation of cosine similarities with the labels; for pairs, how often
+the right text is the nearest; for triplets, how often it is nearer than the wrong one.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from task_data import ENCODING, add_data_options, errors_as_text, load_parts, sa
 from training import ProgressBar, check_equal, default_model, quiet
 
 from peft_lntune import LNTuningConfig
-from peft_lntune.cli.data import find_columns, find_labels, read_texts
+from peft_lntune.cli.data import class_names, count_cut, find_columns, find_labels, read_texts
 from peft_lntune.errors import DataError
 
 COLUMNS = (
@@ -71,12 +71,21 @@ def read_pairs(data_dir: Path | None, stsb: bool, seed: int, encoding: str = ENC
         texts = [column for column in columns if column not in ("score", "label")]
         read[part] = {column: read_texts(rows[column], column, sources[part]) for column in texts}
         if len(texts) < len(columns):
+            if names := class_names(rows, columns[-1]):
+                problem = f"{columns[-1]} holds the classes {', '.join(names)}. Write scores, which grow with likeness"
+                raise DataError(f"{sources[part]}: {problem}, or pairs and triplets.")
             raw = rows[columns[-1]][:]
             read[part]["score"] = find_labels(raw, sources[part], regression=True).encode(raw, sources[part])
+        elif columns == ("anchor", "positive") and len(rows) < 2:
+            raise DataError(
+                f"{sources[part]} has one row, and the wrong answers to an anchor are the other rows' texts."
+            )
+        answers = (read[part].get(column, []) for column in ("positive", "negative"))
+        for i, (right, wrong) in enumerate(zip(*answers, strict=False)):
+            if right == wrong:
+                raise DataError(f"{sources[part]}: in row {i} positive and negative are the same text, {right!r:.60}")
     if "score" in read["train"]:  # the order counts alone, so any scale will do
         low, high = min(read["train"]["score"]), max(read["train"]["score"])
-        if low == high:
-            raise DataError(f"{sources['train']}: every score is {low:g}, so there is nothing to learn")
         for part in PARTS:
             read[part]["score"] = [(score - low) / (high - low) for score in read[part]["score"]]
         say(f"data: scores from {low:g} to {high:g} in the training rows become 0 to 1")
@@ -133,6 +142,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="an encoder's name or folder; without it, an installed all-MiniLM-L6-v2")
     parser.add_argument("--stsb", action="store_true", help="the STS-B pairs of GLUE, from the Hub")
     add_data_options(parser, "a folder of local files")
+    parser.add_argument("--max-length", type=int, help="tokens of a text; default: the encoder's own")
     parser.add_argument("--max-steps", type=int, default=100, help="default 100")
     parser.add_argument("--batch-size", type=int, default=16, help="default 16")
     parser.add_argument("--lr", type=float, default=1e-3, help="default 1e-3")
@@ -149,9 +159,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     with errors_as_text():
         parts = read_pairs(args.data_dir, args.stsb, args.seed, args.encoding)
         model = load_encoder(args.model)
+    model.max_seq_length = args.max_length or model.max_seq_length
     held_out = parts["validation"]
     counts = " and ".join(f"{len(rows):,} {part} rows" for part, rows in parts.items())
-    say(f"data: {counts} of {', '.join(held_out.column_names)}; texts are cut at {model.max_seq_length} tokens")
+    cut = sum(
+        count_cut(model.tokenizer, [rows[column]], model.max_seq_length)
+        for rows in parts.values()
+        for column in rows.column_names
+        if column != "score"
+    )
+    say(f"data: {counts} of {', '.join(held_out.column_names)}; {cut:,} texts are cut at {model.max_seq_length} tokens")
     model.add_adapter(LNTuningConfig(task_type="FEATURE_EXTRACTION"))
     tuned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{tuned:,} of {sum(p.numel() for p in model.parameters()):,} parameters are tuned")

@@ -6,8 +6,8 @@
 
 Rows hold `messages` (a chat, which needs a chat template), `prompt` and `completion`, or `text`.
 
-SFTTrainer takes the config as `peft_config`, as it takes LoRA's. Where a Fisher mask is wanted it is fitted between
-making the trainer and training, since the optimizer is made when training begins.
+SFTTrainer takes the config as `peft_config`, like LoRA's. A Fisher mask is fitted after creating the trainer and before
+training, since the optimizer is created when training begins.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import Any
 import datasets
 import torch
 from demo_data import LABEL_NAMES, PARTS, sentences
+from jinja2 import TemplateError
 from peft import PeftModel
 from task_data import ENCODING, add_data_options, errors_as_text, hub_parts, load_parts, say
 from training import check_equal, load_tokenizer, quiet
@@ -28,6 +29,7 @@ from peft_lntune import FisherLNConfig, LNTuningConfig, fit_fisher_masks
 from peft_lntune.cli.data import find_columns
 from peft_lntune.errors import DataError
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
 COLUMNS = (("messages",), ("prompt", "completion"), ("text",))  # what SFTTrainer tells apart by itself
 
 
@@ -44,14 +46,25 @@ def demo_parts(seed: int) -> dict[str, datasets.Dataset]:
     }
 
 
-def check_turn(value: Any, where: str) -> None:
-    """Refuse what is neither text nor a chat, and what is empty."""
-    if isinstance(value, list) and value:
-        for turn in value:
-            if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or turn.get("content") is None:
-                raise DataError(f'{where} has to hold turns {{"role": ..., "content": ...}}, and one is {turn!r}')
-    elif not isinstance(value, str) or not value.strip():
-        raise DataError(f"{where} is empty or no text: {value!r}. Fill it in or remove the row.")
+def check_value(value: Any, where: str, *, chat: bool, answer: bool) -> None:
+    """Refuse what is neither text nor a chat, what is empty, and an answer that is not the assistant's."""
+    if not chat:
+        if not isinstance(value, str) or not value.strip():
+            raise DataError(f"{where} is empty or no text: {value!r:.80}. Fill it in or remove the row.")
+        return
+    if not isinstance(value, list) or not value:
+        raise DataError(f'{where} has to be a list of turns {{"role": ..., "content": ...}}, and is {value!r:.80}')
+    for turn in value:
+        if not isinstance(turn, dict) or not {"role", "content"} <= set(turn):
+            raise DataError(f'{where} has to hold turns {{"role": ..., "content": ...}}, and one is {turn!r:.80}')
+        if turn["role"] not in ROLES:
+            raise DataError(f"{where} has the role {turn['role']!r}; a role is one of {', '.join(ROLES)}")
+        content = turn["content"]
+        empty = not content.strip() if isinstance(content, str) else not isinstance(content, list) or not content
+        if empty and not turn.get("tool_calls"):
+            raise DataError(f"{where} has a turn without text: {turn!r:.80}. Fill it in or remove the row.")
+    if answer and value[-1]["role"] != "assistant":
+        raise DataError(f"{where} has no last turn of the assistant, so there is nothing to learn from it")
 
 
 def read_rows(
@@ -69,13 +82,12 @@ def read_rows(
 
         sources, parts = hub_parts(load, str(dataset), "test")
     columns = find_columns(parts["train"].column_names, COLUMNS, sources["train"])
+    chat = columns == ("messages",) or any(isinstance(parts["train"][column][0], list) for column in columns)
     for part, rows in parts.items():
         find_columns(rows.column_names, [columns], sources[part])
         for column in columns:
             for i, value in enumerate(rows[column]):
-                check_turn(value, f"{sources[part]}: {column} of row {i}")
-                if column == "messages" and (isinstance(value, str) or value[-1]["role"] != "assistant"):
-                    raise DataError(f"{sources[part]}: messages of row {i} do not end with a turn of the assistant")
+                check_value(value, f"{sources[part]}: {column} of row {i}", chat=chat, answer=column != "prompt")
     return {part: rows.select_columns(list(columns)) for part, rows in parts.items()}
 
 
@@ -93,6 +105,8 @@ def make_trainer(args: argparse.Namespace, parts: dict[str, datasets.Dataset]) -
         config = LNTuningConfig(task_type="CAUSAL_LM")
     else:
         config = FisherLNConfig(task_type="CAUSAL_LM", density=args.density, num_samples=args.num_samples)
+    if chat:
+        check_template(tokenizer, args.chat_template, parts)
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(args.model),
         args=SFTConfig(
@@ -115,11 +129,31 @@ def make_trainer(args: argparse.Namespace, parts: dict[str, datasets.Dataset]) -
         peft_config=config,
     )
     full = sum(len(ids) >= args.max_length for ids in trainer.train_dataset["input_ids"])
+    lost = len(parts["train"]) - len(trainer.train_dataset)
+    counts = " and ".join(f"{len(rows):,} {part} rows" for part, rows in parts.items())
+    if not len(trainer.train_dataset):
+        raise DataError(
+            f"{counts}: each prompt alone fills all {args.max_length} tokens, so no completion is left to learn. Raise "
+            "--max-length."
+        )
     say(
-        f"data: {' and '.join(f'{len(rows):,} {part} rows' for part, rows in parts.items())} of {', '.join(first)}"
-        f"{' (chats)' if chat else ''}; {full:,} training rows fill all {args.max_length} tokens and may be cut"
+        f"data: {counts} of {', '.join(first)}{' (chats)' if chat else ''}; {full:,} training rows fill all "
+        f"{args.max_length} tokens and may be cut"
+        f"{f'; {lost:,} more are left out, because their prompt fills them' if lost else ''}"
     )
     return trainer
+
+
+def check_template(tokenizer: Any, file: str | None, parts: dict[str, datasets.Dataset]) -> None:
+    """Write every chat by the template once, since many refuse some: two turns of one role, or a system's."""
+    template = Path(file).read_text(encoding="utf-8") if file else None
+    for part, rows in parts.items():
+        for i, row in enumerate(rows):
+            turns = [turn for value in row.values() for turn in value]
+            try:
+                tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+            except TemplateError as error:
+                raise DataError(f"{part} row {i} does not fit the chat template: {error}") from error
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -128,12 +162,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="a causal LM: its folder with tokenizer, or its name on the Hub")
     parser.add_argument("--dataset", help="a data set on the Hub, with messages, prompts and completions, or text")
     add_data_options(parser, "a folder of local files")
-    parser.add_argument("--chat-template", help="a Jinja file, where the tokenizer has no chat template")
+    parser.add_argument("--chat-template", help="a Jinja file, if the tokenizer has no chat template")
     parser.add_argument("--density", type=float, help="tune this share of the norms, chosen by Fisher information")
-    parser.add_argument("--num-samples", type=int, default=128, help="rows that Fisher scores look at; default 128")
+    parser.add_argument("--num-samples", type=int, default=128, help="rows for Fisher scores; default 128")
     parser.add_argument("--max-steps", type=int, default=100, help="default 100")
     parser.add_argument("--batch-size", type=int, default=8, help="default 8")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of a row; default 512")
+    parser.add_argument("--max-length", type=int, default=512, help="longest row in tokens; default 512")
     parser.add_argument("--lr", type=float, default=1e-3, help="default 1e-3")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--out", type=Path, default=Path("runs/sft"))

@@ -1,11 +1,12 @@
-"""Sixteen learning rates in one run: each is a task of its own in every batch, on the same rows.
+"""Sixteen learning rates in one run: each is a separate task in every batch, on the same rows.
 
     python examples/sweep_learning_rates.py --data-dir my_data --model bert-base-uncased
     python examples/sweep_learning_rates.py --task sst2 --rates 1e-4 1e-3 1e-2        # data from the Hub
 
-A batch has as many rows as that of one run, shared among the rates: with 32 rows and sixteen rates each sees two. So a
-step takes about as long as one of a single run; give a larger --batch-size where the device is not busy with that.
-Without --task and --data-dir it sweeps over the demo's data.
+The rates are those of the norms; every head learns at --head-learning-rate, as in the other examples. A batch has as
+many rows as that of one run, shared among the rates: with 32 rows and sixteen rates, each sees two. So a step takes
+about as long as one of a single run; pass a larger --batch-size if the device is not busy.
+Without --task and --data-dir it uses the demo's data.
 """
 
 import argparse
@@ -17,9 +18,9 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from methods import METHODS, find_head
+from methods import HEAD_LR, METHODS, find_head
 from peft import get_peft_model
-from task_data import add_task_options, errors_as_text
+from task_data import add_task_options, errors_as_text, say
 from text_classification import task_or_demo
 from training import Run, Task, load_base, make_trainer, quiet
 from transformers import TrainingArguments
@@ -74,6 +75,7 @@ def sweep(task: Task, model: str, rates: Sequence[float], args: argparse.Namespa
             task_column=COLUMN,
             rows_per_task=rows,
             learning_rates=dict(zip(names, rates, strict=True)),
+            head_learning_rate=args.head_learning_rate,
             train_dataset=repeated(task.train, names),
             data_collator=task.collator,
             compute_metrics=lambda found: task.evaluate(found.predictions),
@@ -115,6 +117,14 @@ def format_table(found: Found) -> str:
     return str(Table(["learning rate", *columns], rows))
 
 
+def warn_of_rates(found: Found, chance: float | None) -> None:
+    """Say which rates end no better than an answer that does not look at the input."""
+    lost = [f"{rate:g}" for rate, values in found.items() if chance is not None and not values["loss"] < chance]
+    if lost:
+        rates = ", ".join(lost)
+        say(f"warning: at {rates} the validation loss is not below that of chance ({chance:.3f}): nothing was learned")
+
+
 def plot(found: Found, path: Path) -> None:
     """Draw loss and metrics over the learning rate."""
     from matplotlib.figure import Figure
@@ -135,6 +145,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add_task_options(parser)
     parser.add_argument("--model", help="a checkpoint's name or folder; without it, an installed all-MiniLM-L6-v2")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="default: sixteen from 1e-4 to 1e-1")
+    parser.add_argument("--head-learning-rate", type=float, default=HEAD_LR, help=f"of every head; default {HEAD_LR:g}")
     parser.add_argument("--max-steps", type=int, default=300, help="default 300")
     parser.add_argument("--batch-size", type=int, default=32, help="rows of all rates together; default 32")
     parser.add_argument("--seed", type=int, default=0, help="of the head and the order of the rows; default 0")
@@ -151,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         task, model = task_or_demo(args)
         found, seconds = sweep(task, model, args.rates, args)
     print(format_table(found))
+    warn_of_rates(found, task.chance)
     alone = time_alone(task, model, args)
     rows = max(1, args.batch_size // len(args.rates))
     print(

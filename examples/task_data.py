@@ -1,6 +1,6 @@
-"""The two parts of a task, from local files or the Hub, checked before anything is trained; and what they are.
+"""The two parts of a task, from local files or the Hub, described and checked before anything is trained.
 
-Files are read by `peft_lntune.cli.data`, as the command line reads them.
+Files are read by `peft_lntune.cli.data`, as in the command line.
 """
 
 import argparse
@@ -223,16 +223,14 @@ def read_data(
         )
         for part, rows in parts.items()
     }
-    return TaskData(
-        task or metrics_of(labels, read["train"]["label"][:]), columns, labels, **read, max_length=max_length
-    )
+    metrics = task or labels.problem_type
+    if metrics == "single_label_classification":
+        metrics = metrics_of(np.bincount(encoded["train"], minlength=len(labels.names)))
+    return TaskData(metrics, columns, labels, **read, max_length=max_length)
 
 
-def metrics_of(labels: Labels, train: Sequence[Any]) -> str:
-    """Which metrics suit the labels; where one class is much rarer than another, those beside accuracy too."""
-    if labels.problem_type != "single_label_classification":
-        return labels.problem_type
-    counts = np.bincount(train, minlength=len(labels.names))
+def metrics_of(counts: np.ndarray) -> str:
+    """Which metrics suit classes with so many rows: where one is much rarer than another, those beside accuracy too."""
     return "imbalanced" if counts.max() >= IMBALANCED * counts.min() else "classification"
 
 

@@ -8,9 +8,9 @@ Local files are train and validation: .conll, with a word and its tag per line a
 
     {"tokens": ["Rick", "lives", "in", "New", "York"], "ner_tags": ["B-person", "O", "O", "B-location", "I-location"]}
 
-Tags are IOB2, or IOBES, which is read as IOB2. A word is cut into pieces, and its first piece carries its tag. An
-entity is right if all its words and its type are.
-What is saved is loaded into a fresh model, which has to answer bit for bit as the trained one did.
+Tags are IOB2, or IOB1 or IOBES, which are read as IOB2; numbers need --tag-names, unless a Parquet file names them. A
+word is split into tokens, and its first token gets its tag. An entity counts as correct if all its words and its type
+are. The saved adapter is loaded into a fresh model, whose predictions must equal the trained model's bit for bit.
 """
 
 import argparse
@@ -28,64 +28,71 @@ from task_data import ENCODING, MAX_TOKENS, add_data_options, entropy, errors_as
 from training import Task, add_options, compare, default_model, load_tokenizer, quiet
 from transformers import AutoModelForTokenClassification, PreTrainedTokenizerBase
 
-from peft_lntune.cli.data import find_columns
+from peft_lntune.cli.data import class_names, find_columns
 from peft_lntune.errors import DataError
 
-TYPES = ("corporation", "creative-work", "group", "location", "person", "product")
-WNUT_TAGS = ["O", *(f"{prefix}-{name}" for name in TYPES for prefix in "BI")]  # in the order of the Hub's numbers
 COLUMNS = tuple((words, tags) for words in ("tokens", "words") for tags in ("ner_tags", "tags", "labels"))
 PREFIXES = {"B": "B", "I": "I", "E": "I", "L": "I", "S": "B", "U": "B"}  # of IOBES, also called BILOU, in IOB2
 IGNORED = -100  # the label that the loss leaves out
 
 
-def tag_names(parts: dict[str, datasets.Dataset], column: str, source: str) -> Sequence[str] | None:
-    """What numbers in tags stand for: the names that come with them or wnut_17's. None where tags are text."""
-    kind = getattr(parts["train"].features[column], "feature", None)
-    if "string" in getattr(kind, "dtype", ""):
-        return None
-    names = kind.names if isinstance(kind, datasets.ClassLabel) else WNUT_TAGS
-    found = {tag for rows in parts.values() for tags in rows[column] for tag in tags or ()}
-    strange = [tag for tag in found if tag not in range(len(names))]
-    if strange:
-        wanted = f"lists of text such as B-person, or of the numbers 0 to {len(names) - 1} of {', '.join(names)}"
-        raise DataError(f"{source}: {column} has to be {wanted}; found {min(strange, key=str)!r}")
-    return names
+def read_tags(tags: Sequence[Any], names: Sequence[str], where: str) -> list[str]:
+    """The tags of one row in IOB2, from text in IOB1, IOB2 or IOBES, or from numbers that `names` explains."""
+    read: list[str] = []
+    for tag in tags:
+        if isinstance(tag, int) and not isinstance(tag, bool):
+            if not names:
+                raise DataError(
+                    f"{where} has the tag {tag}, a number without a name. Say what they are: --tag-names O ..."
+                )
+            if not 0 <= tag < len(names):
+                raise DataError(
+                    f"{where} has the tag {tag}, and the names are of 0 to {len(names) - 1}: {', '.join(names)}"
+                )
+            tag = names[tag]
+        prefix, _, kind = tag.partition("-") if isinstance(tag, str) else ("", "", "")
+        if tag != "O" and (prefix not in PREFIXES or not kind):
+            raise DataError(f"{where} has the tag {tag!r}; a tag is O, or B-, I-, E- or S- with the type of an entity")
+        # IOB1 begins an entity by I-; one that continues nothing begins one in IOB2 too, as conlleval reads it
+        goes_on = bool(read) and read[-1][1:] == f"-{kind}" and PREFIXES.get(prefix) == "I"
+        read.append("O" if tag == "O" else f"{'I' if goes_on else 'B'}-{kind}")
+    return read
 
 
-def to_iob2(tag: str, where: str) -> str:
-    """A tag of IOB2 or IOBES in IOB2."""
-    prefix, _, kind = tag.partition("-")
-    if tag == "O":
-        return tag
-    if prefix not in PREFIXES or not kind:
-        raise DataError(f"{where} has the tag {tag!r}; a tag is O, or B-, I-, E- or S- with the type of an entity")
-    return f"{PREFIXES[prefix]}-{kind}"
-
-
-def read_tagged(data_dir: Path | None, encoding: str = ENCODING) -> dict[str, datasets.Dataset]:
+def read_tagged(
+    data_dir: Path | None, encoding: str = ENCODING, names: Sequence[str] = ()
+) -> dict[str, datasets.Dataset]:
     """Both parts, with a list of `tokens` and an equally long one of `ner_tags` as text in each row."""
     # the revision that the Hub has converted: on the main one wnut_17 is a script, which `datasets` no longer runs
     sources, parts = load_parts(data_dir, "leondz/wnut_17", encoding=encoding, revision="refs/convert/parquet")
-    of_words, of_tags = find_columns(parts["train"].column_names, COLUMNS, sources["train"])
+    advice = "A file with a word and its tag per line has to end in .conll."
+    of_words, of_tags = find_columns(parts["train"].column_names, COLUMNS, sources["train"], advice)
     find_columns(parts["validation"].column_names, [(of_words, of_tags)], sources["validation"])
-    names, tagged = tag_names(parts, of_tags, sources["train"]), {}
+    tagged: dict[str, datasets.Dataset] = {}
     types: set[str] = set()
     for part, rows in parts.items():
         words, tags = rows[of_words][:], []
+        known = class_names(rows, of_tags) or names  # each part's own: the orders may differ
         for i, (w, t) in enumerate(zip(words, rows[of_tags], strict=True)):
             where = f"{sources[part]}: row {i}"
+            if not (isinstance(w, list) and isinstance(t, list)):
+                raise DataError(
+                    f"{where} has to have a list of {of_words} and one of {of_tags}, not {w!r:.60} and {t!r:.60}"
+                )
             if not w or not t or None in w or None in t:
                 raise DataError(f"{where} has no words, or one without a tag")
             if len(w) != len(t):
                 raise DataError(f"{where} has {len(w)} {of_words} and {len(t)} {of_tags}")
-            tags.append([to_iob2(tag if names is None else names[tag], where) for tag in t])
+            if not all(isinstance(word, str) for word in w):
+                raise DataError(f"{where} has a word that is no text: {w!r:.60}")
+            tags.append(read_tags(t, known, where))
             new = {tag[2:] for tag in tags[-1]} - types - {""}
             if part == "validation" and new:
                 raise DataError(f"{where} has an entity of type {min(new)}, which no training row has")
             types |= new
         tagged[part] = datasets.Dataset.from_dict({"tokens": words, "ner_tags": tags})
-    if not types:
-        raise DataError(f"{sources['train']}: every tag is O, so there is nothing to learn")
+        if part == "train" and len({tag for row in tags for tag in row}) == 1:
+            raise DataError(f"{sources['train']}: every tag is {tags[0][0]}, so there is nothing to learn")
     return tagged
 
 
@@ -141,10 +148,13 @@ def tagging_task(parts: dict[str, datasets.Dataset], model: str, max_length: int
     tags = sorted(["O", *(f"{prefix}-{kind}" for kind in types for prefix in "BI")])
     tagger = Tagger(tokenizer, tags, max_length)
     words, truth = parts["validation"]["tokens"][:], parts["validation"]["ner_tags"][:]
-    lengths = tokenizer([*parts["train"]["tokens"], *words], is_split_into_words=True)["input_ids"]
+    every = [*parts["train"]["tokens"], *words]
+    pieces = tokenizer(every, is_split_into_words=True)
+    lost = sum(len(row) - len({*pieces.word_ids(i)} - {None}) for i, row in enumerate(every))
     say(
         f"data: {' and '.join(f'{len(rows):,} {part} rows' for part, rows in parts.items())}, "
-        f"{sum(len(ids) > max_length for ids in lengths):,} of them cut at {max_length} tokens; entities to learn: "
+        f"{sum(len(ids) > max_length for ids in pieces['input_ids']):,} of them cut at {max_length} tokens; "
+        f"{f'{lost:,} words have no token and are read as O; ' if lost else ''}entities to learn: "
         + ", ".join(f"{kind} ({counts[f'B-{kind}']:,})" for kind in types)
     )
     return Task(
@@ -163,12 +173,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train every method asked for, print the table, reload what was saved."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_options(parser, "a folder of local files; without it, wnut_17 from the Hub")
+    parser.add_argument("--tag-names", nargs="+", default=[], help="of tags that are numbers, from 0: O B-person ...")
     parser.add_argument("--max-length", type=int, default=MAX_TOKENS, help=f"tokens of a row; default {MAX_TOKENS}")
     add_options(parser, Path("runs/token_classification"))
     args = parser.parse_args(argv)
     quiet()
     with errors_as_text():
-        task = tagging_task(read_tagged(args.data_dir, args.encoding), args.model or default_model(), args.max_length)
+        parts = read_tagged(args.data_dir, args.encoding, args.tag_names)
+        task = tagging_task(parts, args.model or default_model(), args.max_length)
         compare(args, task, str(args.data_dir or "Hub"))
 
 

@@ -1,4 +1,4 @@
-"""The loop that the examples share: one run of one method on one task, saved, resumed, reloaded, and shown in a table.
+"""The training loop of the examples: one run of one method on one task, saved, resumed, reloaded and shown in a table.
 
 Every method trains the same head (see `methods.find_head`), from the same seed, on the same batches, without weight
 decay. What differs between tasks is a `Task`: its head, its rows, how they become batches, how logits are scored.
@@ -30,7 +30,7 @@ from peft_lntune.analysis import Table
 from peft_lntune.errors import DataError, PeftLNTuneError
 from peft_lntune.interop import last_whole_checkpoint
 
-SAVE_EVERY = 200  # steps between checkpoints, which --resume goes on from
+SAVE_EVERY = 200  # steps between checkpoints, from which --resume continues
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Task:
         head: how that head is made: `num_labels` and the like.
         collator: rows -> one padded batch.
         evaluate: logits of the validation rows, in order -> metrics.
-        chance: the training loss of an answer that is always the same; None where it is not known.
+        chance: the training loss of an answer that does not look at the input; None where it is not known.
     """
 
     peft_type: str
@@ -85,7 +85,7 @@ class Result:
 
 
 class ProgressBar(transformers.TrainerCallback):
-    """One bar a run, with the loss beside it."""
+    """One progress bar per run, with the loss."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -235,19 +235,19 @@ def check_equal(reloaded: np.ndarray, trained: np.ndarray, folder: Path, what: s
     print(f"reloaded {folder}: {what} are bit-equal to those after training")
 
 
-def warn_of_chance(run: Run, task: Task, losses: Sequence[float]) -> None:
-    """Say so where the last losses are no better than those of an answer that is always the same."""
+def warn_of_chance(method: str, rate: float, chance: float | None, trainer: Trainer) -> None:
+    """Say so where the last losses are no better than those of an answer that does not look at the input."""
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     last = float(np.mean(losses[-5:])) if losses else None
-    if last is not None and task.chance is not None and not last < task.chance:
+    if last is not None and chance is not None and not last < chance:
         say(
-            f"warning: {run.method} ends with a loss of {last:.3f}, not below that of chance ({task.chance:.3f}): "
-            f"nothing was learned. Try a lower --lr (now {run.lr or METHODS[run.method].lr:g}), or more steps where it "
-            "still falls."
+            f"warning: {method} ends with a loss of {last:.3f}, not below that of chance ({chance:.3f}): nothing was "
+            f"learned. Try a lower --lr (now {rate:g}), or more steps where it still falls."
         )
 
 
 def check_resumable(run: Run, folder: Path) -> None:
-    """Refuse to go on with a folder that holds a run with other settings."""
+    """Refuse to continue in a folder that contains a run with other settings."""
     settings = folder / "settings.json"
     other = json.loads(settings.read_text()) if settings.is_file() else asdict(run)
     changed = [f"{k} {other.get(k)!r}, now {v!r}" for k, v in asdict(run).items() if other.get(k) != v]
@@ -256,7 +256,7 @@ def check_resumable(run: Run, folder: Path) -> None:
 
 
 def train_method(run: Run, task: Task, folder: Path, *, resume: bool = False, checkpoints: bool = True) -> Result:
-    """Train, evaluate and save one method; with `resume`, read a finished run or go on from a checkpoint."""
+    """Train, evaluate and save one method; with `resume`, read a finished run or continue from a checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     finished, kept = folder / "result.json", folder / "checkpoints"
     if resume:
@@ -265,7 +265,7 @@ def train_method(run: Run, task: Task, folder: Path, *, resume: bool = False, ch
             return Result(**json.loads(finished.read_text()))
     else:
         finished.unlink(missing_ok=True)
-        shutil.rmtree(kept, ignore_errors=True)  # of an earlier run; a later --resume must not go on from them
+        shutil.rmtree(kept, ignore_errors=True)  # of an earlier run; a later --resume must not continue from them
     (folder / "settings.json").write_text(json.dumps(asdict(run)))
     base = load_base(task, run.model, run.seed)
     head = count_head(base)
@@ -273,7 +273,7 @@ def train_method(run: Run, task: Task, folder: Path, *, resume: bool = False, ch
     trainer = make_trainer(run, model, task, kept if checkpoints else None)
     last = last_whole_checkpoint(kept) if resume else None
     trained = trainer.train(resume_from_checkpoint=last)
-    warn_of_chance(run, task, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    warn_of_chance(run.method, trainer.args.learning_rate, task.chance, trainer)
     logits = predict(trainer, task)
     result = Result(
         method=run.method,
@@ -318,11 +318,15 @@ def add_options(parser: argparse.ArgumentParser, out: Path) -> None:
     parser.add_argument("--epochs", type=float, default=3.0, help="default 3")
     parser.add_argument("--max-steps", type=int, help="instead of --epochs")
     parser.add_argument("--batch-size", type=int, default=32, help="default 32")
-    parser.add_argument("--lr", type=float, help="of all but the head; default: the method's own, 1e-3 for most")
+    parser.add_argument(
+        "--lr", type=float, help="learning rate of all but the head; default: the method's own, 1e-3 for most"
+    )
     parser.add_argument("--head-learning-rate", type=float, default=HEAD_LR, help=f"default {HEAD_LR:g}")
-    parser.add_argument("--seed", type=int, default=0, help="of the head, the order of the rows and dropout; default 0")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="for the head, the order of the rows and dropout; default 0"
+    )
     parser.add_argument("--out", type=Path, default=out, help=f"default {out}")
-    parser.add_argument("--resume", action="store_true", help="keep finished methods, go on with a killed one")
+    parser.add_argument("--resume", action="store_true", help="keep finished methods and resume a killed one")
 
 
 def try_methods(runs: Sequence[Run], task: Task) -> None:

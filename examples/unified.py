@@ -1,11 +1,10 @@
-"""Prefix, attention adapter and LN-tuning as one adapter, beside each of the three alone (arXiv 2211.08682).
+"""Prefix, attention adapter and LN-tuning as one adapter, compared with each of the three alone (arXiv 2211.08682).
 
     python examples/unified.py                                   # the demo's data, offline
     python examples/unified.py --task sst2 --model bert-base-cased
     python examples/unified.py --data-dir my_data
 
-Trains and saves four adapters, then loads them all into one model, where one batch is answered by all of them and the
-model without any.
+Trains and saves four adapters, then loads them all into one model, where one batch uses all of them and the base model.
 """
 
 import argparse
@@ -13,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from methods import HEAD_LR
 from peft import PeftModel
 from task_data import add_task_options
 from text_classification import task_or_demo
@@ -31,6 +31,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="a checkpoint's name or folder; without it, an installed all-MiniLM-L6-v2")
     parser.add_argument("--max-steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--lr", type=float, help="of all but the head; default: each method's own, 1e-3")
+    parser.add_argument("--head-learning-rate", type=float, default=HEAD_LR, help=f"default {HEAD_LR:g}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/unified"))
     return parser.parse_args(argv)
@@ -70,7 +72,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(plan(base, UnifiedConfig(preset=COMBINED, task_type=task.peft_type)), "\n")
     source = str(args.data_dir or "Hub")
     runs = {
-        name: Run(name, model_name, source, steps=args.max_steps, batch_size=args.batch_size, seed=args.seed)
+        name: Run(
+            name,
+            model_name,
+            source,
+            steps=args.max_steps,
+            batch_size=args.batch_size,
+            lr=args.lr,
+            seed=args.seed,
+            head_lr=args.head_learning_rate,
+        )
         for name in METHOD_NAMES
     }
     results = [train_method(run, task, args.out / name, checkpoints=False) for name, run in runs.items()]

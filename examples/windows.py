@@ -20,6 +20,7 @@ class Windows:
     tokenizer: PreTrainedTokenizerBase
     length: int
     stride: int
+    part: str = "train"
 
     def __call__(self, rows: dict[str, list], numbers: Sequence[int]) -> dict[str, Any]:
         """For each window: model inputs, the number of its row, the answer's tokens, and `offsets` (T, 2).
@@ -28,10 +29,14 @@ class Windows:
         calls this for some rows at a time.
         """
         questions = [question.strip() for question in rows["question"]]  # SQuAD has one after thousands of spaces
-        longest = max(map(len, self.tokenizer(questions, add_special_tokens=False)["input_ids"]))
+        lengths = [len(ids) for ids in self.tokenizer(questions, add_special_tokens=False)["input_ids"]]
+        longest, row = max(zip(lengths, numbers, strict=True))
         room = self.length - longest - self.tokenizer.num_special_tokens_to_add(pair=True)
         if room <= self.stride:
-            problem = f"a question of {longest} tokens leaves {max(room, 0)} of {self.length} for its context"
+            problem = (
+                f"{self.part} row {row}: a question of {longest} tokens leaves {max(room, 0)} of {self.length} for its "
+                "context"
+            )
             raise DataError(f"{problem}, and --stride {self.stride} needs more: raise --max-length or lower --stride")
         batch = self.tokenizer(
             questions,

@@ -1,7 +1,9 @@
 """The values that settings may take, and defaults that the library shares with the command line.
 
-This module imports nothing, so that `peft-lntune COMMAND --help` lists the values without importing torch.
+This module imports next to nothing, so that `peft-lntune COMMAND --help` lists the values without importing torch.
 """
+
+from typing import Literal, get_args
 
 __all__ = [
     "BY",
@@ -12,6 +14,9 @@ __all__ = [
     "ROLES",
     "SCOPES",
     "SIZES",
+    "FisherKind",
+    "Role",
+    "Scope",
 ]
 
 BY = ("component", "layer", "tensor")
@@ -29,13 +34,16 @@ SIZES = ("mean_magnitude", "std", "largest", "over_others")
 DEVIATIONS = 3.0
 """Outliers are more than this many standard deviations from the mean of their own vector."""
 
-FISHER_KINDS = ("empirical", "mc", "exact")
+FisherKind = Literal["empirical", "mc", "exact"]
+FISHER_KINDS: tuple[FisherKind, ...] = get_args(FisherKind)
 """Where the labels of Fisher information come from."""
 
-SCOPES = ("global", "tensor", "layer")
+Scope = Literal["global", "tensor", "layer"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
 """What the budget of `select` applies to."""
 
-ROLES = {
+Role = Literal["attention", "cross_attention", "ffn", "mixer", "qk", "embedding", "final"]
+ROLES: dict[Role, str] = {
     "attention": "feeds or closes self-attention",
     "cross_attention": "feeds or closes attention over an encoder's output",
     "ffn": "feeds or closes the feed-forward layer, experts included",

@@ -25,7 +25,7 @@ from peft_lntune import find_norms, fisher_scores
 
 # The bounds this project set itself before it measured.
 OF_A_STEP = 1.15  # times an ordinary forward and backward pass, at most
-OF_THE_LOOP = {"cpu": 2.0, "gpu": 20.0}  # times faster than one backward pass a sample, at least
+OF_THE_LOOP = {"cpu": 2.0, "gpu": 20.0}  # times faster than one backward pass per sample, at least
 PROTOCOLS = {
     "cpu": {"rounds": 9, "batches": 8, "batch": 32, "tokens": 64},
     "gpu": {"rounds": 20, "batches": 8, "batch": 32, "tokens": 128},
@@ -80,14 +80,14 @@ def make_batches(protocol: Mapping[str, int], device: torch.device) -> list[Batc
 
 
 def step(model: Any, data: Sequence[Batch]) -> None:
-    """One ordinary forward and backward pass a batch, without the optimizer."""
+    """One ordinary forward and backward pass per batch, without the optimizer."""
     for batch in data:
         model(**batch).loss.backward()
         model.zero_grad(set_to_none=True)
 
 
 def loop(model: Any, norms: Mapping[str, Tensor], data: Sequence[Batch]) -> dict[str, Tensor]:
-    """One forward and backward pass a sample, as FISH does it: the mean of the squared gradients."""
+    """One forward and backward pass per sample, as FISH does it: the mean of the squared gradients."""
     squares = {name: torch.zeros_like(parameter) for name, parameter in norms.items()}
     samples = 0
     for batch in data:

@@ -12,7 +12,7 @@ OPERATIONS = 1.10  # of the base model's, for any number of adapters in the bank
 SECONDS = 1.05  # of the base model's, with 64 distinct adapters in a batch of 64
 FASTER = 5.0  # times, than PEFT's mixed batches of LoRA and RoAd with 32 distinct adapters
 SWITCHING = 1.05  # of a forward pass with other adapters each time in the smallest bank, in the largest
-LOADED = 1000.0  # adapters a second from a bank file
+LOADED = 1000.0  # adapters per second from a bank file
 
 
 def write_report(rows: Rows, results: Path, cells: Sequence[Cell], protocol: str) -> None:

@@ -79,7 +79,7 @@ def norm_names(model: nn.Module) -> list[str]:
 
 
 def own_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Return what the arm trains beside the head."""
+    """Return what the arm trains in addition to the head."""
     heads = tuple(head_modules(model))
     return {
         name: parameter
@@ -308,7 +308,7 @@ COMBINED = {
 def part_size(model: Any) -> int:
     """Return the bottleneck size and the prefix length at which each has about `SHARE` of a model's entries.
 
-    A prefix of P tokens has 2 P d entries a layer; an adapter of size P at one sub-layer has its biases more.
+    A prefix of P tokens has 2 P d entries per layer; an adapter of size P at one sub-layer also has its biases.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
     return max(1, round(SHARE * total / (2 * model.config.hidden_size * model.config.num_hidden_layers)))

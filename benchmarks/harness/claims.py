@@ -2,11 +2,12 @@
 
 import operator
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks.harness.tables import mean_and_spread
 
 HOLDS, FAILS, INCONCLUSIVE = "holds", "fails", "inconclusive"
+CLAIM, NOT_YET = "- Claim: ", "Not measured yet"
 ABOUT_VERDICTS = (
     "A claim is inconclusive where the mean of the seeds, give or take their standard deviation, covers the bound, or "
     "where there is one seed only."
@@ -23,14 +24,39 @@ def claim(wanted: str, measured: str, holds: bool) -> str:
     return f"- Claim: {wanted}. Measured: {measured}. Verdict: {HOLDS if holds else FAILS}."
 
 
-def open_claim(wanted: str, missing: str = "Not measured yet") -> str:
+def runs_claim(wanted: str, measured: str, runs: int, of: int) -> str:
+    """Return the line of a claim that is asked of every run; it is inconclusive where it holds in some.
+
+    Example:
+        >>> runs_claim("a is first", "in 6 of 6 runs", 6, 6)
+        '- Claim: a is first. Measured: in 6 of 6 runs. Verdict: holds.'
+    """
+    word = HOLDS if runs == of else INCONCLUSIVE if runs else FAILS
+    return f"{CLAIM}{wanted}. Measured: {measured}. Verdict: {word}."
+
+
+def open_claim(wanted: str, missing: str = NOT_YET) -> str:
     """Return the line of a claim that has no rows.
 
     Example:
         >>> open_claim("a above b")
         '- Claim: a above b. Not measured yet.'
     """
-    return f"- Claim: {wanted}. {missing}."
+    return f"{CLAIM}{wanted}. {missing}."
+
+
+def listed(lines: Iterable[str]) -> str:
+    """Return the lines of claims as one list; the claims that have no rows stand together at its end.
+
+    Example:
+        >>> print(listed([open_claim("a above b"), claim("at most 2", "1", True), open_claim("b above c")]))
+        - Claim: at most 2. Measured: 1. Verdict: holds.
+        - Not measured yet: a above b; b above c.
+    """
+    every = list(lines)
+    missing = [line.removeprefix(CLAIM).removesuffix(f". {NOT_YET}.") for line in every if line.endswith(f"{NOT_YET}.")]
+    kept = [line for line in every if not line.endswith(f"{NOT_YET}.")]
+    return "\n".join([*kept, *([f"- {NOT_YET}: {'; '.join(missing)}."] if missing else [])])
 
 
 def time_claim(wanted: str, ratio: Sequence[float], again: Sequence[float], bound: float) -> str:
@@ -60,15 +86,17 @@ def seeds_claim(
     planned: int,
     bound: float = 0.0,
     holds: Callable[[float, float], bool] = operator.gt,
+    note: str = "",
 ) -> str:
     """Return the line of a claim about a mean over seeds.
 
     Args:
         wanted: the claim.
-        values: one a seed.
+        values: one per seed.
         planned: how many seeds are planned.
         bound: the mean is held to it.
         holds: `holds(mean, bound)`.
+        note: a sentence that stands behind the verdict.
 
     Example:
         >>> seeds_claim("a within 1 point of b", [-0.5, 0.5], planned=2, bound=-1)
@@ -81,7 +109,7 @@ def seeds_claim(
     each = ", ".join(f"{value:.1f}" for value in values)
     return (
         f"- Claim: {wanted}. Measured: {mean_and_spread(values, planned)} (by seed: {each}). "
-        f"Verdict: {seeds_verdict(values, bound, holds)}."
+        f"Verdict: {seeds_verdict(values, bound, holds)}.{f' {note}' if note else ''}"
     )
 
 

@@ -33,7 +33,7 @@ class Protocol:
         name: written into every cell.
         steps: of a reported run.
         search_steps: of a run that only chooses a learning rate.
-        batch_size: rows a step.
+        batch_size: rows per step.
         dropout: replaces the checkpoint's; None keeps it.
         mask_samples: training rows that a mask is chosen by.
     """

@@ -1,15 +1,16 @@
-"""Arms beside each other over several tasks: differences within a seed, bounds set beforehand, lines of tables."""
+"""Comparisons of arms over several tasks: differences within a seed, bounds set beforehand, lines of tables."""
 
 import operator
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.harness.claims import ABOUT_VERDICTS, FAILS, HOLDS, INCONCLUSIVE, seeds_claim, seeds_verdict
-from benchmarks.harness.finals import Finals, by_seed, differences, figures
+from benchmarks.harness.claims import ABOUT_VERDICTS, seeds_claim, seeds_verdict
+from benchmarks.harness.finals import Finals, by_seed, differences, edge_note, figures
+from benchmarks.harness.plots import Dot
 from benchmarks.harness.rows import Row
-from benchmarks.harness.tables import NOT_RUN, markdown, mean_and_spread
+from benchmarks.harness.tables import NONE, NOT_RUN, mean_and_spread, of_what_ran, what_did_not_run
 
 ABOUT_DIFFERENCES = (
     "Differences in points, the first minus the second, each taken within a seed (the same head and batches{also}). "
@@ -18,7 +19,8 @@ ABOUT_DIFFERENCES = (
 )
 ABOUT_HEAD = "Every arm trains the head as well; `tuned entries` leaves it out."
 ABOUT_RATES = (
-    "`rate` is the learning rate chosen on held-out training rows; `(edge)` marks the smallest or largest tried."
+    "`rate` is the learning rate chosen on held-out training rows; `(edge)` marks the smallest or largest tried, so "
+    "that a rate beyond might do better."
 )
 
 
@@ -109,7 +111,18 @@ class Comparison:
         """Return the line of the claim that a difference is beyond a bound."""
         values = self.average(self.differences(bound.ours, bound.theirs))
         wanted = f"{bound.ours.said} {bound.wanted}, on average over {', '.join(self.averaged)}"
-        return seeds_claim(wanted, values, self.planned, bound.bound, bound.holds)
+        note = self.edges([bound.ours, bound.theirs])
+        return seeds_claim(wanted, values, self.planned, bound.bound, bound.holds, note)
+
+    def edges(self, sides: Iterable[Side], tasks: Sequence[str] | None = None) -> str:
+        """Return the sentence that says whose learning rates were at the edge of their grids.
+
+        Args:
+            sides: whose rates are meant.
+            tasks: None means those of the averages.
+        """
+        of = self.averaged if tasks is None else tasks
+        return edge_note({side.said: [task for task in of if self.found.at_edge(task, side.arm)] for side in sides})
 
     def ranked(self, sides: Iterable[Side], against: Side) -> tuple[list[Side], list[Side]]:
         """Return sides by their mean difference from another, the worst first, and those that have none."""
@@ -129,9 +142,22 @@ class Comparison:
             by_task = self.differences(ours, theirs)
             values = self.average(by_task)
             each = (mean_and_spread(list(seeds.values()), self.planned) for seeds in by_task.values())
-            sign = {HOLDS: "yes", FAILS: "no", INCONCLUSIVE: INCONCLUSIVE}[seeds_verdict(values)] if values else None
-            table.append([f"{ours.said} - {theirs.said}", *each, mean_and_spread(values, self.planned), sign])
-        return markdown(("difference", *self.tasks, "on average", "above 0"), table)
+            verdict = seeds_verdict(values) if values else None
+            table.append([f"{ours.said} - {theirs.said}", *each, mean_and_spread(values, self.planned), verdict])
+        return of_what_ran(("difference", *self.tasks, "on average", "above 0"), table)
+
+    def not_run(self, groups: Mapping[str, Sequence[Side]], tasks: Sequence[str] | None = None) -> Iterator[str]:
+        """Yield the lines that list what has no row or too few.
+
+        Args:
+            groups: name of a table -> what is in it.
+            tasks: that were planned; None means those compared.
+        """
+        for name, sides in groups.items():
+            runs = {
+                task: {side.said: len(side.rows(self.found, task)) for side in sides} for task in tasks or self.tasks
+            }
+            yield from (f"- {name}, {said}" for said in what_did_not_run(runs, self.planned))
 
     def scores(self, arm: str, **at: Any) -> list[object]:
         """Return the cells of a line that hold scores: each task, and the average of the seeds that all have."""
@@ -148,10 +174,11 @@ class Comparison:
         counts = {row["num_method_params"] for task in self.tasks for row in self.found.of(task, arm, **at)}
         return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)})) if counts else None
 
-    def rates(self, arm: str) -> str | None:
-        """Return the learning rate that was chosen for each task."""
-        rates = [self.found.rate(task, arm) for task in self.tasks]
-        return "; ".join(rate or "not run" for rate in rates) if any(rates) else None
+    def rates(self, arm: str, **at: Any) -> str | None:
+        """Return the learning rate that was chosen for each task on which the arm was run."""
+        ran = {task: self.found.of(task, arm, **at) for task in self.tasks}
+        rates = [self.found.rate(task, arm) if rows else None for task, rows in ran.items()]
+        return "; ".join(rate or NONE for rate in rates) if any(rates) else None
 
     def header(self, *first: str) -> tuple[str, ...]:
         """Return the header of a table whose lines are `line`s behind other cells."""
@@ -159,9 +186,15 @@ class Comparison:
 
     def line(self, arm: str, **at: Any) -> list[object]:
         """Return entries, scores and rates of an arm."""
-        return [self.entries(arm, **at), *self.scores(arm, **at), self.rates(arm)]
+        return [self.entries(arm, **at), *self.scores(arm, **at), self.rates(arm, **at)]
 
-    def point(self, task: str, arm: str, **at: Any) -> tuple[int, list[float]] | None:
-        """Return an arm's place in a plot: its tuned entries, and the score of each seed."""
-        rows = self.found.of(task, arm, **at)
-        return (round(statistics.mean(row["num_method_params"] for row in rows)), figures(rows)) if rows else None
+    def dots(self, task: str, sides: Iterable[Side], methods: Mapping[str, str] | None = None) -> list[Dot]:
+        """Return the rows of a dot plot, of what was run.
+
+        Args:
+            task: whose scores they are.
+            sides: in order.
+            methods: what a side said -> whose colour it has, where that is not its arm's.
+        """
+        found = [(side, figures(side.rows(self.found, task))) for side in sides]
+        return [Dot(s.said, (methods or {}).get(s.said, s.arm), scores) for s, scores in found if scores]

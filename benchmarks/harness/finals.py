@@ -1,6 +1,6 @@
 """The reported rows of an experiment."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.harness.arms import find_arm
@@ -23,12 +23,36 @@ class Finals:
 
     def rate(self, task: str, arm: str, dtype: str = "float32") -> str | None:
         """Return the learning rate that was chosen, and whether it was the smallest or largest tried."""
+        chosen = self._chosen(task, arm, dtype)
+        return None if chosen is None else f"{chosen[0]:g}" + (" (edge)" if chosen[1] else "")
+
+    def at_edge(self, task: str, arm: str, dtype: str = "float32") -> bool:
+        """Tell whether the learning rate that was chosen was the smallest or largest tried."""
+        chosen = self._chosen(task, arm, dtype)
+        return chosen is not None and chosen[1]
+
+    def _chosen(self, task: str, arm: str, dtype: str) -> tuple[float, bool] | None:
         searched = find_arm(arm).rate_of or arm
         chosen = best_rates(self.rows, self.protocol, [(task, searched, dtype)]).get((task, searched, dtype))
-        if chosen is None:
-            return None
         rates = find_arm(searched).rates
-        return f"{chosen:g}" + (" (edge)" if chosen in (min(rates), max(rates)) else "")
+        return None if chosen is None else (chosen, chosen in (min(rates), max(rates)))
+
+
+def edge_note(edges: Mapping[str, Iterable[str]]) -> str:
+    """Return the sentence of a claim that says whose learning rates were at the edge of their grids.
+
+    Args:
+        edges: method -> tasks.
+
+    Example:
+        >>> edge_note({"ln": ["trec"], "full": [], "head": ["sst2", "trec"]})
+        'At the edge of the learning rates tried: ln on trec; head on sst2, trec.'
+        >>> edge_note({"ln": []})
+        ''
+    """
+    found = {method: list(tasks) for method, tasks in edges.items()}
+    said = "; ".join(f"{method} on {', '.join(tasks)}" for method, tasks in found.items() if tasks)
+    return f"At the edge of the learning rates tried: {said}." if said else ""
 
 
 def reported(rows: Rows, protocol: Protocol, dtype: str = "float32") -> list[Cell]:

@@ -1,4 +1,4 @@
-"""What a task is scored by: the figure in its rows that chooses learning rates and stands in tables."""
+"""The metric of each task: the figure in its rows that chooses learning rates and is reported in tables."""
 
 import math
 from collections.abc import Mapping
@@ -33,6 +33,11 @@ class Metric:
             (2.0, -2.0)
         """
         return -difference if self.smaller else difference
+
+    @property
+    def along(self) -> str:
+        """Return the name of the figure at the axis of a plot."""
+        return f"{self.said} (smaller is better)" if self.smaller else self.said
 
     def held_out(self, metrics: Mapping[str, float]) -> float:
         """Return how good a run of the search was; more is better."""

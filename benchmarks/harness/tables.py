@@ -1,12 +1,13 @@
 """Markdown tables of results; a cell without a row says so."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from peft_lntune.analysis import Table
 
 NOT_RUN = "not run"
+NONE = "-"  # a cell of which there is nothing to say
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
@@ -19,6 +20,55 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
         | ln | not run |
     """
     return Table(header, lines).to_markdown(missing=NOT_RUN)
+
+
+def of_what_ran(header: Sequence[str], lines: Sequence[Sequence[object]], names: int = 1) -> str:
+    """Return a markdown table without the lines and columns of which nothing was run.
+
+    Args:
+        header: of all columns.
+        lines: None is what was not run; it becomes `-` where something else of its line and of its column was.
+        names: how many columns at the left say what a line is.
+
+    Example:
+        >>> print(of_what_ran(["arm", "sst2", "stsb", "trec"], [["ln", 81, None, 94], ["mam", 82, None, None]]))
+        | arm | sst2 | trec |
+        |---|---|---|
+        | ln | 81 | 94 |
+        | mam | 82 | - |
+        >>> of_what_ran(["arm", "sst2"], [["ln", None]])
+        'Nothing was run.'
+    """
+    ran = [line for line in lines if any(cell is not None for cell in line[names:])]
+    if not ran:
+        return "Nothing was run."
+    kept = [at for at in range(len(header)) if at < names or any(line[at] is not None for line in ran)]
+    return Table([header[at] for at in kept], [[line[at] for at in kept] for line in ran]).to_markdown(missing=NONE)
+
+
+def what_did_not_run(runs: Mapping[str, Mapping[str, int]], planned: int) -> Iterator[str]:
+    """Yield what has no row or too few, tasks of which the same is missing together.
+
+    Args:
+        runs: task -> name of a method -> how many seeds were run.
+        planned: seeds.
+
+    Example:
+        >>> list(what_did_not_run({"sst2": {"ln": 3, "mam": 0}, "trec": {"ln": 3, "mam": 0}, "stsb": {"ln": 0}}, 3))
+        ['sst2, trec: mam.', 'stsb: all.']
+        >>> list(what_did_not_run({"sst2": {"ln": 1, "mam": 0, "lora": 0, "full": 0}}, 3))
+        ['sst2: all but ln (1 of 3 seeds).']
+    """
+    tasks: dict[str, list[str]] = {}
+    for task, methods in runs.items():
+        none = [method for method, count in methods.items() if not count]
+        some = [f"{method} ({count} of {planned} seeds)" for method, count in methods.items() if 0 < count < planned]
+        ran = [method for method, count in methods.items() if count >= planned]
+        if none or some:
+            few = len(ran) + len(some) < len(none)
+            missing = f"all but {', '.join((*ran, *some))}" if few else ", ".join((*none, *some))
+            tasks.setdefault("all" if len(none) == len(methods) else missing, []).append(task)
+    yield from (f"{', '.join(names)}: {missing}." for missing, names in tasks.items())
 
 
 def mean_and_spread(values: Sequence[float], planned: int, digits: int = 1) -> str | None:

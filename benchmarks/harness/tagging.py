@@ -1,4 +1,4 @@
-"""Named entities: wnut_17, read, cut into pieces and scored by the code of `examples/token_classification.py`."""
+"""Named entities: wnut_17, read, tokenized and scored by the code of `examples/token_classification.py`."""
 
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from benchmarks.harness.splits import IGNORED, Split, ordered_batches
 from benchmarks.harness.tasks import Task, loads
 
 NAME = "wnut_17"
+TYPES = ("corporation", "creative-work", "group", "location", "person", "product")
+TAGS = ("O", *(f"{prefix}-{name}" for name in TYPES for prefix in "BI"))  # in the order of the Hub's numbers
 
 
 @loads(NAME)
@@ -18,7 +20,7 @@ def load_tagging(name: str, data_dir: Path | None, model: str) -> Task:
     """Load words with tags; the first piece of a word carries its tag."""
     from token_classification import read_tagged, tagging_task
 
-    parts = read_tagged(data_dir and data_dir / name)
+    parts = read_tagged(data_dir and data_dir / name, names=TAGS)
     example = tagging_task(parts, model)
     splits = {}
     for part, rows in parts.items():

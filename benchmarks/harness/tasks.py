@@ -1,6 +1,5 @@
 """Tasks: two splits, a head, and how answers are scored. Here: classification and regression with GLUE's columns."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -13,6 +12,7 @@ from torch import nn
 from benchmarks.harness.evaluation import accuracy, correlations
 from benchmarks.harness.models import Head, classes
 from benchmarks.harness.splits import Data, Split
+from peft_lntune.cli.data import read_table
 
 HUB_NAMES = {"trec": ("CogComp/trec", None)}  # the others are GLUE's
 TEXT_COLUMNS = {
@@ -108,9 +108,7 @@ def load_texts(name: str, data_dir: Path | None, model: str, max_length: int = 1
 def read_rows(name: str, data_dir: Path | None) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of the two splits; where the Hub has no validation split, its test split stands for it."""
     if data_dir is not None:
-        files = {part: data_dir / name / f"{part}.jsonl" for part in ("train", "validation")}
-        lines = {part: path.read_text(encoding="utf-8").split("\n") for part, path in files.items()}
-        return {part: [json.loads(line) for line in lines[part] if line] for part in lines}
+        return {part: read_table(data_dir / name / f"{part}.jsonl").to_list() for part in ("train", "validation")}
     import datasets
 
     found = datasets.load_dataset(*HUB_NAMES.get(name, ("nyu-mll/glue", name)))

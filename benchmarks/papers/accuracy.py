@@ -7,10 +7,10 @@ import argparse
 import operator
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.harness.claims import seeds_claim
+from benchmarks.harness.claims import ABOUT_VERDICTS, listed, seeds_claim
 from benchmarks.harness.classification import (
     PROTOCOLS,
     SEEDS,
@@ -20,18 +20,19 @@ from benchmarks.harness.classification import (
     run_experiment,
     search_first,
 )
-from benchmarks.harness.finals import Finals, differences, figures
+from benchmarks.harness.comparison import ABOUT_RATES
+from benchmarks.harness.finals import Finals, differences, edge_note, figures
+from benchmarks.harness.metrics import metric_of
 from benchmarks.harness.models import default_model
-from benchmarks.harness.plots import plot_against_size
+from benchmarks.harness.plots import ABOUT_ACROSS, ABOUT_DOTS, Dot, Panel, plot_dots
 from benchmarks.harness.rows import Cell, Row, Rows
-from benchmarks.harness.tables import markdown, mean_and_spread
+from benchmarks.harness.tables import mean_and_spread, of_what_ran, what_did_not_run
 
 # The bounds this project set itself before it measured, in points of accuracy.
 NEAR_FULL = 2.0
 ABOVE_HEAD = 10.0
 NEAR_FLOAT32 = 1.0
-DTYPES = ("float32", "bfloat16")
-HEADER = ("arm", "tuned entries", "float32", "bf16 base", "rate", "rate, bf16", "moved", "moved, bf16")
+DTYPES, BASES = ("float32", "bfloat16"), ("float32 base", "bf16 base")
 
 
 def write_report(
@@ -44,25 +45,53 @@ def write_report(
         f"Protocol `{protocol.name}`: {protocol.steps} steps of {protocol.batch_size} rows for every arm.",
     ]
     found = Finals(rows, protocol, seeds)
-    for task in tasks:
-        parts += [f"## {task}", markdown(HEADER, [_line(found, task, arm) for arm in arms])]
-        parts += ["\n".join(_wanted(found, task))]
-    parts += [_notes()]
     results.mkdir(parents=True, exist_ok=True)
+    panels = [panel for task in tasks if (panel := _panel(found, task, arms)).groups]
+    if panels:
+        plot_dots(results / f"{stem}.png", panels, f"Accuracy after {protocol.steps} steps", BASES)
+        said = " and ".join(panel.title for panel in panels)
+        parts += [f"![Accuracy of each arm on {said}]({stem}.png)", f"{ABOUT_DOTS} {ABOUT_ACROSS}"]
+    for task in tasks:
+        if any(found.of(task, arm, dtype) for arm in arms for dtype in DTYPES):
+            parts.append(f"## {task}")
+            parts += [of_what_ran(_header(said), lines) for said, lines in _tables(found, task, arms) if lines]
+            parts.append(listed(_wanted(found, task)))
+    missing = [f"- {said}, {line}" for said, line in _not_run(found, tasks, arms)]
+    parts += [_notes(), *(["## Not run here", "\n".join(missing)] if missing else [])]
     (results / f"{stem}.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
-    sizes = _sizes(found, tasks, arms)
-    if sizes:
-        panels = {
-            task: {dtype: {arm: figures(found.of(task, arm, dtype)) for arm in arms} for dtype in DTYPES}
-            for task in tasks
-        }
-        title = "Accuracy at equal steps: mean, worst and best seed"
-        plot_against_size(results / f"{stem}.png", panels, sizes, title)
 
 
-def _sizes(found: Finals, tasks: Iterable[str], arms: Sequence[str]) -> dict[str, int]:
-    places = [(task, arm, dtype) for task in tasks for arm in arms for dtype in DTYPES]
-    return {place[1]: row["num_method_params"] for place in places for row in found.of(*place)}
+def _panel(found: Finals, task: str, arms: Sequence[str]) -> Panel:
+    dots = [
+        Dot(arm, arm, scores, hollow=dtype != DTYPES[0])
+        for arm in arms
+        for dtype in DTYPES
+        if (scores := figures(found.of(task, arm, dtype)))
+    ]
+    return Panel(task, metric_of(task).along, {"": dots} if dots else {}, across=("full", "head"))
+
+
+def _header(said: str) -> tuple[str, ...]:
+    return ("arm", "tuned entries", said, "rate", "moved")
+
+
+def _tables(found: Finals, task: str, arms: Sequence[str]) -> Iterator[tuple[str, list[list[object]]]]:
+    """Yield a table for each dtype of the base: its name, and a line for each arm that was run."""
+    for dtype, said in zip(DTYPES, BASES, strict=True):
+        lines = [_line(found, task, arm, dtype) for arm in arms]
+        yield said, [line for line in lines if line[1] is not None]
+
+
+def _line(found: Finals, task: str, arm: str, dtype: str) -> list[object]:
+    rows = found.of(task, arm, dtype)
+    entries = f"{rows[0]['num_method_params']:,}" if rows else None
+    return [
+        arm,
+        entries,
+        mean_and_spread(figures(rows), len(found.seeds)),
+        found.rate(task, arm, dtype) if rows else None,
+        _moved(rows),
+    ]
 
 
 def _moved(rows: Sequence[Row]) -> str | None:
@@ -72,38 +101,37 @@ def _moved(rows: Sequence[Row]) -> str | None:
     return "no own entries" if shares[0] is None else f"{100 * statistics.mean(shares):.1f} %"
 
 
-def _line(found: Finals, task: str, arm: str) -> list[object]:
-    rows = {dtype: found.of(task, arm, dtype) for dtype in DTYPES}
-    entries = [f"{row['num_method_params']:,}" for each in rows.values() for row in each]
-    return [
-        arm,
-        entries[0] if entries else None,
-        *(mean_and_spread(figures(each), len(found.seeds)) for each in rows.values()),
-        *(found.rate(task, arm, dtype) for dtype in DTYPES),
-        *map(_moved, rows.values()),
-    ]
+def _not_run(found: Finals, tasks: Sequence[str], arms: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for dtype, said in zip(DTYPES, BASES, strict=True):
+        runs = {task: {arm: len(found.of(task, arm, dtype)) for arm in arms} for task in tasks}
+        yield from ((said, line) for line in what_did_not_run(runs, len(found.seeds)))
 
 
 def _wanted(found: Finals, task: str) -> list[str]:
     """Compare ours with the bounds set beforehand, seed by seed."""
-    ours = found.of(task, "ln")
+    ours, planned = found.of(task, "ln"), len(found.seeds)
     near_full = list(differences(ours, found.of(task, "full")).values())
     above_head = list(differences(ours, found.of(task, "head")).values())
-    wide = list(differences(found.of(task, "ln", "bfloat16"), ours).values())
-    planned = len(found.seeds)
+    wide = [-abs(value) for value in differences(found.of(task, "ln", "bfloat16"), ours).values()]
     near = f"ln over a bf16 base within {NEAR_FLOAT32:g} point of float32"
+
+    def edges(**dtypes: str) -> str:
+        return edge_note({arm: [task] if found.at_edge(task, arm, dtype) else [] for arm, dtype in dtypes.items()})
+
+    both, above = (edges(ln=DTYPES[0], **{arm: DTYPES[0]}) for arm in ("full", "head"))
     return [
-        seeds_claim(f"ln within {NEAR_FULL:g} points of full", near_full, planned, -NEAR_FULL, operator.ge),
-        seeds_claim(f"ln at least {ABOVE_HEAD:g} points above head", above_head, planned, ABOVE_HEAD, operator.ge),
-        seeds_claim(near, [-abs(value) for value in wide], planned, -NEAR_FLOAT32, operator.ge),
+        seeds_claim(f"ln within {NEAR_FULL:g} points of full", near_full, planned, -NEAR_FULL, operator.ge, both),
+        seeds_claim(
+            f"ln at least {ABOVE_HEAD:g} points above head", above_head, planned, ABOVE_HEAD, operator.ge, above
+        ),
+        seeds_claim(near, wide, planned, -NEAR_FLOAT32, operator.ge, edges(ln=DTYPES[1]) or edges(ln=DTYPES[0])),
     ]
 
 
 def _notes() -> str:
     return (
-        "`rate` is the learning rate chosen on held-out training rows; `(edge)` marks the smallest or largest tried. "
-        "`tuned entries` leaves the head out, which every arm trains, in float32 also over a bf16 base. "
-        "`moved` is the share of the tuned entries that differ from their start after training."
+        f"{ABOUT_RATES} `tuned entries` leaves the head out, which every arm trains, in float32 also over a bf16 base. "
+        f"`moved` is the share of the tuned entries that differ from their start after training. {ABOUT_VERDICTS}"
     )
 
 

@@ -1,4 +1,4 @@
-"""How fine can fine-tuning be: how far do models move, what need not, and do zeros alone do? arXiv 2004.14129.
+"""How fine can fine-tuning be: how far do models move, what can stay, and are zeros enough? arXiv 2004.14129.
 
 python -m benchmarks.papers.how_fine --protocol full
 python -m benchmarks.papers.how_fine --data-dir <folder>
@@ -11,7 +11,7 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from transformers import AutoConfig
 
 from benchmarks.harness import classification, sparse
 from benchmarks.harness.arms import SPARSITY
-from benchmarks.harness.claims import FAILS, HOLDS, INCONCLUSIVE, open_claim
+from benchmarks.harness.claims import listed, open_claim, runs_claim
 from benchmarks.harness.classification import (
     PROTOCOLS,
     SEEDS,
@@ -37,13 +37,13 @@ from benchmarks.harness.classification import (
     search_first,
 )
 from benchmarks.harness.comparison import ABOUT_DIFFERENCES, ABOUT_HEAD, ABOUT_RATES, Bound, Comparison, Side
-from benchmarks.harness.finals import Finals, figures, reported
+from benchmarks.harness.finals import Finals, reported
 from benchmarks.harness.metrics import metric_of
 from benchmarks.harness.models import head_modules
-from benchmarks.harness.plots import plot_along
+from benchmarks.harness.plots import ABOUT_ACROSS, ABOUT_DOTS, Panel, plot_dots
 from benchmarks.harness.rows import Cell, Row, Rows
 from benchmarks.harness.sparse import DRAWS
-from benchmarks.harness.tables import as_row, markdown, mean_and_spread, mean_table
+from benchmarks.harness.tables import as_row, mean_and_spread, mean_table, of_what_ran
 from benchmarks.harness.tasks import TEXT_COLUMNS, Task, load_task
 from peft_lntune.analysis import Table, closeness, plot_closeness
 from peft_lntune.analysis.distances import CONTROLS as DISTANCE_CONTROLS
@@ -52,6 +52,7 @@ from peft_lntune.analysis.distances import DISTANCES
 CLOSER = 10.0  # times closer than two random models are to each other: the bound set before measuring
 UNEVEN = 1.5  # times the layer that moves least: the bound set before measuring
 SAID = {"angle": "angle", "mean_l1": "mean L1"}  # the paper's two distances
+DRAWN = "angle"
 MEASURES = [*DISTANCES, *(f"{control}_{name}" for control in DISTANCE_CONTROLS for name in DISTANCES)]
 ABOUT_CLOSENESS = (
     "Mean L1 is ||w1 - w0||_1 / n, the angle is arccos(cosine) / pi: 0 for one direction, 0.5 at right angles. "
@@ -63,10 +64,10 @@ ABOUT_CLOSENESS = (
 
 
 def distance_bounds(rows: Mapping[str, Sequence[Row]]) -> Iterator[str]:
-    """Yield the lines that say whether the paper's two claims on distances held.
+    """Yield the lines that say whether the paper's two claims on distances hold.
 
     Args:
-        rows: task -> rows of `full`, one a seed.
+        rows: task -> rows of `full`, one per seed.
     """
     layers = [_table(row, "layers") for each in rows.values() for row in each]
     close = (
@@ -77,52 +78,50 @@ def distance_bounds(rows: Mapping[str, Sequence[Row]]) -> Iterator[str]:
         f"movement uneven over layers: the layer that moves most at least {UNEVEN:g} times the one that moves least"
     )
     for wanted, measured in ((close, _closer), (uneven, _uneven)):
-        if layers:
-            yield f"- Claim: {wanted}. {'. '.join(measured(layers, measure) for measure in SAID)}."
-        else:
-            yield open_claim(wanted)
+        for measure, said in SAID.items():
+            yield measured(f"{wanted}, by {said}", layers, measure) if layers else open_claim(f"{wanted}, by {said}")
 
 
-def _closer(layers: Sequence[Table], measure: str) -> str:
+def _closer(wanted: str, layers: Sequence[Table], measure: str) -> str:
     """Say how many times further apart two random models are, from the worst layer to the best, in how many runs."""
     each = [list(map(_ratio, t.column(f"random_{measure}"), t.column(measure))) for t in layers]
-    return _held(measure, [ratio for ratios in each for ratio in ratios], [min(ratios) for ratios in each], CLOSER)
+    return _in_runs(wanted, [ratio for ratios in each for ratio in ratios], [min(ratios) for ratios in each], CLOSER)
 
 
-def _uneven(layers: Sequence[Table], measure: str) -> str:
+def _uneven(wanted: str, layers: Sequence[Table], measure: str) -> str:
     """Say how uneven the layers are, and which moves most."""
     numbered = [dict(zip(t.column("layer"), t.column(measure), strict=True)) for t in layers]
     each = [{layer: value for layer, value in found.items() if layer is not None} for found in numbered]
     ratios = [_ratio(max(found.values()), min(found.values())) for found in each]
     most = Counter(max(found, key=lambda layer: found[layer]) for found in each)
     first = ", ".join(f"layer {layer} in {count}" for layer, count in sorted(most.items()))
-    return f"{_held(measure, ratios, ratios, UNEVEN)} (moves most: {first})"
+    return f"{_in_runs(wanted, ratios, ratios, UNEVEN)} Moves most: {first} of {len(layers)} runs."
 
 
-def _held(measure: str, ratios: Sequence[float], decisive: Sequence[float], bound: float) -> str:
+def _in_runs(wanted: str, ratios: Sequence[float], decisive: Sequence[float], bound: float) -> str:
     runs = sum(ratio >= bound for ratio in decisive)
-    verdict = HOLDS if runs == len(decisive) else INCONCLUSIVE if runs else FAILS
-    reach = f"{min(ratios):.1f} to {max(ratios):.1f} times"
-    return f"By {SAID[measure]}: {reach}, {verdict} ({runs} of {len(decisive)} runs)"
+    measured = f"{min(ratios):.1f} to {max(ratios):.1f} times, enough in {runs} of {len(decisive)} runs"
+    return runs_claim(wanted, measured, runs, len(decisive))
 
 
-def write_closeness(rows: Sequence[Row], results: Path, stem: str, planned: int) -> Iterator[str]:
+def write_closeness(
+    rows: Sequence[Row], results: Path, stem: str, planned: int, task: str, limits: tuple[float, float] | None
+) -> Iterator[str]:
     """Write a task's CSV and picture, and yield the paragraphs of its section.
 
     Args:
-        rows: of `full`, one a seed.
+        rows: of `full`, one per seed.
         results: folder.
         stem: name of both files without its ending.
         planned: number of seeds.
+        task: named in the picture.
+        limits: of the colours, the same for all tasks.
     """
-    if not rows:
-        yield "Not run."
-        return
-    places = mean_table([_table(row, "places") for row in rows], MEASURES)
+    places = _mean_places(rows)
     places.to_csv(results / f"{stem}.csv")
-    plot_closeness(places, results / f"{stem}.png")
+    plot_closeness(places, results / f"{stem}.png", DRAWN, title=f"Full fine-tuning on {task}", limits=limits)
     layers = [_table(row, "layers") for row in rows]
-    yield markdown(("layer", *_heads()), [_line(layers, n, (layer,), planned) for n, layer in _numbered(layers)])
+    yield of_what_ran(("layer", *_heads()), [_line(layers, n, (layer,), planned) for n, layer in _numbered(layers)])
     components = [_table(row, "components") for row in rows]
     order = mean_table(components, MEASURES).column("angle")
     names = list(zip(components[0].column("component"), components[0].column("parameter"), strict=True))
@@ -130,8 +129,20 @@ def write_closeness(rows: Sequence[Row], results: Path, stem: str, planned: int)
     chosen.sort(key=lambda n: -order[n])
     lines = [_line(components, n, (names[n][0],), planned) for n in chosen]
     yield "Weights of each component with its layers pooled, the one that turns most first:"
-    yield markdown(("component", *_heads()), lines)
-    yield f"Each layer, and biases: [{stem}.csv]({stem}.csv), and as a picture:\n\n![Angles]({stem}.png)"
+    yield of_what_ran(("component", *_heads()), lines)
+    yield f"Each layer, and biases: [{stem}.csv]({stem}.csv), and as a picture:\n\n![Angles on {task}]({stem}.png)"
+
+
+def closeness_limits(rows: Mapping[str, Sequence[Row]]) -> tuple[float, float] | None:
+    """Return the smallest and largest angle of all tasks' pictures, for one range of colours."""
+    columns = [DRAWN, *(f"{control}_{DRAWN}" for control in DISTANCE_CONTROLS)]
+    tables = [_mean_places(each) for each in rows.values() if each]
+    values = [value for table in tables for column in columns for value in table.column(column) if value]
+    return (min(values), max(values)) if values else None
+
+
+def _mean_places(rows: Sequence[Row]) -> Table:
+    return mean_table([_table(row, "places") for row in rows], MEASURES)
 
 
 def _numbered(layers: Sequence[Table]) -> Iterator[tuple[int, str]]:
@@ -264,14 +275,23 @@ def write_report(rows: Rows, results: Path, scope: Scope) -> None:
     results.mkdir(parents=True, exist_ok=True)
     full = {task: FULL.rows(compared.found, task) for task in scope.tasks}
     parts = [_title(scope), "## What holds"]
-    parts.append("\n".join([*distance_bounds(full), *map(compared.wanted, (*BOUNDS_OF_MODULES, *BOUNDS_OF_ZEROS))]))
-    parts += [*_modules(compared), *_zeros(compared, scope)]
+    parts.append(listed([*distance_bounds(full), *map(compared.wanted, (*BOUNDS_OF_MODULES, *BOUNDS_OF_ZEROS))]))
     picture = f"{NAME}{end}.png"
-    if _plot(compared, scope, results / picture):
-        parts.append(f"![Accuracy against zeros]({picture})")
-    parts += ["## How far fine-tuning moves", ABOUT_CLOSENESS]
-    for task in scope.tasks:
-        parts += [f"### {task}", *write_closeness(full[task], results, f"closeness_{task}{end}", compared.planned)]
+    drawn = _plot(compared, scope, results / picture)
+    if drawn:
+        parts.append(f"![Accuracy of what is left as it was, and of zeros, on {', '.join(drawn)}]({picture})")
+        parts.append(f"{ABOUT_DOTS} {ABOUT_ACROSS} The names of methods are explained in the tables.")
+    parts += [*_modules(compared), *_zeros(compared, scope)]
+    if any(full.values()):
+        parts += ["## How far fine-tuning moves", ABOUT_CLOSENESS]
+    limits = closeness_limits(full)
+    for task, rows_of_task in full.items():
+        if rows_of_task:
+            stem = f"closeness_{task}{end}"
+            section = write_closeness(rows_of_task, results, stem, compared.planned, task, limits)
+            parts += [f"### {task}", *section]
+    missing = list(compared.not_run(_groups(scope)))
+    parts += ["## Not run here", "\n".join(missing)] if missing else []
     (results / f"{NAME}{end}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -288,7 +308,7 @@ def _title(scope: Scope) -> str:
 def _modules(compared: Comparison) -> Iterator[str]:
     yield "## What is left as it was"
     said = {"full": "full: everything", **L0, **CONTROLS, "head": "head: nothing else"}
-    yield markdown(compared.header("arm"), [[said[arm], *compared.line(arm)] for arm in said])
+    yield of_what_ran(compared.header("arm"), [[said[arm], *compared.line(arm)] for arm in said])
     yield (
         f"{ABOUT_HEAD} {ABOUT_RATES} Arms that leave something out are nearly full fine-tuning and take its rate. "
         "Embeddings are those of words, positions and types; the paper leaves out those of words."
@@ -302,13 +322,14 @@ def _zeros(compared: Comparison, scope: Scope) -> Iterator[str]:
     lines: list[list[object]] = []
     for sparsity in scope.sparsities:
         at = {"sparsity": sparsity}
-        lines.append([f"{_percent(sparsity)}, thresholded mask", *compared.line("supermask", **at)])
-        lines.append([f"{_percent(sparsity)}, sampled masks", "", *compared.scores_of(sampled(sparsity)), ""])
+        entries, *_, rates = mask = compared.line("supermask", **at)
+        lines.append([f"{_percent(sparsity)}, thresholded mask", *mask])
+        lines.append([f"{_percent(sparsity)}, sampled masks", entries, *compared.scores_of(sampled(sparsity)), rates])
         if sparsity:
             lines.append([f"{_percent(sparsity)}, magnitude pruning", *compared.line("pruned", **at)])
     for name, side in (("0 %, the head alone", HEAD), ("0 %, full", FULL)):
         lines.append([name, *compared.line(side.arm)])
-    yield markdown(compared.header("zeros at the start"), lines)
+    yield of_what_ran(compared.header("zeros at the start"), lines)
     yield (
         "Masks and pruning are of every matrix in the layers. A mask's head is tuned densely, at the rate that was "
         "chosen for the head alone, since the rate of scores would be far too high for it; every other arm has one "
@@ -316,9 +337,10 @@ def _zeros(compared: Comparison, scope: Scope) -> Iterator[str]:
         f"by the scores, anew for every batch; mean of {DRAWS} passes."
     )
     yield "### What became zero"
-    yield markdown(
+    yield of_what_ran(
         ("zeros at the start", "task", "zeros at the end, %", "became zero, %", "came back, %", "file, kB"),
         [line for sparsity in scope.sparsities for line in _ends(compared, sparsity)],
+        names=2,
     )
     yield "Shares are of the masked entries. The file has a bit for each of them, and the head."
     yield compared.difference_table(_pairs(scope.sparsities))
@@ -340,27 +362,30 @@ def _pairs(sparsities: Sequence[float]) -> Iterator[tuple[Side, Side]]:
         yield sampled(sparsity), supermask(sparsity)
 
 
-def _plot(compared: Comparison, scope: Scope, path: Path) -> bool:
-    """Draw the scores against the share of zeros at the end, and tell whether any supermask has been run."""
-    panels: dict[str, dict[str, list[tuple[float, list[float]]]]] = {}
+def _groups(scope: Scope) -> dict[str, list[Side]]:
+    """Return name of a part of the page -> the methods in it."""
+    zeros = [make(s) for s in scope.sparsities for make in (supermask, pruned) if s or make is supermask]
+    modules = [Side(arm, arm) for arm in (*L0, *CONTROLS)]
+    return {"controls": [FULL, HEAD], "what is left as it was": modules, "zeros": zeros}
+
+
+def _plot(compared: Comparison, scope: Scope, path: Path) -> list[str]:
+    """Draw the scores of everything that was run, and return the tasks of the panels."""
+    ways = {"supermask": supermask, "sampled masks": sampled, "pruning": pruned}
+    looks = {"supermask": "supermask", "sampled masks": "sampled", "pruning": "pruned"}
+    panels = []
     for task in scope.tasks:
-        curves: dict[str, list[tuple[float, list[float]]]] = {}
-        for name, make in (("supermask", supermask), ("sampled masks", sampled), ("magnitude pruning", pruned)):
-            for sparsity in scope.sparsities:
-                rows = make(sparsity).rows(compared.found, task)
-                if rows:
-                    ends = [row["masks"]["sparsity"] if "masks" in row else sparsity for row in rows]
-                    curves.setdefault(name, []).append((100 * statistics.mean(ends), figures(rows)))
-        for side in (FULL, HEAD):
-            rows = side.rows(compared.found, task)
-            if rows:
-                curves[side.said] = [(0.0, figures(rows))]
-        if "supermask" in curves:
-            panels[task] = curves
+        groups = {"": [FULL, HEAD], "Left as it was": _groups(scope)["what is left as it was"]}
+        for sparsity in scope.sparsities:
+            made = {said: make(sparsity) for said, make in ways.items() if sparsity or said != "pruning"}
+            groups[f"Zeros, from {_percent(sparsity)}"] = [replace(side, said=said) for said, side in made.items()]
+        dots = {heading: compared.dots(task, sides, looks) for heading, sides in groups.items()}
+        drawn = {heading: found for heading, found in dots.items() if found}
+        if drawn:
+            panels.append(Panel(task, metric_of(task).along, drawn, across=("full", "head")))
     if panels:
-        title, along = "Accuracy at equal steps: mean, worst and best seed", "zeros in the matrices of the layers, %"
-        plot_along(path, panels, title, along, bands=[FULL.said, HEAD.said])
-    return bool(panels)
+        plot_dots(path, panels, f"Accuracy after {scope.protocol.steps} steps")
+    return [panel.title for panel in panels]
 
 
 DTYPE = "float32"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import classification, masked
+from benchmarks.harness.claims import listed, open_claim, runs_claim
 from benchmarks.harness.classification import (
     PROTOCOLS,
     SEEDS,
@@ -33,9 +34,10 @@ from benchmarks.harness.classification import (
 from benchmarks.harness.comparison import ABOUT_DIFFERENCES, ABOUT_HEAD, ABOUT_RATES, Bound, Comparison, Side
 from benchmarks.harness.finals import Finals, figures, reported
 from benchmarks.harness.masked import DENSITY
-from benchmarks.harness.plots import Curves, plot_curves
+from benchmarks.harness.metrics import metric_of
+from benchmarks.harness.plots import ABOUT_ACROSS, ABOUT_DOTS, Panel, plot_dots
 from benchmarks.harness.rows import Cell, Row, Rows
-from benchmarks.harness.tables import as_row, markdown, mean_and_spread, mean_table
+from benchmarks.harness.tables import NONE, as_row, markdown, mean_and_spread, mean_table, of_what_ran
 from benchmarks.harness.tasks import TEXT_COLUMNS, load_task
 from peft_lntune.analysis import Table, parameter_change, plot_change
 from peft_lntune.analysis.change import MEASURES
@@ -47,56 +49,89 @@ MEASURED = {
     "relative_to_mean": "change relative to mean size",
     "relative_to_std": "change relative to standard deviation",
 }
+# What is not of the body: the pooler, which every method trains with the classifier, and the classifier.
+OF_THE_HEAD = ("pooler", "head")
+COUNTED = {"without the head": OF_THE_HEAD, "with the head (pooler and classifier)": ()}
 CHANGE_NOTES = (
     "Mean |change| of each component with its layers pooled, weight and bias apart; mean over seeds. Raw means favour "
     "the weights of norms, which sit near 1 where others sit near 0.05, so the same is given relative to the "
-    "component's mean size and to its standard deviation. The classifier starts anew and has no rank."
+    "component's mean size and to its standard deviation. Ranks are given without the head, which is the pooler and "
+    "the classifier: the classifier starts anew, and every method trains both. The lines of the lists say what comes "
+    "first with and without the head."
 )
 
 
-def output_norm(rows: Sequence[Row]) -> str:
-    """Return the sentence on the paper's claim that full fine-tuning changes the output norm most.
+def output_norm(rows: Sequence[Row], note: str = "") -> Iterator[str]:
+    """Yield the lines on the paper's claim that full fine-tuning changes the output norm most.
 
     Args:
         rows: of `full`, of all tasks.
+        note: a sentence that stands behind each verdict.
     """
-    if not rows:
-        return "The output norm (post-FFN) changes most in full fine-tuning: not measured yet."
-    times = "; ".join(f"{MEASURED[measure]}: in {_times(measure, rows)}" for measure in MEASURES)
-    return f"The output norm (post-FFN), its weight or its bias, changes most in full fine-tuning, by {times}."
+    for measure in MEASURES:
+        for counted, without in COUNTED.items():
+            wanted = (
+                "full fine-tuning changes the output norm (post-FFN), its weight or its bias, most, by "
+                f"{MEASURED[measure]} {counted}"
+            )
+            if rows:
+                times = {parameter: _times(measure, rows, without, [parameter]) for parameter in ("weight", "bias")}
+                first = _times(measure, rows, without)
+                which = f" (by its weight in {times['weight']}, by its bias in {times['bias']})" if first else ""
+                said = runs_claim(wanted, f"first in {first} of {len(rows)} runs{which}", first, len(rows))
+                yield f"{said} {note}".rstrip()
+            else:
+                yield open_claim(wanted)
 
 
-def write_change(rows: Sequence[Row], results: Path, stem: str) -> Iterator[str]:
+def write_change(
+    rows: Sequence[Row], results: Path, stem: str, task: str, limits: tuple[float, float] | None
+) -> Iterator[str]:
     """Write a task's CSV and picture, and yield the paragraphs of its section.
 
     Args:
-        rows: of `full`, one a seed.
+        rows: of `full`, one per seed.
         results: folder.
         stem: name of both files without its ending.
+        task: named in the picture.
+        limits: of the colours, the same for all tasks.
     """
-    if not rows:
-        yield "Not run."
-        return
     layers = _mean_table([row["change"]["layers"] for row in rows])
     layers.to_csv(results / f"{stem}.csv")
-    plot_change(layers, results / f"{stem}.png")
-    together = _ranked(_mean_table([row["change"]["components"] for row in rows]))
-    yield "\n".join(f"- {_on_top(measure, together[measure], rows)}" for measure in MEASURES)
+    plot_change(layers, results / f"{stem}.png", limits=limits, title=f"Full fine-tuning on {task}")
+    components = _mean_table([row["change"]["components"] for row in rows])
+    yield "\n".join(
+        f"- {_on_top(measure, counted, _ranked(components, without)[measure], rows)}"
+        for measure in MEASURES
+        for counted, without in COUNTED.items()
+    )
+    body, every = _ranked(components, OF_THE_HEAD), _ranked(components)
     lines: list[list[object]] = []
-    for component, parameter in list(together[MEASURES[0]])[:TOP]:
-        line: list[object] = [f"{component} {parameter}"]
+    for component, parameter in list(every[MEASURES[0]])[:TOP]:
+        line: list[object] = [_said(component, parameter)]
         for measure in MEASURES:
-            rank, value = together[measure].get((component, parameter), (None, None))
-            line.append("-" if rank is None else f"{value:.4f} ({_ordinal(rank)})")
+            rank, _ = body[measure].get((component, parameter), (None, None))
+            _, value = every[measure].get((component, parameter), (None, None))
+            if value is None:
+                line.append(NONE)
+            else:
+                line.append(f"{value:.4f}" if rank is None else f"{value:.4f} ({_ordinal(rank)})")
         lines.append(line)
     yield markdown(("component", *(MEASURED[measure] for measure in MEASURES)), lines)
-    yield f"Each layer: [{stem}.csv]({stem}.csv), and as a picture:\n\n![Mean change]({stem}.png)"
+    yield f"Each layer: [{stem}.csv]({stem}.csv), and as a picture:\n\n![Mean change on {task}]({stem}.png)"
+
+
+def change_limits(rows: Mapping[str, Sequence[Row]]) -> tuple[float, float] | None:
+    """Return the smallest and largest mean change of any component and layer on any task, for one range of colours."""
+    tables = [_mean_table([row["change"]["layers"] for row in each]) for each in rows.values() if each]
+    values = [value for table in tables for value in table.column(MEASURES[0]) if value]
+    return (min(values), max(values)) if values else None
 
 
 Ranked = dict[str, dict[tuple[str, str], tuple[int, float]]]
 
 
-def _ranked(components: Table) -> Ranked:
+def _ranked(components: Table, without: Sequence[str] = ()) -> Ranked:
     """Measure -> component and parameter -> rank and value, the most changed first."""
     found: Ranked = {}
     for measure in MEASURES:
@@ -105,29 +140,38 @@ def _ranked(components: Table) -> Ranked:
         values = [
             (name, value)
             for name, value in zip(names, table.column(measure), strict=True)
-            if value is not None and name[0] != "head"
+            if value is not None and name[0] not in without
         ]
         found[measure] = {name: (rank, value) for rank, (name, value) in enumerate(values, start=1)}
     return found
 
 
-def _on_top(measure: str, ranks: Mapping[tuple[str, str], tuple[int, float]], rows: Sequence[Row]) -> str:
-    """Say whether the output norm changes most, with its ranks and in how many seeds it is so."""
+def _said(component: str, parameter: str) -> str:
+    """Return a name in which the classifier, which `analysis` calls the head, is apart from the pooler."""
+    name = "classifier" if component == "head" else component
+    return f"{name} {parameter}{' (head)' if component in OF_THE_HEAD else ''}"
+
+
+def _on_top(measure: str, counted: str, ranks: Mapping[tuple[str, str], tuple[int, float]], rows: Sequence[Row]) -> str:
+    """Say what changes most, where the output norm is, and in how many seeds it is first."""
+    said = f"{MEASURED[measure]}, {counted}"
     first = next(iter(ranks), None)
     if first is None:
-        return f"{MEASURED[measure]}: nothing to rank."
+        return f"{said}: nothing to rank."
     own = [f"{p} {_ordinal(rank)}" for (component, p), (rank, _) in ranks.items() if component == OUTPUT_NORM]
-    said = "changes most" if first[0] == OUTPUT_NORM else "does not change most"
     return (
-        f"{MEASURED[measure]}: the output norm {said}. First is {' '.join(first)}; the output norm's "
-        f"{', '.join(own) or 'ranks: none'}, of {len(ranks)}; it is first in {_times(measure, rows)}."
+        f"{said}: first is {_said(*first)}; the output norm's {', '.join(own) or 'ranks: none'}, of {len(ranks)}; it "
+        f"is first in {_times(measure, rows, COUNTED[counted])} of {len(rows)} runs."
     )
 
 
-def _times(measure: str, rows: Sequence[Row]) -> str:
-    """Say in how many of the runs the output norm changes most."""
-    ranked = [_ranked(_mean_table([row["change"]["components"]]))[measure] for row in rows]
-    return f"{sum(next(iter(ranks), ('',))[0] == OUTPUT_NORM for ranks in ranked)} of {len(rows)} runs"
+def _times(
+    measure: str, rows: Sequence[Row], without: Sequence[str], parameters: Sequence[str] = ("weight", "bias")
+) -> int:
+    """Return in how many of the runs one of these parameters of the output norm changes most."""
+    ranked = [_ranked(_mean_table([row["change"]["components"]]), without)[measure] for row in rows]
+    own = [(OUTPUT_NORM, parameter) for parameter in parameters]
+    return sum(next(iter(ranks), None) in own for ranks in ranked)
 
 
 def _mean_table(tables: Sequence[Mapping[str, Any]]) -> Table:
@@ -192,14 +236,20 @@ def write_report(rows: Rows, results: Path, scope: Scope) -> None:
     picture = f"{stem(NAME)}.png"
     parts = [_title(scope), *_held(compared), *_arms(compared, scope), *_masks(compared, scope)]
     parts += _unions(found, scope)
-    curves = {task: _curves(compared, scope, task) for task in scope.tasks}
-    if any(curves.values()):
-        title = "Accuracy at equal steps: mean, worst and best seed"
-        plot_curves(results / picture, curves, title, bands=[SAID["full"]])
-        parts.append(f"![Accuracy against tuned entries]({picture})")
-    parts += ["## What full fine-tuning changes", CHANGE_NOTES]
-    for task in scope.tasks:
-        parts += [f"### {task}", *write_change(found.of(task, "full"), results, stem(f"layernorm_change_{task}"))]
+    panels = [panel for task in scope.tasks if (panel := _panel(compared, scope, task)).groups]
+    if panels:
+        plot_dots(results / picture, panels, f"Accuracy after {scope.protocol.steps} steps")
+        parts.append(f"![Accuracy by what is tuned, on {' and '.join(panel.title for panel in panels)}]({picture})")
+        parts.append(f"{ABOUT_DOTS} {ABOUT_ACROSS}")
+    full = {task: ran for task in scope.tasks if (ran := found.of(task, "full"))}
+    if full:
+        parts += ["## What full fine-tuning changes", CHANGE_NOTES]
+    limits = change_limits(full)
+    for task, of_task in full.items():
+        name = stem(f"layernorm_change_{task}")
+        parts += [f"### {task}", *write_change(of_task, results, name, task, limits)]
+    missing = list(_not_run(compared, scope))
+    parts += ["## Not run here", "\n".join(missing)] if missing else []
     (results / f"{stem(NAME)}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -253,7 +303,7 @@ def _held(compared: Comparison) -> Iterator[str]:
     """Yield the bounds set beforehand and the table of differences."""
     yield "## What holds"
     full = [row for task in compared.tasks for row in FULL.rows(compared.found, task)]
-    yield "\n".join([*map(compared.wanted, BOUNDS), f"- {output_norm(full)}"])
+    yield listed([*map(compared.wanted, BOUNDS), *output_norm(full, compared.edges([FULL]))])
     yield ABOUT_DIFFERENCES.format(also=", for masks of scores the same rows", tasks="the tasks")
     yield compared.difference_table(COMPARED)
 
@@ -263,7 +313,7 @@ def _held(compared: Comparison) -> Iterator[str]:
 
 def _arms(compared: Comparison, scope: Scope) -> Iterator[str]:
     yield "## Arms"
-    yield markdown(compared.header("arm"), [[SAID[arm], *compared.line(arm)] for arm in scope.arms])
+    yield of_what_ran(compared.header("arm"), [[SAID[arm], *compared.line(arm)] for arm in scope.arms])
     yield f"{ABOUT_HEAD} {ABOUT_RATES}"
 
 
@@ -274,7 +324,7 @@ def _masks(compared: Comparison, scope: Scope) -> Iterator[str]:
         for mask in scope.masks:
             lines.append([SAID[mask], f"{100 * density:g} %", *compared.line(mask, density=density)])
     lines.append([SAID["ln"], "100 %", *compared.line("ln")])
-    yield markdown(compared.header("entries of", "density"), lines)
+    yield of_what_ran(compared.header("entries of", "density"), lines, names=2)
     yield (
         f"The rate of each kind of mask was searched at {AT} and serves its other densities, whose best rate may be "
         "another: fewer entries may want a larger one. Random masks are drawn anew for each task and seed."
@@ -299,7 +349,8 @@ def _unions(found: Finals, scope: Scope) -> Iterator[str]:
         scores = [mean_and_spread(figures(rows), planned) for rows in compared]
         lines.append([task, ", ".join(others), size, density, *scores])
     header = ("task", "masks of", "tuned entries, mean", "real density", "union", "random of its size")
-    yield markdown((*header, f"own Fisher at {AT}", "all norms"), lines)
+    ran = [line for line in lines if line[2] is not None]
+    yield of_what_ran((*header, f"own Fisher at {AT}", "all norms"), ran, names=2)
     yield (
         f"The union of the other tasks' Fisher masks at {AT}, which has seen nothing of the task. Where only one other "
         "task has a mask, the union is that mask. It takes the rate of the task's own Fisher mask."
@@ -309,24 +360,37 @@ def _unions(found: Finals, scope: Scope) -> Iterator[str]:
 # Plot.
 
 
-def _curves(compared: Comparison, scope: Scope, task: str) -> Curves:
-    curves: dict[str, list[tuple[int, list[float]]]] = {}
-    every = compared.point(task, "ln")
-    for mask in scope.masks:
-        points = [compared.point(task, mask, density=density) for density in scope.densities]
-        if any(points):
-            curves[SAID[mask]] = [point for point in (*points, every) if point]
-    for arm in scope.arms:
-        point = compared.point(task, arm)
-        if point:
-            curves[SAID[arm]] = [point]
+def _sides(scope: Scope, task: str) -> dict[str, list[Side]]:
+    """Return heading -> what stands under it in the plot."""
+    found = {"": [Side(SAID[arm], arm) for arm in scope.arms]}
+    for density in scope.densities:
+        at = {"density": density}
+        found[f"{100 * density:g} % of the entries"] = [Side(SAID[mask], mask, at) for mask in scope.masks]
     for name, others in scope.unions:
-        point = compared.point(task, "union", density=DENSITY, mask_tasks=list(others))
-        if name == task and point:
-            curves["union of other tasks' masks"] = [point]
-    return curves
+        if name == task:
+            joined = Side(UNION_SAID, "union", {"density": DENSITY, "mask_tasks": list(others)})
+            found.setdefault(f"{AT} of the entries", []).append(joined)
+    return found
 
 
+def _panel(compared: Comparison, scope: Scope, task: str) -> Panel:
+    groups = {heading: compared.dots(task, sides) for heading, sides in _sides(scope, task).items()}
+    drawn = {heading: dots for heading, dots in groups.items() if dots}
+    return Panel(task, metric_of(task).along, drawn, across=("full", "head"))
+
+
+def _not_run(compared: Comparison, scope: Scope) -> Iterator[str]:
+    groups = {
+        heading or "arms": [side for side in sides if side.arm != "union"]
+        for heading, sides in _sides(scope, "").items()
+    }
+    yield from compared.not_run(groups)
+    for task, others in scope.unions:
+        if not compared.found.of(task, "union", density=DENSITY, mask_tasks=list(others)):
+            yield f"- masks of other tasks, {task}: those of {', '.join(others)}."
+
+
+UNION_SAID = "union of other tasks' masks"
 ARM_NAMES = ("full", "bitfit", "ln", "ln-ffn", "ln-attention", "head")
 FIRST_MASKS, MORE_MASKS = ("fisher", "random", "lowest-fisher"), ("magnitude", "change")
 UNIONS = ("union", "random-union")

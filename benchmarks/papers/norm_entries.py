@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import classification
-from benchmarks.harness.claims import seeds_claim
+from benchmarks.harness.claims import ABOUT_VERDICTS, listed, seeds_claim
 from benchmarks.harness.classification import (
     PROTOCOLS,
     SEEDS,
@@ -32,6 +32,7 @@ from benchmarks.harness.classification import (
     search_cells,
 )
 from benchmarks.harness.comparison import over_seeds
+from benchmarks.harness.finals import Finals, edge_note
 from benchmarks.harness.leave_out import (
     Answers,
     Named,
@@ -45,11 +46,11 @@ from benchmarks.harness.leave_out import (
     without,
 )
 from benchmarks.harness.masked import fisher_information
-from benchmarks.harness.plots import plot_along, plot_matrices
+from benchmarks.harness.plots import ABOUT_DOTS, Dot, Panel, plot_dots, plot_matrices
 from benchmarks.harness.rows import Cell, Row, Rows
 from benchmarks.harness.runner import stamp
 from benchmarks.harness.splits import Batch, batches, ordered_batches
-from benchmarks.harness.tables import markdown, mean_and_spread
+from benchmarks.harness.tables import mean_and_spread, of_what_ran
 from benchmarks.harness.tasks import TEXT_COLUMNS, Task, load_task
 from benchmarks.harness.training import Schedule, train
 from peft_lntune.selection import change_scores, magnitude_scores
@@ -72,12 +73,14 @@ class Scope:
         sizes: the coordinates of a cell that say how much is measured.
         seeds: planned ones, and others that were run.
         rows: task -> reported rows, in the order of the seeds.
+        edges: the sentence that says where the rate of all norms was the smallest or largest tried.
     """
 
     protocol: Protocol
     sizes: Mapping[str, int]
     seeds: tuple[int, ...]
     rows: Mapping[str, Sequence[Row]]
+    edges: str
 
     @property
     def planned(self) -> int:
@@ -149,7 +152,9 @@ def write_report(results: Path, scope: Scope) -> None:
     parts += _bins_left_out(scope)
     if any(scope.rows.values()):
         _plot_bins(scope, results / f"{NAME}_left_out{end}.png")
-        parts.append(f"![Rise in loss without each bin]({NAME}_left_out{end}.png)")
+        drawn = " and ".join(task for task, rows in scope.rows.items() if rows)
+        parts.append(f"![Rise in loss without each bin, on {drawn}]({NAME}_left_out{end}.png)")
+        parts.append(ABOUT_DOTS)
     (results / f"{NAME}{end}.md").write_text("\n\n".join([*parts, *_answers(scope)]) + "\n", encoding="utf-8")
 
 
@@ -176,22 +181,23 @@ def _title(scope: Scope) -> str:
 
 def _held(scope: Scope) -> Iterator[str]:
     yield "## What holds"
-    yield "\n".join(_line(scope, wanted, value) for wanted, value in WANTED)
+    yield listed(_line(scope, wanted, value) for wanted, value in WANTED)
+    yield ABOUT_VERDICTS
 
 
 def _line(scope: Scope, wanted: str, value: Value) -> str:
     said = f"{wanted}: rank correlation, or difference of two, above 0 on average over {', '.join(scope.rows)}"
-    return seeds_claim(said, scope.average(value), scope.planned)
+    return seeds_claim(said, scope.average(value), scope.planned, note=scope.edges)
 
 
 def _correlations(scope: Scope) -> Iterator[str]:
     header = [f"{task}, {kind}" for task in scope.rows for kind in KINDS]
     yield "## Over entries"
-    yield markdown(("rank correlation of", *header), [[pair, *_cells(scope, _correlation, pair)] for pair in PAIRS])
+    yield of_what_ran(("rank correlation of", *header), [[pair, *_cells(scope, _correlation, pair)] for pair in PAIRS])
     yield "## Over random groups"
     yield "Of the sum of a score over a group's entries with the loss that leaving the group out adds:"
     lines = [[score, *_cells(scope, _groups_of, score)] for score in (*SCORES, "contribution")]
-    yield markdown(("rank correlation of", *header), lines)
+    yield of_what_ran(("rank correlation of", *header), lines)
     yield "`-` stands where all entries are equal. With gains or biases alone, the rest of each group is noise."
 
 
@@ -212,7 +218,7 @@ def _bins_left_out(scope: Scope) -> Iterator[str]:
         for kind in ("gains", "biases")
         for score in (*SCORES, "random")
     ]
-    yield markdown(("entries", "by", *header), lines)
+    yield of_what_ran(("entries", "by", *header), lines)
     yield (
         f"The loss that is added, and in brackets the points of accuracy lost, where one of {bins} equal bins of all "
         "gains, or of all biases, is set back to its start. `random` has no order: its bins show what chance does."
@@ -238,7 +244,7 @@ def _answers(scope: Scope) -> Iterator[str]:
         contributed = scope.values(task, lambda row: row["contributed"])
         lines.append([*line, mean_and_spread(contributed, scope.planned, digits=3)])
     header = ("loss", "accuracy, %", "loss, norms set back", "accuracy, %, norms set back")
-    yield markdown(("task", *header, "sum of contributions"), lines)
+    yield of_what_ran(("task", *header, "sum of contributions"), lines)
     yield (
         "The sum of contributions is the difference of the two losses, but for the error of the integral. The head is "
         "the trained one throughout, so norms set back do worse here than a head trained on a frozen body."
@@ -251,7 +257,8 @@ def _answer(when: str, name: str) -> Value:
 
 def _plot_correlations(scope: Scope, path: Path) -> None:
     panels = {kind: [[_mean(scope, kind, one, other) for other in MEASURED] for one in MEASURED] for kind in KINDS}
-    plot_matrices(path, panels, MEASURED, "Spearman's correlation over entries, in hundredths")
+    tasks = " and ".join(task for task, rows in scope.rows.items() if rows)
+    plot_matrices(path, panels, MEASURED, f"Spearman's correlation over entries, mean of {tasks}")
 
 
 def _mean(scope: Scope, kind: str, one: str, other: str) -> float | None:
@@ -264,20 +271,26 @@ def _mean(scope: Scope, kind: str, one: str, other: str) -> float | None:
 
 def _plot_bins(scope: Scope, path: Path) -> None:
     bins = scope.sizes["bins"]
-    places = [100 * (b + 0.5) / bins for b in range(bins)]
-    panels = {
-        f"{task}, {kind}": {
-            score: [(at, [row["bins"][kind][score][b][0] for row in rows]) for b, at in enumerate(places)]
-            for score in (*SCORES, "random")
-        }
-        for task, rows in scope.rows.items()
-        if rows
-        for kind in ("gains", "biases")
-    }
-    title = f"Each of {bins} bins of entries set back: mean, worst and best seed"
-    plot_along(path, panels, title, "entries by rising score, %", "loss that is added")
+    panels = []
+    for task, rows in scope.rows.items():
+        for kind in ("gains", "biases") if rows else ():
+            groups = {
+                _bin_said(b, bins): [
+                    Dot(score, METHODS[score], [row["bins"][kind][score][b][0] for row in rows]) for score in METHODS
+                ]
+                for b in range(bins)
+            }
+            panels.append(Panel(f"{task}, {kind}", "loss that is added", groups))
+    plot_dots(path, panels, f"Each of {bins} bins of entries set back to its start")
 
 
+def _bin_said(number: int, bins: int) -> str:
+    """Return which entries a bin has, from the lowest scores to the highest."""
+    return f"{100 * number / bins:g} to {100 * (number + 1) / bins:g} % by"
+
+
+# Whose colours they have: a score chooses the entries that the mask of its name keeps.
+METHODS = {"magnitude": "magnitude", "Fisher": "fisher", "movement": "change", "random": "random"}
 ARM, DTYPE = "ln", "float32"
 PHASE = "entries"
 MODELS = {"cpu": None, "cpu-600": None, "full": "bert-base-uncased"}
@@ -468,7 +481,9 @@ def scope(options: argparse.Namespace, protocol: Protocol, rows: Rows) -> Scope:
     tasks = tuple(dict.fromkeys((*TASKS, *options.tasks, *(cell["task"] for cell in run))))
     seeds = tuple(sorted({*SEEDS, *(cell["seed"] for cell in run)}))
     found = {task: [row for row in map(rows.get, entry_cells(protocol, task, seeds)) if row] for task in tasks}
-    return Scope(protocol=protocol, sizes=SIZES, seeds=seeds, rows=found)
+    finals = Finals(rows, protocol, seeds)
+    edges = edge_note({ARM: [task for task in tasks if found[task] and finals.at_edge(task, ARM, DTYPE)]})
+    return Scope(protocol=protocol, sizes=SIZES, seeds=seeds, rows=found, edges=edges)
 
 
 if __name__ == "__main__":

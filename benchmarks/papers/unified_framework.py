@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.harness import classification, questions, tagging, texts
 from benchmarks.harness.arms import SHARE, find_arm
-from benchmarks.harness.claims import open_claim
+from benchmarks.harness.claims import listed, open_claim
 from benchmarks.harness.classification import (
     PROTOCOLS,
     SEEDS,
@@ -36,11 +36,11 @@ from benchmarks.harness.comparison import ABOUT_DIFFERENCES, ABOUT_HEAD, ABOUT_R
 from benchmarks.harness.costs import in_turns, training_call
 from benchmarks.harness.finals import Finals, reported
 from benchmarks.harness.metrics import metric_of
-from benchmarks.harness.plots import SMALLEST, Curves, plot_curves
+from benchmarks.harness.plots import ABOUT_ACROSS, ABOUT_DOTS, Panel, plot_dots
 from benchmarks.harness.rows import Cell, Row, Rows
 from benchmarks.harness.runner import run_cells, stamp
 from benchmarks.harness.splits import ordered
-from benchmarks.harness.tables import NOT_RUN, cost_table, markdown
+from benchmarks.harness.tables import NOT_RUN, cost_table, of_what_ran
 from benchmarks.harness.tasks import LOADERS, SIMILARITY, TEXT_COLUMNS, load_task
 
 NAME = "unified_framework"
@@ -136,19 +136,22 @@ COMPARED = tuple(
 def write_report(rows: Rows, results: Path, scope: Scope) -> None:
     """Write the page and its plot."""
     averaged = [task for task in scope.tasks if task in AVERAGED] or list(scope.tasks)
-    compared = Comparison(Finals(rows, scope.protocol, scope.seeds), scope.tasks, averaged)
+    found = Finals(rows, scope.protocol, scope.seeds)
+    ran = [task for task in scope.tasks if task in averaged or any(found.of(task, arm) for arm in scope.arms)]
+    compared = Comparison(found, ran, averaged)
     stem = scope.protocol.stem(NAME)
     results.mkdir(parents=True, exist_ok=True)
-    parts = [_title(scope), *_held(compared, scope), *_arms(compared, scope), *_costs(scope.cost)]
+    parts = [_title(scope, ran), *_held(compared, scope), *_arms(compared, scope)]
     if _plot(compared, scope, results / f"{stem}.png"):
-        parts.append(f"![Scores against tuned entries]({stem}.png)")
-        parts.append("Arms of like sizes stand a little beside each other. The head alone stands in the table only.")
-    (results / f"{stem}.md").write_text("\n\n".join([*parts, *_left_out()]) + "\n", encoding="utf-8")
+        parts.append(f"![Scores of each arm on {', '.join(ran)}]({stem}.png)")
+        parts.append(f"{ABOUT_DOTS} {ABOUT_ACROSS}")
+    parts += [*_costs(scope.cost), *_left_out(compared, scope)]
+    (results / f"{stem}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def _title(scope: Scope) -> str:
+def _title(scope: Scope, tasks: Sequence[str]) -> str:
     protocol = scope.protocol
-    scores = ", ".join(f"{task} by {metric_of(task).said}" for task in scope.tasks)
+    scores = ", ".join(f"{task} by {metric_of(task).said}" for task in tasks)
     return (
         "# Which parts go together\n\n"
         f"Protocol `{protocol.name}`: {protocol.steps} steps of {protocol.batch_size} rows for every arm; mean ± "
@@ -166,8 +169,8 @@ def _held(compared: Comparison, scope: Scope) -> Iterator[str]:
     yield "## What holds"
     lines = [compared.wanted(bound) for bound in BOUNDS]
     lines += [_best(compared, scope), *(compared.wanted(bound) for bound in BOUNDS_OF_NORMS)]
-    yield "\n".join(lines)
-    if len({metric_of(task) for task in scope.tasks}) > 1 or metric_of(scope.tasks[0]).smaller:
+    yield listed(lines)
+    if len({metric_of(task) for task in compared.tasks}) > 1 or metric_of(compared.tasks[0]).smaller:
         yield "A positive difference says that the first is better, also where a smaller score is."
     yield ABOUT_DIFFERENCES.format(also="", tasks=", ".join(compared.averaged))
     yield compared.difference_table(pair for pair in COMPARED if {side.arm for side in pair} <= {*scope.arms})
@@ -188,7 +191,7 @@ def _arms(compared: Comparison, scope: Scope) -> Iterator[str]:
     for title, arms in (("Arms", (*FIRST, *COMBINED)), ("Parts of LN", ("ln", *ABLATIONS))):
         yield f"## {title}"
         lines = [[SAID.get(arm, arm), *compared.line(arm)] for arm in arms if arm in scope.arms]
-        yield markdown(compared.header("arm"), lines)
+        yield of_what_ran(compared.header("arm"), lines)
     said = [ABOUT_HEAD] if "head" in scope.arms else []  # a causal LM has no new one
     halves = "Halves of the layers leave out norms outside the layers, such as the embeddings'."
     yield " ".join([*said, ABOUT_RATES, halves])
@@ -211,27 +214,32 @@ def _costs(row: Row | None) -> Iterator[str]:
 
 def _plot(compared: Comparison, scope: Scope, path: Path) -> bool:
     """Draw the tasks of which something was run, and tell whether there are any."""
-    panels: dict[str, Curves] = {}
-    for task in scope.tasks:
-        points = {arm: compared.point(task, arm) for arm in scope.arms if arm != "head"}
-        curves = {arm: [point] for arm, point in points.items() if point}
-        if curves:
-            panels[task] = curves
+    panels = []
+    for task in compared.tasks:
+        groups = {
+            heading: compared.dots(task, [Side(arm, arm) for arm in arms if arm in scope.arms])
+            for heading, arms in (("", (*FIRST, *COMBINED)), ("Parts of LN", ABLATIONS))
+        }
+        drawn = {heading: dots for heading, dots in groups.items() if dots}
+        if drawn:
+            panels.append(Panel(task, metric_of(task).along, drawn, across=("full", "head")))
     if panels:
-        title = "Scores at equal steps: mean, worst and best seed"
-        plot_curves(path, panels, title, bands=["full"], smallest=SMALLEST)
+        plot_dots(path, panels, f"Scores after {scope.protocol.steps} steps")
     return bool(panels)
 
 
-def _left_out() -> Iterator[str]:
+def _left_out(compared: Comparison, scope: Scope) -> Iterator[str]:
     yield "## Not run here"
-    yield (
-        "- Every cell above that says so.\n"
-        "- Generated texts are scored by perplexity alone, on a page of their own for each causal LM (`--model`); BLEU "
-        "is not computed.\n"
-        "- Prefixes are trained as they are, without a reparametrising network, which would train other numbers of "
-        "entries than are kept."
-    )
+    groups = {"arms": [Side(arm, arm) for arm in scope.arms]}
+    yield "\n".join([*compared.not_run(groups, scope.tasks), _NEVER_RUN])
+
+
+_NEVER_RUN = (
+    "- Generated texts are scored by perplexity alone, on a page of their own for each causal LM (`--model`); BLEU "
+    "is not computed.\n"
+    "- Prefixes are trained as they are, without a reparametrising network, which would train other numbers of "
+    "entries than are kept."
+)
 
 
 DTYPE = "float32"

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from transformers import AutoConfig
 
 from benchmarks.harness import classification, masked
 from benchmarks.harness.arms import ALONE
-from benchmarks.harness.claims import open_claim, seeds_claim
+from benchmarks.harness.claims import ABOUT_VERDICTS, listed, open_claim, seeds_claim
 from benchmarks.harness.classification import (
     PROTOCOLS,
     SEEDS,
@@ -38,13 +38,16 @@ from benchmarks.harness.classification import (
 from benchmarks.harness.comparison import ABOUT_DIFFERENCES, ABOUT_HEAD, ABOUT_RATES, Bound, Comparison, Side, not_run
 from benchmarks.harness.finals import Finals, figures, reported
 from benchmarks.harness.magnitude import COUNT, LARGEST, OTHER_LARGEST, mean_magnitude
+from benchmarks.harness.metrics import metric_of
 from benchmarks.harness.models import classes
-from benchmarks.harness.plots import Curves, plot_along, plot_curves
+from benchmarks.harness.plots import ABOUT_ACROSS, ABOUT_DOTS, Line, Lines, Panel, plot_along, plot_dots
 from benchmarks.harness.rows import Cell, Row, Rows
-from benchmarks.harness.tables import NOT_RUN, markdown, mean_and_spread
+from benchmarks.harness.tables import NOT_RUN, mean_and_spread, of_what_ran
 from benchmarks.harness.tasks import TEXT_COLUMNS
 from benchmarks.papers.accuracy import ABOVE_HEAD, NEAR_FULL
 from peft_lntune import LNTuningConfig, ModuleTuningConfig, plan
+from peft_lntune.architectures.table import ComponentName
+from peft_lntune.config.deltas import Tune
 from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.errors import NoMatchError, UnsupportedError
 
@@ -178,7 +181,8 @@ def _per_entry(compared: Comparison, others: Sequence[Side]) -> str:
     missing = not_run(side for side in others if side.said not in means)
     if not values:
         return open_claim(wanted, "Not measured yet on equal seeds")
-    said = seeds_claim(f"{wanted} ({rival} has most{missing})", values, compared.planned)
+    note = compared.edges([NORMS, *(side for side in others if side.said == rival)])
+    said = seeds_claim(f"{wanted} ({rival} has most{missing})", values, compared.planned, note=note)
     return f"{said} This ratio favours whatever is small; equal numbers of entries are compared below."
 
 
@@ -213,8 +217,6 @@ def few_pairs(scope: Scope) -> Iterator[tuple[Side, Side]]:
 
 NAME = "winning_tickets"
 EVERY = {"weight": "ln-weight", "bias": "ln-bias"}  # the arms that tune every gain, every bias
-NONE = "-"
-PLOT_TITLE = "Accuracy at equal steps: mean, worst and best seed"
 
 
 def write_report(rows: Rows, results: Path, scope: Scope) -> None:
@@ -240,9 +242,9 @@ def _title(scope: Scope) -> Iterator[str]:
 
 def _held(compared: Comparison, scope: Scope) -> Iterator[str]:
     yield "## What holds"
-    yield "\n".join(claims(compared, scope))
+    yield listed(claims(compared, scope))
     yield (
-        "Differences are taken within a seed; `open` says that their spread covers the bound. Which component or layer "
+        f"Differences are taken within a seed. {ABOUT_VERDICTS} Which component or layer "
         "is the best or the worst is told from the same figures, which is kind to the best and hard on the worst."
     )
 
@@ -256,11 +258,11 @@ def _components(compared: Comparison, scope: Scope, results: Path) -> Iterator[s
     lines = []
     for side in (NORMS, *others, FULL, HEAD):
         per_entry = mean_and_spread(compared.average(points_per_entry(compared, side)), compared.planned, digits=3)
-        entries, rates = compared.entries(side.arm), compared.rates(side.arm)
-        lines.append([side.said, entries, *_scores(compared, side), NONE if side is HEAD else per_entry, rates])
-    *_, rate = compared.header()
+        entries, rates = compared.entries(side.arm), _rates(compared, side)
+        lines.append([side.said, entries, *_scores(compared, side), None if side is HEAD else per_entry, rates])
+    rate = _rate_column(compared)
     header = ("component", "tuned entries", *_columns(compared), f"above head per {PER:,} entries", rate)
-    yield markdown(header, lines)
+    yield of_what_ran(header, lines)
     yield f"{ABOUT_HEAD} {ABOUT_RATES} Norms are the arm `ln`: every norm of the model, the embeddings' included."
     yield from _beside(compared, scope, results, [NORMS, *others])
     yield ABOUT_DIFFERENCES.format(also="", tasks="the tasks")
@@ -271,8 +273,11 @@ def _components(compared: Comparison, scope: Scope, results: Path) -> Iterator[s
 def _layers(compared: Comparison, scope: Scope, results: Path) -> Iterator[str]:
     yield "## The norms of one layer"
     sides = [*scope.layers_alone(), NORMS]
-    lines = [[side.said, compared.entries(side.arm, **side.at), *_scores(compared, side)] for side in sides]
-    yield markdown(("norms of", "tuned entries", *_columns(compared)), lines)
+    lines = [
+        [side.said, compared.entries(side.arm, **side.at), *_scores(compared, side), _rates(compared, side)]
+        for side in sides
+    ]
+    yield of_what_ran(("norms of", "tuned entries", *_columns(compared), _rate_column(compared)), lines)
     yield (
         "Both norms of the layer; layer 0 is the first, and `norms` are all norms of the model, whose rate the others "
         "take: none was searched for them, and fewer entries may want a larger one."
@@ -286,11 +291,14 @@ def _few(compared: Comparison, scope: Scope, results: Path) -> Iterator[str]:
     for side in scope.few():
         of = SAID.get(side.at.get("parameter", ""), OTHERS_SAID)
         size = _mean_size(compared, side)
-        lines.append([of, WAYS[side.arm], f"{side.at['count']:,}", size, *_scores(compared, side)])
+        scores = [*_scores(compared, side), _rates(compared, side)]
+        lines.append([of, WAYS[side.arm], f"{side.at['count']:,}", size, *scores])
     for parameter, count in scope.shape.norms.items():
-        scores = _scores(compared, Side(SAID[parameter], EVERY[parameter]))
-        lines.append([SAID[parameter], "every one", f"{count:,}", NONE, *scores])
-    yield markdown(("entries of", "chosen", "entries", "mean size", *_columns(compared)), lines)
+        side = Side(SAID[parameter], EVERY[parameter])
+        scores = [*_scores(compared, side), _rates(compared, side)]
+        lines.append([SAID[parameter], "every one", f"{count:,}", None, *scores])
+    header = ("entries of", "chosen", "entries", "mean size", *_columns(compared), _rate_column(compared))
+    yield of_what_ran(header, lines, names=3)
     yield _about_few(compared)
     for parameter in scope.shape.norms:
         yield from _curves(compared, scope, results, parameter)
@@ -298,7 +306,8 @@ def _few(compared: Comparison, scope: Scope, results: Path) -> Iterator[str]:
 
 
 def _about_few(compared: Comparison) -> str:
-    norms, others = (compared.rates(arm) or NOT_RUN for arm in (LARGEST, OTHER_LARGEST))
+    searched = (of_norms(LARGEST, "weight", COUNT), of_others(OTHER_LARGEST, COUNT))
+    norms, others = (_rates(compared, side) or NOT_RUN for side in searched)
     return (
         "`mean size` is the mean |w| of the chosen entries before training. Entries are ranked over all gains, or over "
         "all biases, together. The median is that of an entry's own vector, since each norm has a level of its own. "
@@ -311,6 +320,14 @@ def _about_few(compared: Comparison) -> str:
     )
 
 
+def _rate_column(compared: Comparison) -> str:
+    return compared.header()[-1]
+
+
+def _rates(compared: Comparison, side: Side) -> str | None:
+    return compared.rates(side.arm, **side.at)
+
+
 def _columns(compared: Comparison) -> tuple[str, ...]:
     return (*compared.tasks, "on average", "minus full", "minus head")
 
@@ -320,7 +337,7 @@ def _scores(compared: Comparison, side: Side) -> list[object]:
     cells = compared.scores(side.arm, **side.at)
     for control in (FULL, HEAD):
         values = compared.average(compared.differences(side, control))
-        cells.append(NONE if side is control else mean_and_spread(values, compared.planned))
+        cells.append(None if side is control else mean_and_spread(values, compared.planned))
     return cells
 
 
@@ -334,68 +351,59 @@ def _mean_size(compared: Comparison, side: Side) -> str | None:
 
 def _beside(compared: Comparison, scope: Scope, results: Path, sides: Sequence[Side]) -> Iterator[str]:
     """Draw each arm by itself, beside the others."""
-    curves = {side.said: {place: side} for place, side in enumerate(sides)}
-    name, said = scope.protocol.stem(f"{NAME}_components"), "component, alone in all layers"
-    yield from _along(compared, results / f"{name}.png", curves, [FULL, HEAD], said, [*curves])
+    said = "each component alone in all layers"
+    yield from _rows(compared, scope, results / f"{scope.protocol.stem(f'{NAME}_components')}.png", {"": sides}, said)
+
+
+def _rows(
+    compared: Comparison, scope: Scope, path: Path, groups: Mapping[str, Sequence[Side]], said: str
+) -> Iterator[str]:
+    """Draw a row for each arm, with full and head above them."""
+    panels = []
+    for task in compared.tasks:
+        drawn = {heading: dots for heading, sides in groups.items() if (dots := compared.dots(task, sides))}
+        if drawn:
+            controls = compared.dots(task, [FULL, HEAD])
+            drawn = {"": [*controls, *drawn.pop("", [])], **drawn}
+            panels.append(Panel(task, metric_of(task).along, drawn, across=(FULL.arm, HEAD.arm)))
+    if panels:
+        plot_dots(path, panels, f"Accuracy after {scope.protocol.steps} steps: {said}")
+        yield f"![Accuracy of {said}, on {', '.join(panel.title for panel in panels)}]({path.name})"
+        yield f"{ABOUT_DOTS} {ABOUT_ACROSS}"
 
 
 def _in_a_row(compared: Comparison, scope: Scope, results: Path, sides: Sequence[Side]) -> Iterator[str]:
-    """Draw arms that follow each other as one line."""
-    name, said = scope.protocol.stem(f"{NAME}_layers"), "layer of which the norms are tuned"
-    curves = {"norms of one layer": dict(enumerate(sides))}
-    yield from _along(compared, results / f"{name}.png", curves, [FULL, HEAD, NORMS], said)
-
-
-def _along(
-    compared: Comparison,
-    path: Path,
-    curves: Mapping[str, Mapping[int, Side]],
-    across: Sequence[Side],
-    said: str,
-    ticks: Sequence[str] = (),
-) -> Iterator[str]:
-    """Draw curves of arms at their places, with the arms that they are compared with across the panel."""
-    panels: dict[str, Curves] = {}
+    """Draw arms that follow each other as one line, with full, head and all norms across the panel."""
+    path = results / f"{scope.protocol.stem(f'{NAME}_layers')}.png"
+    panels: dict[str, Lines] = {}
     for task in compared.tasks:
-        points = {name: _points(compared, task, places) for name, places in curves.items()}
-        bands = {side.said: _points(compared, task, {0: side}) for side in across}
-        if any(points.values()):
-            panels[task] = {name: found for name, found in {**points, **bands}.items() if found}
+        scores = {place: figures(side.rows(compared.found, task)) for place, side in enumerate(sides)}
+        points = [(place, values) for place, values in scores.items() if values]
+        if points:
+            across = [(side.said, side.arm, figures(side.rows(compared.found, task))) for side in (FULL, NORMS, HEAD)]
+            lines = {said: Line(arm, [(0, values)], across=True) for said, arm, values in across if values}
+            panels[task] = {"norms of one layer": Line(LAYER, points), **lines}
     if panels:
-        names = [side.said for side in across]
-        plot_along(path, panels, PLOT_TITLE, said, bands=names, ticks=ticks)
-        yield f"![Accuracy: {said}]({path.name})"
-
-
-def _points(compared: Comparison, task: str, places: Mapping[int, Side]) -> list[tuple[int, list[float]]]:
-    scores = {place: figures(side.rows(compared.found, task)) for place, side in places.items()}
-    return [(place, values) for place, values in scores.items() if values]
+        title = f"Accuracy after {scope.protocol.steps} steps: the norms of one layer"
+        along, upright = "layer of which the norms are tuned", {task: metric_of(task).along for task in panels}
+        plot_along(path, panels, title, along, upright, whole=True)
+        yield f"![Accuracy of the norms of one layer, on {', '.join(panels)}]({path.name})"
+        yield f"{ABOUT_DOTS} Bands across the panel do the same for full, all norms and head."
 
 
 def _curves(compared: Comparison, scope: Scope, results: Path, parameter: str) -> Iterator[str]:
-    """Draw accuracy against the number of entries, a line a way; a norm's ends in every one of its entries."""
-    sides = [side for side in scope.few() if side.at.get("parameter", "weight") == parameter]
-    panels: dict[str, Curves] = {}
-    for task in compared.tasks:
-        curves: dict[str, list[tuple[int, list[float]]]] = {}
-        for side in sides:
-            point = compared.point(task, side.arm, **side.at)
-            if point:
-                way = WAYS[side.arm] if side.arm in NORM_WAYS else f"{WAYS[side.arm]} {OTHERS_SAID}"
-                curves.setdefault(way, []).append(point)
-        if not curves:
-            continue
-        every = compared.point(task, EVERY[parameter])
-        for way in NORM_WAYS.values():
-            if way in curves and every:
-                curves[way].append(every)
-        controls = {side.said: compared.point(task, side.arm) for side in (FULL, HEAD)}
-        panels[task] = curves | {said: [point] for said, point in controls.items() if point}
-    if panels:
-        name = f"{scope.protocol.stem(f'{NAME}_{SAID[parameter]}')}.png"
-        title = f"{SAID[parameter].capitalize()} of norms. {PLOT_TITLE}"
-        plot_curves(results / name, panels, title, bands=[FULL.said, HEAD.said])
-        yield f"![Accuracy against the number of {SAID[parameter]}]({name})"
+    """Draw the ways to choose few entries, under the number of the entries, and at last every entry."""
+    groups: dict[str, list[Side]] = {}
+    for side in scope.few():
+        if side.at.get("parameter", "weight") == parameter:
+            way = WAYS[side.arm] if side.arm in NORM_WAYS else f"{WAYS[side.arm]} {OTHERS_SAID}"
+            groups.setdefault(f"{side.at['count']:,} entries", []).append(replace(side, said=way))
+    groups[f"{scope.shape.norms[parameter]:,} entries"] = [
+        Side(f"every one of the {SAID[parameter]}", EVERY[parameter])
+    ]
+    said = f"{SAID[parameter]} of norms"
+    path = results / f"{scope.protocol.stem(f'{NAME}_{SAID[parameter]}')}.png"
+    yield from _rows(compared, scope, path, groups, said)
 
 
 def _left_out(compared: Comparison, scope: Scope) -> Iterator[str]:
@@ -406,7 +414,7 @@ def _left_out(compared: Comparison, scope: Scope) -> Iterator[str]:
         "layers": scope.layers_alone(),
         "few entries": scope.few(),
     }
-    lines = [f"- {name}, {said}" for name, sides in groups.items() for said in _missing(compared, sides)]
+    lines = list(compared.not_run(groups))
     lines += [
         f"- {count:,} {SAID[parameter]}: the norms of this model have {size:,}."
         for parameter, size in scope.shape.norms.items()
@@ -415,18 +423,6 @@ def _left_out(compared: Comparison, scope: Scope) -> Iterator[str]:
     ]
     lines.append("- The pooler alone: every arm trains it with the classifier, so it is the arm `head`.")
     yield "\n".join(lines)
-
-
-def _missing(compared: Comparison, sides: Sequence[Side]) -> Iterator[str]:
-    """Yield for each task what has no row, and what has too few."""
-    for task in compared.tasks:
-        runs = {side.said: len(side.rows(compared.found, task)) for side in sides}
-        none = [said for said, count in runs.items() if not count]
-        some = [f"{said} (some seeds)" for said, count in runs.items() if 0 < count < compared.planned]
-        if len(none) == len(sides):
-            yield f"{task}: all of them."
-        elif none or some:
-            yield f"{task}: {', '.join((*none, *some))}."
 
 
 DTYPE = "float32"
@@ -449,8 +445,8 @@ def shape_of(model: str) -> Shape:
     config = AutoConfig.from_pretrained(model)
     with torch.device("meta"):
         empty = classes(2).auto_class.from_config(config)
-    norms = {parameter: _entries(empty, LNTuningConfig(tune=parameter)) for parameter in PARAMETERS}
-    there = tuple(name for name in ALONE if _entries(empty, ModuleTuningConfig(components=[name])))
+    norms = {parameter: _entries(empty, LNTuningConfig(tune=cast(Tune, parameter))) for parameter in PARAMETERS}
+    there = tuple(name for name in ALONE if _entries(empty, ModuleTuningConfig(components=[cast(ComponentName, name)])))
     return Shape(there, config.num_hidden_layers, {name: size for name, size in norms.items() if size})
 
 

@@ -1,6 +1,7 @@
 """Plots of the tables of this folder. They compute nothing beyond the tables."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -37,36 +38,59 @@ _DISTANCES = {
 }
 _NAMED = ("component", "parameter")
 _LAYERS = "layer (none: outside the layers; grey: no value)"
-_MOST_TICKS = 26  # layers named on one axis
+_WIDTH = 9.0  # inches, so that names can be read where a page shows the picture 900 pixels wide
+_DPI = 150
+_TICK = 0.28  # inches that the name of a layer takes
 
 
-def plot_change(table: Table, path: FilePath, measure: str = "mean_change") -> None:
+def plot_change(
+    table: Table,
+    path: FilePath,
+    measure: str = "mean_change",
+    *,
+    title: str = "",
+    limits: tuple[float, float] | None = None,
+) -> None:
     """Draw a `parameter_change` table: components by layers, on a logarithmic colour scale, one panel per parameter.
 
     Args:
         table: made with `layers=True`.
         path: PNG file, or another format that matplotlib knows by its ending.
         measure: the column to show: `"mean_change"`, `"relative_to_mean"` or `"relative_to_std"`.
+        title: of the picture, such as the task or the model; what is drawn stands below it.
+        limits: smallest and largest value of the colours, so that several pictures can be compared; None takes those
+            of the table.
 
     Raises:
-        ConfigError: the measure is unknown, or the table has no layers.
+        ConfigError: the measure is unknown, the limits leave out a value, or the table has no layers.
         ModuleNotFoundError: matplotlib is not installed.
     """
     if measure not in MEASURES:
         raise ConfigError(f"measure={measure!r}: choose one of {', '.join(MEASURES)}.")
-    _draw_places(table, path, measure, f"{_capital(_SAID[measure])} of each component and layer", logarithmic=True)
+    drawn = f"{_capital(_SAID[measure])} of each component and layer"
+    _draw_places(table, path, measure, _titled(title, drawn), limits, logarithmic=True)
 
 
-def plot_closeness(table: Table, path: FilePath, measure: str = "angle") -> None:
+def plot_closeness(
+    table: Table,
+    path: FilePath,
+    measure: str = "angle",
+    *,
+    title: str = "",
+    limits: tuple[float, float] | None = None,
+) -> None:
     """Draw a `closeness` table by component: the two models and the controls, on one logarithmic scale.
 
     Args:
         table: made with `by="component"`, with or without pooled layers.
         path: PNG file, or another format that matplotlib knows by its ending.
         measure: `"mean_l1"`, `"relative_l1"` or `"angle"`.
+        title: of the picture, such as the task or the model; what is drawn stands below it.
+        limits: smallest and largest value of the colours, so that several pictures can be compared; None takes those
+            of the table.
 
     Raises:
-        ConfigError: the measure is unknown, or the table is not by component.
+        ConfigError: the measure is unknown, the limits leave out a value, or the table is not by component.
         ModuleNotFoundError: matplotlib is not installed.
     """
     if measure not in DISTANCES:
@@ -89,61 +113,86 @@ def plot_closeness(table: Table, path: FilePath, measure: str = "angle") -> None
         if column in table.columns
         for row, layer, value in zip(rows, layers, table.column(column), strict=True)
     }
-    title = f"{_capital(_DISTANCES[measure])} of each component" + (" and layer" if layered else "")
-    _draw_layers(values, path, title, _DISTANCES[measure], logarithmic=True, layered=layered)
+    drawn = f"{_capital(_DISTANCES[measure])} of each component" + (" and layer" if layered else "")
+    _draw_layers(values, path, _titled(title, drawn), _DISTANCES[measure], limits, logarithmic=True, layered=layered)
 
 
-def plot_magnitude(table: Table, path: FilePath, measure: str = "mean_magnitude") -> None:
+def plot_magnitude(
+    table: Table,
+    path: FilePath,
+    measure: str = "mean_magnitude",
+    *,
+    title: str = "",
+    limits: tuple[float, float] | None = None,
+) -> None:
     """Draw a `magnitude` table: components by layers, on a logarithmic colour scale, one panel per parameter.
 
     Args:
         table: made with `layers=True`.
         path: PNG file, or another format that matplotlib knows by its ending.
         measure: the column to show: `"mean_magnitude"`, `"std"`, `"largest"` or `"over_others"`.
+        title: of the picture, such as the task or the model; what is drawn stands below it.
+        limits: smallest and largest value of the colours, so that several pictures can be compared; None takes those
+            of the table.
 
     Raises:
-        ConfigError: the measure is unknown, or the table has no layers.
+        ConfigError: the measure is unknown, the limits leave out a value, or the table has no layers.
         ModuleNotFoundError: matplotlib is not installed.
     """
     if measure not in SIZES:
         raise ConfigError(f"measure={measure!r}: choose one of {', '.join(SIZES)}.")
-    _draw_places(table, path, measure, f"{_capital(_SAID[measure])}, by component and layer", logarithmic=True)
+    drawn = f"{_capital(_SAID[measure])}, by component and layer"
+    _draw_places(table, path, measure, _titled(title, drawn), limits, logarithmic=True)
 
 
-def plot_score_map(table: Table, path: FilePath) -> None:
+def plot_score_map(table: Table, path: FilePath, *, title: str = "", limits: tuple[float, float] | None = None) -> None:
     """Draw the last column of a `score_map` table: components by layers, one panel per parameter.
 
     Args:
         table: scores, drawn on a logarithmic colour scale, or masks, drawn on a linear one.
         path: PNG file, or another format that matplotlib knows by its ending.
+        title: of the picture, such as the task or the model; what is drawn stands below it.
+        limits: smallest and largest value of the colours, so that several pictures can be compared; None takes those
+            of the table.
 
     Raises:
-        ConfigError: the table is not one of `score_map`.
+        ConfigError: the table is not one of `score_map`, or the limits leave out a value.
         ModuleNotFoundError: matplotlib is not installed.
     """
     quantity = table.columns[-1]
     if quantity not in _SAID:
         raise ConfigError(f"a table of score_map is needed, but the last column of this one is {quantity!r}.")
-    title = f"{_capital(_SAID[quantity])} by component and layer"
-    _draw_places(table, path, quantity, title, logarithmic="score" in quantity)
+    drawn = f"{_capital(_SAID[quantity])} by component and layer"
+    _draw_places(table, path, quantity, _titled(title, drawn), limits, logarithmic="score" in quantity)
 
 
-def plot_sparsity(table: Table, path: FilePath, measure: str = "sparsity") -> None:
+def plot_sparsity(
+    table: Table,
+    path: FilePath,
+    measure: str = "sparsity",
+    *,
+    title: str = "",
+    limits: tuple[float, float] | None = None,
+) -> None:
     """Draw a `sparsity` table: components by layers, on a linear colour scale.
 
     Args:
         table: made with `by="component"`.
         path: PNG file, or another format that matplotlib knows by its ending.
         measure: `"sparsity"`; or, for a table made with `start`, `"sparsity_before"` or `"flipped"`.
+        title: of the picture, such as the task or the model; what is drawn stands below it.
+        limits: smallest and largest value of the colours, so that several pictures can be compared; None takes those
+            of the table.
 
     Raises:
-        ConfigError: the measure is unknown, or the table is not by component.
+        ConfigError: the measure is unknown, the limits leave out a value, or the table is not by component.
         ModuleNotFoundError: matplotlib is not installed.
     """
     measures = [column for column in ("sparsity", "sparsity_before", "flipped") if column in table.columns]
     if measure not in measures:
         raise ConfigError(f"measure={measure!r}: choose one of {', '.join(measures) or 'those of a sparsity table'}.")
-    _draw_places(table, path, measure, f"{_capital(_SAID[measure])}, by component and layer", logarithmic=False)
+    drawn = f"{_capital(_SAID[measure])}, by component and layer"
+    _draw_places(table, path, measure, _titled(title, drawn), limits, logarithmic=False)
 
 
 def plot_overlap(table: Table, path: FilePath) -> None:
@@ -180,14 +229,20 @@ def plot_overlap(table: Table, path: FilePath) -> None:
                 name.set(rotation=30, ha="right", rotation_mode="anchor")
         _write(axis, grid)
     drawing.suptitle(f"Overlap of {what} between tasks")
-    drawing.savefig(path, dpi=120)
+    drawing.savefig(path, dpi=_DPI)
 
 
-def _draw_places(table: Table, path: FilePath, column: str, title: str, *, logarithmic: bool) -> None:
+def _titled(title: str, drawn: str) -> str:
+    return f"{title}\n{drawn}" if title else drawn
+
+
+def _draw_places(
+    table: Table, path: FilePath, column: str, title: str, limits: tuple[float, float] | None, *, logarithmic: bool
+) -> None:
     """Draw one column of a table with one row per place: one panel for weights and one for biases."""
     cells = zip(*map(table.column, ("component", "layer", "parameter", column)), strict=True)
     values = {(parameter, component, layer): value for component, layer, parameter, value in cells}
-    _draw_layers(values, path, title, _SAID[column], logarithmic=logarithmic)
+    _draw_layers(values, path, title, _SAID[column], limits, logarithmic=logarithmic)
 
 
 def _draw_layers(
@@ -195,6 +250,7 @@ def _draw_layers(
     path: FilePath,
     title: str,
     quantity: str,
+    limits: tuple[float, float] | None,
     *,
     logarithmic: bool,
     layered: bool = True,
@@ -204,16 +260,19 @@ def _draw_layers(
     rows = list(dict.fromkeys(row for _, row, _ in values))
     layers = sorted({layer for _, _, layer in values}, key=lambda layer: -1 if layer is None else layer)
     grids = {panel: [[values.get((panel, row, layer)) for layer in layers] for row in rows] for panel in panels}
+    known = [value for value in values.values() if value is not None]
     figure, colors = _matplotlib()
-    broad = max(2.4, min(0.42 * len(layers), 10.0))
-    size = (0.085 * max(map(len, rows)) + 2.0 + len(grids) * (broad + 0.2), 1.9 + max(1.6, 0.28 * len(rows)))
+    norm = _norm(colors, known, logarithmic, limits)
+    beside = 0.085 * max(map(len, rows)) + 1.6  # inches of the names at the left and of the bar at the right
+    broad = min(0.42 * len(layers) + 0.2, (_WIDTH - beside) / len(grids))
+    wide = max(beside + len(grids) * max(broad, 1.2), 0.1 * max(map(len, title.split("\n"))))
+    size = (wide, 1.9 + 0.2 * title.count("\n") + max(1.6, 0.28 * len(rows)))
     drawing = figure(figsize=size, layout="constrained")
     heads = ["none" if layer is None else str(layer) for layer in layers] if layered else ["all"]
-    known = [value for value in values.values() if value is not None]
-    _draw(drawing, grids, rows, heads, _norm(colors, known, logarithmic), quantity)
+    _draw(drawing, grids, rows, heads, norm, quantity)
     drawing.supxlabel(_LAYERS if layered else "layers pooled; grey: no value", fontsize="medium")
     drawing.suptitle(title)
-    drawing.savefig(path, dpi=120)
+    drawing.savefig(path, dpi=_DPI)
 
 
 def _draw(
@@ -230,14 +289,15 @@ def _draw(
         quantity: label of the colour bar.
     """
     axes = drawing.subplots(1, len(grids), squeeze=False, sharey=True)[0]
-    ticks = range(0, len(heads), -(-len(heads) // _MOST_TICKS))
+    most = max(1, int(drawing.get_figwidth() * 0.8 / len(grids) / _TICK)) if len(heads) > 1 else 1
+    ticks = range(0, len(heads), -(-len(heads) // most))
     for axis, (said, grid) in zip(axes, grids.items(), strict=True):
         axis.set_facecolor("#d9d9d9")
         # 0 has no logarithm, so it is drawn as a value below the scale.
         shown = [[math.nan if value is None else max(value, norm.vmin / 10) for value in row] for row in grid]
         image = axis.imshow(shown, norm=norm, cmap=_colours(), aspect="auto", interpolation="nearest")
-        axis.set_title(said)
-        axis.set_xticks(ticks, [heads[tick] for tick in ticks])
+        axis.set_title(textwrap.fill(said, max(10, int(drawing.get_figwidth() / len(grids) / 0.15))))
+        axis.set_xticks(ticks, [heads[tick] for tick in ticks], fontsize="small")
         axis.set_yticks(range(len(rows)), rows)
     zeros = norm.vmin > 0 and any(
         value is not None and value <= 0 for grid in grids.values() for row in grid for value in row
@@ -247,9 +307,19 @@ def _draw(
     return axes
 
 
-def _norm(colors: Any, values: Sequence[float], logarithmic: bool) -> Any:
-    """The colour scale for these values."""
+def _norm(colors: Any, values: Sequence[float], logarithmic: bool, limits: tuple[float, float] | None = None) -> Any:
+    """The colour scale for these values, or between limits."""
     positive = [value for value in values if value > 0]
+    if limits is not None:
+        low, high = limits
+        shown = positive if logarithmic else values
+        if not low < high or (logarithmic and low <= 0) or any(not low <= value <= high for value in shown):
+            reach = f", which reach from {min(shown):g} to {max(shown):g}" if shown else ""
+            raise ConfigError(
+                f"limits={limits!r}: the smaller one comes first, {'both are above 0, ' if logarithmic else ''}and all "
+                f"values lie between them{reach}."
+            )
+        return colors.LogNorm(low, high) if logarithmic else colors.Normalize(low, high)
     if not (logarithmic and positive):
         return colors.Normalize(min([0.0, *values]), max([*values, 0.0]) or 1.0)
     low, high = min(positive), max(positive)

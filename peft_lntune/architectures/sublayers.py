@@ -7,14 +7,15 @@ whose output is h, which the block adds to the residual. `table.py` names both.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-from peft_lntune.architectures.role_names import ATTENTION, CROSS, FFN
 from peft_lntune.architectures.table import ARCHITECTURES
 from peft_lntune.core.module_tree import below
 
-__all__ = ["SUBLAYER_ROLES", "Sublayer", "find_sublayers"]
+__all__ = ["SUBLAYER_ROLES", "Sublayer", "SublayerRole", "find_sublayers"]
 
-SUBLAYER_ROLES = (ATTENTION, CROSS, FFN)
+SublayerRole = Literal["attention", "cross_attention", "ffn"]
+SUBLAYER_ROLES: tuple[SublayerRole, ...] = get_args(SublayerRole)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ The rows answer four questions: which sub-layer a norm serves (`roles.py`), wher
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 from peft_lntune.architectures.role_names import ATTENTION, CROSS, FFN, MIXER
 from peft_lntune.core.module_tree import below
@@ -19,7 +20,9 @@ __all__ = [
     "UNKNOWN",
     "Architecture",
     "Component",
+    "ComponentName",
     "Contents",
+    "MatrixName",
     "NormPlace",
     "Span",
     "attention",
@@ -60,6 +63,11 @@ class Component(StrEnum):
     EMBEDDING = "embedding", "embeddings", "word, position and type embeddings"
     POOLER = "pooler", "pooler", "the dense layer over the first token"
 
+
+MatrixName = Literal[
+    "query", "key", "value", "attention_output", "ffn_up", "ffn_gate", "ffn_down", "embedding", "pooler"
+]
+ComponentName = Literal[MatrixName, "norm"]
 
 MATRICES = tuple(component for component in Component if component is not Component.NORM)
 """The components whose weights are matrices."""

@@ -103,6 +103,11 @@ class AdapterBank:
     # Contents.
 
     @property
+    def model(self) -> nn.Module:
+        """The base model."""
+        return self._base
+
+    @property
     def names(self) -> list[str]:
         """Names of the adapters, in the order they were added."""
         with self._lock:
@@ -353,6 +358,7 @@ class AdapterBank:
         with self._lock:
             self._route.check_idle()
             self._requests.check_paused("bank.detach()", anywhere=True)
+            self._requests.let_go()
             self._heads.detach()
             for detour in reversed(self._detours):
                 detour.restore()

@@ -1,5 +1,6 @@
 """The adapters of a bank for transformers' continuous batching: each request names one."""
 
+import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,12 +30,12 @@ class BankAdapters:
         bank: the bank.
     """
 
-    what = "the adapters of a bank"
-
     def __init__(self, bank: "AdapterBank") -> None:
+        self.owner: object = bank
         self._bank = bank
         self._taken: weakref.WeakValueDictionary[int, RequestAdapter] = weakref.WeakValueDictionary()
         self._facts: tuple[object, Mapping[str, TokenFact] | None] = None, None
+        self._as_before_in: set[int] = set()
         self._manager: weakref.ReferenceType[Any] | None = None
 
     def detours(self) -> list[Detour]:
@@ -52,6 +53,8 @@ class BankAdapters:
     def _init(self, own: Any, *args: Any, **kwargs: Any) -> Any:
         from peft_lntune.continuous.manager import make_manager
 
+        if threading.get_ident() in self._as_before_in:
+            return own(*args, **kwargs)
         if self._bank._route.on():
             raise RoutingError(
                 "a manager of continuous batching outlives a route. Make it outside of the route, and name the adapter "
@@ -66,15 +69,42 @@ class BankAdapters:
         route = self._bank._route
         if not route.on():
             if adapter_names is None:
-                return own(*args, **kwargs)
+                return self._as_before(own, *args, **kwargs)
             return generate_batch(self._bank._base, own, self, adapter_names, "`adapter_names`", *args, **kwargs)
         if adapter_names is not None:
             raise RoutingError(
-                f"a route is on, and generate_batch got `adapter_names` beside {route.what}. Give the names once: leave "
-                "the route, or leave `adapter_names` out."
+                f"a route is on, and generate_batch got `adapter_names` beside {route.what}. Give the names once: "
+                "leave the route, or leave `adapter_names` out."
             )
         names = route.names[0] if route.one else route.names
         return generate_batch(self._bank._base, own, self, names, route.what, *args, **kwargs)
+
+    def _as_before(self, own: Any, *args: Any, **kwargs: Any) -> Any:
+        """`generate_batch` without a route: what it was without the bank."""
+        kept = self._kept()
+        if kept is not None and self._bank._check_ready():
+            raise RoutingError(
+                "the model keeps a manager of continuous batching (persistent_manager=True) of this bank, which serves "
+                "the base model and not the active adapter of the PeftModel. Call generate_batch in a route, or "
+                "model.destroy_cached_continuous_batching_manager() first."
+            )
+
+        here = threading.get_ident()
+        self._as_before_in.add(here)
+        try:
+            return own(*args, **kwargs)
+        finally:
+            self._as_before_in.discard(here)
+
+    def _kept(self) -> Any:
+        """The manager of this bank that the model keeps, or None."""
+        kept = getattr(self._bank._base, "_cached_continuous_batching_manager", None)
+        return kept if getattr(getattr(kept, "adapters", None), "owner", None) is self._bank else None
+
+    def let_go(self) -> None:
+        """Destroy the manager of this bank that the model keeps, if there is one."""
+        if self._kept() is not None:
+            self._bank._base.destroy_cached_continuous_batching_manager()
 
     def check_paused(self, what: str, anywhere: bool = False) -> None:
         """Check that no engine runs the model, or that the caller's thread has paused it.
@@ -112,6 +142,11 @@ class BankAdapters:
             rows = [values[0] for _, values in bank._stacks.gather(torch.tensor([slot]))]
             taken = self._taken[serial] = RequestAdapter(name, serial, rows)
             return taken
+
+    def as_it_is(self, requests: Sequence[RequestAdapter]) -> bool:
+        # On a PeftModel, PEFT's own adapters must be off; in a route of another thread, the route must be lent.
+        plain = all(each.serial == BASE_SERIAL for each in requests) and not self._bank._route.active
+        return plain and not self._bank._check_ready()
 
     def facts(self) -> Mapping[str, TokenFact] | None:
         bank = self._bank

@@ -188,7 +188,7 @@ class Heads:
         rows = [slot if slot in owners else 0 for slot in slots]
         own = tensors_of(self._reader.modules, name)
         with torch.inference_mode(False), torch.no_grad():
-            if 0 in rows:  # read anew each time, since training leaves no trace
+            if 0 in rows:  # read again each time, since training leaves no trace
                 stacks.write([0], [torch.stack([own[key] for key in names])[None] for names, _ in stacks])
             gathered = stacks.gather(torch.tensor(rows, dtype=torch.long))
         # The model may have been moved or cast since the head was added.

@@ -146,6 +146,7 @@ def _read_csv(path: Path, text: str) -> dict[str, list[str]]:
     header, rows, line, problem = [], [], 0, ""
     try:
         header = [name.strip() for name in next(reader, [])]
+        line = reader.line_num
         for row in reader:
             line = reader.line_num
             if len(row) == len(header) and not (mark == "\t" and any("\t" in value and "\n" in value for value in row)):

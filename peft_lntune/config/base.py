@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from peft import PeftConfig
@@ -17,11 +17,13 @@ from peft_lntune.storage.manifest import is_sealed, seal_file
 from peft_lntune.storage.model_card import name_import
 from peft_lntune.storage.renaming import new_name
 from peft_lntune.storage.saved_adapter import SavedAdapter, read_config
-from peft_lntune.version import __version__
+from peft_lntune.version import INSTALL, __version__
 
-__all__ = ["CONFIG_FILE", "FORMAT_VERSION", "PART_KINDS", "PEFT_TYPE", "LNTuneConfig", "part_kind"]
+__all__ = ["CONFIG_FILE", "FORMAT_VERSION", "PART_KINDS", "PEFT_TYPE", "DtypeName", "LNTuneConfig", "part_kind"]
 
 Kind = TypeVar("Kind", bound="LNTuneConfig")
+
+DtypeName = Literal["float32", "float64", "bfloat16", "float16"]
 
 FORMAT_VERSION = 1
 """Version of the saved files. A file of another version is refused."""
@@ -58,8 +60,8 @@ class LNTuneConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
-    delta_dtype: str | None = None
-    save_dtype: str | None = None
+    delta_dtype: DtypeName | None = None
+    save_dtype: DtypeName | None = None
     init_weights: bool = True
     kind: str = ""
     format_version: int = FORMAT_VERSION
@@ -279,7 +281,7 @@ def check_format(version: Any) -> None:
     if version != FORMAT_VERSION:
         raise ConfigError(
             f"this adapter has format_version {version!r}, and peft_lntune {__version__} reads {FORMAT_VERSION}. "
-            "Upgrade with `pip install -U peft-lntune`, or save the adapter again."
+            f"Upgrade with `{INSTALL} -U`, or save the adapter again."
         )
 
 

@@ -1,20 +1,21 @@
 """Bottleneck adapters: which sub-layers, how narrow, and whether sequential or parallel."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from peft_lntune.architectures.sublayers import SUBLAYER_ROLES
+from peft_lntune.architectures.sublayers import SUBLAYER_ROLES, SublayerRole
 from peft_lntune.config.base import LNTuneConfig, check_choice, check_roles, check_type, part_kind
-from peft_lntune.core.bottleneck import ACTIVATIONS
+from peft_lntune.core.bottleneck import ACTIVATIONS, Activation, Position
 from peft_lntune.errors import ConfigError
 
 __all__ = ["BottleneckConfig"]
 
-REDUCTION_FACTORS = {"sequential": 16.0, "parallel": 2.0}
+REDUCTION_FACTORS: dict[Position, float] = {"sequential": 16.0, "parallel": 2.0}
 """The positions, each with its default reduction factor: how many times narrower than the model a bottleneck is."""
 
-_LEARNED = "learned"
+_LEARNED: Literal["learned"] = "learned"
 
 
 @part_kind
@@ -55,12 +56,12 @@ class BottleneckConfig(LNTuneConfig):
         384
     """
 
-    position: str = "sequential"
-    roles: list[str] = field(default_factory=lambda: ["attention", "ffn"])
+    position: Position = "sequential"
+    roles: Sequence[SublayerRole] = field(default_factory=lambda: ["attention", "ffn"])
     reduction_factor: float | None = None
     bottleneck_size: int | None = None
-    activation: str = "relu"
-    scale: float | str = 1.0
+    activation: Activation = "relu"
+    scale: float | Literal["learned"] = 1.0
     dropout: float = 0.0
 
     def _check(self) -> None:

@@ -3,14 +3,15 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 from peft_lntune.config.base import LNTuneConfig, check_choice, plain
 from peft_lntune.errors import ConfigError
 
-__all__ = ["DeltaConfig", "recorded"]
+__all__ = ["DeltaConfig", "Tune", "recorded"]
 
-TUNE = ("both", "weight", "bias")
+Tune = Literal["both", "weight", "bias"]
+TUNE: tuple[Tune, ...] = get_args(Tune)
 
 
 @dataclass(kw_only=True)
@@ -28,7 +29,7 @@ class DeltaConfig(LNTuneConfig):
         ConfigError: a field has a value that is not allowed.
     """
 
-    tune: str = "both"
+    tune: Tune = "both"
     mask_source: dict[str, Any] | None = None
 
     def _check(self) -> None:

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
-from peft_lntune.choices import FISHER_KINDS, SCOPES
+from peft_lntune.choices import FISHER_KINDS, SCOPES, FisherKind, Scope
 from peft_lntune.config.base import check_choice, check_type, part_kind
 from peft_lntune.config.ln_tuning import LNTuningConfig
 from peft_lntune.errors import ConfigError
+from peft_lntune.selection.select import check_whole
 
 __all__ = ["FisherLNConfig"]
 
@@ -29,6 +30,9 @@ class FisherLNConfig(LNTuningConfig):
             (`"layer"`).
         num_samples: how many samples to look at.
         seed: seed of the labels that `"mc"` draws.
+        max_per_norm: tune at most this many entries of each norm, weight and bias together. An adapter of RMSNorms with
+            at most 64 exports exactly as LoRA of rank 64 (`peft_lntune.interop.to_lora`); `density=1.0` takes as many
+            of each norm. None: no limit.
 
     Further arguments: see `LNTuningConfig` and `LNTuneConfig`.
 
@@ -46,10 +50,11 @@ class FisherLNConfig(LNTuningConfig):
     """
 
     density: float = 0.2
-    fisher: str = "empirical"
-    scope: str = "global"
+    fisher: FisherKind = "empirical"
+    scope: Scope = "global"
     num_samples: int = 1024
     seed: int = 0
+    max_per_norm: int | None = None
 
     @property
     def chooses_entries(self) -> bool:
@@ -68,3 +73,5 @@ class FisherLNConfig(LNTuningConfig):
             )
         if self.num_samples < 1:
             raise ConfigError(f"num_samples={self.num_samples} should be at least 1: how many samples to look at.")
+        if self.max_per_norm is not None:
+            check_whole("max_per_norm", self.max_per_norm, "entries")

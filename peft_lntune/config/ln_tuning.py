@@ -1,8 +1,9 @@
 """LN-tuning: the gain and bias of all norms, or of the norms of some roles and layers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from peft_lntune.choices import ROLES
+from peft_lntune.choices import ROLES, Role
 from peft_lntune.config.base import check_roles, part_kind
 from peft_lntune.config.deltas import DeltaConfig
 
@@ -43,7 +44,7 @@ class LNTuningConfig(DeltaConfig):
         'base_model.model.encoder.layer.0.attention.output.LayerNorm.lntune_bias.default.weight'
     """
 
-    roles: list[str] | None = None
+    roles: Sequence[Role] | None = None
 
     def _check(self) -> None:
         super()._check()

@@ -1,9 +1,10 @@
 """Deltas on chosen modules of every layer: queries, FFNs, embeddings, biases."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from peft_lntune.architectures.table import Component
+from peft_lntune.architectures.table import Component, ComponentName
 from peft_lntune.config.base import part_kind
 from peft_lntune.config.components import check_components
 from peft_lntune.config.deltas import DeltaConfig
@@ -11,7 +12,9 @@ from peft_lntune.errors import ConfigError
 
 __all__ = ["PRESETS", "ModuleTuningConfig"]
 
-PRESETS: dict[str, dict[str, Any]] = {
+ModulePreset = Literal["bitfit", "l0-close"]
+
+PRESETS: dict[ModulePreset, dict[str, Any]] = {
     "bitfit": {"components": tuple(Component), "tune": "bias"},
     "l0-close": {"components": tuple(part for part in Component if part not in (Component.KEY, Component.EMBEDDING))},
 }
@@ -53,8 +56,8 @@ class ModuleTuningConfig(DeltaConfig):
         [(8,), (8,)]
     """
 
-    components: list[str] | None = None
-    preset: str | None = None
+    components: Sequence[ComponentName | Component] | None = None
+    preset: ModulePreset | None = None
     layers_to_exclude: list[int] | int | None = None
 
     def _check(self) -> None:

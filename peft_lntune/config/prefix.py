@@ -1,13 +1,16 @@
 """Key/value prefixes inside attention."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from peft_lntune.config.base import LNTuneConfig, check_roles, check_type, part_kind
 from peft_lntune.errors import ConfigError
 
 __all__ = ["ATTENTION_ROLES", "PrefixConfig"]
 
-ATTENTION_ROLES = ("attention", "cross_attention")
+AttentionRole = Literal["attention", "cross_attention"]
+ATTENTION_ROLES: tuple[AttentionRole, ...] = get_args(AttentionRole)
 """The kinds of attention that can have a prefix: over the tokens themselves, and over an encoder's output."""
 
 
@@ -42,7 +45,7 @@ class PrefixConfig(LNTuneConfig):
 
     num_virtual_tokens: int = 20
     reparametrize: int | None = None
-    roles: list[str] | None = None
+    roles: Sequence[AttentionRole] | None = None
 
     def _check(self) -> None:
         super()._check()

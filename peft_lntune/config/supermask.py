@@ -1,8 +1,9 @@
 """Masks over frozen weights: learning by switching off."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from peft_lntune.architectures.table import LAYER_MATRICES, MATRICES
+from peft_lntune.architectures.table import LAYER_MATRICES, MATRICES, Component, MatrixName
 from peft_lntune.config.base import LNTuneConfig, check_type, part_kind
 from peft_lntune.config.components import check_components
 from peft_lntune.errors import ConfigError
@@ -52,7 +53,7 @@ class SupermaskConfig(LNTuneConfig):
         ['base_model.model.encoder.layer.0.attention.self.query.lntune_supermask.default.weight']
     """
 
-    components: list[str] | None = None
+    components: Sequence[MatrixName | Component] | None = None
     initial_sparsity: float = 0.0
     initial_score: float = 5.0
     layers_to_exclude: list[int] | int | None = None

@@ -60,17 +60,20 @@ class Adapters(Protocol):
     """Where the adapters of requests come from: a bank, or a PeftModel.
 
     Attributes:
-        what: what they are, for errors.
+        owner: the bank or the tuner; a manager that is kept belongs to one.
     """
 
-    what: str
+    owner: object
 
     def take(self, name: str | None) -> RequestAdapter:
-        """The adapter of this name; None: that of requests without a name.
+        """The adapter of this name; None: the base model.
 
         Raises:
             PeftLNTuneError: it is unknown, or cannot be served by token.
         """
+
+    def as_it_is(self, requests: Sequence[RequestAdapter]) -> bool:
+        """Whether the model as it is, without a route, gives the answers of all these requests."""
 
     def facts(self) -> Mapping[str, TokenFact] | None:
         """Where the model has the tokens of a packed row, by the labels of the layers; None: not measured."""

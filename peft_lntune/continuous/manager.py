@@ -37,8 +37,8 @@ class AdapterManager(ContinuousBatchingManager):
     """A manager of continuous batching whose requests name their adapters.
 
     It is made by `init_continuous_batching`, `continuous_batching_context_manager` or `generate_batch` of a model with
-    an attached `AdapterBank`, or of a PeftModel. All methods are those of transformers; `add_request` and
-    `add_requests` take the adapter as well.
+    an attached `AdapterBank`. All methods are those of transformers; `add_request` and `add_requests` take the adapter
+    as well.
 
     - A request keeps its adapter until it ends, also if the adapter is removed meanwhile. Adapters that are added can
       be named at once.
@@ -51,7 +51,7 @@ class AdapterManager(ContinuousBatchingManager):
     failure: PeftLNTuneError | None = None
     names_of_batch: Sequence[str | None] | None = None
 
-    def add_request(  # type: ignore[override]
+    def add_request(
         self,
         input_ids: list[int],
         request_id: str | None = None,
@@ -71,8 +71,7 @@ class AdapterManager(ContinuousBatchingManager):
             streaming: whether tokens are delivered one by one.
             record_timestamps: whether the time of each token is recorded.
             eos_token_id: ids that end the request; None: those of the generation config.
-            adapter: name of the adapter, or `"__base__"`; None: the base model for a bank, the active adapter for a
-                PeftModel.
+            adapter: name of the adapter; None or `"__base__"`: the base model.
             **logit_processor_kwargs: arguments of the logits processors.
 
         Returns:
@@ -96,7 +95,7 @@ class AdapterManager(ContinuousBatchingManager):
         )
         return added
 
-    def add_requests(  # type: ignore[override]
+    def add_requests(
         self,
         inputs: list[list[int]],
         max_new_tokens: int | None = None,
@@ -159,7 +158,7 @@ class AdapterManager(ContinuousBatchingManager):
         pairs = getattr(ios, "io_pairs", None)
         batch = (ios if pairs is None else pairs[ios.current_pair].host_io).requests_in_batch
         requests = [_adapter_of(each.state) for each in batch]
-        if all(each.serial == BASE_SERIAL or not each.rows for each in requests):
+        if self.adapters.as_it_is(requests):
             super()._generation_step()
             return
         try:
@@ -259,11 +258,12 @@ def make_manager(
         generation_config=generation_config, continuous_batching_config=config, workload_hints=workload_hints
     )
     if isinstance(manager, AdapterManager):
-        if manager.adapters is not adapters:
+        if manager.adapters.owner is not adapters.owner:
             raise RoutingError(
                 "the model keeps a manager of continuous batching (persistent_manager=True) with other adapters. Call "
                 "model.destroy_cached_continuous_batching_manager() first."
             )
+        manager.adapters = adapters
         return manager
     if manager.batch_processor is not None or manager.is_running():
         raise RoutingError(

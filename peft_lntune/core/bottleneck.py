@@ -9,6 +9,7 @@ Source: Houlsby et al. 2019 (arXiv 1902.00751); the scale and the parallel posit
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from peft_lntune.errors import UnsupportedError
 __all__ = [
     "ACTIVATIONS",
     "PARTS",
+    "Activation",
+    "Position",
     "Scale",
     "bottleneck",
     "project",
@@ -38,6 +41,11 @@ def _identity(x: Tensor) -> Tensor:
 
 
 _gelu_tanh = partial(F.gelu, approximate="tanh")
+
+Position = Literal["sequential", "parallel"]
+"""Whether a bottleneck reads the output of its sub-layer, or the input."""
+
+Activation = Literal["relu", "gelu", "gelu_new", "gelu_tanh", "silu", "swish", "tanh", "identity"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,

@@ -116,7 +116,7 @@ class Supermask(nn.Module):
     """A mask over one base parameter; its forward turns the base into the effective parameter.
 
     It holds either `weight`, the trainable scores, or `keep`, the mask itself at one bit per entry, which suffices for
-    serving. In training mode the mask is drawn anew in every call, by torch's global generator like dropout, so a seed
+    serving. In training mode the mask is drawn again in every call, by torch's global generator like dropout, so a seed
     or a restored generator reproduces it.
 
     Source: Radiya-Dixit and Wang 2020 (arXiv 2004.14129).

@@ -5,14 +5,35 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from torch import Tensor
 
-from peft_lntune.errors import AdapterFileError
+from peft_lntune.config import LNTuneConfig
+from peft_lntune.errors import AdapterFileError, ConfigError
 from peft_lntune.storage.manifest import is_finite
 from peft_lntune.storage.saved_adapter import SavedAdapter
 
-__all__ = ["check_foreign", "read_foreign"]
+__all__ = ["check_foreign", "own_config", "read_foreign"]
+
+
+def own_config(peft_model: PeftModel, adapter_name: str) -> LNTuneConfig:
+    """The config of an adapter of this package, to be written in a format of PEFT's own.
+
+    Args:
+        peft_model: the model.
+        adapter_name: the adapter.
+
+    Returns:
+        The config.
+
+    Raises:
+        ConfigError: the model has no such adapter, or it is not of this package.
+    """
+    config = peft_model.peft_config.get(adapter_name)
+    if not isinstance(config, LNTuneConfig):
+        known = [name for name, other in peft_model.peft_config.items() if isinstance(other, LNTuneConfig)]
+        raise ConfigError(f"no adapter of this package is named {adapter_name!r}; this model has {known}.")
+    return config
 
 
 def read_foreign(directory: str | os.PathLike, peft_type: str, reader: str) -> tuple[Any, SavedAdapter]:

@@ -11,10 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peft_lntune.config import LNTuneConfig, LNTuningConfig, parts_of
+from peft_lntune.config import LNTuningConfig, parts_of
 from peft_lntune.core.module_tree import base_modules
-from peft_lntune.errors import AdapterFileError, ConfigError, UnsupportedError
-from peft_lntune.interop.foreign import check_foreign, read_foreign
+from peft_lntune.errors import AdapterFileError, UnsupportedError
+from peft_lntune.interop.foreign import check_foreign, own_config, read_foreign
 from peft_lntune.layers import PARAMETERS, ReplacementLayer
 from peft_lntune.layers.offloaded import all_onloaded, onloaded
 from peft_lntune.norms.names import role_of
@@ -54,10 +54,7 @@ def to_stock(peft_model: PeftModel, directory: str | os.PathLike, adapter_name: 
         >>> PeftConfig.from_pretrained(directory).peft_type.value
         'LN_TUNING'
     """
-    config = peft_model.peft_config.get(adapter_name)
-    if not isinstance(config, LNTuneConfig):
-        known = [name for name, other in peft_model.peft_config.items() if isinstance(other, LNTuneConfig)]
-        raise ConfigError(f"no adapter of this package is named {adapter_name!r}; this model has {known}.")
+    config = own_config(peft_model, adapter_name)
     others = [type(part).__name__ for part in parts_of(config) if not isinstance(part, LNTuningConfig)]
     if others:
         raise UnsupportedError(

@@ -13,6 +13,8 @@ from peft_lntune.architectures.sublayers import Sublayer
 from peft_lntune.core.bottleneck import (
     ACTIVATIONS,
     PARTS,
+    Activation,
+    Position,
     Scale,
     bottleneck,
     read_widths,
@@ -33,8 +35,8 @@ __all__ = ["BottleneckLayer", "check_combine", "combine_bottlenecks"]
 class Recipe(NamedTuple):
     """The part of an adapter's config that its forward pass needs. `scale` is 1 where the scale is learned."""
 
-    position: str
-    activation: str
+    position: Position
+    activation: Activation
     scale: float
     dropout: float
 

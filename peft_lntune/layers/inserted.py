@@ -130,7 +130,7 @@ class InsertedLayer(nn.Module, BaseTunerLayer):
         return super()._apply(*args, **kwargs)
 
     def container(self, name: str) -> Any:
-        """One of the `nn.ModuleDict`s by adapter name; torch types their items loosely."""
+        """One of the module dicts by adapter name; torch types the items of `nn.ModuleDict` loosely."""
         return self._modules[name]
 
     def holds(self, adapter_name: str) -> bool:

@@ -234,8 +234,10 @@ def with_rows(
         return y.to(output_dtype(norm, x) if torch.is_autocast_enabled(x.device.type) else x.dtype)
     rule = rule_for(norm, x.device, x.dtype, weight.dtype, True)
     if rule.by_sample:
-        if any(rows is not None and rows[0].numel() > parameter(norm, name).numel()
-               for name, rows in (("weight", weight), ("bias", bias))):
+        if any(
+            rows is not None and rows[0].numel() > parameter(norm, name).numel()
+            for name, rows in (("weight", weight), ("bias", bias))
+        ):
             raise UnsupportedError(
                 f"the forward of this {type(norm).__name__} does more than normalize, so it runs once per sample, and "
                 "in packed rows every token would need a run. Give batches with one sequence per row, padded."

@@ -14,7 +14,7 @@ __all__ = ["BaseRows"]
 class BaseRows:
     """The base model's parameters, widened, with the offset of zero-centred norms.
 
-    They are read anew each time, with one operation per stack: fused optimizers and averages of weights write to
+    They are read again each time, with one operation per stack: fused optimizers and averages of weights write to
     parameters without a trace, so a cached copy could be out of date.
 
     Args:

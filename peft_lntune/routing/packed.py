@@ -19,6 +19,9 @@ __all__ = ["PackedRows", "sequences_of", "unpacked"]
 class PackedRows:
     """The parameters of each token of packed rows.
 
+    Attributes:
+        index: see below.
+
     Args:
         gathered: rows of effective parameters, `(rows, k, *shape)` each.
         index: which of these rows each token uses, `(B, T)` int64, on the device of the rows; None: there is one row
@@ -41,9 +44,10 @@ class PackedRows:
         facts: Mapping[str, TokenFact] | None = None,
         shared: Sequence[Stack] = (),
     ) -> None:
-        assert shape is not None or index is not None
-        self.batch, self.tokens = shape if shape is not None else index.shape  # type: ignore[union-attr]
-        self.facts = facts
+        lengths = index.shape if shape is None and index is not None else shape
+        assert lengths is not None
+        self.batch, self.tokens = lengths
+        self.facts, self.index = facts, index
         self._index = None if index is None else index.flatten()
         self._rows, self._shared = spread(gathered), spread(shared)
 

@@ -204,7 +204,7 @@ def rows_of_layers(names: Sequence[str], tensors: Sequence[LayerTensor], kept: K
     """Build the rows of a batch from the layers of a PeftModel.
 
     Only the rows of named adapters are built. They are cached where all their source tensors are frozen: optimizers and
-    averages of weights write to trained tensors without a trace. Rows of trained tensors are computed anew each time,
+    averages of weights write to trained tensors without a trace. Rows of trained tensors are computed again each time,
     one operation per tensor.
 
     Args:

@@ -154,8 +154,8 @@ def _judge(calls: Sequence[Any], noisy: Sequence[Sequence[Any]], probes: Sequenc
             return TokenFact(axis)
     return TokenFact(
         refused="a change of one sequence reaches it in the tokens of others, so the model mixes the sequences of a "
-        "row (transformers keeps them apart by position_ids that begin again, if called with use_cache=False and without an "
-        "attention_mask)"
+        "row (transformers keeps them apart by position_ids that begin again, if called with use_cache=False and "
+        "without an attention_mask)"
     )
 
 

@@ -20,7 +20,7 @@ class TaskBatches:
         tasks: the task of each row of the data set.
         rows: number of rows per task and batch; the last batch of a task may have fewer.
         seed: seed of the order.
-        shuffle: whether to shuffle the rows, anew in each epoch.
+        shuffle: whether to shuffle the rows, again in each epoch.
 
     Raises:
         ConfigError: `rows` is not a positive number, or the data set is empty.

@@ -2,8 +2,8 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,18 @@ from torch import Tensor, nn
 from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.core.detour import Detour
 from peft_lntune.core.module_tree import base_modules, called_modules
-from peft_lntune.errors import ConfigError, RoutingError, UnsupportedError
+from peft_lntune.errors import ConfigError, DataError, RoutingError, UnsupportedError
 from peft_lntune.layers import ReplacementLayer, switched_off, unmerged_layers
 from peft_lntune.layers.held import deltas_in
 from peft_lntune.routing.base_rows import BaseRows
 from peft_lntune.routing.entries import Entries
 from peft_lntune.routing.heads import HeadRun, RowGroups, group_rows, layers_of, tensors_within
+from peft_lntune.routing.packed import PackedRows, unpacked
 from peft_lntune.routing.recomputed import RecomputedDetour
 from peft_lntune.routing.route import Route
 from peft_lntune.routing.rows import NormRun, check_free
 from peft_lntune.routing.stacks import Stack, unstacked
-from peft_lntune.selection.losses import Batch, Head
+from peft_lntune.selection.losses import IGNORED, Batch, Head, find_head
 from peft_lntune.tasks.losses import RowLoss, default_losses, losses_of_rows
 from peft_lntune.tasks.optimizer import TaskOptimizer
 from peft_lntune.tasks.parameters import TaskParameters
@@ -38,13 +39,14 @@ __all__ = ["ManyTasks"]
 
 @dataclass(eq=False)
 class _Routed:
-    """One entered route: owner, values, and whether backward has reached them."""
+    """One entered route: owner, values, its batches of packed rows, and whether backward has reached the values."""
 
     names: list[str]
     one: bool
     gathered: Sequence[Stack]
     heads: dict[str, dict[str, Tensor]]
     groups: RowGroups | None = None
+    packed: list[PackedRows] = field(default_factory=list)
     finished: bool = False
 
 
@@ -183,7 +185,8 @@ class ManyTasks:
         """Inside this context, forward passes and `generate` of the model use the adapter of each row's task.
 
         Args:
-            names: the task of each row; or indices from `index`, `(B,)` int64; or one name for all rows.
+            names: the task of each row, or of each sequence in packed rows; or indices from `index`, `(B,)` int64; or
+                one name for all rows.
 
         Yields:
             Nothing.
@@ -274,16 +277,33 @@ class ManyTasks:
                 "passes before it, so the tasks of its rows are unknown. Call backward after each of them."
             )
         if self._recent is None or self._route.active:
-            with self._route.lent():
+            with self._route.lent(), self._packed_again():
                 yield
             return
-        with self._on(self._recent, self._tuners()):
+        with self._on(self._recent, self._tuners()), self._packed_again():
             yield
+
+    def _packed_again(self) -> AbstractContextManager[None]:
+        """A context in which a recomputed layer of packed rows has its rows by token."""
+        if self._recent is None or not self._recent.packed or self._route.packed is not None:
+            return nullcontext()
+        if len(self._recent.packed) > 1:
+            raise RoutingError(
+                "a layer is computed again in a backward pass (gradient checkpointing), and several batches of packed "
+                "rows ran in its route. Enter a route for each batch, and call backward after each."
+            )
+        return self._route.packing(self._recent.packed[0])
+
+    def _note_packed(self, packed: PackedRows) -> None:
+        if self._latest is not None:
+            self._latest.packed.append(packed)
 
     # Training.
 
     def losses(self, outputs: Any, batch: Batch, loss: RowLoss | None = None) -> dict[str, Tensor]:
         """The loss of each task with rows in the batch of the latest route, equal to that of its rows alone.
+
+        In packed rows, those are its sequences, each as a row of its own: no token predicts one of another sequence.
 
         Args:
             outputs: outputs of the model, called inside the route.
@@ -304,10 +324,28 @@ class ManyTasks:
             raise RoutingError("losses are those of a routed batch. Call the model inside tasks.route(names) first.")
         order = {name: number for number, name in enumerate(dict.fromkeys(self._latest.names))}
         groups = [order[name] for name in self._latest.names]
+        if self._latest.packed:
+            if loss is None and self._head is None:  # told from the rows as the model saw them
+                self._head = find_head(self._base, outputs, batch)
+            outputs, batch = self._unpacked(outputs, batch, self._latest.packed[-1])
         if loss is not None:
             return losses_of_rows(loss, outputs, batch, order, groups, self._latest.one)
         values, self._head = default_losses(self._base, self._head, outputs, batch, groups, self._latest.one)
         return dict(zip(order, values, strict=True))
+
+    def _unpacked(self, outputs: Any, batch: Batch, packed: PackedRows) -> tuple[dict[str, Any], Batch]:
+        """Outputs and batch with a padded row per sequence of packed rows."""
+        sequences = packed.index
+        assert sequences is not None
+        labels = batch.get("labels")
+        if isinstance(labels, Tensor) and labels.shape != sequences.shape:
+            raise DataError(
+                f"labels of packed rows should be {tuple(sequences.shape)}, one per token, but got "
+                f"{tuple(labels.shape)}."
+            )
+        rows = unpacked(batch, sequences, {"labels": IGNORED})
+        rows["attention_mask"] = unpacked(torch.ones_like(sequences), sequences, {})
+        return unpacked(dict(outputs), sequences, {}), rows
 
     def optimizer(
         self,
@@ -315,6 +353,7 @@ class ManyTasks:
         max_grad_norm: float | Mapping[str, float | None] | None = None,
         schedule: Callable[[Any], Any] | Mapping[str, Callable[[Any], Any]] | None = None,
         decayed: Callable[[str], bool] | None = None,
+        head_lr: float | Mapping[str, float] | None = None,
         **options: Any,
     ) -> TaskOptimizer:
         """Create one optimizer per task.
@@ -327,6 +366,7 @@ class ManyTasks:
                 schedule steps with its task.
             decayed: whether a tensor of the base model, given by name, has weight decay; None: all have. Tensors of one
                 shape, in the norms or in a layer of a head, share the setting: if one has no weight decay, none has.
+            head_lr: learning rate of the heads, or a dict of one per task; None: that of the norms.
             **options: options of the class, such as `lr`; a dict by task as a value gives each task its own.
 
         Returns:
@@ -345,7 +385,7 @@ class ManyTasks:
             for number, (names, _) in enumerate(parameters.stacks)
             if decayed is not None and not all(decayed(prefix + name) for name in names)
         }
-        made = TaskOptimizer(self._all(), self.names, optimizer_class, max_grad_norm, options, free)
+        made = TaskOptimizer(self._all(), self.names, optimizer_class, max_grad_norm, options, free, head_lr)
         made.set_schedule(schedule)
         return made
 
@@ -448,7 +488,9 @@ class ManyTasks:
         detours.append(RecomputedDetour(self._base, route, None, self._again, partial(self._begin, None)))
         for detour in detours:
             detour.patch()
-        entries = Entries(self._base, route, lambda: {name: modules[name] for name in runs})
+        entries = Entries(
+            self._base, route, lambda: {name: modules[name] for name in runs}, on_packed=self._note_packed
+        )
         for detour in entries.detours(called, runs):
             detour.patch()
             detours.append(detour)

@@ -39,6 +39,7 @@ class TaskOptimizer:
         max_grad_norm: largest norm of a task's gradient, or a dict of one per task; None: no limit.
         options: options of the class by name; a dict by task as a value gives each task its own.
         free: stacks without weight decay, by the numbers of the parameters and of the stack in them.
+        head_lr: learning rate of the heads, or a dict of one per task; None: that of the norms.
 
     Raises:
         ConfigError: a dict lacks a task or names an unknown one.
@@ -52,9 +53,10 @@ class TaskOptimizer:
         max_grad_norm: float | Mapping[str, float | None] | None,
         options: Mapping[str, Any],
         free: Collection[tuple[int, int]] = (),
+        head_lr: float | Mapping[str, float] | None = None,
     ) -> None:
         self._parameters, self._names = parameters, list(names)
-        for option, value in {"max_grad_norm": max_grad_norm, **options}.items():
+        for option, value in {"max_grad_norm": max_grad_norm, "head_lr": head_lr, **options}.items():
             _check_option(option, value, self._names)
         limits = [_own(max_grad_norm, name) for name in names]
         self._clips = any(limit is not None for limit in limits)
@@ -68,8 +70,20 @@ class TaskOptimizer:
                 for number, (_, values) in enumerate(each.stacks)
                 if each.owns(number, slot)
             }
-            groups: list[dict[str, Any]] = [{"params": [row for key, row in rows.items() if key not in free]}]
-            groups.append({"params": [row for key, row in rows.items() if key in free], "weight_decay": 0.0})
+            rate = _own(head_lr, name)
+            groups = [
+                {
+                    "params": [
+                        row
+                        for key, row in rows.items()
+                        if (key in free, key[0] > 0 and rate is not None) == (decays_not, of_head)
+                    ],
+                    **({"weight_decay": 0.0} if decays_not else {}),
+                    **({"lr": rate} if of_head else {}),
+                }
+                for of_head in (False, True)  # the norms first: their rate is what `learning_rates` gives
+                for decays_not in (False, True)
+            ]
             own = {key: _own(value, name) for key, value in options.items()}
             optimizer = optimizer_class([group for group in groups if group["params"]], **own)
             self._tasks[name] = _Task(optimizer, None, rows)

@@ -45,6 +45,7 @@ class TaskTrainer(Trainer):
         args: arguments for one process and one device, without fp16 and without `load_best_model_at_end`.
         task_column: column of the data sets with the task of each row, as a name or as a number in `tasks.names`.
         learning_rates: learning rate per task; None: `args.learning_rate` for all.
+        head_learning_rate: learning rate of the heads, or a dict of one per task; None: that of the norms.
         rows_per_task: number of rows per task and batch, in batches from `TaskBatches`; None: Trainer's own batches.
         loss: `(outputs, batch) -> scalar`, called once per task with its rows; None: the model's own loss.
         patience: number of evaluations without improvement after which a task stops; None: no task stops.
@@ -64,6 +65,7 @@ class TaskTrainer(Trainer):
         *,
         task_column: str = "task",
         learning_rates: Mapping[str, float] | None = None,
+        head_learning_rate: float | Mapping[str, float] | None = None,
         rows_per_task: int | None = None,
         loss: RowLoss | None = None,
         patience: int | None = None,
@@ -79,6 +81,7 @@ class TaskTrainer(Trainer):
             )
         super().__init__(tasks.model, args, **kwargs)
         self.tasks, self.task_column, self.learning_rates = tasks, task_column, learning_rates
+        self.head_learning_rate = head_learning_rate
         self.rows_per_task, self.row_loss = rows_per_task, loss
         self.stopping = EarlyStopping(tasks.names, patience, stop_on, greater_is_better)
         collator: Any = self.data_collator  # type: ignore[has-type]
@@ -180,6 +183,7 @@ class TaskTrainer(Trainer):
                 optimizer_class,
                 max_grad_norm=self.args.max_grad_norm or None,
                 decayed=self._is_decayed,
+                head_lr=self.head_learning_rate,
                 **{**options, "lr": rates, "weight_decay": self.args.weight_decay},
             )
         self.optimizer = self.task_optimizer

@@ -123,7 +123,7 @@ def fit_fisher_masks(
     _in_all_processes(lambda: add_samples(state, peft_model, batches, *how, num_samples=samples))
     state = state.of_all_processes()
     scores = state.scores()
-    masks = select(scores, density=config.density, scope=config.scope)
+    masks = select(scores, density=config.density, scope=config.scope, max_per_norm=config.max_per_norm)
     source = {
         "made": "fisher",
         "kind": config.fisher,
@@ -132,6 +132,8 @@ def fit_fisher_masks(
         "density": config.density,
         "scope": config.scope,
     }
+    if config.max_per_norm is not None:
+        source["max_per_norm"] = config.max_per_norm
     tuner = peft_model.base_model
     if config.mask_source is not None:
         tuner.clear_masks(adapter_name)

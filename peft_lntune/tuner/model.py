@@ -1,7 +1,7 @@
 """The tuner: it injects layers by a plan, and manages adapters. What a layer does is in `layers/`."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from peft_lntune.layers.padded import stop_keeping_padded
 from peft_lntune.planning.claims import model_type_of
 from peft_lntune.planning.facts import ModelFacts
 from peft_lntune.planning.methods import Injection, Spot, WeightedSum, method_of
-from peft_lntune.routing.entries import CONTINUOUS, Entries, refuse_continuous
+from peft_lntune.routing.entries import CONTINUOUS, Entries
 from peft_lntune.routing.route import BASE, Route
 from peft_lntune.routing.stacks import rows_of_layers
 from peft_lntune.selection.masks import check_masks
@@ -34,6 +34,7 @@ from peft_lntune.storage.keys import of_adapter, without_adapter_name
 from peft_lntune.storage.manifest import check_tensors, manifest_of
 from peft_lntune.storage.packing import pack
 from peft_lntune.tuner.combine import combined_config
+from peft_lntune.tuner.continuous import call_continuous
 from peft_lntune.tuner.heads import copy_heads, routed_heads
 from peft_lntune.tuner.inject import injecting, is_target, prepare, route_of
 from peft_lntune.tuner.lora import routed_lora
@@ -205,6 +206,13 @@ class LNTuneModel(BaseTuner):
             beside.detach(model.get_submodule(host))
         stop_keeping_padded(model)
         return model
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, ModulesToSaveWrapper):
+            # PEFT's would read the weight of what is taken out, and a block such as a pooler has none (peft#3114).
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _check_mergeable(self, adapter_names: list[str] | None, instead: str) -> None:
         names = self.active_adapters if adapter_names is None else adapter_names
@@ -462,7 +470,7 @@ class LNTuneModel(BaseTuner):
 
     def __getattr__(self, name: str) -> Any:
         found = super().__getattr__(name)
-        return partial(_without_names, found) if name in CONTINUOUS else found
+        return partial(call_continuous, self, name, found) if name in CONTINUOUS else found
 
     def _warn_of_statistics(self) -> None:
         """Warn, once, if training moves running statistics, which no adapter holds."""
@@ -549,13 +557,6 @@ class LNTuneModel(BaseTuner):
                 f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}. "
                 f"Known adapters: {', '.join([*known, BASE])}."
             )
-
-
-def _without_names(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a method of transformers that accepts any keyword and would ignore `adapter_names`."""
-    if kwargs.pop("adapter_names", None) is not None:
-        refuse_continuous(method)
-    return method(*args, **kwargs)
 
 
 def _warn_of_combination(config: UnifiedConfig) -> None:

@@ -380,7 +380,7 @@ def test_picture_shows_the_table(layers, with_controls, tmp_path, drawn):
         "Noise as long as the step": "noise_angle",
         "Two random starts": "random_angle",
     }
-    assert [panel.get_title() for panel in panels] == list(columns)[: 3 if with_controls else 1]
+    assert [panel.get_title().replace("\n", " ") for panel in panels] == list(columns)[: 3 if with_controls else 1]
     assert bar.get_ylabel().startswith("angle / pi")
     rows = [label.get_text() for label in panels[0].get_yticklabels()]
     heads = [None, 0, 1] if layers else [None]
@@ -391,7 +391,7 @@ def test_picture_shows_the_table(layers, with_controls, tmp_path, drawn):
             (f"{component}, {parameter}", number): value
             for component, parameter, number, value in zip(
                 table.column("component"), table.column("parameter"), layer,
-                table.column(columns[panel.get_title()]), strict=True,
+                table.column(columns[panel.get_title().replace("\n", " ")]), strict=True,
             )
         }  # fmt: skip
         for y, row in enumerate(rows):

@@ -184,10 +184,27 @@ def test_sparsity_shows_the_table(measure, tmp_path, drawn):
     assert bar.get_ylabel() == plots._SAID[measure]
 
 
+def test_limits_make_pictures_comparable(tmp_path, drawn):
+    plot_change(change_table(), tmp_path / "p.png", title="Tuned on sst2", limits=(1e-9, 10.0))
+    assert drawn[0].axes[0].get_images()[0].get_clim() == (1e-9, 10.0)
+    assert drawn[0].get_suptitle() == "Tuned on sst2\nMean |change| of each component and layer"
+    plot_sparsity(sparsity_table(), tmp_path / "q.png", limits=(0, 2))
+    assert drawn[1].axes[0].get_images()[0].get_clim() == (0, 2)
+
+
+def test_pictures_are_no_wider_than_a_page(tmp_path, drawn):
+    components = [f"{side} attention {part}" for side in ("encoder", "decoder") for part in ("query", "output norm")]
+    rows = [(c, layer, p, 4, 0.5) for c in components for layer in range(48) for p in ("weight", "bias")]
+    plot_score_map(Table(("component", "layer", "parameter", "entries", "mean_score"), rows), tmp_path / "p.png")
+    assert drawn[0].get_figwidth() == pytest.approx(9.0)
+    assert_inside(drawn[0])
+
+
 def test_many_layers_are_named_with_gaps(tmp_path, drawn):
     rows = tuple(("query", layer, "weight", 4, 0.5) for layer in range(80))
     plot_score_map(Table(("component", "layer", "parameter", "entries", "mean_score"), rows), tmp_path / "p.png")
     assert len(drawn[0].axes[0].get_xticklabels()) <= 26
+    assert_inside(drawn[0])
 
 
 @pytest.mark.parametrize(
@@ -203,6 +220,9 @@ def test_many_layers_are_named_with_gaps(tmp_path, drawn):
             "measure='entries': choose one of mean_",
         ),
         (lambda: plot_magnitude(magnitude(build("bert"), layers=False), "p.png"), "no column 'layer'"),
+        (lambda: plot_change(change_table(), "p.png", limits=(1e-9, 1e-8)), "all values lie between them, which reach"),
+        (lambda: plot_change(change_table(), "p.png", limits=(0, 1)), "both are above 0"),
+        (lambda: plot_sparsity(sparsity_table(), "p.png", limits=(1, 0)), "the smaller one comes first"),
         (lambda: plot_score_map(change_table(), "p.png"), "last column of this one is 'rank_relative_to_std'"),
         (lambda: plot_overlap(change_table(), "p.png"), "no column 'task'"),
         (lambda: plot_sparsity(sparsity_table(), "p.png", "off"), "measure='off': choose one of sparsity, sparsity_b"),

@@ -34,7 +34,9 @@ def test_run_resume_list_and_report(short: list[str], tmp_path: Path, capsys: py
     assert len(first) == len(second)
 
     table = (tmp_path / "accuracy.md").read_text()
-    assert "| lora | not run | not run |" in table
+    assert "| lora |" not in table
+    assert "- float32 base, sst2: stock-ln" not in table
+    assert "all but " in table.partition("## Not run here")[2]
     assert "(1 of 3 runs)" in table
     assert (tmp_path / "accuracy.png").stat().st_size > 0
     assert (tmp_path / "environment.json").exists()

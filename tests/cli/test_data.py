@@ -91,7 +91,8 @@ def test_other_encodings(name, encoding, tmp_path):
     text = {"d.csv": "text,label\ncafé,1\n", "d.jsonl": '{"text": "café", "label": 1}\n', "d.conll": "café O\n"}[name]
     (tmp_path / name).write_bytes(text.encode(encoding))
     assert "café" in str(read_table(tmp_path / name, encoding)[0])
-    with pytest.raises(DataError, match=f"{name} is not utf-8.*--encoding {'utf-16' if encoding == 'utf-16' else 'cp1252'}"):
+    likely = "utf-16" if encoding == "utf-16" else "cp1252"
+    with pytest.raises(DataError, match=f"{name} is not utf-8.*--encoding {likely}"):
         read_table(tmp_path / name)
 
 

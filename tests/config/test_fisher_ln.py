@@ -40,6 +40,14 @@ FIELDS: dict[str, tuple[Any, list[tuple[Any, str]]]] = {
             (True, "num_samples takes an int, but got True of type bool"),
         ],
     ),
+    "max_per_norm": (
+        8,
+        [
+            (0, "max_per_norm=0 should be a whole number of entries, at least 1"),
+            (1.5, "max_per_norm=1.5 should be a whole number"),
+            (True, "max_per_norm=True should be"),
+        ],
+    ),
     "seed": (3, [("one", "seed takes an int, but got 'one' of type str"), (None, "seed takes an int, but got None")]),
 }
 REFUSED = [(name, value, message) for name, (_, refused) in FIELDS.items() for value, message in refused]

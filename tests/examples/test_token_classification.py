@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from methods import METHODS
 from task_data import MAX_TOKENS
-from token_classification import IGNORED, WNUT_TAGS, Tagger, main, read_tagged
+from token_classification import IGNORED, Tagger, main, read_tagged
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -91,11 +91,15 @@ def test_words_without_a_token_are_no_entities(tagger):
     assert (tagger([{"tokens": words, "ner_tags": ["O"] * len(words)}])["labels"] != IGNORED).sum() == MAX_TOKENS - 2
 
 
-def test_numbers_are_wnuts(tmp_path):
-    rows = [{"tokens": ["Rick", "and", "Morty", "Ohio"], "ner_tags": [3, 4, 4, 7]}]
-    tags = ["B-creative-work", "I-creative-work", "I-creative-work", "B-location"]
-    assert read_tagged(write(tmp_path, rows))["train"]["ner_tags"][:] == [tags]
-    assert len(WNUT_TAGS) == 13
+def test_numbers_need_names(tmp_path):
+    rows = [{"tokens": ["Rick", "and", "Morty", "Ohio"], "ner_tags": [1, 2, 0, 2]}]
+    names = ["O", "B-work", "I-work"]
+    tags = ["B-work", "I-work", "O", "B-work"]
+    assert read_tagged(write(tmp_path, rows), names=names)["train"]["ner_tags"][:] == [tags]
+    with pytest.raises(DataError, match=r"train\.jsonl: row 0 has the tag 1, a number without a name.*--tag-names"):
+        read_tagged(tmp_path)
+    with pytest.raises(DataError, match=r"row 0 has the tag 2, and the names are of 0 to 1: O, B-work"):
+        read_tagged(tmp_path, names=names[:2])
 
 
 def test_numbers_with_names_from_the_hub(monkeypatch):
@@ -116,8 +120,11 @@ def test_numbers_with_names_from_the_hub(monkeypatch):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"tokens": ["a"], "ner_tags": [13]}, r"numbers 0 to 12 of O, B-corporation, .*; found 13"),
-        ({"tokens": ["a"], "ner_tags": [-1]}, "found -1"),
+        ({"tokens": ["a"], "ner_tags": [1.0]}, r"row 0 has the tag 1\.0; a tag is O, or B-"),
+        (
+            {"tokens": "a b", "ner_tags": "O O"},
+            r"row 0 has to have a list of tokens and one of ner_tags, not 'a b' and 'O O'",
+        ),
         ({"tokens": ["a", "b"], "ner_tags": ["O"]}, r"train\.jsonl: row 0 has 2 tokens and 1 ner_tags"),
         ({"sentence": ["a"], "ner_tags": ["O"]}, "has the columns sentence, ner_tags; wanted are tokens, ner_tags"),
     ],

@@ -284,3 +284,24 @@ def test_metadata_stays(tmp_path):
     merge_into_safetensors(tmp_path / "a", base, tmp_path / "out")
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as opened:
         assert opened.metadata() == {"format": "pt"}
+
+
+@pytest.mark.end_to_end
+def test_a_model_that_torchao_quantized(tmp_path):
+    """Saved by transformers, merged by bytes, loaded again: the logits of torch's own merge."""
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is missing")
+    torch.manual_seed(0)
+    hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES)).bfloat16().save_pretrained(tmp_path / "plain")
+    config = hf.TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    options = {"device_map": "cpu", "dtype": torch.bfloat16}
+    model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=config, **options)
+    model.save_pretrained(tmp_path / "base")
+    adapter = get_peft_model(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", **options), LNTuningConfig())
+    adapted.fill(adapter, "default")
+    adapter.eval().save_pretrained(tmp_path / "a")
+    merge_adapter(str(tmp_path / "a"), tmp_path / "out", str(tmp_path / "base"))
+    merged = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", **options).eval()
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        plain = adapter.merge_and_unload()(input_ids=ids).logits
+        torch.testing.assert_close(merged(input_ids=ids).logits, plain, rtol=0, atol=0)

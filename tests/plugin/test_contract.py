@@ -114,7 +114,11 @@ REQUIRED = [
     Name(f"{TUNER}.inject_adapter", "planning before anything changes", ("tuner/model.py", "plugin/mixed.py")),
     Name(f"{TUNER}._check_target_module_exists", "choosing modules", ("tuner/model.py", "plugin/mixed.py")),
     Name(f"{TUNER}._create_and_replace", "injection", ("tuner/model.py", "plugin/mixed.py")),
-    Name(f"{TUNER}._replace_module", "injection", ("planning/methods/replacing.py",)),
+    Name(
+        f"{TUNER}._replace_module",
+        "injection, and taking heads out",
+        ("planning/methods/replacing.py", "tuner/model.py"),
+    ),
     Name(f"{TUNER}._cast_adapter_dtype", "float32 deltas over a half precision base", ("tuner/model.py",)),
     Name(f"{TUNER}._check_merge_allowed", "merging", ("tuner/model.py", "plugin/mixed.py")),
     Name(f"{TUNER}._unload_and_optionally_merge", "safe_merge, and beside LoRA", ("tuner/model.py", "plugin/mixed.py")),

@@ -46,6 +46,13 @@ BUDGETS = {
     "half rounds up": ({"density": 0.25}, {9, 8, 7}),
     "at least one": ({"density": 1e-6}, {9}),
     "all": ({"density": 1}, set(range(10))),
+    "per norm": ({"density": 1, "max_per_norm": 1}, {9, 8, 6}),
+    "per norm, both parameters": ({"density": 1, "max_per_norm": 2}, {9, 3, 8, 7, 6, 0}),
+    "per norm, within a budget": ({"count": 5, "max_per_norm": 2}, {9, 8, 7, 6, 3}),
+    "per norm, of each tensor": ({"count": 2, "scope": "tensor", "max_per_norm": 3}, {9, 3, 8, 7, 5, 6, 0}),
+    "per norm, of a layer": ({"count": 2, "scope": "layer", "max_per_norm": 1}, {9, 8, 6}),
+    "per norm, above a threshold": ({"threshold": 4, "max_per_norm": 2}, {9, 8, 7, 6}),
+    "per norm, smallest": ({"density": 1, "max_per_norm": 1, "largest": False}, {0, 1, 2}),
 }
 
 

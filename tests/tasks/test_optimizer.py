@@ -126,6 +126,25 @@ def test_a_dict_has_a_value_for_each_task():
         tasks.optimizer(torch.optim.SGD, lr=0.1).load_state_dict({"x": {}})
 
 
+def test_heads_have_a_rate_of_their_own():
+    def moved(**options):
+        with ManyTasks(tasked(FAMILY)) as tasks:
+            optimizer, before = tasks.optimizer(torch.optim.SGD, lr=0.1, **options), tasks.state_dict()
+            run(tasks, optimizer, [0])
+            assert set(optimizer.learning_rates.values()) == {0.1}
+            after = tasks.state_dict()
+            heads = {key for key in before["a"] if key.rpartition(".")[0] not in tasks.norms}
+            return {key: after["a"][key] - before["a"][key] for key in before["a"]}, heads
+
+    (plain, heads), (own, _) = moved(), moved(head_lr={"a": 0.2, "b": 0.0, "c": 0.0})
+    assert 0 < len(heads) < len(plain)
+    for key, step in plain.items():
+        assert step.any()
+        torch.testing.assert_close(own[key], (2 if key in heads else 1) * step, **CLOSE)
+    with ManyTasks(tasked(FAMILY)) as tasks, pytest.raises(ConfigError, match="head_lr lacks 'b'"):
+        tasks.optimizer(torch.optim.SGD, lr=0.1, head_lr={"a": 0.2, "c": 0.1})
+
+
 def test_a_limit_for_some_tasks_only():
     with ManyTasks(tasked(FAMILY)) as tasks:
         optimizer = tasks.optimizer(torch.optim.SGD, lr=1.0, max_grad_norm={"a": 1e-6, "b": None, "c": 1e-6})

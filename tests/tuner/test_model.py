@@ -224,6 +224,17 @@ class TestDisabled:
         with peft_model.disable_adapter():
             assert torch.equal(output(peft_model, batch), base)
 
+    def test_a_head_that_is_a_block_is_taken_out(self):
+        # PEFT asks what it takes out for a weight, and RoBERTa's classifier has none (peft#3114).
+        model, batch = build("roberta-classifier"), inputs("roberta-classifier")
+        peft_model = adapt(model, modules_to_save=["classifier"])
+        head = peft_model.base_model.model.classifier.modules_to_save["default"]
+        nn.init.ones_(head.out_proj.bias)
+        tuned = output(peft_model, batch)
+        merged = peft_model.merge_and_unload()
+        assert merged.classifier is head
+        torch.testing.assert_close(output(merged, batch), tuned)
+
     def test_the_base_keeps_its_names_and_attributes(self):
         model = build("bert")
         peft_model = adapt(model)

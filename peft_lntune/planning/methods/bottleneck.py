@@ -7,11 +7,12 @@ A weighted sum of bottlenecks is one wider bottleneck, exactly:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig
 from torch import nn
 
+from peft_lntune.architectures.sublayers import SublayerRole
 from peft_lntune.config import BottleneckConfig
 from peft_lntune.core.bottleneck import read_widths
 from peft_lntune.errors import NoMatchError, UnsupportedError
@@ -124,7 +125,7 @@ class Bottlenecks(InsertedMethod):
             config = BottleneckConfig(
                 position=recipe.position,
                 activation=recipe.activation,
-                roles=[role],
+                roles=[cast(SublayerRole, role)],
                 bottleneck_size=width,
                 layers_to_transform=_layers_of(layers),
             )

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig
@@ -12,6 +12,8 @@ from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task
 from torch import Tensor, nn
 
 from peft_lntune.config import DeltaConfig, LNTuningConfig
+from peft_lntune.config.base import DtypeName
+from peft_lntune.config.deltas import Tune
 from peft_lntune.core.delta import PARAMETERS
 from peft_lntune.core.delta_module import Delta
 from peft_lntune.errors import NoMatchError
@@ -174,8 +176,8 @@ class Deltas(ReplacingMethod):
         alike = any(matches(touched, name) and name not in touched for name in facts.modules)
         config = LNTuningConfig(
             target_modules="|".join(map(re.escape, touched)) if alike else touched,
-            tune="both" if len(tuned) > 1 else tuned.pop(),
-            delta_dtype=asked.pop() if len(asked) == 1 else str(widest).removeprefix("torch."),
+            tune="both" if len(tuned) > 1 else cast(Tune, tuned.pop()),
+            delta_dtype=asked.pop() if len(asked) == 1 else cast(DtypeName, str(widest).removeprefix("torch.")),
         )
         return [config]
 

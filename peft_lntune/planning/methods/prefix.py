@@ -1,6 +1,6 @@
 """Keys and values that every query of an attention also sees."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,8 +63,8 @@ class Prefixes(InsertedMethod):
         if not parts:
             known = ", ".join(f"{name} ({place.role})" for name, place in found.items())
             raise NoMatchError(f"this PrefixConfig selects none of the attention modules of this model: {known}.")
-        roles = ATTENTION_ROLES if config.roles is None else config.roles
-        told = [(role, name) for name in left_out for role in ATTENTION_ROLES]
+        roles: Sequence[str] = ATTENTION_ROLES if config.roles is None else config.roles
+        told: list[tuple[str, str]] = [(role, name) for name in left_out for role in ATTENTION_ROLES]
         places = [(place.role, name) for name, place in found.items()]
         reason = "it does not use transformers' attention interface"
         gaps = {**left_out, **find_gaps(modules, roles, places + told, reason)}
