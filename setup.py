@@ -1,5 +1,6 @@
 """The long description: README.md with links that work on a package index. All else is in pyproject.toml."""
 
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -17,7 +18,7 @@ def long_description(readme: str, repository: str | None, version: str) -> str:
     Args:
         readme: its text.
         repository: address of the repository, such as `[project.urls]` of pyproject.toml gives it; None: relative links
-            become plain text, and pictures go with the line below that describes them.
+            become plain text, and pictures are left out with their captions.
         version: the links lead to the files of the tag `v<version>`.
 
     Returns:
@@ -32,6 +33,8 @@ def long_description(readme: str, repository: str | None, version: str) -> str:
         kind = "raw" if target.endswith((".png", ".svg")) else "blob"
         return f"{repository}/{kind}/v{version}/{target}"
 
+    if repository is None:
+        readme = re.sub(r"^!\[.*\)\n\n(\*.*\*\n\n)?", "", readme, flags=re.MULTILINE)
     return relink(readme, absolute)
 
 

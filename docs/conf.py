@@ -2,6 +2,7 @@
 
 import os
 import pkgutil
+import re
 import shutil
 import sys
 from importlib import import_module
@@ -37,15 +38,18 @@ ROOMS = {
     "peft_lntune.planning": "What a config would do.",
 }
 
+SECTION = re.compile(r"(Args|Returns|Raises|Yields|Attributes|Example|Examples|Note):|.*::")
+
 project = "peft_lntune"
 version = release = version_of("peft-lntune")
 copyright = "the peft_lntune authors, Apache-2.0"
 default_role = "code"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton"]
-exclude_patterns = ["_build", "**.ipynb_checkpoints"]
+exclude_patterns = ["_build", "jupyter_execute", "**.ipynb_checkpoints"]
 html_theme = "furo"
 html_title = "peft_lntune"
-html_static_path: list[str] = []
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 templates_path: list[str] = []
 
 myst_heading_anchors = 4
@@ -119,6 +123,21 @@ def _write_api(app: Sphinx) -> None:
             _write_page("inside", room.name, about + "\n".join(parts))
 
 
+def _show_formulas(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
+    """Show indented paragraphs of a docstring, formulas and code, as written; reST would take them for quotations."""
+    shown: list[str] = []
+    outside = ""  # the last line that is not indented
+    for before, line in zip(["", *lines], lines, strict=False):
+        indented = line.startswith("    ")
+        if indented and not before.strip() and outside and not SECTION.fullmatch(outside):
+            shown += ["::", ""] if not outside.startswith("::") else []
+            outside = "::"
+        elif line.strip() and not indented:
+            outside = line
+        shown.append(line)
+    lines[:] = shown
+
+
 def _exported(module: str) -> list[str]:
     return list(import_module(module).__all__)
 
@@ -141,3 +160,4 @@ def setup(app: Sphinx) -> None:
     app.connect("builder-inited", _copy)
     app.connect("builder-inited", _write_api)
     app.connect("source-read", _rewrite)
+    app.connect("autodoc-process-docstring", _show_formulas, priority=400)  # before napoleon reads the sections

@@ -1,7 +1,7 @@
-"""Tune a causal LM through its norms alone: perplexity before and after, and text from both, out of one model.
+"""Tune only the norms of a causal LM: perplexity before and after, and text from both, from one model.
 
     python examples/causal_lm.py --model DIR --data-dir DIR           # train and validation, a column `text`
-    python examples/causal_lm.py --model DIR --text book.txt          # its last tenth validates
+        python examples/causal_lm.py --model DIR --text book.txt          # the last tenth is the validation part
     python examples/causal_lm.py --model DIR                          # the sentences of demo_data.py
 
 With the adapter switched off (`disable_adapter()`) the model is the base model again, bit for bit; nothing is copied.

@@ -3,8 +3,8 @@
     python examples/demo.py
 
 Three methods learn sentiment in the same loop: the head on a frozen body, the head with the norms, and everything. Then
-the norms' adapter is loaded into a fresh model, where a second one, for the topic of a sentence, joins it, and one
-batch is answered by both, row by row.
+the adapter of the norms is loaded into a fresh model, a second adapter for the topic of a sentence is added, and one
+batch uses both, each row its own.
 """
 
 import argparse

@@ -1,18 +1,18 @@
-"""A small data set of our own: sentences about meals, hotel rooms, films and books, with two labels each.
+"""A small synthetic data set: sentences about meals, hotel rooms, films and books, with two labels each.
 
-What it asks for. An adjective is stated ("the soup was bland"), refuted ("nobody could say that the soup was bland") or
+Task. An adjective is stated ("the soup was bland"), refuted ("nobody could say that the soup was bland") or
 outweighed ("although the soup was bland, the waiter was kind, and that is what counts": the clause that the speaker
-calls decisive gives the label). So the same words stand under both labels, and a classifier over fixed features has to
-find the construction in them.
+calls decisive gives the label). So the same words occur under both labels, and a classifier over fixed features has to
+recognize the construction.
 
-What is held out. No aspect, adjective or template of the validation part occurs in the training part; the domains
+Held out. No aspect, adjective or template of the validation part occurs in the training part; the domains
 (restaurant, hotel, film, book), the classes and the three constructions are shared.
 
 Two tasks label the same sentences: `sentiment` (0 negative, 1 positive) and `topic` (0 a place, 1 a story). Columns
 are those of GLUE's sst2: sentence, label, idx. Equal seeds give equal bytes.
 
-It is made to show a difference in minutes, not to measure: the templates were chosen with an eye on what a small model
-can infer. Figures on real tasks are in benchmarks/.
+The data is made to show a difference in minutes, not to measure: the templates were chosen for what a small model can
+infer. Results on real tasks are in benchmarks/.
 
     python examples/demo_data.py --out runs/demo/data
 """

@@ -4,8 +4,8 @@
     python examples/fisher_layernorm.py --task sst2 --model bert-base-cased --density 0.05
     python examples/fisher_layernorm.py --data-dir my_data
 
-One pass over some training batches scores every gain and bias; the best are trained, the rest stay as they were, and
-the saved adapter holds the chosen values and one bit for each entry.
+One pass over some training batches scores every gain and bias. The best are trained, the rest do not change, and the
+saved adapter contains the chosen values and one bit per entry.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Tune a vision transformer to tell classes of images through its LayerNorms and its head, by transformers' Trainer.
+"""Tune the LayerNorms and the head of a vision transformer to classify images, with transformers' Trainer.
 
     python examples/image_classification.py                                  # a tiny random ViT, drawings made here
     python examples/image_classification.py --model google/vit-base-patch16-224-in21k --dataset uoft-cs/cifar10
     python examples/image_classification.py --model DIR --data-dir my_images       # train/CLASS/*.png, validation/...
 
-What is saved, deltas and head, is loaded into a fresh model, which has to answer bit for bit as the trained one did.
+The saved deltas and head are loaded into a fresh model, whose predictions must equal the trained model's bit for bit.
 """
 
 import argparse

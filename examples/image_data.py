@@ -1,7 +1,7 @@
 """Images for the examples, in two parts with the columns `image` and `label`: a folder, the Hub, or drawings made here.
 
-A folder has train and validation, each with a folder a class. What is made here are discs, squares and stripes of any
-colour and place, over noise: enough to see a model learn, and of no other use.
+A folder contains train and validation, each with one folder per class. The drawings are discs, squares and stripes of
+any colour and place, over noise: enough to see a model learn, and of no other use.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Tune the GroupNorms of a diffusion model of diffusers to other images than it was trained on.
+"""Tune the GroupNorms of a diffusers model to generate other images than those it was trained on.
 
     python examples/image_generation.py                                   # a tiny random U-Net, drawings made here
     python examples/image_generation.py --model google/ddpm-cifar10-32 --data-dir my_images    # train/CLASS/*.png
     python examples/image_generation.py --density 0.2                     # only the entries that Fisher scores choose
 
-The U-Net is wrapped by `get_peft_model`, as any module is. Its adapter is saved, loaded into a fresh pipeline and
-merged there, so that the pipeline draws some images without PEFT in between.
+`get_peft_model` wraps the U-Net like any module. Its adapter is saved, loaded into a fresh pipeline and merged there,
+so that the pipeline draws images without PEFT.
 """
 
 import argparse

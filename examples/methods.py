@@ -1,4 +1,4 @@
-"""What each tuning method trains beside the head, and the head that all of them train."""
+"""What each tuning method trains in addition to the head, and the head that all of them train."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Tune a model to answer questions by a span of a text, as in SQuAD.
+"""Tune a model to answer questions with a span of a text, as in SQuAD.
 
     python examples/question_answering.py --model bert-base-cased                  # data from the Hub
     python examples/question_answering.py --data-dir my_data --method head ln full
@@ -9,8 +9,8 @@ an answer:
     {"context": "Rick lives in New York.", "question": "Where does Rick live?",
      "answers": {"text": ["New York"], "answer_start": [14]}}
 
-A context that does not fit is read through several windows that overlap; the best span of all of them is the answer.
-What is saved is loaded into a fresh model, which has to answer bit for bit as the trained one did.
+A context that is too long is split into overlapping windows; the best span of all of them is the answer. The saved
+adapter is loaded into a fresh model, whose predictions must equal the trained model's bit for bit.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Tune a sentence encoder through its LayerNorms, by sentence-transformers' own trainer.
+"""Tune the LayerNorms of a sentence encoder with sentence-transformers' own trainer.
 
     python examples/sentence_embeddings.py                         # an installed all-MiniLM-L6-v2, the demo's sentences
     python examples/sentence_embeddings.py --stsb --model sentence-transformers/all-mpnet-base-v2          # the Hub
@@ -6,8 +6,8 @@
 
 Local files have sentence1, sentence2 and label (or score), on any scale; or anchor and positive, two texts that mean
 the same; or anchor, positive and negative. `SentenceTransformer.add_adapter` takes the config; training, saving and
-loading are as without. The figure is the rank correlation of cosine similarities with the labels; of pairs, how often
-the right text is the nearest; of triplets, how often it is nearer than the wrong one.
+loading do not change. The score is the rank correlation of cosine similarities with the labels; for pairs, how often
+the right text is the nearest; for triplets, how often it is nearer than the wrong one.
 """
 
 import argparse

@@ -5,10 +5,10 @@
     curl -X POST localhost:8000/classify -H 'Content-Type: application/json' \\
         -d '{"task": "sentiment", "texts": ["The soup was cold."]}'
 
-The folder has a directory a task, as `save_pretrained` writes it (`runs/adapters/sentiment`), all with heads for the
-same number of labels. An adapter is loaded when its task is first named, while others are served. Ctrl+C or SIGTERM
-stops the server after it has answered what it was asked. It has no passwords and no limits of rate: put it behind
-something that has.
+The folder contains one directory per task, as `save_pretrained` writes it (`runs/adapters/sentiment`), all with heads
+for the same number of labels. An adapter is loaded when its task is first named, while others are served. Ctrl+C or
+SIGTERM stops the server after it has answered all pending requests. It has no authentication and no rate limits: put it
+behind a server that has both.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from peft_lntune import AdapterBank
 from peft_lntune.errors import DataError, PeftLNTuneError
 
-CHARACTERS = 20  # a token is hardly ever longer; what is longer than so many a token is not even cut into tokens
+CHARACTERS = 20  # a token is rarely longer; a text with more characters per token is not tokenized at all
 TASK = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 Tokens = dict[str, list[int]]
 
@@ -299,11 +299,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapters", type=Path, required=True, help="a folder with a directory for each task")
     parser.add_argument("--model", help="a checkpoint's name or folder; without it, an installed all-MiniLM-L6-v2")
-    parser.add_argument("--num-labels", type=int, default=2, help="of every task's head; default 2")
-    parser.add_argument("--max-tokens", type=int, default=256, help="of a text; default 256")
+    parser.add_argument("--num-labels", type=int, default=2, help="labels of every task's head; default 2")
+    parser.add_argument("--max-tokens", type=int, default=256, help="longest text in tokens; default 256")
     parser.add_argument("--max-batch", type=int, default=32, help="rows of a batch and texts of a request; default 32")
     parser.add_argument("--max-wait", type=float, default=5.0, help="milliseconds a text waits for others; default 5")
-    parser.add_argument("--capacity", type=int, default=1024, help="adapters there is room for at first; default 1024")
+    parser.add_argument("--capacity", type=int, default=1024, help="initial number of adapter slots; default 1024")
     parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine alone")
     parser.add_argument("--port", type=int, default=8000, help="default 8000")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Train one adapter in as many processes as are started; configs for GPUs are in examples/accelerate.
+"""Train one adapter in several processes; configs for GPUs are in examples/accelerate.
 
     accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/several_processes.py --bf16
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 examples/several_processes.py --steps 20  # without a GPU
@@ -40,9 +40,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="a checkpoint's name or folder; without it, an installed all-MiniLM-L6-v2")
     add_task_options(parser)
     parser.add_argument("--kind", choices=KINDS, default="ln", help="default ln")
-    parser.add_argument("--steps", type=int, default=200, help="of the optimizer; default 200")
-    parser.add_argument("--batch-size", type=int, default=16, help="rows of a step in each process; default 16")
-    parser.add_argument("--accumulate", type=int, default=1, help="batches in a step; default 1")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps; default 200")
+    parser.add_argument("--batch-size", type=int, default=16, help="rows per step and process; default 16")
+    parser.add_argument("--accumulate", type=int, default=1, help="batches per step; default 1")
     parser.add_argument("--lr", type=float, default=1e-3, help="default 1e-3")
     parser.add_argument("--bf16", action="store_true", help="the base in bfloat16; head and deltas are float32")
     parser.add_argument("--seed", type=int, default=0, help="default 0")

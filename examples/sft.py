@@ -6,8 +6,8 @@
 
 Rows hold `messages` (a chat, which needs a chat template), `prompt` and `completion`, or `text`.
 
-SFTTrainer takes the config as `peft_config`, as it takes LoRA's. Where a Fisher mask is wanted it is fitted between
-making the trainer and training, since the optimizer is made when training begins.
+SFTTrainer takes the config as `peft_config`, like LoRA's. A Fisher mask is fitted after creating the trainer and before
+training, since the optimizer is created when training begins.
 """
 
 import argparse
@@ -162,12 +162,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="a causal LM: its folder with tokenizer, or its name on the Hub")
     parser.add_argument("--dataset", help="a data set on the Hub, with messages, prompts and completions, or text")
     add_data_options(parser, "a folder of local files")
-    parser.add_argument("--chat-template", help="a Jinja file, where the tokenizer has no chat template")
+    parser.add_argument("--chat-template", help="a Jinja file, if the tokenizer has no chat template")
     parser.add_argument("--density", type=float, help="tune this share of the norms, chosen by Fisher information")
-    parser.add_argument("--num-samples", type=int, default=128, help="rows that Fisher scores look at; default 128")
+    parser.add_argument("--num-samples", type=int, default=128, help="rows for Fisher scores; default 128")
     parser.add_argument("--max-steps", type=int, default=100, help="default 100")
     parser.add_argument("--batch-size", type=int, default=8, help="default 8")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of a row; default 512")
+    parser.add_argument("--max-length", type=int, default=512, help="longest row in tokens; default 512")
     parser.add_argument("--lr", type=float, default=1e-3, help="default 1e-3")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--out", type=Path, default=Path("runs/sft"))

@@ -1,12 +1,12 @@
-"""Sixteen learning rates in one run: each is a task of its own in every batch, on the same rows.
+"""Sixteen learning rates in one run: each is a separate task in every batch, on the same rows.
 
     python examples/sweep_learning_rates.py --data-dir my_data --model bert-base-uncased
     python examples/sweep_learning_rates.py --task sst2 --rates 1e-4 1e-3 1e-2        # data from the Hub
 
 The rates are those of the norms; every head learns at --head-learning-rate, as in the other examples. A batch has as
-many rows as that of one run, shared among the rates: with 32 rows and sixteen rates each sees two. So a step takes
-about as long as one of a single run; give a larger --batch-size where the device is not busy with that.
-Without --task and --data-dir it sweeps over the demo's data.
+many rows as that of one run, shared among the rates: with 32 rows and sixteen rates, each sees two. So a step takes
+about as long as one of a single run; pass a larger --batch-size if the device is not busy.
+Without --task and --data-dir it uses the demo's data.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""The two parts of a task, from local files or the Hub, checked before anything is trained; and what they are.
+"""The two parts of a task, from local files or the Hub, described and checked before anything is trained.
 
-Files are read by `peft_lntune.cli.data`, as the command line reads them.
+Files are read by `peft_lntune.cli.data`, as in the command line.
 """
 
 import argparse

@@ -5,8 +5,8 @@
     python examples/text_classification.py --data-dir my_data --text-column title body --label-column topic \\
         --predict my_data/test.csv
 
-Labels are class names or numbers, lists of them (several classes per text), or values (--regression). Texts without
-labels are answered by --predict: a table with scores stands beside each method's adapter.
+Labels are class names or numbers, lists of them (several classes per text), or values (--regression). For texts without
+labels, --predict writes a table of scores beside each method's adapter.
 
 Every method trains the same head (see `methods.find_head`), from the same seed, on the same batches, without weight
 decay. `head` trains nothing else and is the control: a frozen body.
@@ -29,6 +29,7 @@ from training import Run, Task, add_options, compare, default_model, load_tokeni
 from transformers import AutoModelForSequenceClassification
 
 from peft_lntune.cli.data import count_cut, describe_data, find_columns, read_table, read_texts
+from peft_lntune.errors import DataError
 
 PREDICTIONS = "predictions.csv"
 
@@ -79,6 +80,9 @@ def read_unlabelled(file: Path, data: TaskData, encoding: str) -> datasets.Datas
     find_columns(rows.column_names, [data.columns], str(file))
     for column in data.columns:
         read_texts(rows[column], column, str(file))
+    taken = [name for name in rows.column_names if name == "prediction" or name.startswith("score_")]
+    if taken:
+        raise DataError(f"{file} has the column {taken[0]!r}, which {PREDICTIONS} would overwrite. Rename it.")
     return rows
 
 

@@ -9,8 +9,8 @@ Local files are train and validation: .conll, with a word and its tag per line a
     {"tokens": ["Rick", "lives", "in", "New", "York"], "ner_tags": ["B-person", "O", "O", "B-location", "I-location"]}
 
 Tags are IOB2, or IOB1 or IOBES, which are read as IOB2; numbers need --tag-names, unless a Parquet file names them. A
-word is cut into pieces, and its first piece carries its tag. An entity is right if all its words and its type are.
-What is saved is loaded into a fresh model, which has to answer bit for bit as the trained one did.
+word is split into tokens, and its first token gets its tag. An entity counts as correct if all its words and its type
+are. The saved adapter is loaded into a fresh model, whose predictions must equal the trained model's bit for bit.
 """
 
 import argparse

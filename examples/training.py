@@ -1,4 +1,4 @@
-"""The loop that the examples share: one run of one method on one task, saved, resumed, reloaded, and shown in a table.
+"""The training loop of the examples: one run of one method on one task, saved, resumed, reloaded and shown in a table.
 
 Every method trains the same head (see `methods.find_head`), from the same seed, on the same batches, without weight
 decay. What differs between tasks is a `Task`: its head, its rows, how they become batches, how logits are scored.
@@ -30,7 +30,7 @@ from peft_lntune.analysis import Table
 from peft_lntune.errors import DataError, PeftLNTuneError
 from peft_lntune.interop import last_whole_checkpoint
 
-SAVE_EVERY = 200  # steps between checkpoints, which --resume goes on from
+SAVE_EVERY = 200  # steps between checkpoints, from which --resume continues
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Result:
 
 
 class ProgressBar(transformers.TrainerCallback):
-    """One bar a run, with the loss beside it."""
+    """One progress bar per run, with the loss."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -247,7 +247,7 @@ def warn_of_chance(method: str, rate: float, chance: float | None, trainer: Trai
 
 
 def check_resumable(run: Run, folder: Path) -> None:
-    """Refuse to go on with a folder that holds a run with other settings."""
+    """Refuse to continue in a folder that contains a run with other settings."""
     settings = folder / "settings.json"
     other = json.loads(settings.read_text()) if settings.is_file() else asdict(run)
     changed = [f"{k} {other.get(k)!r}, now {v!r}" for k, v in asdict(run).items() if other.get(k) != v]
@@ -256,7 +256,7 @@ def check_resumable(run: Run, folder: Path) -> None:
 
 
 def train_method(run: Run, task: Task, folder: Path, *, resume: bool = False, checkpoints: bool = True) -> Result:
-    """Train, evaluate and save one method; with `resume`, read a finished run or go on from a checkpoint."""
+    """Train, evaluate and save one method; with `resume`, read a finished run or continue from a checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     finished, kept = folder / "result.json", folder / "checkpoints"
     if resume:
@@ -265,7 +265,7 @@ def train_method(run: Run, task: Task, folder: Path, *, resume: bool = False, ch
             return Result(**json.loads(finished.read_text()))
     else:
         finished.unlink(missing_ok=True)
-        shutil.rmtree(kept, ignore_errors=True)  # of an earlier run; a later --resume must not go on from them
+        shutil.rmtree(kept, ignore_errors=True)  # of an earlier run; a later --resume must not continue from them
     (folder / "settings.json").write_text(json.dumps(asdict(run)))
     base = load_base(task, run.model, run.seed)
     head = count_head(base)
@@ -318,11 +318,15 @@ def add_options(parser: argparse.ArgumentParser, out: Path) -> None:
     parser.add_argument("--epochs", type=float, default=3.0, help="default 3")
     parser.add_argument("--max-steps", type=int, help="instead of --epochs")
     parser.add_argument("--batch-size", type=int, default=32, help="default 32")
-    parser.add_argument("--lr", type=float, help="of all but the head; default: the method's own, 1e-3 for most")
+    parser.add_argument(
+        "--lr", type=float, help="learning rate of all but the head; default: the method's own, 1e-3 for most"
+    )
     parser.add_argument("--head-learning-rate", type=float, default=HEAD_LR, help=f"default {HEAD_LR:g}")
-    parser.add_argument("--seed", type=int, default=0, help="of the head, the order of the rows and dropout; default 0")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="for the head, the order of the rows and dropout; default 0"
+    )
     parser.add_argument("--out", type=Path, default=out, help=f"default {out}")
-    parser.add_argument("--resume", action="store_true", help="keep finished methods, go on with a killed one")
+    parser.add_argument("--resume", action="store_true", help="keep finished methods and resume a killed one")
 
 
 def try_methods(runs: Sequence[Run], task: Task) -> None:

@@ -1,11 +1,10 @@
-"""Prefix, attention adapter and LN-tuning as one adapter, beside each of the three alone (arXiv 2211.08682).
+"""Prefix, attention adapter and LN-tuning as one adapter, compared with each of the three alone (arXiv 2211.08682).
 
     python examples/unified.py                                   # the demo's data, offline
     python examples/unified.py --task sst2 --model bert-base-cased
     python examples/unified.py --data-dir my_data
 
-Trains and saves four adapters, then loads them all into one model, where one batch is answered by all of them and the
-model without any.
+Trains and saves four adapters, then loads them all into one model, where one batch uses all of them and the base model.
 """
 
 import argparse

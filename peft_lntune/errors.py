@@ -34,7 +34,7 @@ class NoMatchError(PeftLNTuneError):
 
 
 class AdapterFileError(PeftLNTuneError):
-    """A saved adapter is damaged, torn, foreign or too new. Next: get a good copy, or upgrade this package."""
+    """A saved adapter is damaged, incomplete, foreign or too new. Next: get a good copy, or upgrade this package."""
 
 
 class HeadFileError(AdapterFileError, RuntimeError):

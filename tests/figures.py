@@ -142,6 +142,19 @@ def uneven(measure: str) -> list[float]:
     return [max(run) / min(run) for run in moved]
 
 
+def most_changed(measure: str, parameter: str, head: bool = False) -> int:
+    """In how many runs of full fine-tuning this parameter of the norms behind the FFN changes most of all."""
+    count = 0
+    for run in (row for row in read("layernorm_key_component") if row["cell"]["phase"] == "final" and "change" in row):
+        table = run["change"]["components"]
+        lines = [dict(zip(table["columns"], line, strict=True)) for line in table["rows"]]
+        kept = [line for line in lines if line[measure] is not None]
+        body = [line for line in kept if head or line["component"] not in ("pooler", "head")]
+        first = max(body, key=lambda line: line[measure])
+        count += (first["component"], first["parameter"]) == ("FFN norm", parameter)
+    return count
+
+
 def operations(measure: str, arm: str, model: str = "minilm", **at: Any) -> int:
     """How many operations an arm dispatches."""
     return int(row("operations", measure=measure, arm=arm, model=model, **at)["operations"])

@@ -1,4 +1,4 @@
-"""What does a training step of many tasks in one batch cost, beside one task alone? Run it when nothing else runs.
+"""What does a training step of many tasks in one batch cost, compared with one task? Run it when nothing else runs.
 
 python -m benchmarks.costs.many_tasks
 """

@@ -1,4 +1,4 @@
-"""What does tuning modules as deltas cost beside `requires_grad` on the same parameters? And what does a supermask?
+"""What do deltas on modules cost, compared with `requires_grad` on the same parameters? And what does a supermask?
 
 python -m benchmarks.costs.module_cost
 """

@@ -79,7 +79,7 @@ def norm_names(model: nn.Module) -> list[str]:
 
 
 def own_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Return what the arm trains beside the head."""
+    """Return what the arm trains in addition to the head."""
     heads = tuple(head_modules(model))
     return {
         name: parameter

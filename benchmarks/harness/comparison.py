@@ -1,4 +1,4 @@
-"""Arms beside each other over several tasks: differences within a seed, bounds set beforehand, lines of tables."""
+"""Comparisons of arms over several tasks: differences within a seed, bounds set beforehand, lines of tables."""
 
 import operator
 import statistics

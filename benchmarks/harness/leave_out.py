@@ -1,4 +1,4 @@
-"""What trained entries are good for: leave groups of them out, or follow the loss while all of them fade in.
+"""How useful trained entries are: leave groups of them out, or follow the loss while all of them fade in.
 
 Entries stand in one vector of n values, those of the named tensors one after the other; a group is a bool (n,).
 """

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from benchmarks.harness.arms import ALONE
 
-# Hues of Okabe and Ito (2008) and of Tol (2021), which keep their distance under red, green and blue blindness.
+# Most are of Okabe and Ito (2008) and of Tol (2021); all keep their distance for those who see no red, green or blue.
 FAMILIES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "full": ("#000000", "D", ("full",)),
     "head": ("#7f7f7f", "s", ("head",)),
@@ -27,9 +27,9 @@ FAMILIES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "magnitude": ("#882255", "^", ("magnitude", "norm-largest", "norm-smallest", "norm-farthest", "other-largest")),
     "change": ("#117733", "D", ("change",)),
     "zeros": ("#56b4e9", "o", ("supermask", "sampled", "pruned")),
-    "components": ("#cc6677", "h", ALONE),
+    "components": ("#8a2be2", "h", ALONE),
     "l0": (
-        "#44aa99",
+        "#402000",
         "d",
         (
             *("l0-close", "l0-no-key", "l0-no-embedding", "l0-no-deepest"),

@@ -1,4 +1,4 @@
-"""Batches of made tokens, for measurements that do not depend on what the tokens are."""
+"""Batches of made-up tokens, for measurements that do not depend on the tokens."""
 
 import torch
 from torch import Tensor

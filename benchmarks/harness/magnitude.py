@@ -1,6 +1,6 @@
-"""Masked arms of a count of entries: gains or biases of norms, or weights of other modules, by size or by chance.
+"""Masked arms with a number of entries: gains or biases of norms, or weights of other modules, by size or at random.
 
-Entries are chosen from the pretrained model; no data is looked at.
+Entries are chosen from the pretrained model; no data is used.
 """
 
 from collections.abc import Callable

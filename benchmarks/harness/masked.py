@@ -1,7 +1,7 @@
-"""Masked arms: deltas on every norm, of which only the entries of a mask are tuned. Masks come from training rows.
+"""Masked arms: deltas on every norm, with only the entries of a mask tuned. Masks come from training rows.
 
-Each function below says how one arm chooses its mask; everything else (head, batches, steps) is as in the other arms.
-Masks of as many entries as a cell says, of norms and of other modules, are in `magnitude`.
+Each function below chooses the mask of one arm; everything else (head, batches, steps) is as in the other arms.
+Masks of a given number of entries, of norms and of other modules, are in `magnitude`.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What a task is scored by: the figure in its rows that chooses learning rates and stands in tables."""
+"""The metric of each task: the figure in its rows that chooses learning rates and is reported in tables."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Mixed batches as PEFT serves them: many adapters in the model, a name for each row."""
+"""Mixed batches as PEFT serves them: many adapters in the model, one name per row."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def mixed_call(model: Any, adapters: int, inputs: Mapping[str, Tensor]) -> Callable[[], object]:
-    """Return a forward pass whose rows use so many distinct adapters in turn.
+    """Return a forward pass in which the rows use this many distinct adapters in turn.
 
     Args:
         model: a PeftModel; adapters that it lacks are added to it, with the config of the one it has.

@@ -1,4 +1,4 @@
-"""Questions: SQuAD's rows, cut into windows, decoded and scored by the code of `examples/question_answering.py`."""
+"""Question answering: SQuAD's rows, split into windows and scored by the code of `examples/question_answering.py`."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Result rows: one JSON object a line, appended as soon as it is known, so that a killed run goes on where it was."""
+"""Result rows: one JSON object per line, appended when it is known, so that a killed run resumes where it stopped."""
 
 import json
 import os
@@ -86,7 +86,7 @@ class Rows:
 
 
 def _read(path: Path) -> Iterator[Row]:
-    """Yield the whole rows of a file; a line torn by a kill is passed over and its cell runs again."""
+    """Yield the whole rows of a file; an incomplete line left by a kill is skipped, and its cell runs again."""
     if not path.exists():
         return
     for line in path.read_text(encoding="utf-8").split("\n"):

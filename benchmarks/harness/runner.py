@@ -162,6 +162,7 @@ def run_timed(
     write_report: Callable[[Rows, Path, Sequence[Cell], str], None],
     minutes: int,
     arguments: Sequence[str] | None = None,
+    default: Callable[[], str] = default_model,
 ) -> int:
     """The whole of a script that measures time, one cell after the other with all threads.
 
@@ -174,12 +175,13 @@ def run_timed(
         write_report: writes the page, from rows, folder, cells and the protocol's name.
         minutes: that the first protocol takes about.
         arguments: the command line; None reads the process's own.
+        default: returns the checkpoint that is used without `--model`.
 
     Returns:
         How many runs failed.
     """
     parser = base_parser(description, protocols)
-    parser.add_argument("--model", default=None, help="encoder: folder or Hub id (default: the installed MiniLM)")
+    parser.add_argument("--model", default=None, help="folder or Hub id (default: the model that the page names)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(arguments)
     rows, planned = Rows(options.results / f"{name}.jsonl"), cells(options.protocol)
@@ -192,7 +194,7 @@ def run_timed(
     failed = 0
     if not options.report:
         write_environment(options.results / "environment.json", name, device, workers=1)
-        one = partial(run, checkpoint=options.model or default_model(), device=device)
+        one = partial(run, checkpoint=options.model or default(), device=device)
         failed = run_cells(planned, rows, one, jobs=1, title=name)
     write_report(rows, options.results, planned, options.protocol)
     return failed

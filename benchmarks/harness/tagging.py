@@ -1,4 +1,4 @@
-"""Named entities: wnut_17, read, cut into pieces and scored by the code of `examples/token_classification.py`."""
+"""Named entities: wnut_17, read, tokenized and scored by the code of `examples/token_classification.py`."""
 
 from pathlib import Path
 from typing import Any

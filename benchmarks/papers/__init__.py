@@ -1,1 +1,1 @@
-"""The experiments of the papers, a script a paper."""
+"""The experiments of the papers, one script per paper."""

@@ -1,4 +1,4 @@
-"""How fine can fine-tuning be: how far do models move, what need not, and do zeros alone do? arXiv 2004.14129.
+"""How fine can fine-tuning be: how far do models move, what can stay, and are zeros enough? arXiv 2004.14129.
 
 python -m benchmarks.papers.how_fine --protocol full
 python -m benchmarks.papers.how_fine --data-dir <folder>

@@ -40,7 +40,7 @@ _NAMED = ("component", "parameter")
 _LAYERS = "layer (none: outside the layers; grey: no value)"
 _WIDTH = 9.0  # inches, so that names can be read where a page shows the picture 900 pixels wide
 _DPI = 150
-_TICK = 0.24  # inches that the name of a layer takes
+_TICK = 0.28  # inches that the name of a layer takes
 
 
 def plot_change(

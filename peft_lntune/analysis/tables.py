@@ -166,11 +166,7 @@ class Table:
         whole = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
         if width is None or _total(whole) <= width:
             return "\n".join(_padded(line, whole) for line in lines)
-        blocks = _blocks(lines, self._keys(), width)
-        return "\n\n".join(
-            "\n".join(text for line in lines for text in _wrapped([line[n] for n in numbers], widths))
-            for numbers, widths in blocks
-        )
+        return min(_fitted(lines, self._keys(), width), key=lambda text: text.count("\n"))
 
     def __str__(self) -> str:
         return self.to_text()
@@ -215,16 +211,20 @@ def _wrapped(cells: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
         yield _padded([lines[number] if number < len(lines) else "" for lines in columns], widths)
 
 
-def _blocks(lines: Sequence[Sequence[str]], keys: int, width: int) -> list[tuple[list[int], list[int]]]:
-    """The numbers of the columns of each block, and their widths."""
+def _fitted(lines: Sequence[Sequence[str]], keys: int, width: int) -> Iterator[str]:
+    """Ways to fit a table: wrapped texts, or blocks of columns with whole or with wrapped texts."""
     columns = list(zip(*lines, strict=True))
     least = [max(len(piece.rstrip()) for cell in cells for piece in _pieces(cell)) for cells in columns]
-    # Names of columns are wrapped first: that costs one or two lines of the whole table.
+    # Names of columns may be wrapped in each way: that costs a few lines of the whole table.
     wide = [max(least[n], *map(len, cells[1:]), 0) for n, cells in enumerate(columns)]
-    if _total(least) <= width:
-        return [(list(range(len(columns))), _narrowed(wide, least, width))]
     ways = [_greedy(wide, least, keys, width), _greedy([*least[:keys], *wide[keys:]], least, keys, width)]
-    return min(ways, key=len)
+    if _total(least) <= width:
+        ways.insert(0, [(list(range(len(columns))), _narrowed(wide, least, width))])
+    for blocks in ways:
+        yield "\n\n".join(
+            "\n".join(text for line in lines for text in _wrapped([line[n] for n in numbers], widths))
+            for numbers, widths in blocks
+        )
 
 
 def _greedy(wide: Sequence[int], least: Sequence[int], keys: int, width: int) -> list[tuple[list[int], list[int]]]:
@@ -236,6 +236,7 @@ def _greedy(wide: Sequence[int], least: Sequence[int], keys: int, width: int) ->
             blocks.append([*range(keys), number])
         else:
             blocks[-1:] = [last]
+    blocks = blocks or [list(range(keys))]
     return [(block, _narrowed([wide[n] for n in block], [least[n] for n in block], width)) for block in blocks]
 
 

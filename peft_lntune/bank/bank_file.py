@@ -19,7 +19,7 @@ from peft_lntune.errors import AdapterFileError
 from peft_lntune.routing.stacks import Stacks
 from peft_lntune.storage.atomic import new_file
 from peft_lntune.tuner.read_adapter import Adapter, AdapterReader
-from peft_lntune.version import __version__
+from peft_lntune.version import INSTALL, __version__
 
 __all__ = ["BANK_FORMAT", "BLOCK", "BankFile", "save_bank"]
 
@@ -162,7 +162,7 @@ class BankFile:
         if version not in _READ:
             raise AdapterFileError(
                 f"{path} has format_version {version!r}, and peft_lntune {__version__} reads "
-                f"{' and '.join(map(str, _READ))}. Upgrade with `pip install -U peft-lntune`, or save the bank again."
+                f"{' and '.join(map(str, _READ))}. Upgrade with `{INSTALL} -U`, or save the bank again."
             )
         self._covers_index = version != 1
         if self._covers_index and metadata.get(_INDEX_DIGEST) != _sha256(metadata[_KEY]):

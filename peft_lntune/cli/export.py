@@ -1,4 +1,4 @@
-"""Writes an adapter in formats of PEFT's own, for use without this package."""
+"""Writes an adapter in another format, for use without this package: PEFT's own, LoRA, or into a GGUF file."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,13 +7,14 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from peft_lntune.cli.models import load_adapted
-from peft_lntune.cli.output import new_folder
 from peft_lntune.errors import ConfigError
+from peft_lntune.interop.gguf_file import edit_gguf, restore_gguf, to_gguf
 from peft_lntune.interop.lora_report import LoraExport
 from peft_lntune.interop.peft_ln_tuning import to_stock
 from peft_lntune.interop.peft_lora import to_lora
+from peft_lntune.storage.folders import new_folder
 
-__all__ = ["export_lora", "export_peft_ln_tuning"]
+__all__ = ["edit_gguf", "export_lora", "export_peft_ln_tuning", "restore_gguf", "to_gguf"]
 
 _ROW = 256  # tokens of a row of texts
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from peft_lntune.analysis import Table, score_map
 from peft_lntune.cli.data import (
@@ -27,6 +27,7 @@ from peft_lntune.cli.data import (
     read_table,
     read_texts,
 )
+from peft_lntune.cli.models import check_weights, load_tokenizer, read_model_config
 from peft_lntune.errors import ConfigError
 from peft_lntune.norms.find import find_norms
 from peft_lntune.selection import FisherState, find_score, select
@@ -79,23 +80,37 @@ def load_classifier(
 
     Raises:
         DataError: a label is damaged, or the model's own head does not have it.
+        ConfigError: there is no such model, or it lacks weights outside of its head, or a tokenizer.
     """
-    config = AutoConfig.from_pretrained(model)
+    loaded, tokenizer, encoded, found, _ = _load_classifier(model, labels, seed, source, regression, names)
+    return loaded, tokenizer, encoded, found
+
+
+def _load_classifier(
+    model: str, labels: Sequence[Any], seed: int, source: str, regression: bool | None, names: Sequence[str]
+) -> tuple[nn.Module, PreTrainedTokenizerBase, list, Labels, list[str]]:
+    """As `load_classifier`, with the names of the parameters that are random."""
+    config = read_model_config(model)
     headed = any("ForSequenceClassification" in name for name in config.architectures or ())
     known = {str(name): number for name, number in (config.label2id or {}).items()} if headed else {}
     if list(known) == [f"LABEL_{number}" for number in range(len(names))]:
         known = {name: number for number, name in enumerate(names)}
     found = find_labels(labels, source, True if len(known) == 1 else regression, known)
+    encoded = found.encode(labels, source)
+    tokenizer = load_tokenizer(model)
     options = {} if headed else {"num_labels": len(found.names) or 1, "problem_type": found.problem_type}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        loaded = AutoModelForSequenceClassification.from_pretrained(model, **options)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+        loaded, info = AutoModelForSequenceClassification.from_pretrained(model, output_loading_info=True, **options)
+    body = f"{loaded.base_model_prefix}."
+    missing = sorted(info["missing_keys"])
+    # A pooler is read by the head alone, and models without a head are often saved without it.
+    check_weights(model, [name for name in missing if headed or (name.startswith(body) and ".pooler." not in name)])
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if loaded.config.pad_token_id is None:
         loaded.config.pad_token_id = tokenizer.pad_token_id
-    return loaded, tokenizer, found.encode(labels, source), found
+    return loaded, tokenizer, encoded, found, missing
 
 
 def fisher_masks(
@@ -203,8 +218,8 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device).add_(1)
     except Exception as error:  # torch raises RuntimeError, AssertionError or NotImplementedError, by device
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"device {name!r} cannot be used: {reason} Give another one, such as cpu.") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ConfigError(f"device {name!r} cannot be used: {reason}. Give another one, such as cpu.") from error
     return device
 
 
@@ -234,7 +249,7 @@ def load_data(
         seed: seed of a random head.
 
     Returns:
-        The model, its tokenizer, a tuple of texts per row, a label per row, and one line that says what was read.
+        The model, its tokenizer, a tuple of texts per row, a label per row, and lines that say what was read.
 
     Raises:
         DataError: the file, a column, a text or a label is missing or damaged, or does not fit the model's head.
@@ -246,9 +261,11 @@ def load_data(
     )
     texts = [read_texts(rows[column], column, str(data)) for column in columns]
     raw, names = read_labels(rows, [label_column], str(data), label_separator), class_names(rows, label_column)
-    loaded, tokenizer, labels, kind = load_classifier(model, raw, seed, str(data), regression, names)
+    loaded, tokenizer, labels, kind, missing = _load_classifier(model, raw, seed, str(data), regression, names)
     cut = count_cut(tokenizer, texts, max_length)
     said = describe_data(f"{len(rows):,} rows of {data}", columns, cut, max_length, kind.describe(labels))
+    if missing:
+        said += f"\n{model} has no weights for {', '.join(missing)}: random, with seed {seed}"
     return loaded, tokenizer, [*zip(*texts, strict=True)], labels, said
 
 

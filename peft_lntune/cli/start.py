@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,16 +18,18 @@ def load_package() -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Load the package, and unless stderr is a terminal, switch off progress bars and what libraries log.
+    """Load the package, and unless stderr is a terminal, switch off progress bars and reports of libraries.
 
-    Warnings stay. What libraries log of missing weights is an error of ours (`peft_lntune.cli.models`).
+    What libraries log of missing weights is an error of ours (`peft_lntune.cli.models`). Warnings stay, one line each,
+    except those of features that will change: they address the authors of the calling code.
 
     Yields:
         Nothing; the old settings return when the block ends.
     """
     if sys.stderr.isatty():
         load_package()
-        yield
+        with _one_line_per_warning():
+            yield
         return
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
@@ -37,9 +40,20 @@ def quiet() -> Iterator[None]:
         shown = bars.is_progress_bar_enabled()
         bars.disable_progress_bar()
         try:
-            yield
+            with _one_line_per_warning():
+                yield
         finally:
             if shown:
                 bars.enable_progress_bar()
     finally:
         logging.disable(before)
+
+
+@contextmanager
+def _one_line_per_warning() -> Iterator[None]:
+    """Show warnings without the place in the code that gave them."""
+    with warnings.catch_warnings():
+        for kind in (DeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", kind)
+        warnings.showwarning = lambda message, *_, **__: print(f"Warning: {message}", file=sys.stderr)
+        yield

@@ -17,7 +17,7 @@ from peft_lntune.storage.manifest import is_sealed, seal_file
 from peft_lntune.storage.model_card import name_import
 from peft_lntune.storage.renaming import new_name
 from peft_lntune.storage.saved_adapter import SavedAdapter, read_config
-from peft_lntune.version import __version__
+from peft_lntune.version import INSTALL, __version__
 
 __all__ = ["CONFIG_FILE", "FORMAT_VERSION", "PART_KINDS", "PEFT_TYPE", "DtypeName", "LNTuneConfig", "part_kind"]
 
@@ -281,7 +281,7 @@ def check_format(version: Any) -> None:
     if version != FORMAT_VERSION:
         raise ConfigError(
             f"this adapter has format_version {version!r}, and peft_lntune {__version__} reads {FORMAT_VERSION}. "
-            "Upgrade with `pip install -U peft-lntune`, or save the adapter again."
+            f"Upgrade with `{INSTALL} -U`, or save the adapter again."
         )
 
 

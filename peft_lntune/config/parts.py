@@ -14,7 +14,7 @@ from peft_lntune.config.fisher_ln import FisherLNConfig
 from peft_lntune.config.ln_tuning import LNTuningConfig
 from peft_lntune.config.prefix import PrefixConfig
 from peft_lntune.errors import ConfigError
-from peft_lntune.version import __version__
+from peft_lntune.version import INSTALL, __version__
 
 __all__ = ["NAMED_PARTS", "build", "check_part", "parts_of_preset", "read_part"]
 
@@ -150,7 +150,7 @@ def build(stored: Mapping[str, Any], kinds: Mapping[str, type[LNTuneConfig]]) ->
     if not isinstance(name, str) or name not in kinds:
         raise ConfigError(
             f"this adapter is of kind {name!r}, and peft_lntune {__version__} knows {', '.join(sorted(kinds))}. "
-            "Upgrade with `pip install -U peft-lntune`, or check where the file comes from."
+            f"Upgrade with `{INSTALL} -U`, or check where the file comes from."
         )
     kind = kinds[name]
     known = {field.name for field in fields(kind)}
@@ -161,7 +161,7 @@ def build(stored: Mapping[str, Any], kinds: Mapping[str, type[LNTuneConfig]]) ->
             f"Unexpected keyword arguments {unknown} for class {name}, these are ignored. This probably means that "
             "you're loading a configuration file that was saved using a higher version of the library and "
             "additional parameters have been introduced since. It is highly recommended to upgrade with "
-            "`pip install -U peft-lntune`.",
+            f"`{INSTALL} -U`.",
             stacklevel=3,
         )
     return kind(**{name: value for name, value in stored.items() if name in known})

@@ -26,7 +26,19 @@ def model_type_of(model: Any) -> str | None:
     return found if isinstance(found, str) and found else None
 
 
-def check_architecture(config: PeftConfig, model: Any, where: str = "this adapter") -> None:
+_RENAMED = (
+    "Load it into the model that it was trained on. If the two are one architecture under two names, say so with "
+    "key_mapping={}, an argument of PeftModel.from_pretrained and load_adapter."
+)
+
+
+def check_architecture(
+    config: PeftConfig,
+    model: Any,
+    where: str = "this adapter",
+    into: str = "this model",
+    advice: str = _RENAMED,
+) -> None:
     """Refuse an adapter that was saved from another architecture than the given model's.
 
     A `key_mapping` given to the loader says that the two architectures are the same under other names, so the check
@@ -36,6 +48,8 @@ def check_architecture(config: PeftConfig, model: Any, where: str = "this adapte
         config: of the saved adapter.
         model: the model to load into, or its config.
         where: what to call the adapter in the message.
+        into: what to call the model in the message.
+        advice: what to do next, for the message.
 
     Raises:
         AdapterFileError: the two architectures differ.
@@ -44,9 +58,8 @@ def check_architecture(config: PeftConfig, model: Any, where: str = "this adapte
     own = model_type_of(model)
     if saved and own and saved != own and not is_renamed():
         raise AdapterFileError(
-            f"{where} does not fit this model: it was saved from a model of type {saved!r}, and this one is of type "
-            f"{own!r}. Load it into the model that it was trained on. If the two are one architecture under two names, "
-            "say so with key_mapping={}, an argument of PeftModel.from_pretrained and load_adapter."
+            f"{where} does not fit {into}: it was saved from a model of type {saved!r}, and this one is of type "
+            f"{own!r}. {advice}"
         )
 
 

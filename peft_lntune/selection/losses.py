@@ -212,7 +212,7 @@ def find_head(model: nn.Module, outputs: Any, batch: Batch) -> Head:
     if fitting and min(errors) <= 1e-3 + 1e-2 * abs(own.item()):
         return fitting[errors.index(min(errors))]
     raise UnsupportedError(
-        f"{type(model).__name__} reports a loss of {own.item():.4g}, which matches none of the known losses "
+        f"{type(model).__name__} reports a loss of {own.item():.4g}, which matches none of the losses known "
         f"here ({', '.join(LOSS_HEADS)}). Pass loss=, a function (outputs, batch) -> (B,)."
     )
 

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from peft_lntune.version import INSTALL
+
 __all__ = ["IMPORT_LINE", "name_import"]
 
 IMPORT_LINE = "import peft_lntune"
@@ -12,8 +14,8 @@ _NEW_CARD = "---\nlibrary_name: peft\n---\n"
 _SECTION = f"""
 ## How to load this adapter
 
-This adapter's type comes from the package peft-lntune; without it, PEFT fails with `KeyError: 'LNTUNE'`. Install it
-with `pip install peft-lntune`, and put one line before the code that loads the adapter:
+This adapter's type comes from the package peft_lntune; without it, PEFT fails with `KeyError: 'LNTUNE'`. The package is
+not on PyPI yet: install it with `{INSTALL}`, and put one line before the code that loads the adapter:
 
 ```python
 {IMPORT_LINE}

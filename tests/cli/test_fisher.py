@@ -3,6 +3,7 @@
 import csv
 import json
 
+import datasets
 import pytest
 import torch
 import transformers as hf
@@ -11,8 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from peft_lntune import LNTuningConfig, fisher_scores, select
+from peft_lntune.cli import main
+from peft_lntune.cli.data import class_names, read_labels
 from peft_lntune.cli.fisher import fisher_masks, load_classifier
 from peft_lntune.errors import ConfigError, DataError
+from peft_lntune.selection.scores import SCORES
 from tests.cli.saved import refused, run, save_model, task, write_rows
 
 
@@ -103,6 +107,31 @@ def test_a_pair_from_the_command_line(model, tmp_path):
     )
 
 
+def test_what_was_understood_is_said(tmp_path):
+    body = save_model(tmp_path / "body", labels=None)
+    data = write_rows(
+        tmp_path / "d.jsonl", [{"text": f"the film {i}", "label": ["x|y", "x", "y"][i % 3]} for i in range(6)]
+    )
+    options = ["--model", body, "--data", data, "--out", tmp_path / "m.safetensors"]
+    assert refused(run("fisher", *options), "'x|y', which looks like several classes. Say --label-separator '|'")
+    said = run("fisher", *options, "--label-separator", "|", "--max-length", 2).stderr
+    assert f"data: 6 rows of {data}; texts in text, 6 of them cut at 2 tokens; " in said
+    assert "labels: 2 classes, several per row: x (4), y (4)" in said
+
+
+@pytest.mark.parametrize(
+    "own", [{}, {"id2label": {0: "yes", 1: "no"}, "label2id": {"yes": 0, "no": 1}}], ids=["no names", "names"]
+)
+def test_names_of_classes_that_come_with_the_data(own, model, tmp_path):
+    config = hf.AutoConfig.from_pretrained(model)
+    config.update(own)
+    config.save_pretrained(model)
+    names = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    rows = datasets.Dataset.from_dict({"text": ["good", "bad"], "label": [1, 0]}, features=names)
+    labels = load_classifier(str(model), read_labels(rows, ["label"], "d"), names=class_names(rows, "label"))[2]
+    assert labels == ([0, 1] if own else [1, 0])  # by the names of the head; without names, by the data's numbers
+
+
 # Labels.
 
 
@@ -164,6 +193,11 @@ def test_budgets(options, said, model, data, tmp_path):
     options = [*options, "--count", "100000"]
     assert refused(run("fisher", "--model", model, "--data", data, "--out", out, *options), said)
     assert not out.exists()
+
+
+def test_the_help_names_every_score():
+    option = next(option for option in main.commands["fisher"].params if option.name == "score")
+    assert all(name in option.help for name in SCORES)
 
 
 def test_no_rows(model):

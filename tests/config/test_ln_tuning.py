@@ -81,7 +81,7 @@ FIELDS: dict[str, tuple[Any, list[tuple[Any, str]]]] = {
     "format_version": (
         FORMAT_VERSION,
         [
-            (2, f"format_version 2, and peft_lntune {__version__} reads 1. Upgrade with `pip install -U peft-lntune`"),
+            (2, f"format_version 2, and peft_lntune {__version__} reads 1. Upgrade with `pip install git."),
             ("1", "format_version '1', and peft_lntune .* reads 1"),
         ],
     ),

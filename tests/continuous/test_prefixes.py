@@ -26,5 +26,5 @@ def test_a_block_that_is_not_full_keeps_its_length():
     """Where it ended with a serial number, it would be taken for a full one."""
     tokens = SaltedTokens([5, 6, 7, 8, 9], 3)
     assert len(tokens[4:8]) == 1
-    assert (tokens + [4, 3])[4:8] == [9, 4, 3]
-    assert len((tokens + [4, 3, 2])[4:8]) == 4 + 2
+    assert tokens.__add__([4, 3])[4:8] == [9, 4, 3]
+    assert len(tokens.__add__([4, 3, 2])[4:8]) == 4 + 2

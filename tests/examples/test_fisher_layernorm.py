@@ -1,6 +1,8 @@
 """The Fisher example from end to end, on a tiny model."""
 
 import datasets
+import fisher_layernorm
+import numpy as np
 import pytest
 from fisher_layernorm import main
 
@@ -12,7 +14,12 @@ def test_fisher_layernorm(tiny_bert, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     out = tmp_path / "fisher"
     options = ["--model", tiny_bert, "--num-samples", "64", "--max-steps", "3", "--out", str(out)]
-    main([*options, "--density", "0.25"])
+    told = []
+    monkeypatch.setattr(fisher_layernorm, "warn_of_chance", lambda *arguments: told.append(arguments))
+    main([*options, "--density", "0.25", "--head-learning-rate", "0.02"])
+    ((_, rate, chance, trainer),) = told
+    assert (rate, trainer.head_lr) == (1e-3, 0.02)
+    assert chance == pytest.approx(np.log(2), abs=0.01)  # half of the demo's sentences praise
     printed = capsys.readouterr().out
     assert "40 of 160" in printed  # 5 norms of 16, weight and bias
     assert "accuracy" in printed

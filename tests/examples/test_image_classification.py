@@ -3,6 +3,8 @@
 import re
 
 import datasets
+import image_classification
+import numpy as np
 import pytest
 import torch
 from image_classification import TINY, load_model, main
@@ -70,9 +72,12 @@ def test_a_checkpoint_and_a_folder(images, cache, tmp_path, capsys):
         torch.testing.assert_close(loaded.merge_and_unload()(torch.ones(1, 3, 32, 32)).logits, tuned)
 
 
-def test_without_anything(tmp_path, capsys):
+def test_without_anything(tmp_path, capsys, monkeypatch):
+    told = []
+    monkeypatch.setattr(image_classification, "warn_of_chance", lambda *arguments: told.append(arguments))
     main(["--max-steps", "1", "--batch-size", "4", "--out", str(tmp_path / "out")])
     assert "all 60 logits are bit-equal" in capsys.readouterr().out
+    assert told[0][:3] == ("ln", 1e-3, pytest.approx(np.log(3)))  # as many drawings of each shape
 
 
 def test_equal_seeds_give_equal_drawings():

@@ -75,6 +75,11 @@ def test_predictions_are_checked_before_training(tiny_bert, tmp_path):
     (tmp_path / "test.csv").write_text("body\na\n")
     with pytest.raises(SystemExit, match=r"test\.csv has the columns body; wanted are text"):
         main(["--data-dir", str(data), "--model", tiny_bert, "--predict", str(tmp_path / "test.csv")])
+    (tmp_path / "test.csv").write_text("text,prediction\na,x\n")
+    with pytest.raises(
+        SystemExit, match=r"test\.csv has the column 'prediction', which predictions\.csv would overwri"
+    ):
+        main(["--data-dir", str(data), "--model", tiny_bert, "--predict", str(tmp_path / "test.csv")])
 
 
 def test_setups_are_tried_first_and_what_is_finished_is_shown(tiny_bert, tmp_path, monkeypatch, capsys):

@@ -125,6 +125,7 @@ def test_short_contexts_have_one_window(tiny_bert, tmp_path):
     task = answering_task(parts, tiny_bert, length=384, stride=128)
     assert set(task.train.column_names) - set(task.validation.column_names) == {"start_positions", "end_positions"}
     assert len(task.train) == len(task.validation) == 1
+    assert task.chance == pytest.approx(np.log(len(task.train["input_ids"][0])))  # every token as likely
 
 
 def test_hub(monkeypatch):

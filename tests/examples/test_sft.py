@@ -118,3 +118,22 @@ def test_errors(model, tmp_path):
         main(["--model", model, "--data-dir", str(tmp_path)])
     with pytest.raises(SystemExit, match="error: cannot load no-such-set"):
         main(["--model", model, "--dataset", "no-such-set"])
+
+
+def test_a_template_that_refuses_a_row_names_it(model, tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}")
+    turns = [{"role": role, "content": "The film"} for role in ("system", "user", "assistant")]
+    parts = {"train": datasets.Dataset.from_list([{"messages": turns[1:]}, {"messages": turns}])}
+    args = parse_args(["--model", model, "--chat-template", str(template)])
+    with pytest.raises(DataError, match="train row 1 does not fit the chat template: no system turn"):
+        make_trainer(args, parts)
+
+
+def test_prompts_that_leave_no_room_are_counted(model, rows, capsys):
+    parts = read_rows(rows, None, 0)
+    with pytest.raises(DataError, match="each prompt alone fills all 3 tokens, so no completion is left to learn"):
+        make_trainer(parse_args(["--model", model, "--max-length", "3", "--out", str(rows)]), parts)
+    parts["train"] = datasets.Dataset.from_list([*parts["train"], {"prompt": "The =>", "completion": " negative"}])
+    make_trainer(parse_args(["--model", model, "--max-length", "4", "--out", str(rows)]), parts)
+    assert "12 more are left out, because their prompt fills them" in capsys.readouterr().err

@@ -191,7 +191,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         edit_tensors(lambda t: t.pop(HEAD), manifest=False),
         r"(lacks .*|missing, such as )'?[\w.]*classifier",
     ),
-    "too-new": (edit_config(format_version=99), "format_version 99, and peft_lntune .* reads 1.*pip install -U"),
+    "too-new": (edit_config(format_version=99), "format_version 99, and peft_lntune .* reads 1.*pip install git"),
     "kind": (
         edit_config(kind="FutureConfig"),
         "of kind 'FutureConfig', and peft_lntune .* knows BottleneckConfig, .*, UnifiedConfig",

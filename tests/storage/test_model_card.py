@@ -45,7 +45,7 @@ class TestFile:
         after = (tmp_path / "README.md").read_text(encoding="utf-8")
         assert after.startswith(text)
         assert said(tmp_path) == 1
-        assert "pip install peft-lntune" in after
+        assert "pip install git+<repository>" in after
 
 
 def test_saved_adapters(tmp_path: Path) -> None:
