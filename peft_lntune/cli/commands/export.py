@@ -133,8 +133,8 @@ def command(
         click.echo(said.format(getattr(export, function)(adapter, out, model, **options)))
     elif undo:
         click.echo(f"{gguf} is restored; {export.restore_gguf(gguf)} was taken out.")
-    elif in_place:
+    elif adapter is not None and gguf_out is not None:  # as `check` has seen to
+        click.echo(str(export.to_gguf(adapter, gguf, gguf_out, model)))
+    elif adapter is not None:
         click.echo(str(export.edit_gguf(adapter, gguf, model)))
         click.echo(f"To restore it: peft-lntune export --gguf {gguf} --undo")
-    else:
-        click.echo(str(export.to_gguf(adapter, gguf, gguf_out, model)))
