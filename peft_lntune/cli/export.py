@@ -1,12 +1,13 @@
-"""Writes an adapter in PEFT's own format, for use without this package."""
+"""Writes an adapter in another format, for use without this package: PEFT's own, or into a GGUF file."""
 
 from pathlib import Path
 
 from peft_lntune.cli.models import load_adapted
-from peft_lntune.cli.output import new_folder
+from peft_lntune.interop.gguf_file import edit_gguf, restore_gguf, to_gguf
 from peft_lntune.interop.peft_ln_tuning import to_stock
+from peft_lntune.storage.folders import new_folder
 
-__all__ = ["export_peft_ln_tuning"]
+__all__ = ["edit_gguf", "export_peft_ln_tuning", "restore_gguf", "to_gguf"]
 
 
 def export_peft_ln_tuning(adapter: str, out: str | Path, model: str | None = None) -> Path:

@@ -34,3 +34,49 @@ def test_a_stock_adapter_is_no_adapter_of_ours(tmp_path):
     adapter = save_adapter(tmp_path / "a", save_model(tmp_path / "model"))
     run("export", adapter, tmp_path / "out")
     assert refused(run("export", tmp_path / "out", tmp_path / "again"), "not one of peft_lntune")
+
+
+def test_into_a_gguf_file_and_back(tmp_path):
+    pytest.importorskip("gguf", reason="the package gguf is missing: pip install 'peft-lntune[gguf]'")
+    from tests.interop.test_gguf_file import adapter_of, model_of, write_gguf
+
+    model = model_of("llama")
+    file, adapter, tuned = tmp_path / "m.gguf", tmp_path / "a", tmp_path / "t.gguf"
+    before = write_gguf(model, file, "llama").read_bytes()
+    adapter_of(model, adapter)
+    result = run("export", adapter, "--gguf", file, "--out", tuned)
+    assert result.exit_code == 0, result.output
+    assert f"{tuned}: 5 norm tensors changed, 160 entries; all other bytes are kept." in result.stdout
+    assert refused(run("export", adapter, "--gguf", file, "--out", tuned), "nothing is overwritten")
+    result = run("export", adapter, "--gguf", file, "--in-place")
+    assert f"peft-lntune export --gguf {file} --undo" in result.stdout
+    assert file.read_bytes() == tuned.read_bytes() != before
+    assert refused(run("export", adapter, "--gguf", file, "--in-place"), "already holds the adapter")
+    result = run("export", "--gguf", file, "--in-place", "--undo")
+    assert result.stdout.startswith(f"{file} is restored; the adapter {adapter}")
+    assert file.read_bytes() == before
+    assert refused(run("export", "--gguf", file, "--undo"), "nothing to undo")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "Missing argument 'ADAPTER'"),
+        (["a"], "Missing argument 'OUT'"),
+        (["a", "b", "--out", "c"], "--out has no effect without --gguf"),
+        (["a", "b", "--in-place"], "--in-place has no effect without --gguf"),
+        (["a", "b", "--undo"], "--undo has no effect without --gguf"),
+        (["--gguf", "FILE", "--in-place"], "Missing argument 'ADAPTER'"),
+        (["a", "--gguf", "FILE"], "needs either --out FILE"),
+        (["a", "--gguf", "FILE", "--out", "c", "--in-place"], "needs either --out FILE"),
+        (["a", "b", "--gguf", "FILE", "--in-place"], "takes no argument OUT"),
+        (["a", "--ln-tuning", "--gguf", "FILE", "--in-place"], "Give one of them"),
+        (["a", "--gguf", "FILE", "--undo"], "--undo takes --gguf FILE alone"),
+    ],
+)
+def test_arguments_that_do_not_go_together(arguments, said, tmp_path):
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"GGUF")
+    result = run("export", *[file if one == "FILE" else one for one in arguments])
+    assert result.exit_code == 2
+    assert said in result.stderr
