@@ -131,7 +131,7 @@ def _time(protocol: dict[str, Any], checkpoint: str, device: torch.device) -> Ro
 
 
 class _Counted:
-    """Counts the processor's seconds of each call, in all threads: steadier than a clock where others use the machine."""
+    """Counts the processor's seconds of each call, in all threads; on a shared machine, steadier than a clock."""
 
     def __init__(self, call: Callable[[], object]) -> None:
         self.call, self.seconds = call, list[float]()
