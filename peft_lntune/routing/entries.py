@@ -148,9 +148,13 @@ class Entries:
         watched = self.watched()
         named = {**{str(place): value for place, value in enumerate(args)}, **kwargs}
         given = tuple((name, tensor.dim(), tensor.is_floating_point()) for name, tensor in tensors_in(named))
-        attention = getattr(getattr(self.root, "config", None), "_attn_implementation", None)
+        # A cache, for one, decides whether transformers keeps sequences apart.
+        options = tuple((name, value) for name, value in named.items() if isinstance(value, (bool, int, str)))
+        config = getattr(self.root, "config", None)
+        defaults = getattr(config, "_attn_implementation", None), getattr(config, "use_cache", None)
         mixed = int(sequences.max()) > 0
-        key = "packed", id(module), getattr(module.forward, "own", None), given, attention, mixed, frozenset(watched)
+        own = getattr(module.forward, "own", None)
+        key = "packed", id(module), own, given, options, defaults, mixed, frozenset(watched)
         if key not in self._known:
             self._known[key] = measure_tokens(module, args, kwargs, probes_of(sequences), watched)
         facts: Mapping[str, TokenFact] | None = self._known[key]

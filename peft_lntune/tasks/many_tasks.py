@@ -28,7 +28,7 @@ from peft_lntune.routing.recomputed import RecomputedDetour
 from peft_lntune.routing.route import Route
 from peft_lntune.routing.rows import NormRun, check_free
 from peft_lntune.routing.stacks import Stack, unstacked
-from peft_lntune.selection.losses import IGNORED, Batch, Head
+from peft_lntune.selection.losses import IGNORED, Batch, Head, find_head
 from peft_lntune.tasks.losses import RowLoss, default_losses, losses_of_rows
 from peft_lntune.tasks.optimizer import TaskOptimizer
 from peft_lntune.tasks.parameters import TaskParameters
@@ -325,22 +325,16 @@ class ManyTasks:
         order = {name: number for number, name in enumerate(dict.fromkeys(self._latest.names))}
         groups = [order[name] for name in self._latest.names]
         if self._latest.packed:
+            if loss is None and self._head is None:  # told from the rows as the model saw them
+                self._head = find_head(self._base, outputs, batch)
             outputs, batch = self._unpacked(outputs, batch, self._latest.packed[-1])
         if loss is not None:
             return losses_of_rows(loss, outputs, batch, order, groups, self._latest.one)
-        try:
-            values, self._head = default_losses(self._base, self._head, outputs, batch, groups, self._latest.one)
-        except UnsupportedError as error:
-            if self._latest.packed and bool((batch["labels"][:, 0] != IGNORED).any()):
-                raise DataError(
-                    "in packed rows the label of each sequence's first token should be -100, as "
-                    "DataCollatorWithFlattening sets it: otherwise the model predicts it from another sequence."
-                ) from error
-            raise
+        values, self._head = default_losses(self._base, self._head, outputs, batch, groups, self._latest.one)
         return dict(zip(order, values, strict=True))
 
     def _unpacked(self, outputs: Any, batch: Batch, packed: PackedRows) -> tuple[dict[str, Any], Batch]:
-        """Outputs and batch with a padded row per sequence of packed rows, and the loss that the model reported."""
+        """Outputs and batch with a padded row per sequence of packed rows."""
         sequences = packed.index
         assert sequences is not None
         labels = batch.get("labels")
@@ -351,8 +345,7 @@ class ManyTasks:
             )
         rows = unpacked(batch, sequences, {"labels": IGNORED})
         rows["attention_mask"] = unpacked(torch.ones_like(sequences), sequences, {})
-        found = unpacked(dict(outputs), sequences, {})
-        return found | {"loss": outputs["loss"]} if "loss" in outputs else found, rows
+        return unpacked(dict(outputs), sequences, {}), rows
 
     def optimizer(
         self,

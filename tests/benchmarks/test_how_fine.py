@@ -84,7 +84,7 @@ def test_run_resume_and_report(short: list[str], tmp_path: Path, capsys: pytest.
     assert cells(tmp_path) == found
 
     page = (tmp_path / f"how_fine_{MODEL}.md").read_text()
-    assert "Claim: l0-close: all but key projections and embeddings within 1 point of full, on average over" in page
+    assert "l0-close: all but key projections and embeddings within 1 point of full, on average over" in page
     shown = {line.split(" | ")[0]: line.split(" | ")[-1] for line in page.splitlines() if " | " in line}
     assert shown["| l0-close: all but key projections and embeddings"] == shown["| full: everything"] != "not run |"
     assert "| 20 %, sampled masks | " in page

@@ -55,7 +55,7 @@ def test_run_resume_and_report(short: list[str], tmp_path: Path, capsys: pytest.
 
     page = (tmp_path / f"norm_entries_{MODEL}.md").read_text()
     assert "| magnitude, Fisher |" in page
-    assert "Claim: larger gains contribute more: rank correlation, or difference of two, above 0 on average" in page
+    assert "larger gains contribute more: rank correlation, or difference of two, above 0 on average" in page
     assert "| gains | random |" in page
     for name in (f"norm_entries_{MODEL}.png", f"norm_entries_left_out_{MODEL}.png"):
         assert (tmp_path / name).stat().st_size > 0

@@ -91,7 +91,7 @@ def test_run_resume_and_report(short: list[str], tmp_path: Path, capsys: pytest.
     assert cells(tmp_path) == found
 
     page = (tmp_path / f"unified_framework_{MODEL}.md").read_text()
-    assert "Claim: mha-adapter+ln above mha-adapter alone: the two together help, on average over sst2" in page
+    assert "mha-adapter+ln above mha-adapter alone: the two together help, on average over sst2" in page
     assert "| ln: all norms |" not in page
     assert "| full again |" in page
     assert (tmp_path / f"unified_framework_{MODEL}.png").stat().st_size > 0

@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import HfArgumentParser
 
-from peft_lntune.architectures.roles import ROLES, Role
 from peft_lntune.architectures.sublayers import SUBLAYER_ROLES
 from peft_lntune.architectures.table import MATRICES, Component, ComponentName, MatrixName
+from peft_lntune.choices import ROLES, Role
 from peft_lntune.config import KINDS
 from peft_lntune.config.base import DtypeName
 from peft_lntune.config.bottleneck import REDUCTION_FACTORS

@@ -71,11 +71,22 @@ def test_a_loss_of_the_users():
     torch.testing.assert_close(gradients, wanted_gradients, **CLOSE)
 
 
-def test_labels_across_sequences_are_refused():
-    with pytest.raises(DataError, match="first token should be -100"):
-        learned(tuned(), PACKED | {"labels": PACKED["input_ids"]})
+def test_no_token_is_predicted_from_another_sequence():
+    """The model's own loss does so where the first label of a sequence is not ignored."""
+    model = tuned()
+    with torch.no_grad():
+        model.get_base_model().lm_head.weight.mul_(100)  # so that losses differ
+    batch = PACKED | {"labels": PACKED["input_ids"]}
+    wanted, wanted_gradients = learned(model, padded())
+    losses, gradients = learned(model, batch)
+    torch.testing.assert_close(losses, wanted, **CLOSE)
+    torch.testing.assert_close(gradients, wanted_gradients, rtol=1e-4, atol=1e-4)
+    assert abs(model(**batch).loss.item() - model(**PACKED).loss.item()) > 0.01
+
+
+def test_labels_have_one_entry_per_token():
     with ManyTasks(tuned()) as tasks, tasks.route(NAMES), pytest.raises(DataError, match="one per token, but got"):
-        tasks.losses(tasks.model(**PACKED), PACKED | {"labels": torch.zeros(1, 2)})
+        tasks.losses(tasks.model(**PACKED), PACKED | {"labels": torch.zeros(1, 2)}, lambda outputs, batch: None)
 
 
 def test_several_batches_in_one_route_cannot_be_computed_again():
