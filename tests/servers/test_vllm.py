@@ -119,7 +119,7 @@ class Server:
             f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
-            with urllib.request.urlopen(request, timeout=600) as answer:
+            with urllib.request.urlopen(request, timeout=1800) as answer:
                 text, status = answer.read(), answer.status
         except urllib.error.HTTPError as error:
             text, status = error.read(), error.code
