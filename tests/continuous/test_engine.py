@@ -35,7 +35,7 @@ class TestGenerateBatch:
         assert tokens(plain.generate_batch([PROMPT], **options)) == [alone(tuned, PROMPT, "__base__")]
         assert plain.config._attn_implementation == "sdpa"
 
-    @pytest.mark.parametrize("bank_too", [False, True])
+    @pytest.mark.parametrize("bank_too", [pytest.param(False, marks=pytest.mark.end_to_end), True])
     def test_by_adapter_names(self, bank_too):
         tuned = speaking()
         wanted, options = expected(tuned), {"generation_config": generation(), "continuous_batching_config": small()}
