@@ -1,6 +1,7 @@
 """vLLM serves adapters of norms as the LoRA that `peft_lntune_vllm` makes of them, and answers as torch does.
 
-`make test-vllm` makes an environment with vLLM in it and runs this; SmolLM2-135M comes from a package.
+`make test-vllm` makes an environment with vLLM in it and runs this; SmolLM2-135M comes from a package. Other runs of
+pytest pass this file by, for its name.
 """
 
 import json
@@ -23,8 +24,6 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from peft_lntune import LNTuningConfig
-
-pytestmark = pytest.mark.servers
 
 TENANTS, ENTRIES, NEW_TOKENS = 8, 8, 24
 PROMPT = "The capital of France is"
