@@ -87,7 +87,7 @@ class NormResolver:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._refused: dict[str, tuple[str, str]] = {}
+        self._refused: dict[str, str] = {}  # name -> digest of what was refused
         self._pool: ProcessPoolExecutor | None = None
         self._waiting = 0
         self._ending: asyncio.TimerHandle | None = None
@@ -97,7 +97,8 @@ class NormResolver:
 
         Args:
             base_model_name: folder or name of the model that vLLM serves.
-            lora_name: the name in the request: a directory in the folder, or a repository on the Hub and a folder in it.
+            lora_name: the name in the request: a directory in the folder, or a repository on the Hub and a folder
+                in it.
 
         Returns:
             A `LoRARequest`, or None if there is no such adapter of this package, or it was refused. The reason for a
@@ -106,15 +107,16 @@ class NormResolver:
         folder = await asyncio.to_thread(self._find, lora_name)
         if folder is None:
             return None
+        key = ""
         try:
             key = await asyncio.to_thread(_digest, folder, base_model_name, self.settings)
             made = self.settings.cache / key
             if not (made / WEIGHTS_FILE).is_file():
-                if self._refused.get(lora_name, ("",))[0] == key:
+                if self._refused.get(lora_name) == key:
                     return None
                 await self._convert(base_model_name, folder, made)
         except Exception as error:  # whatever it is, vLLM goes on without this adapter
-            self._refused[lora_name] = key, str(error)
+            self._refused[lora_name] = key
             log.error("adapter %r in %s is not served: %s", lora_name, folder, error)
             return None
         self._refused.pop(lora_name, None)
@@ -180,12 +182,15 @@ def convert(base: str, folder: str, made: str, max_rank: int, truncate: bool) ->
     Raises:
         ValueError: the adapter needs a larger rank, cannot be written as LoRA, or does not fit the model.
     """
-    import peft_lntune.interop  # registers the adapter type with PEFT
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    import peft_lntune.interop  # registers the adapter type with PEFT
+
     try:
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto").eval(), folder).eval()
+        model = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(base, dtype="auto").eval(), folder
+        ).eval()
         Path(made).parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=Path(made).parent) as parent:
             found = peft_lntune.interop.to_lora(model, Path(parent, "lora"), rank=max_rank if truncate else None)
@@ -199,7 +204,9 @@ def convert(base: str, folder: str, made: str, max_rank: int, truncate: bool) ->
     except Exception as error:
         # Errors of libraries may hold what cannot be sent to the other process.
         raise ValueError(f"{type(error).__name__}: {error}") from None
-    exactly = "exactly" if found.exact else f"truncated, with an error of {found.error / found.effect:.1e} of its effect"
+    exactly = (
+        "exactly" if found.exact else f"truncated, with an error of {found.error / found.effect:.1e} of its effect"
+    )
     return f"{folder} as LoRA of rank {found.rank}, {exactly}"
 
 
@@ -229,7 +236,9 @@ def _digest(folder: Path, base: str, settings: Settings) -> str:
     found = hashlib.sha256()
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         found.update((folder / file).read_bytes())
-    of_base = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(Path(base).glob("*.safetensors"))]
+    of_base = [
+        (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(Path(base).glob("*.safetensors"))
+    ]
     said = [base, of_base, settings.max_rank, settings.truncate, version("peft_lntune")]
     found.update(json.dumps(said).encode())
     return found.hexdigest()[:32]
