@@ -1,4 +1,4 @@
-"""The plugin for vLLM, without vLLM: settings, names, conversion, what it remembers. `make test-vllm` runs it in vLLM."""
+"""The plugin for vLLM, here without vLLM: settings, names, conversion, memory. `make test-vllm` runs it in vLLM."""
 
 import asyncio
 import json
@@ -142,7 +142,8 @@ def test_settings(monkeypatch, tmp_path):
 def test_the_module_imports_the_standard_library_alone():
     code = (
         "import sys; before = set(sys.modules); import peft_lntune_vllm; "
-        "print(sorted({name.partition('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names) - {'__mp_main__'}))"
+        "more = {name.partition('.')[0] for name in set(sys.modules) - before}; "
+        "print(sorted(more - set(sys.stdlib_module_names) - {'__mp_main__'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['peft_lntune_vllm']"
