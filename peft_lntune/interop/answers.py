@@ -138,7 +138,8 @@ def rounding(
             return output
         generator = generators.setdefault(output.device, torch.Generator(output.device).manual_seed(0))
         sign = torch.randint(0, 2, output.shape, generator=generator, device=output.device) * 2 - 1
-        return output * (1 + sign * torch.finfo(output.dtype).eps).to(output.dtype)
+        wide = torch.promote_types(output.dtype, torch.float32)  # an integer times a number would be float32
+        return output * (1 + sign.to(wide) * torch.finfo(output.dtype).eps).to(output.dtype)
 
     still = answers(model, inputs) if still is None else still
     handles = [norm.register_forward_hook(stir) for norm in norms]

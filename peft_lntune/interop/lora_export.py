@@ -390,8 +390,9 @@ class _Inputs:
             self._measure(place, x)
         if fold is None:
             return args, kwargs
-        factor, shift = fold.factor.float().to(x.device), fold.shift.float().to(x.device)
-        changed = (x.float() * factor + shift if fold.shift.any() else x.float() * factor).to(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        factor, shift = fold.factor.to(wide).to(x.device), fold.shift.to(wide).to(x.device)
+        changed = (x.to(wide) * factor + shift if fold.shift.any() else x.to(wide) * factor).to(x.dtype)
         return ((changed, *args[1:]), kwargs) if key is None else (args, {**kwargs, key: changed})
 
     def _measure(self, place: str, x: Tensor) -> None:

@@ -503,6 +503,17 @@ def test_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
     assert share(found, adapted.output(again, inputs), base) <= EXACT
 
 
+def test_double_precision(tmp_path: Path) -> None:
+    """Rounding is measured in float64 too, and the check does not round to float32 on its way."""
+    served, inputs = EXACTLY["llama"], cases.inputs("llama")
+    base = adapted.output(build(served, torch.float64), inputs)
+    ours = tune(build(served, torch.float64))
+    report = to_lora(ours, tmp_path)
+    assert 0 < report.rounding < 1e-12 * report.effect
+    found = adapted.output(alone(build(served, torch.float64), tmp_path), inputs)
+    assert share(found, adapted.output(ours, inputs), base) <= EXACT
+
+
 # The check.
 
 
