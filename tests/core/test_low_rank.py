@@ -72,10 +72,19 @@ def test_truncation_is_the_best_of_its_rank(out: int, calibrated: bool, picks: b
         assert_close(best.b[:, :1] @ best.a[:1], dense(first))  # so a smaller rank is a slice
 
 
-@pytest.mark.parametrize("row", [[0, 0, 2, 0], [0, 1, 1, 0], [0, 1, 0, 0]], ids=["scaled", "sum", "twice"])
-def test_rows_that_are_almost_picked(row: list[int]) -> None:
-    """They are not taken for rows of the identity: twice one of them, a sum of two, or the same one twice."""
-    change = LowRank(torch.tensor([[0, 1, 0, 0], row], dtype=torch.float64), random(5, 2))
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [[0, 1, 0, 0], [0, 0, 2, 0]],
+        [[0, 1, 0, 0], [0, 1, 1, 0]],
+        [[0, 1, 0, 0], [0, 1, 0, 0]],
+        [[0, 1, 0, 1], [0, 0, 0, 0]],
+    ],
+    ids=["scaled", "sum", "twice", "both-in-one"],
+)
+def test_rows_that_are_almost_picked(rows: list[list[int]]) -> None:
+    """They are not taken for rows of the identity."""
+    change = LowRank(torch.tensor(rows, dtype=torch.float64), random(5, 2))
     x = random(9, 4, seed=1)
     best, energy = truncated(change, 2, x.mT @ x)
     assert_close(dense(best), dense(change), roundings=1e4)

@@ -29,11 +29,17 @@ KINDS = {
     "llama": (hf.LlamaForCausalLM, hf.LlamaConfig(**SIZES)),
     "gemma3": (hf.Gemma3ForCausalLM, hf.Gemma3TextConfig(**SIZES)),
     "olmo2": (hf.Olmo2ForCausalLM, hf.Olmo2Config(**SIZES)),
+    "nemotron": (hf.NemotronForCausalLM, hf.NemotronConfig(**SIZES)),
+    "command-r": (hf.CohereForCausalLM, hf.CohereConfig(**SIZES, use_qk_norm=True)),
     "bert": (
         hf.BertForSequenceClassification,
         hf.BertConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2),
     ),
 }
+
+
+# Written down here too, as the table is what is tested.
+SHIFTS = {"gemma": 1.0, "gemma2": 1.0, "gemma3": 1.0, "nemotron": 1.0}
 
 
 def model_of(kind: str) -> torch.nn.Module:
@@ -46,11 +52,11 @@ def model_of(kind: str) -> torch.nn.Module:
     return model
 
 
-def write_gguf(model, file, architecture, shift=0.0, norm_type=None, **fields):
-    """As the converter does it: matrices in Q4_0, vectors in float32, the shift added to the weights of norms."""
+def write_gguf(model, file, architecture, shift=0.0, norm_type=None, endianess=None, **fields):
+    """As the converter does it: matrices in Q4_0, norms in float32, the shift added to the weights of norms."""
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kinds[architecture], 2)
-    writer = gguf.GGUFWriter(file, architecture)
+    writer = gguf.GGUFWriter(file, architecture, endianess=endianess or gguf.GGUFEndian.LITTLE)
     writer.add_block_count(2)
     for field, value in fields.items():
         writer.add_uint16(field.replace("_", "."), value)
@@ -60,7 +66,7 @@ def write_gguf(model, file, architecture, shift=0.0, norm_type=None, **fields):
             continue
         if "norm" in own and own.endswith("weight"):
             tensor = tensor + shift
-        kind = gguf.GGMLQuantizationType.F32 if tensor.dim() == 1 else gguf.GGMLQuantizationType.Q4_0
+        kind = gguf.GGMLQuantizationType.F32 if tensor.dim() == 1 or "norm" in own else gguf.GGMLQuantizationType.Q4_0
         if norm_type is not None and "norm" in own:
             kind = norm_type
         writer.add_tensor(own, gguf.quants.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
@@ -94,7 +100,7 @@ def changed_bytes(one, other):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_norms_are_those_of_the_merged_model(kind, tmp_path):
-    shift = ARCHITECTURES[kind].shift
+    shift = SHIFTS.get(kind, 0.0)
     model = model_of(kind)
     model.save_pretrained(tmp_path / "base")
     file = write_gguf(model, tmp_path / "base.gguf", kind, shift)
@@ -246,7 +252,72 @@ def test_another_model(tmp_path):
     assert not (tmp_path / "t.gguf").exists()
 
 
+def test_a_file_of_another_machine(tmp_path):
+    model = model_of("llama")
+    file = write_gguf(model, tmp_path / "m.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
+    adapter_of(model, tmp_path / "a")
+    with pytest.raises(UnsupportedError, match="byte order of another machine"):
+        to_gguf(tmp_path / "a", file, tmp_path / "t.gguf")
+
+
+def test_deltas_of_zero_are_not_lost(tmp_path):
+    model = model_of("llama")
+    file = write_gguf(model, tmp_path / "m.gguf", "llama", norm_type=gguf.GGMLQuantizationType.BF16)
+    adapter = adapter_of(model, tmp_path / "a")
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            if parameter.requires_grad:
+                parameter.zero_()
+    adapter.base_model.model.model.norm.lntune_weight["default"].weight.data[3] = 1e-9
+    adapter.save_pretrained(tmp_path / "a")
+    assert to_gguf(tmp_path / "a", file, tmp_path / "t.gguf").rounded_away == 1
+
+
+def test_a_half_precision_file_of_a_float32_base(tmp_path):
+    model = model_of("llama")
+    model.save_pretrained(tmp_path / "base")
+    file = write_gguf(model, tmp_path / "m.gguf", "llama", norm_type=gguf.GGMLQuantizationType.F16)
+    adapter_of(model, tmp_path / "a", base=tmp_path / "base")
+    assert to_gguf(tmp_path / "a", file, tmp_path / "t.gguf").base_checked
+
+
+def test_other_shapes(tmp_path):
+    wide = hf.LlamaForCausalLM(hf.LlamaConfig(**{**SIZES, "hidden_size": 64}))
+    wide.save_pretrained(tmp_path / "wide")
+    mask = torch.zeros(32, dtype=torch.bool)
+    mask[3] = True
+    file = write_gguf(model_of("llama"), tmp_path / "m.gguf", "llama")
+    adapter_of(model_of("llama"), tmp_path / "a")
+    with pytest.raises(AdapterFileError, match=r"of shape \(64,\), and this file holds one of shape \(32,\)"):
+        to_gguf(tmp_path / "a", file, tmp_path / "t.gguf", model=tmp_path / "wide")
+    adapter_of(model_of("llama"), tmp_path / "b", masks={"model.norm.weight": mask})
+    with pytest.raises(AdapterFileError, match=r"mask should be of shape \(8,\), .* but is of shape \(4,\)"):
+        to_gguf(tmp_path / "b", write_gguf(wide, tmp_path / "w.gguf", "llama"), tmp_path / "t.gguf")
+
+
+def test_two_parameters_that_are_one_tensor(tmp_path):
+    model = torch.nn.Module()
+    model.norm, model.model = torch.nn.RMSNorm(32), torch.nn.Module()
+    model.model.norm = torch.nn.RMSNorm(32)
+    adapter_of(model, tmp_path / "a")
+    file = write_gguf(model_of("llama"), tmp_path / "m.gguf", "llama")
+    with pytest.raises(AdapterFileError, match="two parameters that are one tensor"):
+        to_gguf(tmp_path / "a", file, tmp_path / "t.gguf")
+
+
+def test_a_named_base_without_weights(tmp_path):
+    """Without weights nothing is compared: as the user has named the folder, that is an error."""
+    model = model_of("llama")
+    file = write_gguf(model, tmp_path / "m.gguf", "llama")
+    model.config.save_pretrained(tmp_path / "empty")
+    adapter_of(model, tmp_path / "a", base=tmp_path / "empty")
+    assert not to_gguf(tmp_path / "a", file, tmp_path / "t.gguf").base_checked
+    with pytest.raises(UnsupportedError, match="holds neither model"):
+        to_gguf(tmp_path / "a", file, tmp_path / "u.gguf", model=tmp_path / "empty")
+
+
 def test_every_architecture_of_the_table_is_one_of_gguf():
+    assert {name: row.shift for name, row in ARCHITECTURES.items() if row.shift} == SHIFTS
     assert set(ARCHITECTURES) <= set(gguf.MODEL_ARCH_NAMES.values())
     known = set(hf.models.auto.configuration_auto.CONFIG_MAPPING_NAMES)
     assert {name for row in ARCHITECTURES.values() for name in row.model_types} <= known

@@ -13,6 +13,7 @@ from peft_lntune import LNTuningConfig, UnifiedConfig
 from peft_lntune.cli.merge import merge_adapter
 from peft_lntune.errors import AdapterFileError, ConfigError, UnsupportedError
 from peft_lntune.interop import merge_into_safetensors
+from peft_lntune.interop.safetensors_files import tensors_of
 from tests import adapted
 from tests.cli.saved import refused, run
 
@@ -305,3 +306,11 @@ def test_a_model_that_torchao_quantized(tmp_path):
     with torch.no_grad():
         plain = adapter.merge_and_unload()(input_ids=ids).logits
         torch.testing.assert_close(merged(input_ids=ids).logits, plain, rtol=0, atol=0)
+
+
+def test_two_shards_with_one_tensor(tmp_path):
+    files = [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
+    for file in files:
+        save_file({"norm.weight": torch.ones(2)}, file)
+    with pytest.raises(AdapterFileError, match=r"both hold norm\.weight"):
+        tensors_of(files)

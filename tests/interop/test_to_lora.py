@@ -2,10 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_lntune import BottleneckConfig, LNTuningConfig, ModuleTuningConfig, UnifiedConfig
 from peft_lntune.errors import ConfigError, UnsupportedError
-from peft_lntune.interop import to_lora
-from peft_lntune.interop.answers import few_tokens
+from peft_lntune.interop import folds, to_lora
+from peft_lntune.interop.answers import few_tokens, inputs_of
+from peft_lntune.interop.lora_report import Spectrum
 from peft_lntune.layers.held import deltas_of
+from peft_lntune.norms.consumers import Consumers
+from peft_lntune.norms.find import Norm
 from tests import adapted, cases
 
 ENTRIES = 8
@@ -318,6 +322,44 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         to_lora(tune(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)), None), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("changed", "read", "said"),
+    [
+        ({"by_sample": True}, Consumers(["a"]), "it does more than normalize"),
+        ({"axis": 1}, Consumers(["a"]), "does not scale the last dimension alone"),
+        ({"weight_shape": (2, 4)}, Consumers(["a"]), r"of shape \(2, 4\), does not scale"),
+        ({"weight_shape": None}, Consumers(["a"]), "of shape None, does not scale"),
+        ({}, None, "it did not run on these inputs"),
+        ({}, Consumers(), "no linear map reads its output"),
+    ],
+    ids=["more", "channels", "heads", "no-gain", "not-run", "unread"],
+)
+def test_reasons_in_the_structure(changed: dict[str, Any], read: Consumers | None, said: str) -> None:
+    norm = replace(Norm("n", "LayerNorm", (), (4,), None, 0.0), **changed)
+    assert re.search(said, folds._reason(norm, "LayerNorm", read) or "")
+    assert folds._reason(Norm("n", "LayerNorm", (), (4,), None, 0.0), "LayerNorm", Consumers(["a"])) is None
+
+
+def test_random_tokens_are_no_padding() -> None:
+    model = nn.Module()
+    model.config = hf.LlamaConfig(vocab_size=3, pad_token_id=1)
+    assert set(few_tokens(model)["input_ids"].unique().tolist()) == {0, 2}
+
+
+def test_what_a_batch_is_cut_to() -> None:
+    ids, left = torch.ones(5, 100, dtype=torch.long), torch.ones(5, 100, dtype=torch.long)
+    left[1, :70] = 0
+    batch = {"input_ids": ids, "attention_mask": ids, "labels": ids}
+    model = nn.Linear(1, 1)
+    assert {key: tuple(v.shape) for key, v in inputs_of(batch, model).items()} == dict.fromkeys(
+        ("input_ids", "attention_mask"), (5, 100)
+    )
+    assert {tuple(v.shape) for v in inputs_of(batch, model, few=True).values()} == {(2, 64)}
+    # Padding on the left: cut, the second row would hold nothing else.
+    few = inputs_of(batch | {"attention_mask": left}, model, few=True)
+    assert {tuple(v.shape) for v in few.values()} == {(2, 100)}
+
+
 def test_random_tokens_for_a_model_without_a_longest_text() -> None:
     model = nn.Module()
     model.config = hf.XLNetConfig(vocab_size=9)  # states max_position_embeddings as -1
@@ -380,6 +422,43 @@ def test_batches_decide_what_a_truncation_keeps(tmp_path: Path) -> None:
         found = adapted.output(alone(build(served), tmp_path / how), batch)
         errors[how] = float((found - expected).square().mean().sqrt())
     assert errors["calibrated"] < 0.8 * errors["plain"]
+
+
+def test_what_a_truncation_loses() -> None:
+    spectrum = Spectrum("n", 3, 8, (9.0, 4.0, 1.0))
+    assert [spectrum.lost(rank) for rank in range(4)] == [14.0, 5.0, 1.0, 0.0]
+    assert Spectrum("n", 2, 8, (9.0, 4.0, 1e-20)).lost(2) == 0.0  # what is left is rounding
+
+
+def test_every_token_of_every_batch_counts_once_and_padding_does_not(tmp_path: Path) -> None:
+    ours, ids = tune(build(EXACTLY["llama"]), None), torch.randint(3, 30, (3, 16))
+    mask = torch.ones(3, 20, dtype=torch.long)
+    mask[:, 16:] = 0
+    padded = torch.cat([ids, torch.randint(3, 30, (3, 4))], 1)
+    ways = {
+        "whole": [{"input_ids": ids}],
+        "parts": [{"input_ids": ids[:1]}, {"input_ids": ids[1:]}],
+        "padded": [{"input_ids": padded, "attention_mask": mask}],
+        "first": [{"input_ids": ids[:1]}],
+    }
+    errors = {
+        name: to_lora(ours, tmp_path / name, rank=4, batches=batches).ranks.column("changes")[0]
+        for name, batches in ways.items()
+    }
+    assert errors["parts"] == pytest.approx(errors["whole"], rel=1e-4)  # attention rounds by the shape of a batch
+    assert errors["padded"] == pytest.approx(errors["whole"], rel=1e-4)
+    assert errors["first"] != pytest.approx(errors["whole"], rel=1e-2)
+
+
+def test_batches_decide_for_lora_of_its_own_too(tmp_path: Path) -> None:
+    lora = LoraConfig(r=4, target_modules=["down_proj"], init_lora_weights=False)
+    ours = get_peft_model(build(EXACTLY["llama"]), UnifiedConfig(parts=[LNTuningConfig(), lora])).eval()
+    batches = [{"input_ids": torch.randint(3, 8, (4, 16))}]
+    plain, calibrated = (
+        to_lora(ours, tmp_path / str(number), rank=2, batches=given).ranks.column("changes")[0]
+        for number, given in enumerate((None, batches))
+    )
+    assert calibrated != pytest.approx(plain, rel=1e-2)
 
 
 def test_without_an_exact_rank_the_ranks_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -486,11 +565,37 @@ def test_heads_go_with_it_and_take_what_they_read(family: str, tmp_path: Path) -
     )
 
 
-@pytest.mark.full
+class Head(nn.Module):
+    """A LayerNorm with a bias before a head that an adapter holds whole."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.middle, self.last = nn.RMSNorm(4), nn.Linear(4, 4), nn.LayerNorm(4)
+        self.head = nn.Linear(4, 3, bias=bias)
+        nn.init.normal_(self.last.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.last(self.middle(self.norm(x))))
+
+
+def test_a_head_that_is_saved_whole_takes_a_bias(tmp_path: Path) -> None:
+    batch = {"x": torch.randn(5, 4)}
+    config = LNTuningConfig(modules_to_save=["head"])
+    ours = tune(Head(bias=True), None, config)
+    to_lora(ours, tmp_path, batches=[batch])
+    with torch.no_grad():
+        torch.testing.assert_close(alone(Head(bias=True), tmp_path)(**batch), ours(**batch))
+    (tmp_path / "no").mkdir()
+    deny(tune(Head(bias=False), None, config), tmp_path / "no", "a bias on head, which has none", batches=[batch])
+
+
 def test_one_of_several_adapters(tmp_path: Path) -> None:
     served, inputs = EXACTLY["llama"], cases.inputs("llama")
     ours = adapted.adapt(build(served), "one", "two")
+    flags = {name: parameter.requires_grad for name, parameter in ours.named_parameters()}
     to_lora(ours, tmp_path, "two")
+    assert {name: parameter.requires_grad for name, parameter in ours.named_parameters()} == flags
     assert ours.active_adapters == ["one"]
     ours.set_adapter("two")
     base = adapted.output(build(served), inputs)

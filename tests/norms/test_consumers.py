@@ -1,5 +1,6 @@
 """What reads the output of a norm, on modules where each kind of reader stands alone."""
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -32,6 +33,13 @@ def consumers(forward: Callable[[Block, Tensor], Tensor], device: str = "cpu") -
     found = find_consumers(norms, linears, modules, lambda: model(x))
     assert before == [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules.values()]
     return found["norm"]
+
+
+def caught(block: Block, y: Tensor) -> Tensor:
+    """What a linear map is given, after it has failed."""
+    with contextlib.suppress(TypeError):
+        block.a(y, y)
+    return y
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -69,6 +77,11 @@ def test_linear_maps(forward: Callable, device: str) -> None:
         (lambda m, x: m.a(m.other(m.norm(x))), [], "native_layer_norm in other"),
         (lambda m, x: m.a(m.norm(x).add_(1)), ["a"], "add_ in the model itself"),
         (lambda m, x: m.a(m.norm(x)[:, [0, 1, 1]]), [], "index in the model itself"),
+        (lambda m, x: m.a(m.norm(x[:1, :1].expand(4, 3, 4))[:, 0, 0]), [], "mm in a"),
+        (lambda m, x: m.a(m.norm(x).view(-1).unfold(0, 4, 1)), [], "addmm in a"),
+        (lambda m, x: m.a(m.norm(x).view(-1)[1:5]), [], "addmm in a"),
+        (lambda m, x: m.a(m.norm(x[None]).clone(memory_format=torch.channels_last)), [], "clone in the model itself"),
+        (lambda m, x: caught(m, m.norm(x)) * 2, ["a"], "mul in the model itself"),
         (lambda m, x: m.norm(x), [], "whoever calls the model"),
         (lambda m, x: (m.norm(x), m.a(m.norm(x))), ["a"], "whoever calls the model"),
     ],
@@ -84,6 +97,11 @@ def test_linear_maps(forward: Callable, device: str) -> None:
         "norm",
         "in-place",
         "picked",
+        "one-of-each-row",
+        "overlapping",
+        "shifted",
+        "channels-last",
+        "caught",
         "answer",
         "answer-too",
     ],

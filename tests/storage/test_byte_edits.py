@@ -131,6 +131,26 @@ byte_edits.edit_in_place(Path({str(file)!r}), EDITS, "a")
     assert file.read_bytes() == before
 
 
+@pytest.mark.skipif(os.name == "nt", reason="folders cannot be opened there")
+def test_the_undo_file_is_on_the_disk_before_the_first_new_byte(file, monkeypatch):
+    """A machine that loses its power keeps what was synced, so the order of syncing counts."""
+    done = []
+
+    def noted(name):
+        own = getattr(byte_edits, name)
+
+        def call(*given):
+            done.append((name, undo_file(file).exists()))
+            own(*given)
+
+        return call
+
+    for name in ("_sync_folder", "_write"):
+        monkeypatch.setattr(byte_edits, name, noted(name))
+    edit_in_place(file, EDITS, "a")
+    assert done == [("_sync_folder", True), ("_write", True)]
+
+
 def test_a_process_killed_before_the_undo_file(file, monkeypatch):
     before = file.read_bytes()
     monkeypatch.setattr(byte_edits, "new_file", lambda path: 1 / 0)
