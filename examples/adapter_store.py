@@ -173,9 +173,11 @@ class AdapterStore:
     def refresh(self) -> None:
         """Compare what is in memory with the files: load what has changed, let go what has been deleted."""
         with self._lock:
-            known = [*self._loaded.values(), *(task for task in self._bad if task not in self._loaded)]
-        for each in known:
-            self._recheck(each) if isinstance(each, Loaded) else self._forgive(each)
+            loaded, bad = list(self._loaded.values()), [task for task in self._bad if task not in self._loaded]
+        for adapter in loaded:
+            self._recheck(adapter)
+        for task in bad:
+            self._forgive(task)
         with self._files:
             self._sweep()
 

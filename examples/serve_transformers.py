@@ -67,7 +67,7 @@ class Tenants(ModelManager):
         except PeftLNTuneError as error:
             raise HTTPException(409, f"adapter {name!r} cannot be served: {error}") from error
 
-    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:  # type: ignore[override]
+    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
         names = [self.base, *sorted(path.name for path in self.folder.iterdir() if path.is_dir())]
         return [{"id": name, "object": "model", "owned_by": "", "created": 0} for name in names]
 

@@ -8,5 +8,6 @@
 - `oracles`: slow and obviously right answers.
 - `tolerance`: how far two correct computations of the same result may differ, in roundings of a dtype.
 - `other_kernels`: a plugin under which kernels round as on another machine (`pytest -p tests.other_kernels`).
+- `servers/`: scripts that compare exports with other engines, each run by a target of its own in the Makefile.
 - `peft_suite/`: PEFT's own generic tests, run on our configs.
 """

@@ -178,6 +178,19 @@ def bank_operations() -> list[float]:
     return [count / counted["base"] for counts in counted["operations"].values() for count in counts.values()]
 
 
+def engine_operations(step: int) -> float:
+    """Operations of a step of continuous batching relative to the base engine's, for any number of adapters."""
+    counted = row("continuous_batching", measure="operations")["operations"]
+    [ours] = {own[step] for name, own in counted.items() if name != "base"}
+    return float(ours / counted["base"][step])
+
+
+def engine_processor(arm: str) -> list[float]:
+    """Processor time of continuous batching relative to the base engine's, quartiles."""
+    quartiles: list[float] = row("continuous_batching", measure="time")["arms"][arm]["processor"]["ratio"]
+    return quartiles
+
+
 def tasks_operations(arm: str) -> float:
     """Operations of a step of many tasks with a classifier each, relative to one adapter."""
     counted = row("many_tasks", head="classifier")["operations"]

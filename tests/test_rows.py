@@ -201,12 +201,12 @@ class TestGenerate:
             with pytest.raises(RoutingError, match="but got 2 and 8 respectively"):
                 peft_model(input_ids=ids, adapter_names=["a", "b"])
 
-    def test_continuous_batching_is_refused(self):
+    def test_continuous_batching_is_refused_where_it_would_not_follow(self):
         peft_model = adapt(build("llama"), "a", "b", task_type="CAUSAL_LM")
-        for method in ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
-            with pytest.raises(RoutingError, match="continuous batching"):
+        for method in ("init_continuous_batching", "continuous_batching_context_manager"):
+            with pytest.raises(RoutingError, match="each request names its adapter"):
                 getattr(peft_model, method)([[5, 6]], adapter_names=["a"])
-        with bank_of(peft_model) as bank, bank.route(["a"]), pytest.raises(RoutingError, match="continuous batching"):
+        with ManyTasks(peft_model) as tasks, tasks.route(["a"]), pytest.raises(RoutingError, match="does not follow"):
             peft_model.get_base_model().generate_batch(inputs=[[5, 6]])
 
     def test_names_inside_a_route_are_refused(self):

@@ -3,15 +3,20 @@
 from pathlib import Path
 
 from peft_lntune.cli.models import load_adapted, load_processor
-from peft_lntune.cli.output import new_folder
+from peft_lntune.interop.norm_deltas import NormMerge, folder_of
+from peft_lntune.interop.safetensors_files import is_quantized, merge_into_safetensors, norms_alone
+from peft_lntune.storage.folders import new_folder
+from peft_lntune.storage.saved_adapter import SavedAdapter
 
-__all__ = ["merge_adapter"]
+__all__ = ["merge_adapter", "merge_quantized"]
 
 
 def merge_adapter(adapter: str, out: str | Path, model: str | None = None) -> Path:
     """Merge an adapter into its model, and save the model with its tokenizer or processor.
 
     The tokenizer or processor is the one saved with the adapter, as trainers save it; otherwise that of the model.
+
+    `merge_quantized` is used where it can be.
 
     Args:
         adapter: folder of the adapter.
@@ -27,6 +32,8 @@ def merge_adapter(adapter: str, out: str | Path, model: str | None = None) -> Pa
         AdapterFileError: the adapter is damaged, or from another model.
         UnsupportedError: the adapter has bottlenecks or prefixes, which cannot be merged.
     """
+    if merge_quantized(adapter, out, model) is not None:
+        return Path(out)
     with new_folder(Path(out)) as made:
         adapted = load_adapted(adapter, model)
         config = adapted.peft_config["default"]
@@ -37,3 +44,26 @@ def merge_adapter(adapter: str, out: str | Path, model: str | None = None) -> Pa
         if processor is not None:
             processor.save_pretrained(str(made))
     return Path(out)
+
+
+def merge_quantized(adapter: str, out: str | Path, model: str | None = None) -> NormMerge | None:
+    """Merge an adapter of norms alone into the files of a quantized model. No model is loaded; other bytes are kept.
+
+    Args:
+        adapter: folder of the adapter.
+        out: folder to make; it appears when everything is written.
+        model: folder of the base model; None: the one that the adapter's config names.
+
+    Returns:
+        What was changed; None if the model is not quantized, has no safetensors, or the adapter holds more than deltas
+        of norms. Then nothing was written.
+
+    Raises:
+        ConfigError: `out` exists and is not an empty folder.
+        AdapterFileError: the adapter is damaged, or from another model.
+        UnsupportedError: a tuned tensor is quantized.
+    """
+    base = folder_of(model or SavedAdapter(adapter, {}).own_fields.get("base_model_name_or_path"))
+    if base is None or not is_quantized(base) or not norms_alone(adapter):
+        return None
+    return merge_into_safetensors(adapter, base, out)

@@ -10,7 +10,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from peft_lntune.cli.output import check_new_folder
+from peft_lntune.storage.folders import check_new_folder
 
 __all__ = [
     "Layers",

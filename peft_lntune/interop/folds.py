@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from peft import LoraConfig
+from peft.tuners import tuners_utils
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -179,7 +181,7 @@ def _reason_of_values(fold: Fold) -> str | None:
 
 def _reason_of_linears(fold: Fold, linears: Mapping[str, nn.Module], model: nn.Module, heads: set[str]) -> str | None:
     """Why the linear maps that read a norm cannot take its change."""
-    shifted = bool(fold.shift.any())
+    shifted, lora = bool(fold.shift.any()), LoraConfig()
     for name in fold.consumers:
         if name in heads:
             if shifted and getattr(linears[name], "bias", None) is None:
@@ -187,6 +189,10 @@ def _reason_of_linears(fold: Fold, linears: Mapping[str, nn.Module], model: nn.M
             continue
         if shifted:
             return f"it has a bias, and its change needs a bias on {name} too, which servers of LoRA refuse"
+        try:
+            tuners_utils._check_lora_target_modules_mamba(lora, model, name.rpartition(".")[2])
+        except ValueError:
+            return f"{name}, which reads it, takes no LoRA in PEFT, because fused kernels of this model read its weight"
         weight = getattr(linears[name], "weight", None)
         tied = [n for n, m in model.named_modules() if m is not linears[name] and m._parameters.get("weight") is weight]
         if weight is not None and tied:

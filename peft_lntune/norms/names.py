@@ -10,7 +10,7 @@ from torch import nn
 
 from peft_lntune.core.delta import PARAMETERS
 
-__all__ = ["is_usual", "own_name", "own_parameter", "role_of"]
+__all__ = ["is_usual", "own_name", "own_parameter", "role_of", "spellings"]
 
 # A norm may use other names: then its first parameter is taken for the weight, which a run must confirm.
 _NAMES = {
@@ -77,3 +77,19 @@ def role_of(norm: nn.Module, name: str) -> str:
 def is_usual(name: str) -> bool:
     """Whether a norm's weight or bias often has this name."""
     return any(name == parameter or name in names for parameter, names in _NAMES.items())
+
+
+def spellings(parameter: str) -> tuple[str, ...]:
+    """The usual names of a norm's weight or bias.
+
+    Args:
+        parameter: `"weight"` or `"bias"`.
+
+    Returns:
+        The parameter itself, then its other names.
+
+    Example:
+        >>> spellings("bias")[:3]
+        ('bias', 'shift', 'beta')
+    """
+    return (parameter, *_NAMES[parameter])

@@ -14,7 +14,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["STAGING", "new_file", "put", "staging"]
+__all__ = ["STAGING", "locked", "new_file", "put", "staging"]
 
 STAGING = ".lntune-writing-"
 """Prefix of the names of folders that hold files before they are moved to their places."""
@@ -66,7 +66,7 @@ def staging(folder: Path) -> Iterator[Path]:
         _clear_if_left(entry)
     with ExitStack() as stack:
         made = Path(mkdtemp(dir=folder, prefix=STAGING))
-        while stack.enter_context(_locked(made)) is False or not made.is_dir():
+        while stack.enter_context(locked(made)) is False or not made.is_dir():
             made = Path(mkdtemp(dir=folder, prefix=STAGING))  # another process removed the first before it was locked
         try:
             yield made
@@ -101,7 +101,7 @@ def _usual_mode(folder: Path) -> int:
 
 
 def _clear_if_left(entry: Path) -> None:
-    with _locked(entry) as held:
+    with locked(entry) as held:
         try:
             old = time.time() - entry.stat().st_mtime > _DAY
         except OSError:
@@ -111,13 +111,20 @@ def _clear_if_left(entry: Path) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[bool | None]:
-    """Lock a folder. Yields True; False if another process holds the lock; None if there are no locks."""
+def locked(path: Path) -> Iterator[bool | None]:
+    """Lock a folder or a file inside this context against other calls of this function. The process holds the lock.
+
+    Args:
+        path: the folder or file.
+
+    Yields:
+        True; False if another process holds the lock; None if the path cannot be locked.
+    """
     opened = None
     held: bool | None = None
     if fcntl is not None:
         try:
-            opened = os.open(folder, os.O_RDONLY)
+            opened = os.open(path, os.O_RDONLY)
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held = True
         except OSError as error:

@@ -10,8 +10,8 @@ import pytest
 
 import peft_lntune
 from peft_lntune.cli import main
-from peft_lntune.cli.output import new_folder
 from peft_lntune.errors import AdapterFileError, ConfigError
+from peft_lntune.storage.folders import new_folder
 from tests.cli.saved import refused, run, run_at
 
 ROOT = Path(__file__).parents[2]

@@ -24,6 +24,7 @@ def expected(tuned, prompts=PROMPTS, names=NAMES, **options):
 
 
 class TestGenerateBatch:
+    @pytest.mark.end_to_end
     def test_in_a_route(self):
         tuned, plain, bank = banked()
         options = {"generation_config": generation(), "continuous_batching_config": small()}
@@ -34,7 +35,7 @@ class TestGenerateBatch:
         assert tokens(plain.generate_batch([PROMPT], **options)) == [alone(tuned, PROMPT, "__base__")]
         assert plain.config._attn_implementation == "sdpa"
 
-    @pytest.mark.parametrize("bank_too", [False, True])
+    @pytest.mark.parametrize("bank_too", [pytest.param(False, marks=pytest.mark.end_to_end), True])
     def test_by_adapter_names(self, bank_too):
         tuned = speaking()
         wanted, options = expected(tuned), {"generation_config": generation(), "continuous_batching_config": small()}
@@ -45,6 +46,7 @@ class TestGenerateBatch:
         tuned.set_adapter("b")
         assert tokens(tuned.generate_batch([PROMPT], **options)) == [wanted[1]]  # the active adapter, as before
 
+    @pytest.mark.end_to_end
     def test_masked_adapters(self):
         """The values of masked adapters are scattered into rows."""
         torch.manual_seed(0)
@@ -57,6 +59,7 @@ class TestGenerateBatch:
         found = tokens(tuned.generate_batch([PROMPT, PROMPT], adapter_names=names, **options))
         assert found == expected(tuned, [PROMPT, PROMPT], names)
 
+    @pytest.mark.end_to_end
     def test_return_sequences_keep_their_adapter(self):
         tuned, plain, bank = banked()
         config, prompts = generation(), [PROMPT, PROMPT, [3, 4]]
@@ -67,6 +70,7 @@ class TestGenerateBatch:
         wanted = expected(tuned, prompts, names)
         assert tokens(found) == [each for each in wanted for _ in range(3)]
 
+    @pytest.mark.end_to_end
     def test_prefill_in_pieces_and_a_full_cache(self):
         """Prompts longer than a step are prefilled in several; requests without room are put off and begun again."""
         tuned, plain, bank = banked()
@@ -80,6 +84,7 @@ class TestGenerateBatch:
             )
         assert tokens(found) == expected(tuned, prompts, names, max_new_tokens=12)
 
+    @pytest.mark.end_to_end
     def test_a_persistent_manager(self):
         """What it keeps belongs to each adapter, and a manager of others is not used."""
         tuned, plain, bank = banked()
@@ -99,6 +104,7 @@ class TestGenerateBatch:
         with bank.route("a"), pytest.raises(RoutingError, match="destroy_cached_continuous_batching_manager"):
             plain.generate_batch([PROMPT], **options)
 
+    @pytest.mark.end_to_end
     def test_the_active_adapter_changes_under_a_persistent_manager(self):
         tuned = speaking()
         wanted = [alone(tuned, PROMPT, name) for name in "ab"]
@@ -130,6 +136,7 @@ class TestGenerateBatch:
         with pytest.raises(UnsupportedError, match="a compiled step"):
             plain.init_continuous_batching(continuous_batching_config=small(default_compile_level=1), **options)
 
+    @pytest.mark.end_to_end
     def test_other_modules_than_norms_are_refused(self):
         lora = UnifiedConfig(parts=[LNTuningConfig(), LoraConfig(target_modules=["q_proj"])], task_type="CAUSAL_LM")
         tuned = speaking()
@@ -145,6 +152,7 @@ class TestGenerateBatch:
 
 
 class TestManager:
+    @pytest.mark.end_to_end
     def test_adapters_come_and_go_between_requests(self):
         """A replaced adapter finds no prefix of the old one: https://github.com/vllm-project/vllm/issues/42125."""
         tuned, plain, bank = banked("a", "b", "c")
@@ -162,6 +170,7 @@ class TestManager:
             wanted = [(PROMPT, "c"), (PROMPT, "b"), (PROMPT, "__base__"), ([3, 4], "c")]
             assert results(manager, *ids) == [alone(tuned, *each) for each in wanted]
 
+    @pytest.mark.end_to_end
     def test_a_request_keeps_an_adapter_that_is_removed(self):
         """Its row in the bank is another adapter's by then."""
         tuned, plain, bank = banked("a", "b")
@@ -192,6 +201,7 @@ class TestManager:
         # The first request began before the wrapper was there; blocks have 4 tokens, and the last token is computed.
         assert seen[-5:] == [0, 8, 0, 8, 8]
 
+    @pytest.mark.end_to_end
     def test_names_alike_in_two_banks(self):
         """https://github.com/vllm-project/vllm/issues/30931: a name is no identity."""
         tuned, plain, bank = banked()
@@ -209,6 +219,7 @@ class TestManager:
             )
         assert tokens(first) + tokens(second) == [alone(tuned, PROMPT, name) for name in "ab"]
 
+    @pytest.mark.end_to_end
     def test_routes_wait_for_a_pause(self):
         tuned, plain, bank = banked()
         ids = torch.tensor([PROMPT])
@@ -229,6 +240,7 @@ class TestManager:
             assert results(manager, request) == [alone(tuned, PROMPT, "a")]
         bank.detach()
 
+    @pytest.mark.end_to_end
     def test_an_engine_that_cannot_follow_fails_its_requests(self):
         """A norm that lost its detour would run without adapter."""
         _, plain, bank = banked()
@@ -242,6 +254,7 @@ class TestManager:
         manager.destroy()
         assert bank.names == ["a", "b"]
 
+    @pytest.mark.end_to_end
     def test_nothing_is_left_of_a_removed_adapter(self):
         """Rows that a request holds are let go with it."""
         _, plain, bank = banked()
@@ -255,6 +268,7 @@ class TestManager:
             assert [each.name for each in bank._requests._taken.values()] == ["b"]
 
 
+@pytest.mark.end_to_end
 def test_operations_do_not_depend_on_the_number_of_adapters():
     tuned, plain, bank = banked(*"abcdfghi")
     del tuned
@@ -276,6 +290,7 @@ def test_operations_do_not_depend_on_the_number_of_adapters():
     assert bank.names == list("abcdfghi")
 
 
+@pytest.mark.end_to_end
 def test_forward_passes_of_other_threads_are_refused_while_a_step_runs():
     """They would run in the engine's rows."""
     _, plain, bank = banked()

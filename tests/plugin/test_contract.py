@@ -66,6 +66,9 @@ SAVING = "saving over an older adapter in one step"
 PREFIXES = "prefixes"
 CARDS = "the line `import peft_lntune` in cards that PEFT or push_to_hub write"
 DECAY = "no weight decay of deltas in Trainer"
+CONTINUOUS = "continuous batching with an adapter per request"
+PREFIX_CACHE = "cached prefixes that belong to one adapter"
+ENGINE = "transformers.generation.continuous_batching"
 LORA = "planning/methods/lora.py"
 TUNER, LAYER = "peft.tuners.tuners_utils:BaseTuner", "peft.tuners.tuners_utils:BaseTunerLayer"
 
@@ -92,7 +95,7 @@ OPTIONAL = [
     Name(
         "transformers.configuration_utils:PreTrainedConfig._attn_implementation",
         PREFIXES,
-        ("layers/prefix.py", "plugin/attention.py"),
+        ("layers/prefix.py", "plugin/attention.py", "routing/entries.py"),
     ),
     Name("transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS", PREFIXES, ("architectures/attention.py",)),
     Name("transformers.modeling_utils:AttentionInterface.register", PREFIXES, ("plugin/attention.py",)),
@@ -148,6 +151,7 @@ REQUIRED = [
     Name("peft.tuners.tuners_utils:check_adapters_to_merge", "merging", ("layers/replacing.py",)),
     Name("peft.tuners.tuners_utils:cast_adapter_dtype", "float32 LoRA over a half precision base", ("tuner/model.py",)),
     Name("peft.tuners.tuners_utils:_maybe_include_all_linear_layers", 'LoRA at "all-linear"', (LORA,)),
+    Name("peft.tuners.tuners_utils:_check_lora_target_modules_mamba", "export as LoRA of Mamba", ("interop/folds.py",)),
     Name("peft.tuners.lora:LoraModel._prepare_adapter_config", "LoRA as a part", (LORA,)),
     Name("peft.tuners.lora:LoraModel._check_target_module_exists", "LoRA as a part", (LORA,)),
     Name("peft.tuners.lora:LoraModel._create_and_replace", "LoRA as a part under offloading", (LORA,)),
@@ -172,6 +176,25 @@ REQUIRED = [
             "_remove_unused_columns",
             "_get_collator_with_removed_columns",
         )
+    ),
+    *(
+        Name(f"transformers.generation:ContinuousBatchingManager.{name}", CONTINUOUS, ("continuous/manager.py",))
+        for name in ("_create_batch_processor", "_generation_step", "add_request", "add_requests", "start")
+    ),
+    *(
+        Name(f"{ENGINE}.cache:PagedAttentionCache.{name}", PREFIX_CACHE, ("continuous/prefixes.py",))
+        for name in ("search_prefix_match", "mark_complete_blocks")
+    ),
+    Name(f"{ENGINE}.cache:PagedAttentionCache.evict_cached_blocks", PREFIX_CACHE, ("tuner/continuous.py",)),
+    Name(
+        f"{ENGINE}.continuous_api:ContinuousMixin.init_continuous_batching",
+        CONTINUOUS,
+        ("bank/continuous.py", "continuous/manager.py"),
+    ),
+    Name(
+        f"{ENGINE}.continuous_api:ContinuousMixin.generate_batch",
+        CONTINUOUS,
+        ("bank/continuous.py", "tuner/continuous.py"),
     ),
     *(
         Name(f"peft.utils.merge_utils:{name}", "add_weighted_adapter", ("planning/methods/deltas.py",))
@@ -366,3 +389,21 @@ def test_no_private_name_is_imported() -> None:
         for alias in node.names
     }
     assert {name for name in imported if name[1].startswith("_")} == set()
+
+
+# What is set on the engine's objects at run time, and cannot be looked up on a class.
+
+
+def test_a_request_and_a_batch_have_what_the_engine_is_asked_for() -> None:
+    requests = importlib.import_module(f"{ENGINE}.requests")
+    state = requests.RequestState("request", [1, 2], logit_processor_kwargs={"adapter": 3})
+    assert state.fork("child").logit_processor_kwargs == {"adapter": 3}
+    assert state.create_equivalent_initial_request().logit_processor_kwargs == {"adapter": 3}
+    assert {"state", "query_length"} <= set(requests.FutureRequestState.__slots__)
+    processors = importlib.import_module(f"{ENGINE}.cb_logits_processors")
+    processor = processors.ContinuousBatchingLogitsProcessorList(transformers.LogitsProcessorList())
+    processor.supported_keys["adapter"] = int
+    processor.check_kwargs({"adapter": 3})
+    source = inspect.getsource(importlib.import_module(f"{ENGINE}.input_outputs"))
+    for name in ("requests_in_batch", "io_pairs", "current_pair", "host_io"):
+        assert f"self.{name} = " in source or f"{name}: " in source, name

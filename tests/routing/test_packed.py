@@ -37,7 +37,14 @@ def one_by_one(run, names=NAMES):
 @pytest.mark.parametrize("way", WAYS)
 class TestPackedRows:
     # Heads before tokens in q_norm, scaled weights, two norms around each sub-layer, norms of queries, LayerNorm.
-    @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "olmo2", "cohere", "gpt-neox"])
+    @pytest.mark.parametrize(
+        "family",
+        [
+            "qwen3",
+            *(pytest.param(name, marks=pytest.mark.end_to_end) for name in ("llama", "gemma2", "olmo2", "cohere")),
+            pytest.param("gpt-neox", marks=pytest.mark.end_to_end),
+        ],
+    )
     def test_each_sequence_as_alone(self, way, family):
         with routing(way, adapt(build(family), "a", "b")) as run, torch.no_grad():
             wanted = one_by_one(run)

@@ -18,10 +18,17 @@ def command(adapter: str, out: Path, model: str | None) -> None:
     The result is a plain model that loads without PEFT and without this package. Adapters with bottlenecks or prefixes
     cannot be merged, and are refused.
 
+    If the model is quantized (AWQ, GPTQ, FP8, bitsandbytes, ...) and the adapter holds norms alone, no model is loaded:
+    the deltas are added to the norms in the safetensors files, and every other byte is copied.
+
     \b
     Example:
       peft-lntune merge ./my-adapter ./my-model --model ./bert-base
     """
-    from peft_lntune.cli.merge import merge_adapter
+    from peft_lntune.cli.merge import merge_adapter, merge_quantized
 
-    click.echo(f"The merged model is in {merge_adapter(adapter, out, model)}.")
+    changed = merge_quantized(adapter, out, model)
+    if changed is None:
+        click.echo(f"The merged model is in {merge_adapter(adapter, out, model)}.")
+    else:
+        click.echo(f"The merged model is in {out}.\n{changed}")
