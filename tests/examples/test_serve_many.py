@@ -127,19 +127,24 @@ def running(folder, model, logs, *options):
     command = [sys.executable, "examples/serve_many.py", "--adapters", folder, "--model", model, "--log-dir", logs]
     ports = ["--port", str(port), "--metrics-port", str(metrics_port)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with (logs.parent / "console.txt").open("w") as console:
-        process = subprocess.Popen(
-            [*map(str, command), *ports, *options], cwd=ROOT, env=environment, stdout=console, stderr=console
-        )
-    server = Server(process, port, metrics_port, logs)
-
-    def ready():
-        assert process.poll() is None, console.name
-        with suppress(OSError, ValueError, http.client.HTTPException):  # nothing there, or a proxy without the app
-            return server("GET", "/readyz") == (200, {"status": "ok"})
-
     try:
-        until(ready, 240)
+        for _ in range(3):  # Ray gives a node thirty seconds to start, which a busy machine may exceed
+            with (logs.parent / "console.txt").open("w") as console:
+                process = subprocess.Popen(
+                    [*map(str, command), *ports, *options], cwd=ROOT, env=environment, stdout=console, stderr=console
+                )
+            server = Server(process, port, metrics_port, logs)
+
+            def up(server=server):
+                # Nothing listens yet, or a proxy that knows no application.
+                with suppress(OSError, ValueError, http.client.HTTPException):
+                    return server("GET", "/readyz") == (200, {"status": "ok"}) or server.process.poll() is not None
+                return server.process.poll() is not None
+
+            until(up, 240)
+            if process.poll() is None or "timed out during startup" not in Path(console.name).read_text():
+                break
+        assert process.poll() is None, console.name
         yield server
     finally:
         if process.poll() is None:
