@@ -173,6 +173,7 @@ def test_a_loaded_adapter_that_becomes_a_link_out_of_the_folder_is_let_go(at):
     at.use("french")
     (at.folder / "french").rename(at.folder.parent / "elsewhere")
     (at.folder / "french").symlink_to(at.folder.parent / "elsewhere")
+    at.put("french", "two")  # through the link
     at.store.refresh()
     at.refused("french", 400, "is no task")
 
@@ -183,6 +184,7 @@ def test_a_bad_adapter_is_remembered_until_it_changes(at, reads, caplog, monkeyp
     at.cut("french")
     for _ in range(3):
         at.refused("french", 500, "the adapter of 'french' cannot be used")
+        at.store.load("french")  # as a request does that waited for the first one's reading
         at.store.refresh()
     assert reads == ["french"]
     assert at.store.bad == ["french"]
