@@ -107,6 +107,14 @@ def warmup_from_zero() -> Report:
     return train(model, optimizer, schedule=warmup)
 
 
+def warmup_over_bfloat16() -> Report:
+    """Nothing moves yet, but the rate that the schedule comes to is large enough."""
+    model = net(torch.bfloat16)
+    optimizer = adam(model.parameters(), 2e-2)
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 1000)
+    return train(model, optimizer, schedule=warmup)
+
+
 def scaler_that_finds_its_scale() -> Report:
     model = net()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-20)
@@ -160,6 +168,7 @@ TUNED = {
     gradient_accumulation: 4,
     autocast: 4,
     warmup_from_zero: 4,
+    warmup_over_bfloat16: 4,
     scaler_that_finds_its_scale: 4,
     batch_norm: 4,
     zero_head_at_the_start: 4,
