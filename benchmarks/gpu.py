@@ -36,7 +36,7 @@ from benchmarks.harness.rows import Cell, Row, Rows
 from benchmarks.harness.runner import RESULTS
 from benchmarks.on_gpu.plan import MINUTES, PARTS, START, Part, cells_of, deadlines, find_part
 from benchmarks.on_gpu.report import said, write_report
-from benchmarks.on_gpu.worker import Worker
+from benchmarks.on_gpu.worker import DeviceError, Worker
 
 PASSED, UNKNOWN = "passed", "unknown"
 CLOSING = 5.0  # seconds that are kept for the page
@@ -53,7 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     failed = 0
     if not options.report:
-        failed = _run(rows, parts, protocol, options)
+        try:
+            failed = _run(rows, parts, protocol, options)
+        except DeviceError as error:  # the rows there are still make a page
+            print(f"stopped: {error}")
+            failed = 1
     if not write_report(rows, options.results, protocol):
         print(f"No rows of the protocol {protocol!r} in {rows.path.name}, so no page was written.")
     return failed

@@ -36,10 +36,12 @@ def run_cell(cell: Cell, bench: Bench) -> Row:
     with _only(kernel):
         try:
             found = logits(tuned, {key: value[:1] for key, value in inputs.items()})
-        except RuntimeError as error:
-            if "kernel" not in str(error).lower():
+        except RuntimeError as refusal:
+            if "kernel" not in str(refusal).lower():
                 raise
-            raise SkippedError(f"torch's flash kernel does not take a prefix: {str(error).splitlines()[0]}") from error
+            raise SkippedError(
+                f"torch's flash kernel does not take a prefix: {str(refusal).splitlines()[0]}"
+            ) from refusal
         wide: Any = get_peft_model(bench.model(MODEL, "float32", attention="eager"), config).eval()
         wide.base_model.model.load_state_dict(tuned.base_model.model.state_dict())
         with sdpa_kernel(SDPBackend.MATH):

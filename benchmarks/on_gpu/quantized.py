@@ -92,5 +92,5 @@ def _same_norms(plain: nn.Module, quantized: nn.Module) -> None:
     if list(wanted) != list(found):
         raise AssertionError(f"norms of the quantized base: {list(found)}; of the plain one: {list(wanted)}")
     for name in wanted:
-        if not torch.equal(plain.get_submodule(name).weight, quantized.get_submodule(name).weight):
+        if not torch.equal(plain.get_parameter(f"{name}.weight"), quantized.get_parameter(f"{name}.weight")):
             raise AssertionError(f"{name}: the quantizer changed this norm")

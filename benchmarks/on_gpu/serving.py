@@ -10,14 +10,16 @@ from torch import Tensor
 from benchmarks.harness.arms import find_arm
 from benchmarks.harness.costs import in_turns
 from benchmarks.harness.made import made_inputs
-from benchmarks.harness.mixed import mixed_call
+from benchmarks.harness.mixed import add_copies, mixed_call
 from benchmarks.harness.rows import Cell, Row
 from benchmarks.harness.timing import Call
 from benchmarks.on_gpu.bench import Bench
+from benchmarks.on_gpu.shapes import shape_of
 from peft_lntune import AdapterBank, LNTuningConfig
 
 MODEL = "llama-3.2-1b"
 DECODED = ("base", "base again", "ln", "stock-ln", "lora", "road")
+COMPILED = ("base", "base again", "ln", "lora")
 COMPILED_LAYERS = 8  # compiling all sixteen, once per arm, would take a third of the time
 
 
@@ -33,8 +35,8 @@ def decoding(cell: Cell, bench: Bench) -> Row:
         settings = {"mode": "default", "fullgraph": False, **bench.compiler}
         options |= {"cache_implementation": "static", "compile_config": CompileConfig(**settings)}
     calls: dict[str, Call] = {}
-    for arm in DECODED[:3] + ("lora",) if compiled else DECODED:
-        model = bench.model(MODEL, "bfloat16", layers=layers)
+    for arm in COMPILED if compiled else DECODED:
+        model: Any = bench.model(MODEL, "bfloat16", layers=layers)
         kind = arm.removesuffix(" again")
         model = (model if kind == "base" else find_arm(kind).tune(model)).to(bench.device).eval()
         if compiled and bench.device.type != "cuda":
@@ -46,22 +48,24 @@ def decoding(cell: Cell, bench: Bench) -> Row:
 
 def tenants(cell: Cell, bench: Bench) -> Row:
     """Time rows of one token, as in decoding, each row with one of so many adapters."""
-    count, rows = cell["tenants"], bench.size(256, 8)
+    rows = bench.size(256, 8)
+    count = min(cell["tenants"], rows)
     inputs = made_inputs(rows, 1, bench.device)
     plain = bench.keep("base", lambda: bench.model(MODEL, "bfloat16"))
     base = torch.no_grad()(lambda: plain(**inputs))
     served, bank = bench.keep("bank", lambda: filled(bench, bench.size(256, 8)))
     calls: dict[str, Call] = {"base": base, "base again": base, "bank": routed(bank, served, inputs, count)}
     for arm in ("ln", "lora"):
-        peer = bench.keep(arm, lambda arm=arm: find_arm(arm).tune(bench.model(MODEL, "bfloat16")).to(bench.device))
-        calls[arm] = mixed_call(peer, count, inputs)
+        peer = bench.keep(arm, partial(_tuned, bench, arm))
+        calls[arm] = _mixed(peer, count, inputs)
     arms = in_turns(calls, bench.rounds, bench.device, box=0.5 * bench.box, warm_up=2)
-    return {"arms": arms, "rows": rows, "tokens": 1, "bank": len(bank.names)}
+    return {"arms": arms, "rows": rows, "tokens": 1, "distinct": count, "bank": len(bank.names)}
 
 
 def compiled_tenants(cell: Cell, bench: Bench) -> Row:
     """Time the same rows, eager and compiled, by base and bank, and by PEFT's LoRA where its graph can be compiled."""
-    count, rows = cell["tenants"], bench.size(256, 8)
+    rows = bench.size(256, 8)
+    count = min(cell["tenants"], rows)
     inputs = made_inputs(rows, 1, bench.device)
     plain = bench.keep("base", lambda: bench.model(MODEL, "bfloat16", layers=COMPILED_LAYERS))
     served, bank = bench.keep("bank", lambda: filled(bench, bench.size(256, 8), COMPILED_LAYERS))
@@ -77,12 +81,27 @@ def compiled_tenants(cell: Cell, bench: Bench) -> Row:
         "bank, eager": routed(bank, served, inputs, count),
     }
     if cell["arm"] == "lora":
-        peer = find_arm("lora").tune(bench.model(MODEL, "bfloat16", layers=COMPILED_LAYERS)).to(bench.device)
-        mixed_call(peer, count, inputs)  # adds the adapters
+        peer = _tuned(bench, "lora", COMPILED_LAYERS)
+        calls["lora, eager"] = _mixed(peer, count, inputs)
         calls["lora, compiled"] = mixed_call(_Compiled(peer, bench.compiler), count, inputs)
-        calls["lora, eager"] = mixed_call(peer, count, inputs)
     arms = in_turns(calls, bench.rounds, bench.device, box=0.5 * bench.box, warm_up=3)
-    return {"arms": arms, "rows": rows, "tokens": 1, "bank": len(bank.names), "layers": _layers(bench, COMPILED_LAYERS)}
+    return {
+        "arms": arms,
+        "rows": rows,
+        "tokens": 1,
+        "distinct": count,
+        "bank": len(bank.names),
+        "layers": _layers(bench, COMPILED_LAYERS),
+    }
+
+
+def _tuned(bench: Bench, arm: str, layers: int | None = None) -> Any:
+    return find_arm(arm).tune(bench.model(MODEL, "bfloat16", layers=layers)).to(bench.device)
+
+
+def _mixed(peer: Any, count: int, inputs: dict[str, Tensor]) -> Call:
+    add_copies(peer, [f"tenant{number}" for number in range(count)])  # the names that `mixed_call` uses
+    return mixed_call(peer, count, inputs)
 
 
 class _Compiled:
@@ -121,6 +140,4 @@ def routed(bank: AdapterBank, model: Any, inputs: dict[str, Tensor], count: int)
 
 
 def _layers(bench: Bench, layers: int | None) -> int:
-    from benchmarks.on_gpu.shapes import shape_of
-
     return int(shape_of(MODEL, bench.small, layers).num_hidden_layers)

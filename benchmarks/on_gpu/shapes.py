@@ -67,8 +67,8 @@ SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     ),
 }
 # What `--small` makes of each: the same classes, for a CPU and for tests.
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-SMALL_DECODER = {"vocab_size": 256, "num_key_value_heads": 2, "head_dim": 8}
+SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL_DECODER = {"vocab_size": 256, "num_key_value_heads": 4, "head_dim": 16}
 ENCODERS = ("minilm", "bert-large")
 
 

@@ -27,6 +27,10 @@ OPTIONAL = ("triton", "torchao", "bitsandbytes", "flash-attn")
 LONGEST = 300  # characters of a reason: messages of compilers are pages long
 
 
+class DeviceError(RuntimeError):
+    """The process that uses the device does not start."""
+
+
 class Worker:
     """A process that measures one cell after the other.
 
@@ -51,7 +55,7 @@ class Worker:
         """Start a process, if none is running, and wait until it has imported everything.
 
         Raises:
-            RuntimeError: it is not ready in time, or has ended.
+            DeviceError: it is not ready in time, or has ended.
         """
         if self._process is not None:
             return
@@ -63,7 +67,7 @@ class Worker:
         answer = self._receive(seconds)
         if not isinstance(answer, dict) or "about" not in answer:
             self.kill()
-            raise RuntimeError(
+            raise DeviceError(
                 f"The process that uses {self._arguments[0]} was not ready after {seconds:.0f} s. Its error is above."
             )
         self.about = answer["about"]
