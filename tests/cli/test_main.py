@@ -34,7 +34,17 @@ def test_as_a_module(monkeypatch, capsys):
 
 
 def test_one_command_a_file():
-    assert list(main.commands) == ["plan", "fisher", "change", "closeness", "magnitude", "inspect", "merge", "export"]
+    assert list(main.commands) == [
+        "plan",
+        "fisher",
+        "change",
+        "closeness",
+        "magnitude",
+        "doctor",
+        "inspect",
+        "merge",
+        "export",
+    ]
     for name, command in main.commands.items():
         assert importlib.import_module(f"peft_lntune.cli.commands.{name}").command is command
 
