@@ -9,6 +9,7 @@ from torch import Tensor
 from peft_lntune.analysis import Checkpoint
 from peft_lntune.doctor import Report, compare_norms
 from peft_lntune.errors import AdapterFileError
+from peft_lntune.interop.peft_ln_tuning import CONTAINER
 from peft_lntune.interop.trainer_checkpoints import STATE_FILE
 from peft_lntune.storage.adapter_file import CONFIG_FILE, WEIGHTS_FILE
 from peft_lntune.storage.packing import PACKED, ROOT
@@ -75,7 +76,11 @@ def _opened(path: str) -> Mapping[str, Tensor] | str:
     if not (folder / WEIGHTS_FILE).is_file():
         raise AdapterFileError(f"{path} holds a config, but no {WEIGHTS_FILE}. Save the adapter as safetensors.")
     stored = Checkpoint(folder / WEIGHTS_FILE)
-    tensors = {name.removeprefix(ROOT): stored[name] for name in stored if stored.facts[name].floating}
+    tensors = {
+        name.removeprefix(ROOT).replace(f".{CONTAINER}.", "."): stored[name]
+        for name in stored
+        if stored.facts[name].floating
+    }
     values = tensors.pop(f"{PACKED}.weight", None)
     if values is None:
         return tensors

@@ -31,7 +31,7 @@ def command(before: str, after: str, learning_rate: float | None, as_json: bool,
     \b
     Examples:
       peft-lntune doctor ./llama ./run/checkpoint-500
-      peft-lntune doctor ./run/checkpoint-100 ./run/checkpoint-500 --learning-rate 1e-4
+      peft-lntune doctor ./run/step-100 ./run/step-500 --learning-rate 1e-4
     """
     from peft_lntune.cli.doctor import examine_checkpoints
     from peft_lntune.cli.printing import print_result, write_files
