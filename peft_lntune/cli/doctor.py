@@ -76,11 +76,8 @@ def _opened(path: str) -> Mapping[str, Tensor] | str:
     if not (folder / WEIGHTS_FILE).is_file():
         raise AdapterFileError(f"{path} holds a config, but no {WEIGHTS_FILE}. Save the adapter as safetensors.")
     stored = Checkpoint(folder / WEIGHTS_FILE)
-    tensors = {
-        name.removeprefix(ROOT).replace(f".{CONTAINER}.", "."): stored[name]
-        for name in stored
-        if stored.facts[name].floating
-    }
+    floating = [name for name in stored if stored.facts[name].floating]
+    tensors = {name.removeprefix(ROOT).replace(f".{CONTAINER}.", "."): stored[name] for name in floating}
     values = tensors.pop(f"{PACKED}.weight", None)
     if values is None:
         return tensors

@@ -77,8 +77,9 @@ class NormWatch:
         self._groups = _by_kind([self.parameters[number] for number in self._seen])
         self._start = [_joined([found.tensor for found in group]) for group in self._groups]
         self._facts = [{name: torch.zeros(len(group)) for name in _FACTS} for group in self._groups]
-        sizes = [torch.tensor([local(found.tensor).numel() for found in group]) for group in self._groups]
-        self._segments = [torch.repeat_interleave(torch.arange(len(its)), its) for its in sizes]
+        sizes = [[local(found.tensor).numel() for found in group] for group in self._groups]
+        self._segments = [torch.repeat_interleave(torch.arange(len(its)), torch.tensor(its)) for its in sizes]
+        self._starts = [joined.split(its) for joined, its in zip(self._start, sizes, strict=True)]
         self._rates: dict[int, float] = {}
         self._peaks: dict[int, float] = {}
         self._before: list[Tensor] | None = None
@@ -229,12 +230,13 @@ class NormWatch:
             value = float(facts[name][number])
             setattr(record, name, value if name == "gradient" else int(value))
         record.learning_rate, record.peak = self._rates.get(key), self._peaks.get(key)
-        first = self._start[group][self._segments[group] == number]
+        first = self._starts[group][number]
         now = local(tensor).reshape(-1).to("cpu", copy=True)
         record.finite = bool(now.isfinite().all())
         seen = movement_between(first, now)
         record.moved, record.one_way, record.inwards = seen.moved, seen.one_way, seen.inwards
-        record.shrank = shrinks_alike(first, now) if record.finite and record.role == "weight" else None
+        if record.finite and record.weight_decay > 0:
+            record.shrank = shrinks_alike(first, now)
         record.spacing = float(spacing(first).median())
         if key not in held.groups or has_master(self.optimizer, tensor):
             return

@@ -25,7 +25,7 @@ from peft_lntune.storage.packing import ROOT
 from peft_lntune.storage.saving import new_adapters
 from peft_lntune.tuner.restoring import restored_on_error, told_by_us
 
-__all__ = ["from_stock", "to_stock"]
+__all__ = ["CONTAINER", "from_stock", "to_stock"]
 
 CONTAINER = "ln_tuning_layers"
 _DIGEST = "peft_lntune_digest"  # key in the metadata of the weight file, which PEFT does not read

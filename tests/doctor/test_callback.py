@@ -59,6 +59,7 @@ def test_a_fault_is_said_early_and_once(tmp_path: Path, caplog: pytest.LogCaptur
     assert all(name.endswith("LayerNorm.weight") for name in doctor.report.findings[0].parameters)
 
 
+@pytest.mark.end_to_end
 def test_ours_over_the_same_model_is_sound(tmp_path: Path) -> None:
     doctor = NormDoctor(every=4)
     model = get_peft_model(classifier(torch.bfloat16), LNTuningConfig(task_type="SEQ_CLS"))
@@ -102,7 +103,6 @@ SOUND: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "full, adafactor": (classifier, {"optim": "adafactor"}),
     "full, bfloat16 at a large rate": (lambda: classifier(torch.bfloat16), {"learning_rate": 2e-2}),
     "lora and norms": (lambda: lora(classifier()), {}),
-    "lora and norms over bfloat16": (lambda: lora(classifier(torch.bfloat16)), {"learning_rate": 1e-4}),
     "lora alone": (lambda: lora_alone(classifier(torch.bfloat16)), {}),
     "unified": (lambda: unified(classifier()), {}),
 }
@@ -116,6 +116,15 @@ def test_a_sound_run_of_trainer_is_not_accused(name: str, tmp_path: Path) -> Non
     fit(make(), tmp_path, doctor, **options)
     assert kinds(doctor) == set(), doctor.report
     assert bool(doctor.report.tuned) == (name != "lora alone")
+
+
+@pytest.mark.end_to_end
+def test_copies_in_modules_to_save_over_bfloat16(tmp_path: Path) -> None:
+    """PEFT trains LoRA's own matrices in float32, and copies of norms in the dtype of the model."""
+    doctor = NormDoctor(every=5)
+    fit(lora(classifier(torch.bfloat16)), tmp_path, doctor, learning_rate=1e-4)
+    assert kinds(doctor) == {"too_coarse"}
+    assert all("modules_to_save" in name for name in doctor.report.findings[0].parameters)
 
 
 @pytest.mark.end_to_end
@@ -192,11 +201,13 @@ def test_it_takes_at_most_a_hundredth_of_the_time(tmp_path: Path) -> None:
     for name in ("on_pre_optimizer_step", "on_optimizer_step"):
         setattr(doctor, name, timed(getattr(doctor, name)))
     begin = perf_counter()
-    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6}
-    fit(classifier(**sizes), tmp_path, doctor, rows(64, 64), max_steps=200, per_device_train_batch_size=16)
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4}
+    fit(classifier(**sizes), tmp_path, doctor, rows(64, 64), max_steps=200, per_device_train_batch_size=8)
+    share = spent / (perf_counter() - begin)
     assert doctor.report is not None
     assert doctor.report.looks == 9
-    assert spent < 0.01 * (perf_counter() - begin)
+    print(f"share of the time: {share:.5f}")
+    assert share < 0.01
 
 
 def test_parameters_replaced_in_the_run_are_found_again() -> None:
