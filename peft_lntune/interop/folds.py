@@ -193,7 +193,8 @@ def _owners(model: nn.Module) -> dict[nn.Parameter, dict[nn.Module, str]]:
 def _is_for_experts(name: str, model: nn.Module) -> bool:
     """Whether PEFT takes this target for one of the experts, which transformers 5 fuses into one parameter.
 
-    It goes by the last name, so it takes a dense layer or a shared expert of such a model for one too.
+    It goes by the last name, so it takes a dense layer or a shared expert of such a model for one too
+    (huggingface/peft#3711).
     """
     config = LoraConfig(target_modules=[name])
     try:

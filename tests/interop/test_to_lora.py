@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers as hf
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -188,15 +189,23 @@ def deny(ours: Any, folder: Path, match: str, **options: Any) -> None:
         (cases.FAMILIES["gpt-neox"].model, "has a bias, and its change needs a bias on .*query_key_value too"),
         (cases.FAMILIES["mamba2"].model, "mixer.norm: .*mixer.out_proj, which reads it, takes no LoRA in PEFT"),
         (cases.FAMILIES["bert"].model, "embeddings.LayerNorm: its output is also read by add"),
-        (
-            causal("Glm4Moe", head_dim=8, n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=8),
-            r"layers.0.post_attention_layernorm: model.layers.0.mlp.gate_proj, which reads it, .* on the fused experts",
-        ),
     ],
-    ids=["qk", "post-norm", "tied", "experts", "bias", "mamba", "embedding", "dense-layer-of-experts"],
+    ids=["qk", "post-norm", "tied", "experts", "bias", "mamba", "embedding"],
 )
 def test_what_cannot_be_folded_is_refused(model: Callable[[], nn.Module], reason: str, tmp_path: Path) -> None:
     deny(tune(build(Served(model))), tmp_path, reason)
+
+
+def test_a_dense_layer_of_a_model_with_experts(tmp_path: Path) -> None:
+    """PEFT takes its `gate_proj` for that of the experts, and would leave its LoRA out (huggingface/peft#3711)."""
+    options = {"n_routed_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+    ours = tune(build(Served(causal("Glm4Moe", head_dim=8, **options))), roles=["ffn"])
+    dense = "model.layers.0.mlp.gate_proj"
+    lora = LoraConfig(target_modules=[dense, dense.replace("gate", "up")])
+    convert_peft_config_for_transformers(lora, ours.get_base_model(), None)
+    if dense in lora.target_modules:
+        pytest.skip("this version of PEFT leaves targets of dense layers as they are")
+    deny(ours, tmp_path, f"layers.0.post_attention_layernorm: {dense}, which reads it, .* on the fused experts")
 
 
 def test_a_gain_of_zero(tmp_path: Path) -> None:
