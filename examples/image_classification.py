@@ -20,10 +20,11 @@ from methods import HEAD_LR, find_head
 from metrics import score
 from peft import PeftModel, get_peft_model
 from task_data import entropy, errors_as_text, metrics_of
-from training import ProgressBar, TwoRates, check_equal, quiet, warn_of_chance
+from training import ProgressBar, check_equal, head_rate, quiet, warn_of_chance
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
+    Trainer,
     TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
@@ -64,7 +65,7 @@ def collator(processor: Any) -> Callable[[list[dict]], dict]:
     return collate
 
 
-def make_trainer(args: argparse.Namespace, model: Any, parts: dict, processor: Any) -> TwoRates:
+def make_trainer(args: argparse.Namespace, model: Any, parts: dict, processor: Any) -> Trainer:
     """Trainer as for any model, with a learning rate of its own for the head."""
     counts = np.bincount(parts["train"]["label"][:], minlength=len(parts["train"].features["label"].names))
     kind = metrics_of(counts)
@@ -83,7 +84,7 @@ def make_trainer(args: argparse.Namespace, model: Any, parts: dict, processor: A
         dataloader_pin_memory=torch.cuda.is_available(),
         label_names=["labels"],
     )
-    trainer = TwoRates(
+    trainer = Trainer(
         model,
         arguments,
         data_collator=collator(processor),
@@ -91,8 +92,8 @@ def make_trainer(args: argparse.Namespace, model: Any, parts: dict, processor: A
         eval_dataset=parts["validation"],
         compute_metrics=lambda found: score(kind, found.predictions.argmax(-1).tolist(), found.label_ids.tolist()),
         callbacks=[ProgressBar("ln")],
+        optimizer_cls_and_kwargs=head_rate(arguments, model, args.head_learning_rate),
     )
-    trainer.head_lr = args.head_learning_rate
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 

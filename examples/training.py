@@ -19,7 +19,7 @@ import numpy as np
 import peft
 import torch
 import transformers
-from methods import HEAD_LR, METHODS, count_head, is_head
+from methods import HEAD_LR, METHODS, count_head, find_head
 from safetensors.torch import load_file, save_file
 from task_data import say
 from torch import nn
@@ -29,6 +29,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from peft_lntune.analysis import Table
 from peft_lntune.errors import DataError, PeftLNTuneError
 from peft_lntune.interop import last_whole_checkpoint
+from peft_lntune.tuner.parameter_groups import grouped_optimizer
 
 SAVE_EVERY = 200  # steps between checkpoints, from which --resume continues
 
@@ -139,24 +140,11 @@ def load_base(task: Task, model: str, seed: int = 0) -> PreTrainedModel:
     return base
 
 
-class TwoRates(Trainer):
-    """Trainer with a learning rate of its own for the head."""
-
-    head_lr = HEAD_LR
-    optimizer: Any
-
-    def create_optimizer(self, model=None):
-        """AdamW without weight decay."""
-        if self.optimizer is None:
-            of_head = is_head(model or self.model)
-            groups: dict[float, list[nn.Parameter]] = {}
-            for name, parameter in (model or self.model).named_parameters():
-                if parameter.requires_grad:
-                    groups.setdefault(self.head_lr if of_head(name) else self.args.learning_rate, []).append(parameter)
-            self.optimizer = torch.optim.AdamW(
-                [{"params": group, "lr": rate} for rate, group in groups.items()], weight_decay=0.0
-            )
-        return self.optimizer
+def head_rate(args: TrainingArguments, model: nn.Module, head_lr: float) -> Any:
+    """What Trainer takes as `optimizer_cls_and_kwargs`, so that the head has a learning rate of its own."""
+    # An adapter says in modules_to_save what its head is.
+    heads = [] if isinstance(model, peft.PeftModel) else find_head(model)
+    return grouped_optimizer(args, head_lr=head_lr, heads=heads)
 
 
 def make_trainer(run: Run, model: nn.Module, task: Task, folder: Path | None = None) -> Trainer:
@@ -181,14 +169,14 @@ def make_trainer(run: Run, model: nn.Module, task: Task, folder: Path | None = N
         dataloader_pin_memory=torch.cuda.is_available(),
         label_names=["labels"],
     )
-    trainer = TwoRates(
+    trainer = Trainer(
         model,
         args,
         data_collator=task.collator,
         train_dataset=task.train,
         callbacks=[ProgressBar(run.method)],
+        optimizer_cls_and_kwargs=head_rate(args, model, run.head_lr),
     )
-    trainer.head_lr = run.head_lr
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_lntune.core.groups import HEAD, Member, group_members
 from peft_lntune.errors import ConfigError
 from peft_lntune.tasks.parameters import TaskParameters
 
 __all__ = ["TaskOptimizer", "clip_rows_"]
+
+_NORMS = "ln"
 
 
 @dataclass(eq=False)
@@ -71,21 +74,17 @@ class TaskOptimizer:
                 if each.owns(number, slot)
             }
             rate = _own(head_lr, name)
-            groups = [
-                {
-                    "params": [
-                        row
-                        for key, row in rows.items()
-                        if (key in free, key[0] > 0 and rate is not None) == (decays_not, of_head)
-                    ],
-                    **({"weight_decay": 0.0} if decays_not else {}),
-                    **({"lr": rate} if of_head else {}),
-                }
-                for of_head in (False, True)  # the norms first: their rate is what `learning_rates` gives
-                for decays_not in (False, True)
-            ]
+            groups = group_members(
+                (
+                    # Without a rate of their own, heads are in the groups of the norms.
+                    Member(name, row, HEAD if key[0] > 0 and rate is not None else _NORMS, decays=key not in free)
+                    for key, row in rows.items()
+                ),
+                {_NORMS: None, HEAD: rate},  # the norms first: their rate is what `learning_rates` gives
+                {_NORMS: None, HEAD: None},
+            )
             own = {key: _own(value, name) for key, value in options.items()}
-            optimizer = optimizer_class([group for group in groups if group["params"]], **own)
+            optimizer = optimizer_class(groups, **own)
             self._tasks[name] = _Task(optimizer, None, rows)
 
     def set_schedule(self, schedule: Any) -> None:

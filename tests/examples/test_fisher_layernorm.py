@@ -18,7 +18,9 @@ def test_fisher_layernorm(tiny_bert, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fisher_layernorm, "warn_of_chance", lambda *arguments: told.append(arguments))
     main([*options, "--density", "0.25", "--head-learning-rate", "0.02"])
     ((_, rate, chance, trainer),) = told
-    assert (rate, trainer.head_lr) == (1e-3, 0.02)
+    rates = {group["name"].partition(" ")[0]: group["initial_lr"] for group in trainer.optimizer.param_groups}
+    assert rate == rates["fisher-ln.weight"] == rates["fisher-ln.bias"] == 1e-3
+    assert rates["head"] == 0.02
     assert chance == pytest.approx(np.log(2), abs=0.01)  # half of the demo's sentences praise
     printed = capsys.readouterr().out
     assert "40 of 160" in printed  # 5 norms of 16, weight and bias

@@ -156,7 +156,7 @@ def command(
       peft-lntune fisher --model ./bert-base --data pairs.csv \\
         --text-column premise --text-column hypothesis
       peft-lntune fisher --model ./bert-base --score magnitude
-      peft-lntune fisher --model ./llm --data train.jsonl --density 1 --max-per-norm 64
+      peft-lntune fisher --model ./llm --data train.jsonl --max-per-norm 64
     """
     import inspect
 
