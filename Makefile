@@ -21,7 +21,7 @@ demo: $(VENV)/.examples  ## tune a real pretrained encoder through its LayerNorm
 
 test: lint types unit  ## lint, types, tests, the README's code and the quick examples
 
-test-full: test $(VENV)/.docs  ## also what takes long: whole runs, every family, compiled models, PEFT's own generic test suite
+test-full: test $(VENV)/.docs $(VENV)/.serve  ## also what takes long: whole runs, every family, compiled models, PEFT's own generic test suite
 	$(OFFLINE) $(BIN)/python -m pytest -m "full or end_to_end"
 
 # torch's older wheels for Linux bring CUDA: some 5 GB. The unit tests alone: linters and types are the newest's.
@@ -71,6 +71,10 @@ $(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.docs: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
+$(VENV)/.serve: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serve]'
 	@touch $@
 
 $(OLDEST)/.test: pyproject.toml constraints-oldest.txt

@@ -20,7 +20,7 @@ FLOORS = [
     {"planning"},
     {"tuner"},
     {"interop", "bank"},
-    {"tasks", "plugin"},
+    {"tasks", "plugin", "doctor"},
     {"__init__", "cli"},
 ]
 # Neither PEFT nor transformers: usable, and testable, without.

@@ -19,18 +19,25 @@ def training_call(model: nn.Module, batch: Batch) -> Call:
     return partial(train_step, model, batch, make_optimizer(model, 1e-5))
 
 
-def in_turns(calls: Mapping[str, Call], rounds: int, device: torch.device) -> dict[str, dict[str, Any]]:
+def in_turns(
+    calls: Mapping[str, Call], rounds: int, device: torch.device, box: float | None = None, warm_up: int = 2
+) -> dict[str, dict[str, Any]]:
     """Time calls in turns and weigh each of them.
 
     Args:
         calls: name -> what is measured; ratios are to the first.
         rounds: how often.
         device: where they run.
+        box: seconds after which no round begins, see `timing.take_turns`.
+        warm_up: rounds that are not counted.
 
     Returns:
-        name -> `seconds` and `ratio` as of `timing.summary`, and `accelerator_memory_max` in bytes.
+        name -> `seconds` and `ratio` as of `timing.summary`, `rounds`, the number of rounds that were counted, and
+        `accelerator_memory_max` in bytes.
     """
-    found = summary(take_turns(calls, rounds, device), next(iter(calls)))
+    seconds = take_turns(calls, rounds, device, warm_up, box)
+    found = summary(seconds, next(iter(calls)))
     for name, call in calls.items():
+        found[name]["rounds"] = len(seconds[name])
         found[name]["accelerator_memory_max"] = peak_bytes(call, device)
     return found

@@ -42,8 +42,13 @@ def write_environment(path: Path, experiment: str, device: torch.device, workers
         device: where the models run.
         workers: processes that train side by side.
     """
+    write_entry(path, experiment, environment(device, workers))
+
+
+def write_entry(path: Path, experiment: str, entry: dict[str, Any]) -> None:
+    """Record an environment that another process has described, see `write_environment`."""
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    known[experiment] = environment(device, workers)
+    known[experiment] = entry
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -14,7 +14,7 @@ HEADS = frozenset(
     {"pooler", "classifier", "score", "pre_classifier", "qa_outputs"}
 )  # module names of heads in transformers' models for a task
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def default_model() -> str:
@@ -71,10 +71,15 @@ def load_model(model: str, head: Head, dtype: str, seed: int, dropout: float | N
     )
     loaded.to(DTYPES[dtype])
     if dtype != "float32":
-        for module in head_modules(loaded).values():
-            module.float()
-            module.register_forward_pre_hook(_widen)
+        widen_heads(loaded)
     return loaded
+
+
+def widen_heads(model: nn.Module) -> None:
+    """Keep the heads of a model in half precision in float32."""
+    for module in head_modules(model).values():
+        module.float()
+        module.register_forward_pre_hook(_widen)
 
 
 def load_classifier(model: str, num_labels: int, dtype: str, seed: int, dropout: float | None) -> nn.Module:

@@ -103,6 +103,11 @@ def start_process(threads: int = 1) -> None:
 def _start_worker() -> None:
     """Set up a process of the pool, which ends when the process that started it is killed."""
     start_process()
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """End this process when the process that started it is killed."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -8,33 +8,35 @@ from typing import Any
 import torch
 
 Call = Callable[[], object]
+LEAST = 3  # counted rounds, however little time there is: fewer have no quartiles
 
 
 def take_turns(
-    calls: Mapping[str, Call], rounds: int, device: torch.device, warm_up: int = 2
+    calls: Mapping[str, Call], rounds: int, device: torch.device, warm_up: int = 2, box: float | None = None
 ) -> dict[str, list[float]]:
     """Time every call once in each round, starting each round with another one.
 
     Args:
         calls: name -> what is timed.
         rounds: how often.
-        device: waited for before each reading of the clock.
+        device: on CUDA, the time is that between two events of its stream; the device is idle before the first.
         warm_up: rounds that are not counted.
+        box: seconds after which no round begins, once there are `LEAST`; None: all rounds are run.
 
     Returns:
         The seconds of each call, one a round.
     """
+    begun = time.monotonic()
     names = list(calls)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(warm_up + rounds):
+        if box is not None and number >= warm_up + LEAST and time.monotonic() - begun > box:
+            break
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            _wait(device)
-            begin = time.perf_counter()
-            calls[name]()
-            _wait(device)
+            taken = _seconds(calls[name], device)
             if number >= warm_up:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(taken)
     return seconds
 
 
@@ -55,6 +57,17 @@ def _quartiles(values: list[float]) -> list[float]:
     return [round(value, 5) for value in statistics.quantiles(values, n=4, method="inclusive")]
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _seconds(call: Call, device: torch.device) -> float:
+    """Time one call from an idle device until the device has finished, launching included."""
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+    torch.cuda.synchronize(device)
+    stream = torch.cuda.current_stream(device)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record(stream)
+    call()
+    end.record(stream)
+    end.synchronize()
+    return start.elapsed_time(end) / 1000

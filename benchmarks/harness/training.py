@@ -59,14 +59,19 @@ def make_optimizer(
 
 def train_step(model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, clip: float = CLIP) -> float:
     """Make one step and return its loss."""
-    loss = model(**batch).loss
+    return launch_step(model, batch, optimizer, clip).item()
+
+
+def launch_step(model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, clip: float = CLIP) -> Tensor:
+    """Make one step without waiting for the device, and return its loss, detached."""
+    loss: Tensor = model(**batch).loss
     loss.backward()
     if clip:
         tuned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         nn.utils.clip_grad_norm_(tuned, clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss.item()
+    return loss.detach()
 
 
 def train(model: nn.Module, data: Iterable[Batch], schedule: Schedule) -> dict[str, Any]:

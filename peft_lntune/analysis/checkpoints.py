@@ -14,7 +14,7 @@ from peft_lntune.core.module_tree import base_model, base_modules, below
 from peft_lntune.errors import AdapterFileError, ConfigError
 from peft_lntune.selection.effective import effective_parameters
 
-__all__ = ["Checkpoint", "CheckpointSource", "check_same", "facts_of", "match_tensors", "open_tensors"]
+__all__ = ["Checkpoint", "CheckpointSource", "check_same", "facts_of", "match_tensors", "open_tensors", "pair_names"]
 
 CheckpointSource = nn.Module | Mapping[str, Tensor] | str | PathLike[str]
 """A model, tensors by name, or the path of a safetensors checkpoint: a file, the index of a sharded one, a folder."""
@@ -170,7 +170,7 @@ def match_tensors(
     facts, others = facts_of(old), facts_of(new)
     if shared and old:
         names = {
-            name: other for name, other in _pairs(facts, others).items() if facts[name].shape == others[other].shape
+            name: other for name, other in pair_names(facts, others).items() if facts[name].shape == others[other].shape
         }
         if not names:
             raise ConfigError(
@@ -220,8 +220,20 @@ def check_same(before: Mapping[str, TensorFacts], after: Mapping[str, TensorFact
         )
 
 
-def _pairs(old: Collection[str], new: Collection[str]) -> dict[str, str]:
-    """Name after by name before, with the one prefix added or removed that makes most names agree, if any does."""
+def pair_names(old: Collection[str], new: Collection[str]) -> dict[str, str]:
+    """Pair names of two checkpoints, with the one prefix added or removed that makes most names agree, if any does.
+
+    Args:
+        old: names before.
+        new: names after.
+
+    Returns:
+        Name after by name before, of those in both.
+
+    Example:
+        >>> pair_names(["norm.weight", "head.bias"], ["bert.norm.weight"])
+        {'norm.weight': 'bert.norm.weight'}
+    """
 
     def paired(on: str, off: str) -> dict[str, str]:
         named = {name: on + name.removeprefix(off) for name in old if name.startswith(off)}

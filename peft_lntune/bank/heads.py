@@ -128,7 +128,8 @@ class Heads:
                 layer.owners.discard(slot)
         if self._route.active:  # the detours are in use
             return
-        used = {name for heads in self.held.values() for head in heads for name in self._layers_of(head)}
+        heads = {head for heads in self.held.values() for head in heads}  # few, of any number of adapters
+        used = {name for head in heads for name in self._layers_of(head)}
         for name in self.layers.keys() - used:
             self.layers.pop(name).restore()
 

@@ -2,7 +2,7 @@
 that do the work are beside it and can be called from Python.
 
 From Python: `peft_lntune.cli.inspect.inspect_adapter`, `merge.merge_adapter`, `export.export_peft_ln_tuning`,
-`export.export_lora`, `fisher.fisher_masks`, `plan.plan_model`, `change.change_between`,
+`export.export_lora`, `fisher.fisher_masks`, `plan.plan_model`, `change.change_between`, `doctor.examine_checkpoints`,
 `magnitude.magnitude_of`, and those of `peft_lntune.analysis`.
 
 What this module imports answers `--help`, so it does not import torch: commands import their work when they run.

@@ -49,6 +49,7 @@ def export_lora(
     rank: int | None = None,
     texts: str | Path | None = None,
     drop: bool = False,
+    every_layer: bool = True,
 ) -> LoraExport:
     """Write a saved adapter as LoRA on the linear maps that read its norms.
 
@@ -60,6 +61,7 @@ def export_lora(
         texts: text file like what the model will read, of which the first 4,096 tokens calibrate a truncation; None:
             every direction counts alike.
         drop: leave out norms that LoRA cannot hold; False: refuse them.
+        every_layer: write zeros for linear maps whose counterpart in another layer is tuned, which LoRAX needs.
 
     Returns:
         What was written, and how near it is to the adapter.
@@ -74,7 +76,8 @@ def export_lora(
         adapted = load_adapted(adapter, model)
         base = str(model or adapted.peft_config["default"].base_model_name_or_path)
         batches = None if texts is None else _rows(Path(texts), base)
-        report = to_lora(adapted, made, rank=rank, batches=batches, unfoldable="drop" if drop else "refuse")
+        unfoldable = "drop" if drop else "refuse"
+        report = to_lora(adapted, made, rank=rank, batches=batches, unfoldable=unfoldable, every_layer=every_layer)
     return replace(report, directory=Path(out))
 
 

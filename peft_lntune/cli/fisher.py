@@ -123,6 +123,7 @@ def fisher_masks(
     density: float | None = 0.2,
     count: int | None = None,
     scope: str = "global",
+    max_per_norm: int | None = None,
     kind: str = "empirical",
     num_samples: int = 1024,
     batch_size: int = 32,
@@ -141,6 +142,7 @@ def fisher_masks(
         density: fraction of the entries to choose; None if `count` is given.
         count: number of entries to choose.
         scope: what `density` or `count` applies to: `"global"`, `"tensor"` or `"layer"`.
+        max_per_norm: choose at most this many entries of each norm, weight and bias together. None: no limit.
         kind: labels of the Fisher information: of the data (`"empirical"`), drawn from the model (`"mc"`), or the
             expectation over classes (`"exact"`).
         num_samples: number of samples to look at, drawn at random if there are more.
@@ -178,11 +180,13 @@ def fisher_masks(
     given = {"batches": batches(), "kind": kind, "seed": seed, "state": state, "progress": progress}
     taken = inspect.signature(score_function).parameters
     scores = score_function(model, **{name: value for name, value in given.items() if name in taken})
-    masks = select(scores, density=density, count=count, scope=scope)
+    masks = select(scores, density=density, count=count, scope=scope, max_per_norm=max_per_norm)
     budget = {"density": density} if count is None else {"count": count}
     facts = {"kind": kind, "samples": state.samples, "seed": seed}
     known = {name: value for name, value in facts.items() if {"samples": "state"}.get(name, name) in taken}
     source = {"made": score, **known, **budget, "scope": scope}
+    if max_per_norm is not None:
+        source["max_per_norm"] = max_per_norm
     return FisherMasks(scores, masks, _table(model, scores, masks), source)
 
 

@@ -36,7 +36,8 @@ def few_tokens(model: nn.Module) -> dict[str, Tensor]:
             f"{type(model).__name__} is no language model whose vocabulary its config states, so it is not known what "
             "to run it on. Pass batches=[...], dicts of its inputs."
         )
-    length = min(_TOKENS, getattr(text, "max_position_embeddings", None) or _TOKENS)
+    longest = getattr(text, "max_position_embeddings", None) or _TOKENS
+    length = min(_TOKENS, longest) if longest > 0 else _TOKENS  # XLNet states -1: there is no limit
     ids = torch.randint(size, (1, length), generator=torch.Generator().manual_seed(0))
     pad = getattr(text, "pad_token_id", None)
     ids = torch.where(ids == pad, (ids + 1) % size, ids) if isinstance(pad, int) else ids
@@ -116,13 +117,16 @@ def distance(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
     return float(torch.cat(gaps).square().mean().sqrt())
 
 
-def rounding(model: nn.Module, norms: Iterable[nn.Module], inputs: Mapping[str, Any]) -> float:
+def rounding(
+    model: nn.Module, norms: Iterable[nn.Module], inputs: Mapping[str, Any], still: Iterable[Tensor] | None = None
+) -> float:
     """How far rounding alone moves the answers of a model: with the last bit of each norm's output changed at random.
 
     Args:
         model: the model.
         norms: its norms, as the model calls them.
         inputs: its inputs.
+        still: its answers to them, if they are known.
 
     Returns:
         The distance from the answers without that, in their unit.
@@ -134,9 +138,10 @@ def rounding(model: nn.Module, norms: Iterable[nn.Module], inputs: Mapping[str, 
             return output
         generator = generators.setdefault(output.device, torch.Generator(output.device).manual_seed(0))
         sign = torch.randint(0, 2, output.shape, generator=generator, device=output.device) * 2 - 1
-        return output * (1 + sign * torch.finfo(output.dtype).eps).to(output.dtype)
+        wide = torch.promote_types(output.dtype, torch.float32)  # an integer times a number would be float32
+        return output * (1 + sign.to(wide) * torch.finfo(output.dtype).eps).to(output.dtype)
 
-    still = answers(model, inputs)
+    still = answers(model, inputs) if still is None else still
     handles = [norm.register_forward_hook(stir) for norm in norms]
     try:
         return distance(answers(model, inputs), still)

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners import tuners_utils
 from peft.utils.integrations import dequantize_module_weight
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -72,13 +73,13 @@ def plan_folds(
     read = find_consumers(
         {name: modules[name] for name in deltas if name in norms}, linears, modules, lambda: answers(model, inputs)
     )
-    folds, reasons = [], {}
+    folds, reasons, owners = [], {}, _owners(model)
     for name, own in deltas.items():
         reason = _reason(norms.get(name), type(modules[name]).__name__, read.get(name))
         fold = None
         if reason is None:
             fold = _fold(norms[name], modules[name], own, read[name])
-            reason = _reason_of_values(fold) or _reason_of_linears(fold, linears, model, heads)
+            reason = _reason_of_values(fold) or _reason_of_linears(fold, linears, model, heads, owners)
         if fold is None or reason is not None:
             reasons[name] = reason or ""
         else:
@@ -179,7 +180,37 @@ def _reason_of_values(fold: Fold) -> str | None:
     return None
 
 
-def _reason_of_linears(fold: Fold, linears: Mapping[str, nn.Module], model: nn.Module, heads: set[str]) -> str | None:
+def _owners(model: nn.Module) -> dict[nn.Parameter, dict[nn.Module, str]]:
+    """The modules of each `weight`, with their names."""
+    owners: dict[nn.Parameter, dict[nn.Module, str]] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(weight, {})[module] = name
+    return owners
+
+
+def _is_for_experts(name: str, model: nn.Module) -> bool:
+    """Whether PEFT takes this target for one of the experts, which transformers 5 fuses into one parameter.
+
+    It goes by the last name, so it takes a dense layer or a shared expert of such a model for one too
+    (huggingface/peft#3711).
+    """
+    config = LoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # gate_proj without up_proj
+        return True
+    return name not in (config.target_modules or ())
+
+
+def _reason_of_linears(
+    fold: Fold,
+    linears: Mapping[str, nn.Module],
+    model: nn.Module,
+    heads: set[str],
+    owners: Mapping[nn.Parameter, Mapping[nn.Module, str]],
+) -> str | None:
     """Why the linear maps that read a norm cannot take its change."""
     shifted, lora = bool(fold.shift.any()), LoraConfig()
     for name in fold.consumers:
@@ -193,8 +224,12 @@ def _reason_of_linears(fold: Fold, linears: Mapping[str, nn.Module], model: nn.M
             tuners_utils._check_lora_target_modules_mamba(lora, model, name.rpartition(".")[2])
         except ValueError:
             return f"{name}, which reads it, takes no LoRA in PEFT, because fused kernels of this model read its weight"
-        weight = getattr(linears[name], "weight", None)
-        tied = [n for n, m in model.named_modules() if m is not linears[name] and m._parameters.get("weight") is weight]
-        if weight is not None and tied:
+        if _is_for_experts(name, model):
+            return (
+                f"{name}, which reads it, takes no LoRA in PEFT, which puts targets of that name on the fused experts"
+            )
+        weight: Any = linears[name]._parameters.get("weight")
+        tied = [owner for module, owner in owners.get(weight, {}).items() if module is not linears[name]]
+        if tied:
             return f"{name}, which reads it, shares its weight with {tied[0]}, and servers take no LoRA on tied weights"
     return None

@@ -240,7 +240,8 @@ def _places(names: Iterable[str], reader: Any, architecture: str, file: Path, wh
             raise AdapterFileError(
                 f"{where} tunes {said(name)}, for which {file}, of architecture {architecture!r} with {blocks} blocks, "
                 f"has {'several tensors: ' + ', '.join(found) if found else 'no norm'}. It was trained on another "
-                "model, or tunes what is not a norm of this file (such as one of a vision tower)."
+                "model, or tunes a norm that this file lacks (one of a vision tower) or joins with others (norms per "
+                "head). If the model is the same, merge the adapter, and convert the merged model."
             )
         tensor = tensors[found[0]]
         dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(tensor.tensor_type.name)

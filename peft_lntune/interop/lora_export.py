@@ -21,6 +21,7 @@ from peft_lntune.core.module_tree import base_modules, called_modules
 from peft_lntune.errors import ConfigError, UnsupportedError
 from peft_lntune.interop.answers import answers, distance, few_tokens, inputs_of, rounding
 from peft_lntune.interop.folds import Fold, linear_maps, plan_folds, weight_of
+from peft_lntune.interop.layer_types import untuned_of_tuned_types
 from peft_lntune.interop.lora_report import RANKS, LoraExport, Spectrum, norm_table, rank_for, rank_table
 from peft_lntune.layers import PARAMETERS
 from peft_lntune.layers.held import deltas_in
@@ -85,7 +86,9 @@ class LoraExporter:
         self.heads = {key: value.detach().clone() for key, value in state.items() if not is_ours(key)}
         self.loras = self._own_lora()
 
-    def export(self, directory: Path, rank: int | None, batches: Iterable[Any], unfoldable: str) -> LoraExport:
+    def export(
+        self, directory: Path, rank: int | None, batches: Iterable[Any], unfoldable: str, every_layer: bool
+    ) -> LoraExport:
         """Fold, truncate, write, check.
 
         Args:
@@ -93,12 +96,14 @@ class LoraExporter:
             rank: the rank; None: one at which the export is exact.
             batches: batches to calibrate a truncation on; may be empty.
             unfoldable: `"refuse"` or `"drop"`.
+            every_layer: put zeros on linear maps whose counterpart in another layer has LoRA.
 
         Returns:
             What was written.
         """
         norms = [self.called[name] for name in find_norms(self.base)]
-        wanted, noise = answers(self.tuned, self.inputs), rounding(self.tuned, norms, self.inputs)
+        wanted = answers(self.tuned, self.inputs)
+        noise = rounding(self.tuned, norms, self.inputs, wanted)
         effect = distance(self._without_adapter(), wanted)
         deltas = self._deltas()
         folds, dropped = plan_folds(self.base, deltas, self.inputs, self._saved_linears())
@@ -126,6 +131,8 @@ class LoraExporter:
             best[name], spectrum = _spectrum(change, places[name], moments, size)
             spectra.append(spectrum)
         made = {name: padded(change if change.rank <= size else best[name], size) for name, change in changes.items()}
+        added = self._zeros(made, size) if every_layer else {}
+        made |= added
         exact = all(spectrum.rank <= size for spectrum in spectra)
         entries = dict.fromkeys(places.values(), 0) | {fold.norm: fold.entries for fold in folds}
         with new_adapters(directory) as folder:
@@ -135,7 +142,7 @@ class LoraExporter:
             _check(error, effect, noise, exact, size)
             smaller = {r: self._error_at(loaded, best, r, expected) for r in RANKS if r < size}
         measured = {r: found / effect if effect else None for r, found in (smaller | {size: error}).items()}
-        ranks = rank_table(spectra, measured)
+        ranks = rank_table(spectra, measured, sum(_sides(change) for change in added.values()))
         return LoraExport(
             directory=directory,
             rank=size,
@@ -147,6 +154,7 @@ class LoraExporter:
             rounding=noise,
             dropped=dropped,
             dropped_effect=dropped_effect,
+            zeros=len(added),
         )
 
     # What the adapter holds.
@@ -279,6 +287,17 @@ class LoraExporter:
         order = [name for name in self.linears if name in changes]
         return {name: changes[name] for name in order}, {name: places[name] for name in order}
 
+    def _zeros(self, made: Mapping[str, LowRank], size: int) -> dict[str, LowRank]:
+        """LoRA of zeros on linear maps that are not tuned, but whose counterpart in another layer is."""
+        saved = self._saved_linears()
+        names = untuned_of_tuned_types([name for name in self.linears if name not in saved], made)
+        sides = {name: _out_and_in(self.linears[name]) for name in names}
+        empty = torch.zeros(0, 0, dtype=torch.float32)
+        return {
+            name: LowRank(empty.new_zeros(size, inputs), empty.new_zeros(out, size))
+            for name, (out, inputs) in sides.items()
+        }
+
     def _size(
         self, changes: Mapping[str, LowRank], places: Mapping[str, str], moments: Mapping[str, Tensor], rank: int | None
     ) -> int:
@@ -371,8 +390,9 @@ class _Inputs:
             self._measure(place, x)
         if fold is None:
             return args, kwargs
-        factor, shift = fold.factor.float().to(x.device), fold.shift.float().to(x.device)
-        changed = (x.float() * factor + shift if fold.shift.any() else x.float() * factor).to(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        factor, shift = fold.factor.to(wide).to(x.device), fold.shift.to(wide).to(x.device)
+        changed = (x.to(wide) * factor + shift if fold.shift.any() else x.to(wide) * factor).to(x.dtype)
         return ((changed, *args[1:]), kwargs) if key is None else (args, {**kwargs, key: changed})
 
     def _measure(self, place: str, x: Tensor) -> None:
@@ -395,7 +415,16 @@ def _needed(change: LowRank) -> int:
 
 def _spectrum(change: LowRank, place: str, moments: Mapping[str, Tensor], rank: int) -> tuple[LowRank, Spectrum]:
     best, energy = truncated(change, rank, moments.get(place))
-    return best, Spectrum(place, _needed(change), change.a.shape[1] + len(change.b), tuple(energy.tolist()))
+    return best, Spectrum(place, _needed(change), _sides(change), tuple(energy.tolist()))
+
+
+def _out_and_in(linear: Any) -> tuple[int, int]:
+    return (linear.nf, linear.nx) if isinstance(linear, Conv1D) else (linear.out_features, linear.in_features)
+
+
+def _sides(change: LowRank) -> int:
+    """Inputs plus outputs of the linear map."""
+    return change.a.shape[1] + len(change.b)
 
 
 def _check(error: float, effect: float, noise: float, exact: bool, rank: int) -> None:

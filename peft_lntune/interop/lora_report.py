@@ -51,6 +51,7 @@ class LoraExport:
         rounding: how far the logits of the adapter move by rounding alone.
         dropped: the modules that were left out, with the reasons.
         dropped_effect: root mean square change of the logits by leaving them out.
+        zeros: number of linear maps with LoRA of zeros, because their counterpart in another layer is tuned.
     """
 
     directory: Path
@@ -63,6 +64,7 @@ class LoraExport:
     rounding: float
     dropped: Mapping[str, str] = field(default_factory=dict)
     dropped_effect: float = 0.0
+    zeros: int = 0
 
     def __str__(self) -> str:
         how = "exact: no norm has more tuned entries than the rank" if self.exact else "truncated"
@@ -77,6 +79,11 @@ class LoraExport:
                 f"{_share(self.dropped_effect, self.effect)} of the effect:"
             )
             lines += [f"  {name}: {reason}" for name, reason in self.dropped.items()]
+        if self.zeros:
+            lines.append(
+                f"{self.zeros} linear maps have LoRA of zeros, because LoRAX drops a type of linear map that not every "
+                "layer has LoRA on. With every_layer=False (--tuned-layers) they have none, and the file is smaller."
+            )
         if not self.exact:
             lines += ["", str(self.norms), "", str(self.ranks)]
         return "\n".join(lines)
@@ -98,18 +105,19 @@ def rank_for(needed: int) -> int | None:
     return next((rank for rank in RANKS if rank >= needed), None)
 
 
-def rank_table(spectra: list[Spectrum], measured: Mapping[int, float | None]) -> Table:
+def rank_table(spectra: list[Spectrum], measured: Mapping[int, float | None], more: int = 0) -> Table:
     """The ranks to choose from.
 
     Args:
         spectra: one per linear map.
         measured: the error of the logits at some ranks, relative to the adapter's effect.
+        more: inputs plus outputs of linear maps with LoRA of zeros.
 
     Returns:
         Columns `rank`, `MB` (of the weights in float32), `changes` (relative error of the changes) and `logits`.
     """
     needed = max(spectrum.rank for spectrum in spectra)
-    sides = sum(spectrum.sides for spectrum in spectra)
+    sides = more + sum(spectrum.sides for spectrum in spectra)
     whole = math.fsum(math.fsum(spectrum.energy) for spectrum in spectra)
     last = rank_for(needed) or RANKS[-1]
     rows = [

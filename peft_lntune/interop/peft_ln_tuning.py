@@ -25,9 +25,9 @@ from peft_lntune.storage.packing import ROOT
 from peft_lntune.storage.saving import new_adapters
 from peft_lntune.tuner.restoring import restored_on_error, told_by_us
 
-__all__ = ["from_stock", "to_stock"]
+__all__ = ["CONTAINER", "from_stock", "to_stock"]
 
-_CONTAINER = "ln_tuning_layers"
+CONTAINER = "ln_tuning_layers"
 _DIGEST = "peft_lntune_digest"  # key in the metadata of the weight file, which PEFT does not read
 
 
@@ -69,7 +69,7 @@ def to_stock(peft_model: PeftModel, directory: str | os.PathLike, adapter_name: 
     tensors = {key: value for key, value in state.items() if not is_ours(key)}  # heads
     for layer in layers:
         for name, value in _whole(layer, adapter_name).items():
-            tensors[f"{ROOT}{layer.label}.{_CONTAINER}.{name}"] = value
+            tensors[f"{ROOT}{layer.label}.{CONTAINER}.{name}"] = value
     tensors = {key: value.contiguous() for key, value in tensors.items()}
     saved = peft.LNTuningConfig(
         task_type=config.task_type,
@@ -118,7 +118,7 @@ def _from_peft(model: nn.Module, directory: str | os.PathLike, adapter_name: str
     loaded = files.tensors
     _check_digest(files.weights, loaded, saved)
     base = base_modules(model.get_base_model() if isinstance(model, PeftModel) else model)
-    heads = {key: value for key, value in loaded.items() if f".{_CONTAINER}." not in key}
+    heads = {key: value for key, value in loaded.items() if f".{CONTAINER}." not in key}
     deltas = _deltas(loaded, base, str(directory))
     config = LNTuningConfig(
         task_type=saved.task_type,
@@ -176,7 +176,7 @@ def _deltas(loaded: Mapping[str, Tensor], base: Mapping[str, nn.Module], where: 
     deltas: dict[str, Tensor] = {}
     check_foreign(loaded, _like(loaded, base), where)
     for key, value in loaded.items():
-        path, found, parameter = key.partition(f".{_CONTAINER}.")
+        path, found, parameter = key.partition(f".{CONTAINER}.")
         if not found:
             continue
         name = path.removeprefix(ROOT)
@@ -192,7 +192,7 @@ def _deltas(loaded: Mapping[str, Tensor], base: Mapping[str, nn.Module], where: 
             own = getattr(base[name], parameter).detach().cpu()
         deltas[f"{ROOT}{name}.lntune_{parameter}.weight"] = _difference(value, own)
     if not deltas:
-        raise AdapterFileError(f"{where} holds no tensor named `...{_CONTAINER}...`; it is not an LN_TUNING adapter.")
+        raise AdapterFileError(f"{where} holds no tensor named `...{CONTAINER}...`; it is not an LN_TUNING adapter.")
     return deltas
 
 
@@ -200,7 +200,7 @@ def _like(loaded: Mapping[str, Tensor], base: Mapping[str, nn.Module]) -> dict[s
     """The model's own tensors, by their names in the file."""
     found = {}
     for key in loaded:
-        path, _, parameter = key.replace(f".{_CONTAINER}.", ".").removeprefix(ROOT).rpartition(".")
+        path, _, parameter = key.replace(f".{CONTAINER}.", ".").removeprefix(ROOT).rpartition(".")
         own = getattr(base.get(path), parameter, None)
         if isinstance(own, Tensor):
             found[key] = own

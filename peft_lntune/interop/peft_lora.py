@@ -118,6 +118,7 @@ def to_lora(
     rank: int | None = None,
     batches: Iterable[Mapping[str, Any]] | None = None,
     unfoldable: str = "refuse",
+    every_layer: bool = True,
 ) -> LoraExport:
     """Write an adapter of norms as an ordinary LoRA adapter of PEFT, for servers that take LoRA alone.
 
@@ -141,6 +142,9 @@ def to_lora(
             directions a truncation keeps; the first is also used for the check. None: every direction counts alike,
             and the check takes random tokens.
         unfoldable: what to do with norms that cannot be folded: `"refuse"` to raise, or `"drop"` to leave them out.
+        every_layer: if a type of linear map, such as `q_proj`, is tuned in some layers, write LoRA of zeros for it in
+            the others. LoRAX needs this: otherwise it drops the type in all layers, without an error. vLLM, SGLang and
+            PEFT do not, and False makes the file smaller. It changes nothing where all layers are tuned.
 
     Returns:
         What was written, and how near it is to the adapter.
@@ -170,7 +174,8 @@ def to_lora(
         raise ConfigError("batches is empty. Give dicts of the model's inputs, or None for random tokens.")
     with left_as_it_was(peft_model):
         exporter = LoraExporter(peft_model, adapter_name, config, first)
-        return exporter.export(Path(directory), rank, () if first is None else chain([first], more), unfoldable)
+        given = () if first is None else chain([first], more)
+        return exporter.export(Path(directory), rank, given, unfoldable, every_layer)
 
 
 def _checked(peft_model: PeftModel, adapter_name: str, rank: int | None, unfoldable: str) -> LNTuneConfig:

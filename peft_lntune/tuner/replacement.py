@@ -19,7 +19,8 @@ _PLACES = {
 # Fields that say how an adapter was made, trained, masked or saved, and fields that the shapes of its tensors tell.
 _FREE = set(PeftConfig.__dataclass_fields__) | {
     *("modules_to_save", "delta_dtype", "save_dtype", "init_weights", "format_version", "peft_lntune_version"),
-    *("manifest", "mask_source", "preset", "density", "fisher", "scope", "num_samples", "seed", "save_scores"),
+    *("manifest", "mask_source", "preset", "density", "fisher", "scope"),
+    *("max_per_norm", "num_samples", "seed", "save_scores"),
     *("kind", "reparametrize", "init_lora_weights", "runtime_config", "parts", "initial_sparsity", "initial_score"),
     *("dropout", "lora_dropout"),
     *("tune", "reduction_factor", "bottleneck_size", "num_virtual_tokens", "r", "rank_pattern", "fan_in_fan_out"),

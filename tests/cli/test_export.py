@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers as hf
 from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 from peft_lntune import LNTuningConfig
 from tests import adapted, cases
@@ -38,13 +39,13 @@ def test_a_stock_adapter_is_no_adapter_of_ours(tmp_path):
     assert refused(run("export", tmp_path / "out", tmp_path / "again"), "not one of peft_lntune")
 
 
-def save_causal(folder):
+def save_causal(folder, **options):
     """A tiny Llama with a tokenizer, and an adapter of all 16 entries per norm."""
     save_model(folder / "model")  # for its tokenizer
     torch.manual_seed(0)
     hf.LlamaForCausalLM(hf.LlamaConfig(**cases._DECODER)).save_pretrained(folder / "model")
     base = hf.AutoModelForCausalLM.from_pretrained(folder / "model")
-    ours = get_peft_model(base, LNTuningConfig(task_type="CAUSAL_LM"))
+    ours = get_peft_model(base, LNTuningConfig(task_type="CAUSAL_LM", **options))
     adapted.fill(ours, "default")
     ours.save_pretrained(folder / "adapter")
     return ours.eval(), [folder / "adapter", folder / "out", "--model", folder / "model"]
@@ -70,10 +71,22 @@ def test_lora_of_a_rank_that_is_too_small_says_what_is_lost(tmp_path):
     assert "\nrank" in result.stdout
 
 
+@pytest.mark.parametrize(("options", "zeros"), [((), True), (("--tuned-layers",), False)])
+def test_lora_of_some_layers(options, zeros, tmp_path):
+    _, arguments = save_causal(tmp_path, layers_to_transform=[0], roles=["attention"])
+    result = run("export", "--lora", *options, *arguments)
+    assert result.exit_code == 0
+    assert ("3 linear maps have LoRA of zeros" in result.stdout) == zeros
+    names = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert any("layers.1" in name for name in names) == zeros
+
+
 def test_options_of_lora(tmp_path):
     result = run("export", "--rank", 4, tmp_path, tmp_path / "out")
     assert result.exit_code == 2
     assert "--rank has no effect without --lora" in result.stderr
+    result = run("export", "--tuned-layers", tmp_path, tmp_path / "out")
+    assert "--every-layer has no effect without --lora" in result.stderr
     adapter = save_adapter(tmp_path / "a", save_model(tmp_path / "model"))
     assert refused(run("export", "--lora", adapter, tmp_path / "out"), "in ways that LoRA cannot hold")
     assert not (tmp_path / "out").exists()

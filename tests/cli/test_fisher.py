@@ -66,6 +66,23 @@ def test_masks_scores_and_table(model, data, tmp_path):
     assert float(rows[0]["mean_score"]) == pytest.approx(float(first.mean()), rel=1e-4)
 
 
+def test_at_most_so_many_per_norm(model, data, tmp_path):
+    out, scores = tmp_path / "m.safetensors", tmp_path / "s.safetensors"
+    options = ("--density", 1, "--max-per-norm", 5, "--out", out, "--scores", scores, "--json")
+    result = run("fisher", "--model", model, "--data", data, *options)
+    assert result.exit_code == 0
+    masks = load_file(out)
+    wanted = select(load_file(scores), density=1, max_per_norm=5)
+    assert all(torch.equal(masks[name], mask) for name, mask in wanted.items())
+    per_norm = {name.rpartition(".")[0]: 0 for name in masks}
+    for name, mask in masks.items():
+        per_norm[name.rpartition(".")[0]] += int(mask.sum())
+    assert set(per_norm.values()) == {5}
+    assert json.loads(result.stdout)["source"]["max_per_norm"] == 5
+    none = run("fisher", "--model", model, "--data", data, "--max-per-norm", 0, "--out", out)
+    assert none.exit_code == 2
+
+
 def test_the_masks_fit_an_adapter(model, data, tmp_path):
     assert (
         run("fisher", "--model", model, "--data", data, "--count", 7, "--out", tmp_path / "m.safetensors").exit_code

@@ -27,13 +27,24 @@ def test_the_script_is_this_function():
 
 def test_as_a_module(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["peft_lntune.cli", "--version"])
+    monkeypatch.delitem(sys.modules, "peft_lntune.cli.__main__", raising=False)  # another test may have imported it
     with pytest.raises(SystemExit, match=r"^0$"):
         runpy.run_module("peft_lntune.cli", run_name="__main__", alter_sys=True)
     assert capsys.readouterr().out == f"peft-lntune, version {peft_lntune.__version__}\n"
 
 
 def test_one_command_a_file():
-    assert list(main.commands) == ["plan", "fisher", "change", "closeness", "magnitude", "inspect", "merge", "export"]
+    assert list(main.commands) == [
+        "plan",
+        "fisher",
+        "change",
+        "closeness",
+        "magnitude",
+        "doctor",
+        "inspect",
+        "merge",
+        "export",
+    ]
     for name, command in main.commands.items():
         assert importlib.import_module(f"peft_lntune.cli.commands.{name}").command is command
 

@@ -15,7 +15,7 @@ from tests.cli.saved import combined, run, run_at, save_adapter, save_model, tas
 from tests.cli.test_change import moved
 
 ROOT = Path(__file__).parents[2]
-PRINTS_A_TABLE = ["plan", "fisher", "change", "closeness", "magnitude", "inspect"]
+PRINTS_A_TABLE = ["plan", "fisher", "change", "closeness", "magnitude", "doctor", "inspect"]
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,7 @@ def arguments(name, folder, out):
         "change": ("change", model, folder / "adapter", "--csv", out / "t.csv"),
         "closeness": ("closeness", model, folder / "tuned", "--csv", out / "t.csv"),
         "magnitude": ("magnitude", model, "--csv", out / "t.csv"),
+        "doctor": ("doctor", model, folder / "tuned", "--csv", out / "t.csv"),
         "inspect": ("inspect", folder / "adapter"),
         "merge": ("merge", folder / "norms", out / "merged"),
         "export": ("export", folder / "norms", out / "exported"),

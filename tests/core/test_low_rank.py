@@ -53,9 +53,11 @@ def test_sums_and_zeros() -> None:
 
 @pytest.mark.parametrize("out", [20, 5], ids=["tall", "flat"])
 @pytest.mark.parametrize("calibrated", [True, False])
-def test_truncation_is_the_best_of_its_rank(out: int, calibrated: bool) -> None:
+@pytest.mark.parametrize("picks", [True, False])
+def test_truncation_is_the_best_of_its_rank(out: int, calibrated: bool, picks: bool) -> None:
     """By Eckart and Young, through a Cholesky factor of the moment and torch's SVD of the whole matrix."""
-    change = LowRank(random(7, 12), random(out, 7, seed=1))
+    some = torch.eye(12, dtype=torch.float64)[[11, 2, 3, 0, 5, 8, 7]]
+    change = LowRank(some if picks else random(7, 12), random(out, 7, seed=1))
     x = random(500, 12, seed=2) * torch.linspace(0.1, 3, 12, dtype=torch.float64)
     moment = x.mT @ x / len(x) if calibrated else torch.eye(12, dtype=torch.float64)
     root = torch.linalg.cholesky(moment)
@@ -68,6 +70,16 @@ def test_truncation_is_the_best_of_its_rank(out: int, calibrated: bool) -> None:
         assert_close(energy[: len(values)], values.square()[: len(energy)], roundings=1e4)
         first = truncated(change, 1, moment if calibrated else None)[0]
         assert_close(best.b[:, :1] @ best.a[:1], dense(first))  # so a smaller rank is a slice
+
+
+@pytest.mark.parametrize("row", [[0, 0, 2, 0], [0, 1, 1, 0], [0, 1, 0, 0]], ids=["scaled", "sum", "twice"])
+def test_rows_that_are_almost_picked(row: list[int]) -> None:
+    """They are not taken for rows of the identity: twice one of them, a sum of two, or the same one twice."""
+    change = LowRank(torch.tensor([[0, 1, 0, 0], row], dtype=torch.float64), random(5, 2))
+    x = random(9, 4, seed=1)
+    best, energy = truncated(change, 2, x.mT @ x)
+    assert_close(dense(best), dense(change), roundings=1e4)
+    assert_close(energy.sum(), (x @ dense(change).mT).square().sum(), roundings=1e4)
 
 
 def test_truncation_where_inputs_lie_in_a_plane() -> None:

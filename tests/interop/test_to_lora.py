@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers as hf
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -20,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_lntune import BottleneckConfig, LNTuningConfig, ModuleTuningConfig, UnifiedConfig
 from peft_lntune.errors import ConfigError, UnsupportedError
 from peft_lntune.interop import to_lora
+from peft_lntune.interop.answers import few_tokens
 from peft_lntune.layers.held import deltas_of
 from tests import adapted, cases
 
@@ -194,6 +196,18 @@ def test_what_cannot_be_folded_is_refused(model: Callable[[], nn.Module], reason
     deny(tune(build(Served(model))), tmp_path, reason)
 
 
+def test_a_dense_layer_of_a_model_with_experts(tmp_path: Path) -> None:
+    """PEFT takes its `gate_proj` for that of the experts, and would leave its LoRA out (huggingface/peft#3711)."""
+    options = {"n_routed_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+    ours = tune(build(Served(causal("Glm4Moe", head_dim=8, **options))), roles=["ffn"])
+    dense = "model.layers.0.mlp.gate_proj"
+    lora = LoraConfig(target_modules=[dense, dense.replace("gate", "up")])
+    convert_peft_config_for_transformers(lora, ours.get_base_model(), None)
+    if dense in lora.target_modules:
+        pytest.skip("this version of PEFT leaves targets of dense layers as they are")
+    deny(ours, tmp_path, f"layers.0.post_attention_layernorm: {dense}, which reads it, .* on the fused experts")
+
+
 def test_a_gain_of_zero(tmp_path: Path) -> None:
     model = build(EXACTLY["llama"])
     with torch.no_grad():
@@ -304,6 +318,12 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         to_lora(tune(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)), None), tmp_path)
 
 
+def test_random_tokens_for_a_model_without_a_longest_text() -> None:
+    model = nn.Module()
+    model.config = hf.XLNetConfig(vocab_size=9)  # states max_position_embeddings as -1
+    assert few_tokens(model)["input_ids"].shape == (1, 32)
+
+
 @pytest.mark.full
 def test_a_plain_module_with_batches(tmp_path: Path) -> None:
     def model() -> nn.Module:
@@ -383,6 +403,53 @@ def test_small_changes_are_padded(tmp_path: Path) -> None:
     assert "exact: no norm has more tuned entries than the rank" in str(report)
 
 
+# What servers want.
+
+
+def loaded_by_lorax(tensors: dict[str, Tensor], names: list[str]) -> set[str]:
+    """The linear maps on which LoRAX puts LoRA.
+
+    It takes one type after the other (`q_proj`, `k_proj`, ...) and leaves out those that some layer has no LoRA on
+    (`LoraWeights.load` in `lorax_server/adapters/lora.py`). It stacks the layers of a type, so their ranks are equal.
+    """
+    found = set()
+    for kind in {name.rpartition(".")[2] for name in names}:
+        own = [name for name in names if name.rpartition(".")[2] == kind]
+        pairs = [[tensors.get(f"base_model.model.{name}.lora_{side}.weight") for side in "AB"] for name in own]
+        if all(a is not None and b is not None for a, b in pairs):
+            torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
+            found |= {*own}
+    return found
+
+
+def test_layers_that_are_not_tuned_have_lora_of_zeros(tmp_path: Path) -> None:
+    served, inputs = EXACTLY["llama"], cases.inputs("llama")
+    linears = [name for name, own in build(served).named_modules() if isinstance(own, nn.Linear)]
+    base, ours = adapted.output(build(served), inputs), tune(build(served), layers_to_transform=[1])
+    reports, files = {}, {}
+    for every_layer in (True, False):
+        folder = tmp_path / str(every_layer)
+        reports[every_layer] = to_lora(ours, folder, every_layer=every_layer)
+        files[every_layer] = load_file(folder / "adapter_model.safetensors")
+        found = adapted.output(alone(build(served), folder), inputs)
+        assert share(found, adapted.output(ours, inputs), base) <= EXACT
+    tuned = {name for name in linears if f"base_model.model.{name}.lora_A.weight" in files[False]}
+    kinds = {name.rpartition(".")[2] for name in tuned}
+    assert tuned
+    assert all(".1." in name for name in tuned)
+    of_these_kinds = {name for name in linears if name.rpartition(".")[2] in kinds}
+    assert loaded_by_lorax(files[False], linears) == set()
+    assert loaded_by_lorax(files[True], linears) == of_these_kinds
+    zeros = {name for name in files[True] if name not in files[False]}
+    assert all(not files[True][name].any() for name in zeros)
+    assert (reports[True].zeros, reports[False].zeros) == (len(zeros) // 2, 0)
+    assert f"{len(zeros) // 2} linear maps have LoRA of zeros" in str(reports[True])
+    assert "zeros" not in str(reports[False])
+    for every_layer, report in reports.items():
+        size = sum(tensor.numel() * 4 for tensor in files[every_layer].values())
+        assert report.ranks.column("MB")[-1] == pytest.approx(size / 1e6)
+
+
 # What else an adapter holds.
 
 
@@ -443,6 +510,17 @@ def test_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
     again = tune(build(served, dtype).float())
     found = adapted.output(alone(wide, tmp_path), inputs)
     assert share(found, adapted.output(again, inputs), base) <= EXACT
+
+
+def test_double_precision(tmp_path: Path) -> None:
+    """Rounding is measured in float64 too, and the check does not round to float32 on its way."""
+    served, inputs = EXACTLY["llama"], cases.inputs("llama")
+    base = adapted.output(build(served, torch.float64), inputs)
+    ours = tune(build(served, torch.float64))
+    report = to_lora(ours, tmp_path)
+    assert 0 < report.rounding < 1e-12 * report.effect
+    found = adapted.output(alone(build(served, torch.float64), tmp_path), inputs)
+    assert share(found, adapted.output(ours, inputs), base) <= EXACT
 
 
 # The check.

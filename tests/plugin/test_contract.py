@@ -152,6 +152,11 @@ REQUIRED = [
     Name("peft.tuners.tuners_utils:cast_adapter_dtype", "float32 LoRA over a half precision base", ("tuner/model.py",)),
     Name("peft.tuners.tuners_utils:_maybe_include_all_linear_layers", 'LoRA at "all-linear"', (LORA,)),
     Name("peft.tuners.tuners_utils:_check_lora_target_modules_mamba", "export as LoRA of Mamba", ("interop/folds.py",)),
+    Name(
+        "peft.utils.transformers_weight_conversion:convert_peft_config_for_transformers",
+        "export as LoRA of models with experts",
+        ("interop/folds.py",),
+    ),
     Name("peft.tuners.lora:LoraModel._prepare_adapter_config", "LoRA as a part", (LORA,)),
     Name("peft.tuners.lora:LoraModel._check_target_module_exists", "LoRA as a part", (LORA,)),
     Name("peft.tuners.lora:LoraModel._create_and_replace", "LoRA as a part under offloading", (LORA,)),

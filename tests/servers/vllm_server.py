@@ -91,7 +91,7 @@ class Server:
             "PEFT_LNTUNE_CACHE": str(cache),
         }  # fmt: skip
         options = {
-            "model": model, "host": "127.0.0.1", "port": self.port, "max-lora-rank": ENTRIES, "max-loras": TENANTS,
+            "model": model, "host": "127.0.0.1", "port": self.port, "max-lora-rank": ENTRIES, "max-loras": TENANTS + 1,
             "dtype": "float32", "max-model-len": 128,
         }  # fmt: skip
         given = [part for name, value in options.items() for part in (f"--{name}", str(value))]

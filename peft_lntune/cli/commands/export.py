@@ -46,7 +46,7 @@ def check(
         ConfigError: OUT exists and is not an empty folder, or cannot be made.
     """
     if kind != "lora":
-        refuse_without("--lora", "rank", "texts", "drop")
+        refuse_without("--lora", "rank", "texts", "drop", "every_layer")
     if gguf is None:
         refuse_without("--gguf", "gguf_out", "in_place", "undo")
         if adapter is None or out is None:
@@ -85,6 +85,12 @@ def check(
 )
 @click.option("--drop", is_flag=True, help="With --lora: leave out norms that LoRA cannot hold; the cost is printed.")
 @click.option(
+    "--every-layer/--tuned-layers",
+    default=True,
+    show_default=True,
+    help="With --lora: also write zeros for layers that are not tuned, which LoRAX needs; or leave them out.",
+)
+@click.option(
     "--gguf",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="Add the deltas to the norms of this GGUF file, quantized or not. All other bytes are kept.",
@@ -100,6 +106,7 @@ def command(
     rank: int | None,
     texts: Path | None,
     drop: bool,
+    every_layer: bool,
     gguf: Path | None,
     gguf_out: Path | None,
     in_place: bool,
@@ -129,7 +136,8 @@ def command(
 
     if gguf is None:
         function, said = FORMATS[kind or "ln_tuning"]
-        options = {"rank": rank, "texts": texts, "drop": drop} if kind == "lora" else {}
+        given = {"rank": rank, "texts": texts, "drop": drop, "every_layer": every_layer}
+        options = given if kind == "lora" else {}
         click.echo(said.format(getattr(export, function)(adapter, out, model, **options)))
     elif undo:
         click.echo(f"{gguf} is restored; {export.restore_gguf(gguf)} was taken out.")

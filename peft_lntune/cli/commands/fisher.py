@@ -104,6 +104,12 @@ def _check_used(score: str, taken: Collection[str]) -> None:
     help="Choose among all entries, or per tensor or layer.",
 )
 @click.option(
+    "--max-per-norm",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Choose at most N entries of each norm, so that the adapter exports as LoRA of rank N without loss.",
+)
+@click.option(
     "--kind", type=click.Choice(FISHER_KINDS), default="empirical", show_default=True, help="Where labels come from."
 )
 @click.option(
@@ -150,6 +156,7 @@ def command(
       peft-lntune fisher --model ./bert-base --data pairs.csv \\
         --text-column premise --text-column hypothesis
       peft-lntune fisher --model ./bert-base --score magnitude
+      peft-lntune fisher --model ./llm --data train.jsonl --max-per-norm 64
     """
     import inspect
 
