@@ -36,6 +36,7 @@ class Arm:
         rate_of: the arm whose rate it takes, where none is searched for it.
         head_rate_of: the arm whose rate its head takes, where one rate cannot serve both.
         takes: coordinates of a cell that `tune` is told by name.
+        parts: what it joins, by the names of `parameter_groups`; each may have a rate of its own.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Arm:
     rate_of: str | None = None
     head_rate_of: str | None = None
     takes: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
 
 
 ARMS: dict[str, Arm] = {}
@@ -330,5 +332,11 @@ def _combined(model: nn.Module, preset: str) -> nn.Module:
         return _peft(model, sized[0] if len(sized) == 1 else UnifiedConfig(parts=sized))
 
 
+def _parts(preset: str) -> tuple[str, ...]:
+    """Return the parts of a preset, where there are several."""
+    names = preset.replace("mam", "prefix+ffn-adapter").split("+")
+    return tuple(names) if len(names) > 1 else ()
+
+
 for _preset, _rates in COMBINED.items():
-    arm(_preset, _rates)(partial(_combined, preset=_preset))
+    arm(_preset, _rates, parts=_parts(_preset))(partial(_combined, preset=_preset))

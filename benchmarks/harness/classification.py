@@ -2,8 +2,8 @@
 
 import argparse
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from benchmarks.harness.splits import batches
 from benchmarks.harness.tasks import Task, load_task
 from benchmarks.harness.training import Schedule, counts, make_optimizer, saved_bytes, train, train_step
 
-Kind = tuple[str, str, str]
+Kind = tuple[str, ...]  # task, arm and dtype; and a group of parameters, where the rate is that group's
+HEAD = "head"
 Tuner = Callable[[nn.Module, Cell, Task], nn.Module]
 
 
@@ -36,6 +37,8 @@ class Protocol:
         batch_size: rows per step.
         dropout: replaces the checkpoint's; None keeps it.
         mask_samples: training rows that a mask is chosen by.
+        group_rates: learning rates that are tried for groups of parameters (the head, the parts of an arm that joins
+            several), group by group in this order, after one rate for all; empty keeps one rate for all.
     """
 
     name: str
@@ -44,10 +47,20 @@ class Protocol:
     batch_size: int
     dropout: float | None
     mask_samples: int = 1024
+    group_rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def length(self, cell: Cell) -> int:
         """Return the steps of a cell."""
         return self.search_steps if cell["phase"] == "search" else self.steps
+
+    def groups(self, arm: str) -> list[str]:
+        """Return the groups of an arm that have a search of their own, in its order.
+
+        The arm of the head alone has none, and neither has a head whose rate is another arm's.
+        """
+        chosen = find_arm(arm)
+        own = {*chosen.parts, *([] if arm == HEAD or chosen.head_rate_of else [HEAD])}
+        return [group for group in self.group_rates if group in own]
 
     def stem(self, name: str) -> str:
         """Return how the files of a report are called: by its name, and by any protocol but the CPU's."""
@@ -55,11 +68,20 @@ class Protocol:
 
 
 SEEDS = (0, 1, 2)
+GROUP_RATES = {
+    "head": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "prefix": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    "mha-adapter": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "ffn-adapter": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "lora": (3e-4, 1e-3, 3e-3, 1e-2),
+    "ln": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+}
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
         Protocol("cpu", steps=300, search_steps=200, batch_size=16, dropout=0.0),
         Protocol("cpu-600", steps=600, search_steps=400, batch_size=32, dropout=0.0),
+        Protocol("cpu-groups", steps=300, search_steps=200, batch_size=16, dropout=0.0, group_rates=GROUP_RATES),
         Protocol("full", steps=3000, search_steps=3000, batch_size=32, dropout=None),
     )
 }
@@ -99,10 +121,29 @@ def head_kind(cell: Cell) -> Kind | None:
     return None if arm is None else (cell["task"], arm, cell["dtype"])
 
 
-def search_cells(protocol: Protocol, task: str, arm: str, dtype: str) -> list[Cell]:
-    """Return the runs that choose an arm's learning rate, on one seed."""
+def search_cells(protocol: Protocol, task: str, arm: str, dtype: str, group: str | None = None) -> list[Cell]:
+    """Return the runs that choose an arm's learning rate, or that of one group of its parameters, on one seed."""
     place = {"protocol": protocol.name, "phase": "search", "task": task, "arm": arm, "dtype": dtype, "seed": 0}
-    return [{**place, **find_arm(arm).searched_at, "learning_rate": rate} for rate in find_arm(arm).rates]
+    place |= find_arm(arm).searched_at
+    if group is None:
+        return [{**place, "learning_rate": rate} for rate in find_arm(arm).rates]
+    return [{**place, "group": group, "learning_rate": rate} for rate in protocol.group_rates[group]]
+
+
+def with_groups(protocol: Protocol, kind: Kind) -> list[Kind]:
+    """Return the kind of an arm's own rate and those of its groups; each is searched at the rates before it."""
+    return [kind, *((*kind, group) for group in protocol.groups(kind[1]))] if len(kind) == 3 else [kind]
+
+
+def rates_of(row: Row) -> dict[str, float]:
+    """Return the learning rates of a row by group; that of all other parameters has an empty name.
+
+    Example:
+        >>> rates_of({"learning_rate": 0.1, "head_learning_rate": 0.2, "part_learning_rates": {"prefix": 0.3}})
+        {'': 0.1, 'head': 0.2, 'prefix': 0.3}
+    """
+    head = {HEAD: row["head_learning_rate"]} if "head_learning_rate" in row else {}
+    return {"": row["learning_rate"], **head, **row.get("part_learning_rates", {})}
 
 
 def final_cells(protocol: Protocol, task: str, arm: str, dtype: str, seeds: Iterable[int], **at: Any) -> list[Cell]:
@@ -115,22 +156,58 @@ def best_rates(rows: Rows, protocol: Protocol, kinds: Iterable[Kind]) -> dict[Ki
     """Return the learning rate that did best on held-out training rows, where the search is complete.
 
     Equal scores go to the smaller rate.
+
+    Raises:
+        ValueError: a group was searched at other rates of the rest than those that are chosen now.
     """
-    found = {}
-    for task, arm, dtype in kinds:
-        searched = [rows.get(cell) for cell in search_cells(protocol, task, arm, dtype)]
-        known = [row for row in searched if row is not None]
-        if known and len(known) == len(searched):
-            metric = metric_of(task)
-            best = max(known, key=lambda row: (metric.held_out(row["metrics"]), -row["learning_rate"]))
-            found[task, arm, dtype] = float(best["learning_rate"])
+    found: dict[Kind, float] = {}
+    for kind in kinds:
+        rate = _best_rate(rows, protocol, kind)
+        if rate is not None:
+            found[kind] = rate
     return found
 
 
+def _best_rate(rows: Rows, protocol: Protocol, kind: Kind) -> float | None:
+    task, arm, dtype, *groups = kind
+    searched = [rows.get(cell) for cell in search_cells(protocol, task, arm, dtype, *groups)]
+    known = [row for row in searched if row is not None]
+    if not known or len(known) < len(searched):
+        return None
+    for group in groups:
+        before = with_groups(protocol, kind[:3])[: protocol.groups(arm).index(group) + 1]
+        wanted = {name: _best_rate(rows, protocol, each) for each in before for name in each[3:] or ("",)}
+        for row in known:
+            others = {name: rate for name, rate in rates_of(row).items() if name != group}
+            if others != wanted:
+                raise ValueError(
+                    f"The rate of {group} of the arm {arm} on {task} was searched at {others}, and the other searches "
+                    f"choose {wanted} now. Remove these lines from {rows.path.name} to search again."
+                )
+    metric = metric_of(task)
+    best = max(known, key=lambda row: (metric.held_out(row["metrics"]), -row["cell"]["learning_rate"]))
+    return float(best["cell"]["learning_rate"])
+
+
 def needed_rates(cell: Cell) -> set[Kind]:
-    """Return the kinds whose learning rate must be known before a cell can run."""
-    own, head = {kind(cell)} if cell["phase"] == "final" else set(), head_kind(cell)
+    """Return the arms whose learning rates must be known before a cell can run."""
+    own = {kind(cell)} if cell["phase"] == "final" or "group" in cell else set()
+    head = head_kind(cell)
     return own if head is None else own | {head}
+
+
+def all_needed(protocol: Protocol, cell: Cell, needs: Callable[[Cell], set[Kind]] = needed_rates) -> list[Kind]:
+    """Return every rate that a cell needs: those of the arms it names, with their groups as far as it goes.
+
+    A search for one group needs the groups before it; other searches need no groups.
+    """
+    every = [each for found in sorted(needs(cell)) for each in with_groups(protocol, found)]
+    if cell["phase"] != "search":
+        return every
+    own = kind(cell)
+    groups = protocol.groups(own[1])
+    before = groups[: groups.index(cell["group"])] if "group" in cell else []
+    return [each for each in every if each[:3] != own or len(each) == 3 or each[3] in before]
 
 
 def search_first(
@@ -146,17 +223,20 @@ def search_first(
     searched: set[Kind] = set()
     waves: list[list[Cell]] = []
     for finals in stages:
-        wanted = _kinds(finals, needs)
-        before = _kinds([cell for kind in wanted for cell in search_cells(protocol, *kind)], needs)
-        for kinds in (before, wanted):
-            waves.append([cell for kind in kinds if kind not in searched for cell in search_cells(protocol, *kind)])
-            searched |= {*kinds}
+        left = [each for each in _kinds(protocol, finals, needs) if each not in searched]
+        while left:
+            first = {each: _kinds(protocol, search_cells(protocol, *each), needs) for each in left}
+            ready = [each for each, before in first.items() if searched.issuperset(before)]
+            searched |= {*ready}
+            waves.append([cell for each in ready for cell in search_cells(protocol, *each)])
+            every = (kind for each, before in first.items() for kind in (*before, each))
+            left = [each for each in dict.fromkeys(every) if each not in searched]
         waves.append(sorted(finals, key=lambda cell: cell["seed"]))
     return [wave for wave in waves if wave]
 
 
-def _kinds(cells: Iterable[Cell], needs: Callable[[Cell], set[Kind]]) -> list[Kind]:
-    return list(dict.fromkeys(kind for cell in cells for kind in sorted(needs(cell))))
+def _kinds(protocol: Protocol, cells: Iterable[Cell], needs: Callable[[Cell], set[Kind]]) -> list[Kind]:
+    return list(dict.fromkeys(kind for cell in cells for kind in all_needed(protocol, cell, needs)))
 
 
 def experiment_parser(description: str) -> argparse.ArgumentParser:
@@ -210,8 +290,8 @@ def run_experiment(
     write_environment(options.results / "environment.json", name, device, options.jobs)
     failed = 0
     for wave in waves:
-        rates = best_rates(rows, protocol, {wanted for cell in wave for wanted in needs(cell)})
-        ready = [cell for cell in wave if needs(cell) <= rates.keys()]
+        rates = best_rates(rows, protocol, _kinds(protocol, wave, needs))
+        ready = [cell for cell in wave if {*all_needed(protocol, cell, needs)} <= rates.keys()]
         one = partial(run or run_cell, protocol=protocol, place=place, rates=rates)
         failed += run_cells(ready, rows, one, options.jobs, f"{wave[0]['dtype']} {wave[0]['phase']}")
     return failed
@@ -245,15 +325,17 @@ def run_cell(
     task = load_task(cell["task"], place.data_dir, place.model)
     if search:
         task = task.held_out()
-    rate = cell["learning_rate"] if search else rates[kind(cell)]
-    head = head_kind(cell)
-    head_rate = None if head is None else rates[head]
+    own, head, group = kind(cell), head_kind(cell), cell.get("group")
+    rate = cell["learning_rate"] if search and group is None else rates[own]
+    chosen = [each for each in all_needed(protocol, cell) if len(each) > 3 and each[:3] == own]
+    part_rates = {each[3]: rates[each] for each in chosen} | ({} if group is None else {group: cell["learning_rate"]})
+    head_rate = part_rates.pop(HEAD, None) if head is None else rates[head]
     model = tune(load_base(cell, protocol, place, task), cell, task).to(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     steps = protocol.length(cell)
     data = batches(task.train, protocol.batch_size, steps, cell["seed"], device)
-    trained = train(model, data, Schedule(steps, rate, head_rate=head_rate))
+    trained = train(model, data, Schedule(steps, rate, head_rate=head_rate, part_rates=part_rates))
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     scores = task.score(model, device)
     metrics: dict[str, Any] = {f"held_out_{k}" if search else k: round(value, 5) for k, value in scores.items()}
@@ -261,6 +343,7 @@ def run_cell(
     return {
         "learning_rate": rate,
         **({} if head_rate is None else {"head_learning_rate": head_rate}),
+        **({"part_learning_rates": part_rates} if part_rates else {}),
         "steps": steps,
         "batch_size": protocol.batch_size,
         "metrics": metrics,

@@ -6,16 +6,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.harness.claims import ABOUT_VERDICTS, seeds_claim, seeds_verdict
+from benchmarks.harness.claims import ABOUT_VERDICTS, seeds_claim
 from benchmarks.harness.finals import Finals, by_seed, differences, edge_note, figures
+from benchmarks.harness.paired import Paired, Pairs
 from benchmarks.harness.plots import Dot
 from benchmarks.harness.rows import Row
 from benchmarks.harness.tables import NONE, NOT_RUN, mean_and_spread, of_what_ran, what_did_not_run
 
 ABOUT_DIFFERENCES = (
     "Differences in points, the first minus the second, each taken within a seed (the same head and batches{also}). "
-    "`on average` is over {tasks}, seed by seed. A few seeds tell a difference well beyond its spread from none, and "
-    f"no smaller one. {ABOUT_VERDICTS}"
+    "`on average` is over {tasks}, seed by seed. "
+    f"{ABOUT_VERDICTS}"
 )
 ABOUT_HEAD = "Every arm trains the head as well; `tuned entries` leaves it out."
 ABOUT_RATES = (
@@ -68,18 +69,6 @@ def not_run(missing: Iterable[Side]) -> str:
     return f"; {NOT_RUN}: {names}" if names else ""
 
 
-def over_seeds(by_task: Mapping[str, Mapping[int, float]]) -> list[float]:
-    """Return the mean over tasks of each seed that every task has.
-
-    Example:
-        >>> over_seeds({"sst2": {0: 1.0, 1: 2.0}, "trec": {0: 3.0}})
-        [2.0]
-    """
-    each = list(by_task.values())
-    seeds = [seed for seed in each[0] if all(seed in values for values in each)]
-    return [statistics.mean(values[seed] for values in each) for seed in seeds]
-
-
 @dataclass(frozen=True)
 class Comparison:
     """Rows of some tasks, of which some are averaged.
@@ -103,16 +92,20 @@ class Comparison:
         """Return task -> seed -> ours minus theirs."""
         return {task: differences(ours.rows(self.found, task), theirs.rows(self.found, task)) for task in self.tasks}
 
-    def average(self, by_task: Mapping[str, Mapping[int, float]]) -> list[float]:
+    def of_averaged(self, by_task: Pairs) -> Pairs:
+        """Return what there is of the averaged tasks."""
+        return {task: by_task[task] for task in self.averaged}
+
+    def average(self, by_task: Pairs) -> list[float]:
         """Return the mean over the averaged tasks, for each seed that all of them have."""
-        return over_seeds({task: by_task[task] for task in self.averaged})
+        return Paired(self.of_averaged(by_task)).seeds
 
     def wanted(self, bound: Bound) -> str:
         """Return the line of the claim that a difference is beyond a bound."""
-        values = self.average(self.differences(bound.ours, bound.theirs))
+        pairs = self.of_averaged(self.differences(bound.ours, bound.theirs))
         wanted = f"{bound.ours.said} {bound.wanted}, on average over {', '.join(self.averaged)}"
         note = self.edges([bound.ours, bound.theirs])
-        return seeds_claim(wanted, values, self.planned, bound.bound, bound.holds, note)
+        return seeds_claim(wanted, pairs, self.planned, bound.bound, bound.holds, note)
 
     def edges(self, sides: Iterable[Side], tasks: Sequence[str] | None = None) -> str:
         """Return the sentence that says whose learning rates were at the edge of their grids.
@@ -140,10 +133,10 @@ class Comparison:
         table: list[list[object]] = []
         for ours, theirs in pairs:
             by_task = self.differences(ours, theirs)
-            values = self.average(by_task)
+            found = Paired(self.of_averaged(by_task))
             each = (mean_and_spread(list(seeds.values()), self.planned) for seeds in by_task.values())
-            verdict = seeds_verdict(values) if values else None
-            table.append([f"{ours.said} - {theirs.said}", *each, mean_and_spread(values, self.planned), verdict])
+            verdict = found.verdict(lambda mean: mean > 0) if found.seeds else None
+            table.append([f"{ours.said} - {theirs.said}", *each, mean_and_spread(found.seeds, self.planned), verdict])
         return of_what_ran(("difference", *self.tasks, "on average", "above 0"), table)
 
     def not_run(self, groups: Mapping[str, Sequence[Side]], tasks: Sequence[str] | None = None) -> Iterator[str]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.harness.arms import find_arm
-from benchmarks.harness.classification import Protocol, best_rates, final_cells
+from benchmarks.harness.classification import Protocol, best_rates, final_cells, with_groups
 from benchmarks.harness.metrics import ACCURACY, metric_of
 from benchmarks.harness.rows import Cell, Row, Rows
 
@@ -22,20 +22,31 @@ class Finals:
         return [row for row in map(self.rows.get, cells) if row is not None]
 
     def rate(self, task: str, arm: str, dtype: str = "float32") -> str | None:
-        """Return the learning rate that was chosen, and whether it was the smallest or largest tried."""
-        chosen = self._chosen(task, arm, dtype)
-        return None if chosen is None else f"{chosen[0]:g}" + (" (edge)" if chosen[1] else "")
+        """Return the learning rates that were chosen, and which was the smallest or largest tried.
+
+        Rates of groups of parameters stand behind that of the rest, with their names.
+        """
+        said = [
+            f"{name} {rate:g}".strip() + (" (edge)" if edge else "")
+            for name, rate, edge in self._chosen(task, arm, dtype)
+        ]
+        return ", ".join(said) if said else None
 
     def at_edge(self, task: str, arm: str, dtype: str = "float32") -> bool:
-        """Tell whether the learning rate that was chosen was the smallest or largest tried."""
-        chosen = self._chosen(task, arm, dtype)
-        return chosen is not None and chosen[1]
+        """Tell whether a learning rate that was chosen was the smallest or largest tried."""
+        return any(edge for _, _, edge in self._chosen(task, arm, dtype))
 
-    def _chosen(self, task: str, arm: str, dtype: str) -> tuple[float, bool] | None:
+    def _chosen(self, task: str, arm: str, dtype: str) -> list[tuple[str, float, bool]]:
+        """Return the group, its rate and whether that is at the edge of its grid; nothing without a search."""
         searched = find_arm(arm).rate_of or arm
-        chosen = best_rates(self.rows, self.protocol, [(task, searched, dtype)]).get((task, searched, dtype))
-        rates = find_arm(searched).rates
-        return None if chosen is None else (chosen, chosen in (min(rates), max(rates)))
+        kinds = with_groups(self.protocol, (task, searched, dtype))
+        chosen = best_rates(self.rows, self.protocol, kinds)
+        grids = [self.protocol.group_rates[each[3]] if len(each) > 3 else find_arm(searched).rates for each in kinds]
+        return [
+            ("".join(each[3:]), chosen[each], chosen[each] in (min(rates), max(rates)))
+            for each, rates in zip(kinds, grids, strict=True)
+            if each in chosen
+        ]
 
 
 def edge_note(edges: Mapping[str, Iterable[str]]) -> str:

@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from benchmarks.harness.arms import own_parameters
-from benchmarks.harness.models import HEADS
+from benchmarks.harness.models import HEADS, head_modules
 from benchmarks.harness.splits import Batch
+from peft_lntune.tuner.parameter_groups import parameter_groups
 
 WARM_UP = 0.06
 CLIP = 1.0  # largest norm of all gradients together, the default of transformers' Trainer
@@ -26,6 +27,7 @@ class Schedule:
     learning_rate: float
     clip: float = CLIP
     head_rate: float | None = None  # of the head, where it is not that of the rest
+    part_rates: Mapping[str, float] = field(default_factory=dict)  # of the parts that have their own
 
 
 def rate_factor(step: int, steps: int) -> float:
@@ -41,14 +43,17 @@ def rate_factor(step: int, steps: int) -> float:
     return (steps - step) / max(1, steps - warm_up)
 
 
-def make_optimizer(model: nn.Module, learning_rate: float, head_rate: float | None = None) -> torch.optim.AdamW:
-    """Return AdamW without weight decay over what the arm trains, by one rate or with one of its own for the head."""
-    tuned = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    groups: list[dict[str, Any]] = [{"params": list(tuned.values())}]
-    if head_rate is not None:
-        own = own_parameters(model)
-        head = [parameter for name, parameter in tuned.items() if name not in own]
-        groups = [{"params": list(own.values())}, {"params": head, "lr": head_rate}]
+def make_optimizer(
+    model: nn.Module,
+    learning_rate: float,
+    head_rate: float | None = None,
+    part_rates: Mapping[str, float] | None = None,
+) -> torch.optim.AdamW:
+    """Return AdamW without weight decay over what the arm trains, by one rate or with those of head and parts."""
+    groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    if head_rate is not None or part_rates:
+        heads = list(head_modules(model))
+        groups = parameter_groups(model, learning_rate, head_rate, part_rates, heads=heads)
     return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=0.0, fused=True)
 
 
@@ -77,7 +82,7 @@ def train(model: nn.Module, data: Iterable[Batch], schedule: Schedule) -> dict[s
         and `moved`, the share of the arm's own entries (without the head) that differ from their start.
     """
     model.train()
-    optimizer = make_optimizer(model, schedule.learning_rate, schedule.head_rate)
+    optimizer = make_optimizer(model, schedule.learning_rate, schedule.head_rate, schedule.part_rates)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, schedule.steps))
     start = {name: parameter.detach().clone() for name, parameter in own_parameters(model).items()}
     losses = []

@@ -110,9 +110,10 @@ def _not_run(found: Finals, tasks: Sequence[str], arms: Sequence[str]) -> Iterat
 def _wanted(found: Finals, task: str) -> list[str]:
     """Compare ours with the bounds set beforehand, seed by seed."""
     ours, planned = found.of(task, "ln"), len(found.seeds)
-    near_full = list(differences(ours, found.of(task, "full")).values())
-    above_head = list(differences(ours, found.of(task, "head")).values())
-    wide = [-abs(value) for value in differences(found.of(task, "ln", "bfloat16"), ours).values()]
+    near_full = {task: differences(ours, found.of(task, "full"))}
+    above_head = {task: differences(ours, found.of(task, "head"))}
+    apart = differences(found.of(task, "ln", "bfloat16"), ours)
+    wide = {task: {seed: -abs(value) for seed, value in apart.items()}}
     near = f"ln over a bf16 base within {NEAR_FLOAT32:g} point of float32"
 
     def edges(**dtypes: str) -> str:

@@ -31,7 +31,6 @@ from benchmarks.harness.classification import (
     run_experiment,
     search_cells,
 )
-from benchmarks.harness.comparison import over_seeds
 from benchmarks.harness.finals import Finals, edge_note
 from benchmarks.harness.leave_out import (
     Answers,
@@ -46,6 +45,7 @@ from benchmarks.harness.leave_out import (
     without,
 )
 from benchmarks.harness.masked import fisher_information
+from benchmarks.harness.paired import Pairs
 from benchmarks.harness.plots import ABOUT_DOTS, Dot, Panel, plot_dots, plot_matrices
 from benchmarks.harness.rows import Cell, Row, Rows
 from benchmarks.harness.runner import stamp
@@ -92,13 +92,12 @@ class Scope:
         found = (value(row) for row in self.rows[task])
         return [each for each in found if each is not None]
 
-    def average(self, value: Value) -> list[float]:
-        """Return the mean over tasks of a value, for each seed that all of them have."""
-        by_task = {
+    def pairs(self, value: Value) -> Pairs:
+        """Return task -> seed -> value, of the rows that have one."""
+        return {
             task: {row["cell"]["seed"]: each for row in rows if (each := value(row)) is not None}
             for task, rows in self.rows.items()
         }
-        return over_seeds(by_task)
 
 
 def _correlation(kind: str, pair: str) -> Value:
@@ -187,7 +186,7 @@ def _held(scope: Scope) -> Iterator[str]:
 
 def _line(scope: Scope, wanted: str, value: Value) -> str:
     said = f"{wanted}: rank correlation, or difference of two, above 0 on average over {', '.join(scope.rows)}"
-    return seeds_claim(said, scope.average(value), scope.planned, note=scope.edges)
+    return seeds_claim(said, scope.pairs(value), scope.planned, note=scope.edges)
 
 
 def _correlations(scope: Scope) -> Iterator[str]:

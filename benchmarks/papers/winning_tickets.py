@@ -40,6 +40,7 @@ from benchmarks.harness.finals import Finals, figures, reported
 from benchmarks.harness.magnitude import COUNT, LARGEST, OTHER_LARGEST, mean_magnitude
 from benchmarks.harness.metrics import metric_of
 from benchmarks.harness.models import classes
+from benchmarks.harness.paired import Paired
 from benchmarks.harness.plots import ABOUT_ACROSS, ABOUT_DOTS, Line, Lines, Panel, plot_along, plot_dots
 from benchmarks.harness.rows import Cell, Row, Rows
 from benchmarks.harness.tables import NOT_RUN, mean_and_spread, of_what_ran
@@ -172,17 +173,17 @@ def _per_entry(compared: Comparison, others: Sequence[Side]) -> str:
     if not means or not compared.average(ours):
         return open_claim(wanted)
     rival = max(means, key=lambda said: means[said])
-    values = compared.average(
+    pairs = compared.of_averaged(
         {
             task: {seed: ours[task][seed] - gain for seed, gain in gains.items() if seed in ours[task]}
             for task, gains in theirs[rival].items()
         }
     )
     missing = not_run(side for side in others if side.said not in means)
-    if not values:
+    if not Paired(pairs).seeds:
         return open_claim(wanted, "Not measured yet on equal seeds")
     note = compared.edges([NORMS, *(side for side in others if side.said == rival)])
-    said = seeds_claim(f"{wanted} ({rival} has most{missing})", values, compared.planned, note=note)
+    said = seeds_claim(f"{wanted} ({rival} has most{missing})", pairs, compared.planned, note=note)
     return f"{said} This ratio favours whatever is small; equal numbers of entries are compared below."
 
 

@@ -170,9 +170,9 @@ def test_a_supermask_trains_its_head_at_that_rate(
 ) -> None:
     made = []
 
-    def recorded(model: Any, learning_rate: float, head_rate: float | None = None) -> torch.optim.AdamW:
+    def recorded(model: Any, learning_rate: float, head_rate: float | None, part_rates: Any) -> torch.optim.AdamW:
         made.append((learning_rate, head_rate))
-        return make_optimizer(model, learning_rate, head_rate)
+        return make_optimizer(model, learning_rate, head_rate, part_rates)
 
     monkeypatch.setattr("benchmarks.harness.training.make_optimizer", recorded)
     rates = {("sst2", "head", "float32"): 0.003, ("sst2", "pruned", "float32"): 0.01}
