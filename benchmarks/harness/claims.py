@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from benchmarks.harness.paired import DRAWS, FAILS, HOLDS, INCONCLUSIVE, LEVEL, Paired, Pairs
@@ -16,6 +17,46 @@ ABOUT_VERDICTS = (
 )
 
 
+@dataclass(frozen=True)
+class Finding:
+    """What was claimed, what was measured, and what that says.
+
+    Attributes:
+        wanted: the claim.
+        measured: in a line; None has not been measured.
+        verdict: one word.
+        short: `measured` in a table; empty means the same.
+        more: what would decide it, if it is inconclusive.
+        note: sentences that stand behind the verdict.
+        missing: why there is no measurement.
+        edge: methods of which a chosen learning rate is at the edge of its grid, in a table.
+    """
+
+    wanted: str
+    measured: str | None = None
+    verdict: str | None = None
+    short: str = ""
+    more: str = ""
+    note: str = ""
+    missing: str = NOT_YET
+    edge: str = ""
+
+    @property
+    def line(self) -> str:
+        """The finding as an item of a list.
+
+        Example:
+            >>> Finding("a above b").line
+            '- Claim: a above b. Not measured yet.'
+            >>> Finding("a above b", "0.1", INCONCLUSIVE, more="more seeds are needed", note="A note.").line
+            '- Claim: a above b. Measured: 0.1. Verdict: inconclusive; more seeds are needed. A note.'
+        """
+        if self.measured is None:
+            return f"{CLAIM}{self.wanted}. {self.missing}."
+        more, note = self.more and f"; {self.more}", self.note and f" {self.note}"
+        return f"{CLAIM}{self.wanted}. Measured: {self.measured}. Verdict: {self.verdict}{more}.{note}"
+
+
 def claim(wanted: str, measured: str, holds: bool) -> str:
     """Return the line of a claim about one figure, such as a count.
 
@@ -23,35 +64,24 @@ def claim(wanted: str, measured: str, holds: bool) -> str:
         >>> claim("at most 45,000 bytes", "43,464", True)
         '- Claim: at most 45,000 bytes. Measured: 43,464. Verdict: holds.'
     """
-    return f"- Claim: {wanted}. Measured: {measured}. Verdict: {HOLDS if holds else FAILS}."
+    return Finding(wanted, measured, HOLDS if holds else FAILS).line
 
 
-def runs_claim(wanted: str, measured: str, runs: int, of: int) -> str:
-    """Return the line of a claim that is asked of every run; it is inconclusive where it holds in some.
+def in_runs(wanted: str, measured: str, runs: int, of: int, note: str = "") -> Finding:
+    """Return what is found of a claim that is asked of every run; it is inconclusive where it holds in some.
 
     Example:
-        >>> runs_claim("a is first", "in 6 of 6 runs", 6, 6)
+        >>> in_runs("a is first", "in 6 of 6 runs", 6, 6).line
         '- Claim: a is first. Measured: in 6 of 6 runs. Verdict: holds.'
     """
-    word = HOLDS if runs == of else INCONCLUSIVE if runs else FAILS
-    return f"{CLAIM}{wanted}. Measured: {measured}. Verdict: {word}."
-
-
-def open_claim(wanted: str, missing: str = NOT_YET) -> str:
-    """Return the line of a claim that has no rows.
-
-    Example:
-        >>> open_claim("a above b")
-        '- Claim: a above b. Not measured yet.'
-    """
-    return f"{CLAIM}{wanted}. {missing}."
+    return Finding(wanted, measured, HOLDS if runs == of else INCONCLUSIVE if runs else FAILS, note=note)
 
 
 def listed(lines: Iterable[str]) -> str:
     """Return the lines of claims as one list; the claims that have no rows stand together at its end.
 
     Example:
-        >>> print(listed([open_claim("a above b"), claim("at most 2", "1", True), open_claim("b above c")]))
+        >>> print(listed([Finding("a above b").line, claim("at most 2", "1", True), Finding("b above c").line]))
         - Claim: at most 2. Measured: 1. Verdict: holds.
         - Not measured yet: a above b; b above c.
     """
@@ -79,18 +109,18 @@ def time_claim(wanted: str, ratio: Sequence[float], again: Sequence[float], boun
     noise = max(abs(again[0] - 1), abs(again[2] - 1))
     word = INCONCLUSIVE if abs(ratio[1] - bound) <= noise else HOLDS if ratio[1] <= bound else FAILS
     measured = f"{ratio[1]:.3f} (noise: {again[0]:.3f} to {again[2]:.3f})"
-    return f"- Claim: {wanted}. Measured: {measured}. Verdict: {word}."
+    return Finding(wanted, measured, word).line
 
 
-def seeds_claim(
+def over_seeds(
     wanted: str,
     pairs: Pairs,
     planned: int,
     bound: float = 0.0,
     holds: Callable[[float, float], bool] = operator.gt,
     note: str = "",
-) -> str:
-    """Return the line of a claim about a mean over tasks and seeds.
+) -> Finding:
+    """Return what is found of a claim about a mean over tasks and seeds.
 
     Args:
         wanted: the claim.
@@ -101,25 +131,20 @@ def seeds_claim(
         note: a sentence that stands behind the verdict.
 
     Example:
-        >>> print(seeds_claim("a above b", {"sst2": {0: 1.5, 1: 1.6, 2: 1.4}}, planned=3))
+        >>> print(over_seeds("a above b", {"sst2": {0: 1.5, 1: 1.6, 2: 1.4}}, planned=3).line)
         - Claim: a above b. Measured: 1.5 ± 0.1 (by seed: 1.5, 1.6, 1.4; interval: 1.3 to 1.7). Verdict: holds.
-        >>> seeds_claim("a above b", {"sst2": {}}, planned=3)
+        >>> over_seeds("a above b", {"sst2": {}}, planned=3).line
         '- Claim: a above b. Not measured yet.'
     """
     found = Paired(pairs)
     if not found.seeds:
-        return open_claim(wanted)
+        return Finding(wanted)
     each = ", ".join(f"{value:.1f}" for value in found.seeds)
     word = found.verdict(partial(_swapped, holds, bound))
-    if found.interval is None:
-        span, more = "", "; at least two seeds are needed"
-    else:
-        span = "; interval: {:.1f} to {:.1f}".format(*found.interval)
-        more = f"; {found.more_runs(bound)}" if word == INCONCLUSIVE else ""
-    return (
-        f"- Claim: {wanted}. Measured: {mean_and_spread(found.seeds, planned)} (by seed: {each}{span}). "
-        f"Verdict: {word}{more}.{f' {note}' if note else ''}"
-    )
+    span = "" if found.interval is None else "{:.1f} to {:.1f}".format(*found.interval)
+    more = "" if word != INCONCLUSIVE else found.more_runs(bound) if span else "at least two seeds are needed"
+    measured = f"{mean_and_spread(found.seeds, planned)} (by seed: {each}{span and f'; interval: {span}'})"
+    return Finding(wanted, measured, word, f"{found.mean:.1f} ({span or 'one seed'})", more, note)
 
 
 def _swapped(holds: Callable[[float, float], bool], bound: float, mean: float) -> bool:

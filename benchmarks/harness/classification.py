@@ -82,6 +82,13 @@ class Protocol:
         """Return the rates that are tried for an arm, or for one group of its parameters, before any extension."""
         return self.rates.get(arm, find_arm(arm).rates) if group is None else self.group_rates[group]
 
+    @property
+    def said(self) -> str:
+        """The model, the length of training and what rates are chosen for, in a table."""
+        model = (self.model or "MiniLM").rsplit("/", 1)[-1]
+        rates = ", a rate per part" if self.group_rates else ""
+        return f"{model}, {self.steps:,} steps of {self.batch_size} rows{rates}"
+
     def stem(self, name: str) -> str:
         """Return how the files of a report are called: by its name, and by any protocol but the CPU's."""
         return name if self.name == "cpu" else f"{name}_{self.name}"
@@ -179,7 +186,7 @@ def choose_model(asked: str | None, usual: str | None, protocol: Protocol) -> tu
         return default_model(), protocol
     end = f"-{Path(model).name}"
     own_rates_of = protocol.own_rates_of and f"{protocol.own_rates_of}{end}"
-    return model, replace(protocol, name=f"{protocol.name}{end}", own_rates_of=own_rates_of)
+    return model, replace(protocol, name=f"{protocol.name}{end}", own_rates_of=own_rates_of, model=model)
 
 
 def kind(cell: Cell) -> Kind:
@@ -216,7 +223,7 @@ def grown_cells(rows: Rows, protocol: Protocol, kind: Kind) -> list[Cell]:
     for _ in range(protocol.extensions):
         best = _best_of([row for cell in cells if (row := rows.get(cell)) is not None], task)
         tried = [cell["learning_rate"] for cell in cells]
-        if best not in (min(tried), max(tried)) or any(cell not in rows for cell in cells):
+        if best is None or min(tried) < best < max(tried) or any(cell not in rows for cell in cells):
             break
         cells.append({**cells[0], "learning_rate": next_rate(best, up=best == max(tried))})
     return cells

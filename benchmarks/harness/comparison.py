@@ -3,10 +3,10 @@
 import operator
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from benchmarks.harness.claims import ABOUT_VERDICTS, seeds_claim
+from benchmarks.harness.claims import ABOUT_VERDICTS, Finding, over_seeds
 from benchmarks.harness.finals import Finals, by_seed, differences, edge_note, figures
 from benchmarks.harness.paired import Paired, Pairs
 from benchmarks.harness.plots import Dot
@@ -100,12 +100,19 @@ class Comparison:
         """Return the mean over the averaged tasks, for each seed that all of them have."""
         return Paired(self.of_averaged(by_task)).seeds
 
-    def wanted(self, bound: Bound) -> str:
-        """Return the line of the claim that a difference is beyond a bound."""
+    def wanted(self, bound: Bound) -> Finding:
+        """Return what is found of the claim that a difference is beyond a bound."""
         pairs = self.of_averaged(self.differences(bound.ours, bound.theirs))
         wanted = f"{bound.ours.said} {bound.wanted}, on average over {', '.join(self.averaged)}"
         note = self.edges([bound.ours, bound.theirs])
-        return seeds_claim(wanted, pairs, self.planned, bound.bound, bound.holds, note)
+        return over_seeds(wanted, pairs, self.planned, bound.bound, bound.holds, note)
+
+    def asked(self, bound: Bound) -> Finding:
+        """Return the same for a table that names the tasks elsewhere."""
+        found = self.wanted(bound)
+        sides = [each for each in (bound.ours, bound.theirs) if self.edges([each])]
+        wanted = f"{bound.ours.said} {bound.wanted}"
+        return replace(found, wanted=wanted, edge=", ".join(dict.fromkeys(each.said for each in sides)))
 
     def edges(self, sides: Iterable[Side], tasks: Sequence[str] | None = None) -> str:
         """Return the sentence that says whose learning rates were at the edge of their grids.

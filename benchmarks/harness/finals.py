@@ -66,9 +66,9 @@ def edge_note(edges: Mapping[str, Iterable[str]]) -> str:
     return f"At the edge of the learning rates tried: {said}." if said else ""
 
 
-def reported(rows: Rows, protocol: Protocol, dtype: str = "float32") -> list[Cell]:
-    """Return what this experiment has run and reports of a protocol; of others' tasks and seeds it says nothing."""
-    cells = [row["cell"] for row in rows.own() if row["cell"]["phase"] == "final"]
+def reported(rows: Rows, protocol: Protocol, dtype: str = "float32", every: bool = False) -> list[Cell]:
+    """Return what is reported of a protocol: what this experiment has run, or with `every` what others have run too."""
+    cells = [row["cell"] for row in (rows if every else rows.own()) if row["cell"]["phase"] == "final"]
     return [cell for cell in cells if cell["protocol"] == protocol.name and cell["dtype"] == dtype]
 
 

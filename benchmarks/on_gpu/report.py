@@ -5,7 +5,7 @@ from pathlib import Path
 
 from benchmarks.costs import fisher_cost
 from benchmarks.costs.speed_report import SLOWER
-from benchmarks.harness.claims import claim, runs_claim, time_claim
+from benchmarks.harness.claims import claim, in_runs, time_claim
 from benchmarks.harness.rows import Cell, Row, Rows
 from benchmarks.harness.tables import cost_table, markdown
 from benchmarks.on_gpu.plan import PARTS, Part, cells_of
@@ -109,7 +109,7 @@ def _moving(part: Part, rows: Sequence[Row]) -> Iterator[str]:
     if ours:
         every = sum(row["moved"] == 1 for row in ours)
         least = f"in {every} of {len(ours)} runs, at least {min(row['moved'] for row in ours):.2%}"
-        yield runs_claim("every entry of ln moves", least, every, len(ours))
+        yield in_runs("every entry of ln moves", least, every, len(ours)).line
 
 
 def _timed(part: Part, rows: Sequence[Row]) -> Iterator[str]:

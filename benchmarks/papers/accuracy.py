@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.harness.claims import ABOUT_VERDICTS, listed, seeds_claim
+from benchmarks.harness.claims import ABOUT_VERDICTS, Finding, listed, over_seeds
 from benchmarks.harness.classification import (
     PROTOCOLS,
     SEEDS,
@@ -57,7 +57,7 @@ def write_report(
         if any(found.of(task, arm, dtype) for arm in arms for dtype in DTYPES):
             parts.append(f"## {task}")
             parts += [of_what_ran(_header(said), lines) for said, lines in _tables(found, task, arms) if lines]
-            parts.append(listed(_wanted(found, task)))
+            parts.append(listed(finding.line for finding in _wanted(found, task)))
     missing = [f"- {said}, {line}" for said, line in _not_run(found, tasks, arms)]
     parts += [_notes(), *(["## Not run here", "\n".join(missing)] if missing else [])]
     (results / f"{stem}.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
@@ -109,7 +109,7 @@ def _not_run(found: Finals, tasks: Sequence[str], arms: Sequence[str]) -> Iterat
         yield from ((said, line) for line in what_did_not_run(runs, len(found.seeds)))
 
 
-def _wanted(found: Finals, task: str) -> list[str]:
+def _wanted(found: Finals, task: str) -> list[Finding]:
     """Compare ours with the bounds set beforehand, seed by seed."""
     ours, planned = found.of(task, "ln"), len(found.seeds)
     near_full = {task: differences(ours, found.of(task, "full"))}
@@ -123,11 +123,11 @@ def _wanted(found: Finals, task: str) -> list[str]:
 
     both, above = (edges(ln=DTYPES[0], **{arm: DTYPES[0]}) for arm in ("full", "head"))
     return [
-        seeds_claim(f"ln within {NEAR_FULL:g} points of full", near_full, planned, -NEAR_FULL, operator.ge, both),
-        seeds_claim(
+        over_seeds(f"ln within {NEAR_FULL:g} points of full", near_full, planned, -NEAR_FULL, operator.ge, both),
+        over_seeds(
             f"ln at least {ABOVE_HEAD:g} points above head", above_head, planned, ABOVE_HEAD, operator.ge, above
         ),
-        seeds_claim(near, wide, planned, -NEAR_FLOAT32, operator.ge, edges(ln=DTYPES[1]) or edges(ln=DTYPES[0])),
+        over_seeds(near, wide, planned, -NEAR_FLOAT32, operator.ge, edges(ln=DTYPES[1]) or edges(ln=DTYPES[0])),
     ]
 
 

@@ -22,7 +22,7 @@ from transformers import AutoConfig
 
 from benchmarks.harness import classification, sparse
 from benchmarks.harness.arms import SPARSITY
-from benchmarks.harness.claims import listed, open_claim, runs_claim
+from benchmarks.harness.claims import Finding, in_runs, listed
 from benchmarks.harness.classification import (
     PROTOCOLS,
     SEEDS,
@@ -63,8 +63,8 @@ ABOUT_CLOSENESS = (
 )
 
 
-def distance_bounds(rows: Mapping[str, Sequence[Row]]) -> Iterator[str]:
-    """Yield the lines that say whether the paper's two claims on distances hold.
+def distance_bounds(rows: Mapping[str, Sequence[Row]]) -> Iterator[Finding]:
+    """Yield whether the paper's two claims on distances hold.
 
     Args:
         rows: task -> rows of `full`, one per seed.
@@ -79,29 +79,29 @@ def distance_bounds(rows: Mapping[str, Sequence[Row]]) -> Iterator[str]:
     )
     for wanted, measured in ((close, _closer), (uneven, _uneven)):
         for measure, said in SAID.items():
-            yield measured(f"{wanted}, by {said}", layers, measure) if layers else open_claim(f"{wanted}, by {said}")
+            yield measured(f"{wanted}, by {said}", layers, measure) if layers else Finding(f"{wanted}, by {said}")
 
 
-def _closer(wanted: str, layers: Sequence[Table], measure: str) -> str:
+def _closer(wanted: str, layers: Sequence[Table], measure: str) -> Finding:
     """Say how many times further apart two random models are, from the worst layer to the best, in how many runs."""
     each = [list(map(_ratio, t.column(f"random_{measure}"), t.column(measure))) for t in layers]
     return _in_runs(wanted, [ratio for ratios in each for ratio in ratios], [min(ratios) for ratios in each], CLOSER)
 
 
-def _uneven(wanted: str, layers: Sequence[Table], measure: str) -> str:
+def _uneven(wanted: str, layers: Sequence[Table], measure: str) -> Finding:
     """Say how uneven the layers are, and which moves most."""
     numbered = [dict(zip(t.column("layer"), t.column(measure), strict=True)) for t in layers]
     each = [{layer: value for layer, value in found.items() if layer is not None} for found in numbered]
     ratios = [_ratio(max(found.values()), min(found.values())) for found in each]
     most = Counter(max(found, key=lambda layer: found[layer]) for found in each)
     first = ", ".join(f"layer {layer} in {count}" for layer, count in sorted(most.items()))
-    return f"{_in_runs(wanted, ratios, ratios, UNEVEN)} Moves most: {first} of {len(layers)} runs."
+    return _in_runs(wanted, ratios, ratios, UNEVEN, f"Moves most: {first} of {len(layers)} runs.")
 
 
-def _in_runs(wanted: str, ratios: Sequence[float], decisive: Sequence[float], bound: float) -> str:
+def _in_runs(wanted: str, ratios: Sequence[float], decisive: Sequence[float], bound: float, note: str = "") -> Finding:
     runs = sum(ratio >= bound for ratio in decisive)
     measured = f"{min(ratios):.1f} to {max(ratios):.1f} times, enough in {runs} of {len(decisive)} runs"
-    return runs_claim(wanted, measured, runs, len(decisive))
+    return in_runs(wanted, measured, runs, len(decisive), note)
 
 
 def write_closeness(
@@ -275,7 +275,8 @@ def write_report(rows: Rows, results: Path, scope: Scope) -> None:
     results.mkdir(parents=True, exist_ok=True)
     full = {task: FULL.rows(compared.found, task) for task in scope.tasks}
     parts = [_title(scope), "## What holds"]
-    parts.append(listed([*distance_bounds(full), *map(compared.wanted, (*BOUNDS_OF_MODULES, *BOUNDS_OF_ZEROS))]))
+    found = [*distance_bounds(full), *map(compared.wanted, (*BOUNDS_OF_MODULES, *BOUNDS_OF_ZEROS))]
+    parts.append(listed(finding.line for finding in found))
     picture = f"{NAME}{end}.png"
     drawn = _plot(compared, scope, results / picture)
     if drawn:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import classification, masked
-from benchmarks.harness.claims import listed, open_claim, runs_claim
+from benchmarks.harness.claims import Finding, in_runs, listed
 from benchmarks.harness.classification import (
     PROTOCOLS,
     SEEDS,
@@ -61,8 +61,8 @@ CHANGE_NOTES = (
 )
 
 
-def output_norm(rows: Sequence[Row], note: str = "") -> Iterator[str]:
-    """Yield the lines on the paper's claim that full fine-tuning changes the output norm most.
+def output_norm(rows: Sequence[Row], note: str = "") -> Iterator[Finding]:
+    """Yield what is found of the paper's claim that full fine-tuning changes the output norm most.
 
     Args:
         rows: of `full`, of all tasks.
@@ -78,10 +78,9 @@ def output_norm(rows: Sequence[Row], note: str = "") -> Iterator[str]:
                 times = {parameter: _times(measure, rows, without, [parameter]) for parameter in ("weight", "bias")}
                 first = _times(measure, rows, without)
                 which = f" (by its weight in {times['weight']}, by its bias in {times['bias']})" if first else ""
-                said = runs_claim(wanted, f"first in {first} of {len(rows)} runs{which}", first, len(rows))
-                yield f"{said} {note}".rstrip()
+                yield in_runs(wanted, f"first in {first} of {len(rows)} runs{which}", first, len(rows), note)
             else:
-                yield open_claim(wanted)
+                yield Finding(wanted)
 
 
 def write_change(
@@ -303,7 +302,8 @@ def _held(compared: Comparison) -> Iterator[str]:
     """Yield the bounds set beforehand and the table of differences."""
     yield "## What holds"
     full = [row for task in compared.tasks for row in FULL.rows(compared.found, task)]
-    yield listed([*map(compared.wanted, BOUNDS), *output_norm(full, compared.edges([FULL]))])
+    found = [*map(compared.wanted, BOUNDS), *output_norm(full, compared.edges([FULL]))]
+    yield listed(finding.line for finding in found)
     yield ABOUT_DIFFERENCES.format(also=", for masks of scores the same rows", tasks="the tasks")
     yield compared.difference_table(COMPARED)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import classification
-from benchmarks.harness.claims import ABOUT_VERDICTS, listed, seeds_claim
+from benchmarks.harness.claims import ABOUT_VERDICTS, listed, over_seeds
 from benchmarks.harness.classification import (
     PROTOCOLS,
     SEEDS,
@@ -186,7 +186,7 @@ def _held(scope: Scope) -> Iterator[str]:
 
 def _line(scope: Scope, wanted: str, value: Value) -> str:
     said = f"{wanted}: rank correlation, or difference of two, above 0 on average over {', '.join(scope.rows)}"
-    return seeds_claim(said, scope.pairs(value), scope.planned, note=scope.edges)
+    return over_seeds(said, scope.pairs(value), scope.planned, note=scope.edges).line
 
 
 def _correlations(scope: Scope) -> Iterator[str]:

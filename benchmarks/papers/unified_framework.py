@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.harness import classification, questions, tagging, texts
 from benchmarks.harness.arms import SHARE, find_arm
-from benchmarks.harness.claims import listed, open_claim
+from benchmarks.harness.claims import Finding, listed
 from benchmarks.harness.classification import (
     PROTOCOLS,
     SEEDS,
@@ -170,19 +170,19 @@ def _held(compared: Comparison, scope: Scope) -> Iterator[str]:
     yield "## What holds"
     lines = [compared.wanted(bound) for bound in BOUNDS]
     lines += [_best(compared, scope), *(compared.wanted(bound) for bound in BOUNDS_OF_NORMS)]
-    yield listed(lines)
+    yield listed(finding.line for finding in lines)
     if len({metric_of(task) for task in compared.tasks}) > 1 or metric_of(compared.tasks[0]).smaller:
         yield "A positive difference says that the first is better, also where a smaller score is."
     yield ABOUT_DIFFERENCES.format(also="", tasks=", ".join(compared.averaged))
     yield compared.difference_table(pair for pair in COMPARED if {side.arm for side in pair} <= {*scope.arms})
 
 
-def _best(compared: Comparison, scope: Scope) -> str:
+def _best(compared: Comparison, scope: Scope) -> Finding:
     """Compare the paper's best combination with whatever else did best here; that is chosen by the same figures."""
     others = [side(arm) for arm in (*FIRST, *COMBINED) if arm in scope.arms and arm not in (BEST, "full", "head")]
     ranked, left = compared.ranked(others, side(BEST))
     if not ranked:
-        return open_claim(f"{BEST} above every other arm but full")
+        return Finding(f"{BEST} above every other arm but full")
     rival = ranked[-1]
     wanted = f"above every other arm but full, of which {rival.said} is best here{not_run(left)}"
     return compared.wanted(Bound(side(BEST), rival, wanted))

@@ -21,7 +21,7 @@ from transformers import AutoConfig
 
 from benchmarks.harness import classification, masked
 from benchmarks.harness.arms import ALONE
-from benchmarks.harness.claims import ABOUT_VERDICTS, listed, open_claim, seeds_claim
+from benchmarks.harness.claims import ABOUT_VERDICTS, Finding, listed, over_seeds
 from benchmarks.harness.classification import (
     PROTOCOLS,
     SEEDS,
@@ -131,8 +131,8 @@ def of_others(arm: str, count: int) -> Side:
     return Side(f"{count:,} {WAYS[arm]} {OTHERS_SAID}", arm, {"count": count})
 
 
-def claims(compared: Comparison, scope: Scope) -> Iterator[str]:
-    """Yield a line for each claim."""
+def claims(compared: Comparison, scope: Scope) -> Iterator[Finding]:
+    """Yield what is found of each claim."""
     near = (f"within {NEAR_FULL:g} points of full", -NEAR_FULL)
     above = (f"at least {ABOVE_HEAD:g} points above head", ABOVE_HEAD)
     layers = scope.layers_alone()
@@ -145,11 +145,11 @@ def claims(compared: Comparison, scope: Scope) -> Iterator[str]:
 
 def _extreme(
     compared: Comparison, sides: Sequence[Side], against: Side, said: str, which: str, wanted: str, bound: float
-) -> str:
+) -> Finding:
     """Hold the worst or the best of some arms to a bound."""
     ranked, missing = compared.ranked(sides, against)
     if not ranked:
-        return open_claim(f"{said} {wanted}")
+        return Finding(f"{said} {wanted}")
     chosen = ranked[-1] if which == "best" else ranked[0]
     named = replace(chosen, said=f"{said} (the {which} is {chosen.said}{not_run(missing)})")
     return compared.wanted(Bound(named, against, wanted, bound, operator.ge))
@@ -164,14 +164,14 @@ def points_per_entry(compared: Comparison, side: Side) -> Gains:
     return found
 
 
-def _per_entry(compared: Comparison, others: Sequence[Side]) -> str:
+def _per_entry(compared: Comparison, others: Sequence[Side]) -> Finding:
     """Compare what norms gain an entry with what the best of the other components does."""
     wanted = f"norms gain more points over head per {PER:,} tuned entries than any other component"
     ours = points_per_entry(compared, NORMS)
     theirs = {side.said: points_per_entry(compared, side) for side in others}
     means = {said: statistics.mean(values) for said, gains in theirs.items() if (values := compared.average(gains))}
     if not means or not compared.average(ours):
-        return open_claim(wanted)
+        return Finding(wanted)
     rival = max(means, key=lambda said: means[said])
     pairs = compared.of_averaged(
         {
@@ -181,10 +181,10 @@ def _per_entry(compared: Comparison, others: Sequence[Side]) -> str:
     )
     missing = not_run(side for side in others if side.said not in means)
     if not Paired(pairs).seeds:
-        return open_claim(wanted, "Not measured yet on equal seeds")
+        return Finding(wanted, missing="Not measured yet on equal seeds")
     note = compared.edges([NORMS, *(side for side in others if side.said == rival)])
-    said = seeds_claim(f"{wanted} ({rival} has most{missing})", pairs, compared.planned, note=note)
-    return f"{said} This ratio favours whatever is small; equal numbers of entries are compared below."
+    note = f"{note} This ratio favours whatever is small; equal numbers of entries are compared below.".lstrip()
+    return over_seeds(f"{wanted} ({rival} has most{missing})", pairs, compared.planned, note=note)
 
 
 def bounds(scope: Scope) -> Iterator[Bound]:
@@ -243,7 +243,7 @@ def _title(scope: Scope) -> Iterator[str]:
 
 def _held(compared: Comparison, scope: Scope) -> Iterator[str]:
     yield "## What holds"
-    yield listed(claims(compared, scope))
+    yield listed(finding.line for finding in claims(compared, scope))
     yield (
         f"Differences are taken within a seed. {ABOUT_VERDICTS} Which component or layer "
         "is the best or the worst is told from the same figures, which is kind to the best and hard on the worst."

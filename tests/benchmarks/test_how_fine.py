@@ -223,11 +223,11 @@ def row_of(angles: dict[int | None, float]) -> dict[str, Any]:
 
 def test_what_is_said_of_distances() -> None:
     near, uneven = row_of({None: 0.05, 0: 0.02, 1: 0.025}), row_of({None: 0.01, 0: 0.02, 1: 0.1})
-    close, _, layers, _ = script.distance_bounds({"sst2": [near], "trec": [uneven]})
+    close, _, layers, _ = (found.line for found in script.distance_bounds({"sst2": [near], "trec": [uneven]}))
     assert "by angle. Measured: 5.0 to 50.0 times, enough in 1 of 2 runs. Verdict: inconclusive." in close
     assert "by angle. Measured: 1.2 to 5.0 times, enough in 1 of 2 runs. Verdict: inconclusive." in layers
     assert layers.endswith("Moves most: layer 1 in 2 of 2 runs.")
-    close, _, layers, _ = script.distance_bounds({"sst2": [near]})
+    close, _, layers, _ = (found.line for found in script.distance_bounds({"sst2": [near]}))
     assert "10.0 to 25.0 times, enough in 1 of 1 runs. Verdict: holds." in close
     assert "1.2 to 1.2 times, enough in 0 of 1 runs. Verdict: fails." in layers
 
@@ -243,7 +243,7 @@ def test_sampled_masks_are_compared_by_their_own_score(protocol: Protocol, tmp_p
     script.write_report(rows, tmp_path, scope)
     page = (tmp_path / "how_fine.md").read_text()
     (line,) = (line for line in page.splitlines() if "there are many good masks" in line)
-    assert "Measured: -7.8 ± 0.4 (by seed: -8.0, -7.5). Verdict: fails." in line
+    assert "Measured: -7.8 ± 0.4 (by seed: -8.0, -7.5; interval: -10.0 to -5.5). Verdict: fails." in line
     assert "| 20 %, sampled masks | 7 | 82.2 ± 0.4 |" in page
     assert "| 20 % | sst2 | 25.00 ± 0.00 | 5.00 ± 0.00 | 0.00 ± 0.00 | 0 |" in page
     assert (tmp_path / "how_fine.png").stat().st_size > 0

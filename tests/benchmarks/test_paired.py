@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from benchmarks.harness import paired
-from benchmarks.harness.claims import seeds_claim
+from benchmarks.harness.claims import over_seeds
 from benchmarks.harness.paired import FAILS, HOLDS, INCONCLUSIVE, Paired, interval, more_runs
 
 
@@ -77,7 +77,7 @@ def test_where_tasks_differ_more_seeds_do_not_help() -> None:
 
 
 def test_the_line_of_a_claim() -> None:
-    line = seeds_claim("a above b", {"sst2": {0: 0.4, 1: -0.2, 2: 1.0}}, planned=3, note="A note.")
+    line = over_seeds("a above b", {"sst2": {0: 0.4, 1: -0.2, 2: 1.0}}, planned=3, note="A note.").line
     assert line.startswith("- Claim: a above b. Measured: 0.4 ± 0.6 (by seed: 0.4, -0.2, 1.0; interval: -1.1 to 1.9). ")
     assert line.endswith("Verdict: inconclusive; about 9 more seeds per task would decide it (18 runs). A note.")
-    assert "inconclusive; at least two seeds are needed." in seeds_claim("a above b", {"sst2": {0: 0.4}}, planned=1)
+    assert "inconclusive; at least two seeds are needed." in over_seeds("a above b", {"sst2": {0: 0.4}}, planned=1).line
