@@ -66,7 +66,8 @@ def answer_table(settings: Mapping[str, Sequence[Answer]]) -> str:
         for name, answer in ran:
             each = "<br>".join(map(_comparison, answer.measured))
             open_ones = [finding for finding in answer.measured if finding.verdict == INCONCLUSIVE and finding.more]
-            more = "<br>".join(f"{finding.wanted}: {finding.more}" for finding in open_ones)
+            named = len(answer.measured) > 1
+            more = "<br>".join(f"{f.wanted}: {f.more}" if named else f.more for f in open_ones)
             lines.append([said, name, answer.verdict, each, more or NONE])
             said = ""
         if not ran:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from benchmarks.harness import classification, sparse
+from benchmarks.harness.answers import Answer, answer_section, measured_settings
 from benchmarks.harness.arms import SPARSITY
 from benchmarks.harness.claims import Finding, in_runs, listed
 from benchmarks.harness.classification import (
@@ -40,6 +41,7 @@ from benchmarks.harness.comparison import ABOUT_DIFFERENCES, ABOUT_HEAD, ABOUT_R
 from benchmarks.harness.finals import Finals, reported
 from benchmarks.harness.metrics import metric_of
 from benchmarks.harness.models import head_modules
+from benchmarks.harness.paired import FAILS, HOLDS
 from benchmarks.harness.plots import ABOUT_ACROSS, ABOUT_DOTS, Panel, plot_dots
 from benchmarks.harness.rows import Cell, Row, Rows
 from benchmarks.harness.sparse import DRAWS
@@ -268,13 +270,42 @@ COMPARED_MODULES = (
 )
 
 
+def answers(compared: Comparison) -> list[Answer]:
+    """Return what the rows say of each claim of the abstract."""
+    moved_rows = {task: [r for r in FULL.rows(compared.found, task) if "closeness" in r] for task in compared.tasks}
+    found = list(distance_bounds(moved_rows))
+    close, uneven = ([each for each in found if word in each.wanted] for word in ("closer", "uneven"))
+    above, _, _, near, many = map(compared.asked, BOUNDS_OF_ZEROS)
+    return [
+        Answer("fine-tuned models are close to the pretrained one", close),
+        Answer("and the closeness varies from layer to layer", uneven),
+        Answer("it suffices to tune only the most critical layers", [*map(compared.asked, BOUNDS_OF_MODULES)]),
+        Answer("there are many good solutions among sparsified versions of the model", [many]),
+        Answer("setting entries to zero is enough to fine-tune", [above, near]),
+        Answer("which saves storage per task", [_smaller(compared)]),
+    ]
+
+
+def _smaller(compared: Comparison) -> Finding:
+    wanted = f"the file of a supermask from {_percent(SPARSITY)} is smaller than that of full"
+    sides = (supermask(SPARSITY), FULL)
+    ours, theirs = (
+        [row["file_size"] for task in compared.tasks for row in s.rows(compared.found, task)] for s in sides
+    )
+    if not ours or not theirs:
+        return Finding(wanted)
+    ratio = statistics.mean(ours) / statistics.mean(theirs)
+    return Finding(wanted, f"{100 * ratio:.1f} % of its size", HOLDS if ratio < 1 else FAILS)
+
+
 def write_report(rows: Rows, results: Path, scope: Scope) -> None:
     """Write the page, its plot, and for each task the table of distances (CSV) and its picture."""
     compared = Comparison(Finals(rows, scope.protocol, scope.seeds), scope.tasks, scope.tasks)
     end = "" if scope.protocol.name == "cpu" else f"_{scope.protocol.name}"
     results.mkdir(parents=True, exist_ok=True)
     full = {task: FULL.rows(compared.found, task) for task in scope.tasks}
-    parts = [_title(scope), "## What holds"]
+    settings = measured_settings(rows, scope.protocol, scope.tasks, scope.seeds, answers)
+    parts = [_title(scope), *answer_section(settings), "## What holds"]
     found = [*distance_bounds(full), *map(compared.wanted, (*BOUNDS_OF_MODULES, *BOUNDS_OF_ZEROS))]
     parts.append(listed(finding.line for finding in found))
     picture = f"{NAME}{end}.png"

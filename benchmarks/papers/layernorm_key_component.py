@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import classification, masked
+from benchmarks.harness.answers import Answer, answer_section, measured_settings
 from benchmarks.harness.claims import Finding, in_runs, listed
 from benchmarks.harness.classification import (
     PROTOCOLS,
@@ -39,6 +40,7 @@ from benchmarks.harness.plots import ABOUT_ACROSS, ABOUT_DOTS, Panel, plot_dots
 from benchmarks.harness.rows import Cell, Row, Rows
 from benchmarks.harness.tables import NONE, as_row, markdown, mean_and_spread, mean_table, of_what_ran
 from benchmarks.harness.tasks import TEXT_COLUMNS, load_task
+from benchmarks.papers.accuracy import NEAR_FULL
 from peft_lntune.analysis import Table, parameter_change, plot_change
 from peft_lntune.analysis.change import MEASURES
 
@@ -233,7 +235,9 @@ def write_report(rows: Rows, results: Path, scope: Scope) -> None:
     stem = scope.protocol.stem
     results.mkdir(parents=True, exist_ok=True)
     picture = f"{stem(NAME)}.png"
-    parts = [_title(scope), *_held(compared), *_arms(compared, scope), *_masks(compared, scope)]
+    settings = measured_settings(rows, scope.protocol, scope.tasks, scope.seeds, answers)
+    parts = [_title(scope), *answer_section(settings), *_held(compared), *_arms(compared, scope)]
+    parts += _masks(compared, scope)
     parts += _unions(found, scope)
     panels = [panel for task in scope.tasks if (panel := _panel(compared, scope, task)).groups]
     if panels:
@@ -250,6 +254,12 @@ def write_report(rows: Rows, results: Path, scope: Scope) -> None:
     missing = list(_not_run(compared, scope))
     parts += ["## Not run here", "\n".join(missing)] if missing else []
     (results / f"{stem(NAME)}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _with_change(compared: Comparison) -> list[Row]:
+    """Return the rows of full that say what has changed; those of other benchmarks do not."""
+    rows = [row for task in compared.tasks for row in FULL.rows(compared.found, task)]
+    return [row for row in rows if "change" in row]
 
 
 def _title(scope: Scope) -> str:
@@ -298,10 +308,39 @@ BOUNDS = (
 )
 
 
+NEAR = f"within {NEAR_FULL:g} points of "
+FRACTIONS = (0.01, 0.05, DENSITY)
+
+
+def answers(compared: Comparison) -> list[Answer]:
+    """Return what the rows say of each claim of the abstract."""
+    rows = _with_change(compared)
+    raw, *relative = [finding for finding in output_norm(rows) if "without the head" in finding.wanted]
+    others = [Side("bitfit", "bitfit"), Side("lora", "lora")]
+    small, chosen = [], []
+    for density in FRACTIONS:
+        said = f"{100 * density:g} %"
+        fisher, chance = (Side(f"{name} at {said}", name, {"density": density}) for name in ("fisher", "random"))
+        small.append(Bound(fisher, ALL, f"within {NEAR_ALL:g} point of all norms", -NEAR_ALL, operator.ge))
+        chosen.append(Bound(fisher, chance, "above random of equal size"))
+
+    def near(side: Side) -> Finding:
+        return compared.asked(Bound(ALL, side, f"{NEAR}{side.said}", -NEAR_FULL, operator.ge))
+
+    return [
+        Answer("the output LayerNorm changes more than any other component", [raw]),
+        Answer("the same, relative to the size or spread of the parameters (our control)", relative),
+        Answer("tuning only the LayerNorm is comparable to full fine-tuning", [near(FULL)]),
+        Answer("and comparable to other parameter-efficient methods", [near(side) for side in others]),
+        Answer("a small portion of the LayerNorm suffices, with negligible loss", [*map(compared.asked, small)]),
+        Answer("Fisher information finds the critical subset", [*map(compared.asked, chosen)]),
+    ]
+
+
 def _held(compared: Comparison) -> Iterator[str]:
     """Yield the bounds set beforehand and the table of differences."""
     yield "## What holds"
-    full = [row for task in compared.tasks for row in FULL.rows(compared.found, task)]
+    full = _with_change(compared)
     found = [*map(compared.wanted, BOUNDS), *output_norm(full, compared.edges([FULL]))]
     yield listed(finding.line for finding in found)
     yield ABOUT_DIFFERENCES.format(also=", for masks of scores the same rows", tasks="the tasks")

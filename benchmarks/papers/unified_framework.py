@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import classification, questions, tagging, texts
+from benchmarks.harness.answers import Answer, answer_section, measured_settings
 from benchmarks.harness.arms import SHARE, find_arm
 from benchmarks.harness.claims import Finding, listed
 from benchmarks.harness.classification import (
@@ -37,6 +38,7 @@ from benchmarks.harness.comparison import ABOUT_DIFFERENCES, ABOUT_HEAD, ABOUT_R
 from benchmarks.harness.costs import in_turns, training_call
 from benchmarks.harness.finals import Finals, reported
 from benchmarks.harness.metrics import metric_of
+from benchmarks.harness.paired import FAILS, HOLDS, INCONCLUSIVE
 from benchmarks.harness.plots import ABOUT_ACROSS, ABOUT_DOTS, Panel, plot_dots
 from benchmarks.harness.rows import Cell, Row, Rows
 from benchmarks.harness.runner import run_cells, stamp
@@ -134,15 +136,50 @@ COMPARED = tuple(
 )
 
 
+def _above(ours: str, theirs: str) -> Bound:
+    return Bound(side(ours), side(theirs), f"above {side(theirs).said}")
+
+
+def answers(compared: Comparison, scope: Scope) -> list[Answer]:
+    """Return what the rows say of each claim of the abstract."""
+    cost = scope.cost if compared.found.protocol == scope.protocol else None
+    of_mha = (("mha-adapter+ln", "mha-adapter"), ("mha-adapter+ln", "ln"), ("prefix+ln", "prefix"))
+    hurts = Bound(side("ffn-adapter+ln"), side("ffn-adapter"), "below ffn-adapter", holds=operator.lt)
+    asked = compared.asked
+    return [
+        Answer(
+            "LN-tuning, 0.03 % of the parameters, is above baselines of under 0.1 %", [asked(_above("ln", "bitfit"))]
+        ),
+        Answer("LN-tuning is of high time efficiency", [_faster(cost)]),
+        Answer("prefix + adapter at the MHA + LN is the best combination", [_best(compared, scope, asked)]),
+        Answer("tuning MHA and LayerNorm together improves", [asked(_above(*pair)) for pair in of_mha]),
+        Answer("tuning FFN and LayerNorm together is worse", [asked(hurts)]),
+        Answer("LN-tuning has no redundant parameters", [asked(_above("ln", part)) for part in ABLATIONS]),
+    ]
+
+
+def _faster(row: Row | None) -> Finding:
+    wanted = "a training step of ln is faster than one of full"
+    if row is None:
+        return Finding(wanted)
+    low, middle, high = row["arms"]["ln"]["ratio"]
+    again = row["arms"]["full again"]["ratio"]
+    noise = max(abs(again[0] - 1), abs(again[2] - 1))
+    word = INCONCLUSIVE if abs(middle - 1) <= noise else HOLDS if middle < 1 else FAILS
+    return Finding(wanted, f"{middle:.2f} of its time (quartiles {low:.2f} to {high:.2f})", word)
+
+
 def write_report(rows: Rows, results: Path, scope: Scope) -> None:
     """Write the page and its plot."""
-    averaged = [task for task in scope.tasks if task in AVERAGED] or list(scope.tasks)
     found = Finals(rows, scope.protocol, scope.seeds)
+    main = [task for task in scope.tasks if task in AVERAGED]
+    averaged = [task for task in main if any(found.of(task, arm) for arm in scope.arms)] or main or list(scope.tasks)
     ran = [task for task in scope.tasks if task in averaged or any(found.of(task, arm) for arm in scope.arms)]
     compared = Comparison(found, ran, averaged)
     stem = scope.protocol.stem(NAME)
     results.mkdir(parents=True, exist_ok=True)
-    parts = [_title(scope, ran), *_held(compared, scope), *_arms(compared, scope)]
+    settings = measured_settings(rows, scope.protocol, AVERAGED, scope.seeds, partial(answers, scope=scope))
+    parts = [_title(scope, ran), *answer_section(settings), *_held(compared, scope), *_arms(compared, scope)]
     if _plot(compared, scope, results / f"{stem}.png"):
         parts.append(f"![Scores of each arm on {', '.join(ran)}]({stem}.png)")
         parts.append(f"{ABOUT_DOTS} {ABOUT_ACROSS}")
@@ -169,7 +206,7 @@ def _held(compared: Comparison, scope: Scope) -> Iterator[str]:
     """Yield the paper's claims and the table of differences."""
     yield "## What holds"
     lines = [compared.wanted(bound) for bound in BOUNDS]
-    lines += [_best(compared, scope), *(compared.wanted(bound) for bound in BOUNDS_OF_NORMS)]
+    lines += [_best(compared, scope, compared.wanted), *(compared.wanted(bound) for bound in BOUNDS_OF_NORMS)]
     yield listed(finding.line for finding in lines)
     if len({metric_of(task) for task in compared.tasks}) > 1 or metric_of(compared.tasks[0]).smaller:
         yield "A positive difference says that the first is better, also where a smaller score is."
@@ -177,7 +214,7 @@ def _held(compared: Comparison, scope: Scope) -> Iterator[str]:
     yield compared.difference_table(pair for pair in COMPARED if {side.arm for side in pair} <= {*scope.arms})
 
 
-def _best(compared: Comparison, scope: Scope) -> Finding:
+def _best(compared: Comparison, scope: Scope, ask: Callable[[Bound], Finding]) -> Finding:
     """Compare the paper's best combination with whatever else did best here; that is chosen by the same figures."""
     others = [side(arm) for arm in (*FIRST, *COMBINED) if arm in scope.arms and arm not in (BEST, "full", "head")]
     ranked, left = compared.ranked(others, side(BEST))
@@ -185,7 +222,7 @@ def _best(compared: Comparison, scope: Scope) -> Finding:
         return Finding(f"{BEST} above every other arm but full")
     rival = ranked[-1]
     wanted = f"above every other arm but full, of which {rival.said} is best here{not_run(left)}"
-    return compared.wanted(Bound(side(BEST), rival, wanted))
+    return ask(Bound(side(BEST), rival, wanted))
 
 
 def _arms(compared: Comparison, scope: Scope) -> Iterator[str]:

@@ -9,7 +9,7 @@ import argparse
 import operator
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from benchmarks.harness import classification, masked
+from benchmarks.harness.answers import Answer, answer_section, measured_settings
 from benchmarks.harness.arms import ALONE
 from benchmarks.harness.claims import ABOUT_VERDICTS, Finding, listed, over_seeds
 from benchmarks.harness.classification import (
@@ -131,6 +132,25 @@ def of_others(arm: str, count: int) -> Side:
     return Side(f"{count:,} {WAYS[arm]} {OTHERS_SAID}", arm, {"count": count})
 
 
+def answers(compared: Comparison, scope: Scope) -> list[Answer]:
+    """Return what the rows say of each claim of the abstract."""
+    near = (f"within {NEAR_FULL:g} points of full", -NEAR_FULL)
+    layers = scope.layers_alone()
+    every = [NORMS, *scope.others_alone()]
+    alone = [compared.asked(Bound(side, FULL, near[0], near[1], operator.ge)) for side in every]
+    acceptable = (f"at least {ABOVE_HEAD:g} points above head", ABOVE_HEAD)
+    single = [
+        _extreme(compared, layers, FULL, "norms of a single layer", "best", *near, ask=compared.asked),
+        _extreme(compared, layers, HEAD, "norms of any single layer", "worst", *acceptable, ask=compared.asked),
+    ]
+    return [
+        Answer("every module, tuned alone, is comparable to full fine-tuning", alone),
+        Answer("LayerNorms transfer best per trained weight", [_per_entry(compared, scope.others_alone())]),
+        Answer("the norms of a single layer (0.003 % of BERT) show acceptable performance", single),
+        Answer("because of their high-magnitude weights", [*map(compared.asked, bounds(scope))]),
+    ]
+
+
 def claims(compared: Comparison, scope: Scope) -> Iterator[Finding]:
     """Yield what is found of each claim."""
     near = (f"within {NEAR_FULL:g} points of full", -NEAR_FULL)
@@ -144,7 +164,14 @@ def claims(compared: Comparison, scope: Scope) -> Iterator[Finding]:
 
 
 def _extreme(
-    compared: Comparison, sides: Sequence[Side], against: Side, said: str, which: str, wanted: str, bound: float
+    compared: Comparison,
+    sides: Sequence[Side],
+    against: Side,
+    said: str,
+    which: str,
+    wanted: str,
+    bound: float,
+    ask: Callable[[Bound], Finding] | None = None,
 ) -> Finding:
     """Hold the worst or the best of some arms to a bound."""
     ranked, missing = compared.ranked(sides, against)
@@ -152,7 +179,7 @@ def _extreme(
         return Finding(f"{said} {wanted}")
     chosen = ranked[-1] if which == "best" else ranked[0]
     named = replace(chosen, said=f"{said} (the {which} is {chosen.said}{not_run(missing)})")
-    return compared.wanted(Bound(named, against, wanted, bound, operator.ge))
+    return (ask or compared.wanted)(Bound(named, against, wanted, bound, operator.ge))
 
 
 def points_per_entry(compared: Comparison, side: Side) -> Gains:
@@ -224,7 +251,8 @@ def write_report(rows: Rows, results: Path, scope: Scope) -> None:
     """Write the page and its plots."""
     compared = Comparison(Finals(rows, scope.protocol, scope.seeds), scope.tasks, scope.tasks)
     results.mkdir(parents=True, exist_ok=True)
-    parts = [*_title(scope), *_held(compared, scope)]
+    settings = measured_settings(rows, scope.protocol, scope.tasks, scope.seeds, partial(answers, scope=scope))
+    parts = [*_title(scope), *answer_section(settings), *_held(compared, scope)]
     for section in (_components, _layers, _few):
         parts += section(compared, scope, results)
     parts += _left_out(compared, scope)
