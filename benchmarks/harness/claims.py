@@ -132,7 +132,7 @@ def over_seeds(
 
     Example:
         >>> print(over_seeds("a above b", {"sst2": {0: 1.5, 1: 1.6, 2: 1.4}}, planned=3).line)
-        - Claim: a above b. Measured: 1.5 ± 0.1 (by seed: 1.5, 1.6, 1.4; interval: 1.3 to 1.7). Verdict: holds.
+        - Claim: a above b. Measured: 1.5 ± 0.1 (by seed: 1.5, 1.6, 1.4; interval: 1.2 to 1.8). Verdict: holds.
         >>> over_seeds("a above b", {"sst2": {}}, planned=3).line
         '- Claim: a above b. Not measured yet.'
     """

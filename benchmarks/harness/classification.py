@@ -230,7 +230,7 @@ def grown_cells(rows: Rows, protocol: Protocol, kind: Kind) -> list[Cell]:
 
 
 def next_rate(rate: float, up: bool) -> float:
-    """Return the next of 1 and 3 times a power of ten, at least 1.5 times above or below a rate.
+    """Return the next of 1 and 3 times a power of ten, at least 1.4 times above or below a rate.
 
     Example:
         >>> next_rate(3e-3, up=True), next_rate(1e-3, up=True), next_rate(2e-5, up=False), next_rate(1.5e-4, up=True)
@@ -239,8 +239,8 @@ def next_rate(rate: float, up: bool) -> float:
     place = math.floor(2 * math.log10(rate))
     ladder = [float(f"{10 ** (each / 2):.1g}") for each in range(place - 3, place + 5)]
     if up:
-        return min(each for each in ladder if each > 1.5 * rate)
-    return max(each for each in ladder if each < rate / 1.5)
+        return min(each for each in ladder if each > 1.4 * rate)
+    return max(each for each in ladder if each < rate / 1.4)
 
 
 def shared_searches(rows: Rows, protocol: Protocol) -> list[Row]:

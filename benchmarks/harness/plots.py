@@ -41,12 +41,14 @@ class Panel(NamedTuple):
         along: what the scores are.
         groups: heading -> dots; an empty heading has no row.
         across: methods whose mean is also a line from the top to the bottom.
+        bounds: values that are dotted lines from the top to the bottom.
     """
 
     title: str
     along: str
     groups: Mapping[str, Sequence[Dot]]
     across: Sequence[str] = ()
+    bounds: Sequence[float] = ()
 
 
 class Line(NamedTuple):
@@ -196,6 +198,8 @@ def _dots(axis: Any, panel: Panel, places: Sequence[Place]) -> None:
             )
             if dot.method in panel.across and not dot.hollow:
                 axis.axvline(mean, color=look.colour, linestyle="--", linewidth=1, alpha=0.6, zorder=0)
+    for bound in panel.bounds:
+        axis.axvline(bound, color="black", linestyle=":", linewidth=1.2, zorder=0)
     names = [label or heading for heading, label in places]
     axis.set_yticks(range(len(places)), names)
     for name, (_, label) in zip(axis.get_yticklabels(), places, strict=True):

@@ -20,7 +20,7 @@ from benchmarks.harness.classification import PROTOCOLS
 from benchmarks.harness.finals import by_seed, differences
 from benchmarks.harness.metrics import metric_of
 from benchmarks.harness.paired import INCONCLUSIVE, LEVEL, Paired
-from benchmarks.harness.plots import Dot, Panel, plot_dots
+from benchmarks.harness.plots import ABOUT_DOTS, Dot, Panel, plot_dots
 from benchmarks.harness.rows import Cell, Row, Rows
 from benchmarks.harness.runner import RESULTS, run_cells
 from benchmarks.harness.tables import NONE, mean_and_spread, of_what_ran
@@ -41,6 +41,7 @@ KINDS = {
     "squad_small": "answers",
 }
 COUNTED = ("sst2", "cola", "rte", "stsb", "trec", "wnut_17", "squad_small")
+ABOUT_PLOT = f"{ABOUT_DOTS} The dashed line is full fine-tuning, the dotted one is {NEAR:g} point below it."
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ def _plot(every: Sequence[Setting], path: Path) -> None:
                     groups.setdefault(each.said, []).append(Dot(name, method, scores))
     if groups:
         zero = Dot("full", FULL, [0.0])
-        panel = Panel("minus full fine-tuning, points", "difference", {"": [zero], **groups}, across=(FULL,))
+        panel = Panel("minus full fine-tuning", "points", {"": [zero], **groups}, across=(FULL,), bounds=(-NEAR,))
         plot_dots(path, [panel], "How far from full fine-tuning")
 
 
@@ -231,7 +232,7 @@ def write_report(folder: Path) -> None:
         "the head too. `head to full` is the share of the way from the head alone to full fine-tuning.",
         _answer(every) or "Nothing was run.",
         _gaps(every, sizes),
-        *([f"![How far methods are from full fine-tuning]({NAME}.png)"] if drawn else []),
+        *([f"![How far methods are from full fine-tuning]({NAME}.png)", ABOUT_PLOT] if drawn else []),
         "Differences are in points of the task's score, ours minus full, each taken within a seed; for a perplexity a "
         f"positive one says that ours is lower. {ABOUT_VERDICTS}",
         "## What closes the gap",

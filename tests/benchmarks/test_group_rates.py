@@ -1,5 +1,6 @@
 """A learning rate for each group of parameters: how the searches follow each other, and what rows say of it."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,20 @@ import pytest
 from benchmarks.harness.arms import ARMS
 from benchmarks.harness.classification import (
     PROTOCOLS,
+    Place,
     Protocol,
     all_needed,
     best_rates,
+    choose_model,
     final_cells,
+    grown_cells,
+    next_rate,
     rates_of,
+    run_cell,
     run_experiment,
     search_cells,
     search_first,
+    shared_searches,
 )
 from benchmarks.harness.finals import Finals
 from benchmarks.harness.rows import Rows
@@ -100,6 +107,90 @@ def test_a_group_that_was_searched_at_other_rates_is_refused(protocol: Protocol,
     assert best_rates(rows, protocol, [(*KIND, "head")])
     with pytest.raises(ValueError, match=r"rate of prefix .* was searched at .*'head': 0.1.* choose .*'head': 0.01"):
         best_rates(rows, protocol, [(*KIND, "prefix")])
+
+
+GROWING = replace(PROTOCOLS["cpu"], rates={"ln": (1e-3, 3e-3)}, extensions=3)
+LN = ("sst2", "ln", "float32")
+
+
+def peak_at(best: float) -> Any:
+    """A run whose score is the better the nearer its rate is to the best."""
+
+    def run(cell: Any, protocol: Protocol, place: Any, rates: Any) -> dict[str, Any]:
+        rate = cell.get("learning_rate", rates.get(LN))
+        score = 1 - abs(math.log(rate / best))
+        return {"learning_rate": rate, "metrics": {"held_out_accuracy": score, "accuracy": score}}
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("best", "tried", "edge"),
+    [
+        (3e-2, [1e-3, 3e-3, 1e-2, 3e-2, 1e-1], False),
+        (1e-4, [1e-3, 3e-3, 3e-4, 1e-4, 3e-5], False),
+        (1.0, [1e-3, 3e-3, 1e-2, 3e-2, 1e-1], True),
+    ],
+)
+def test_a_grid_grows_while_the_best_is_at_its_edge(
+    best: float, tried: list[float], edge: bool, tmp_path: Path, tiny_bert: str
+) -> None:
+    options = base_parser("").parse_args(["--results", str(tmp_path), "--jobs", "1"])
+    options.model, options.data_dir = tiny_bert, None
+    rows = Rows(tmp_path / "rows.jsonl")
+    finals = final_cells(GROWING, *LN, [0])
+    assert run_experiment("test", options, GROWING, rows, search_first(GROWING, [finals]), peak_at(best)) == 0
+    assert [row["learning_rate"] for row in rows if row["cell"]["phase"] == "search"] == tried
+    chosen = max(tried) if edge else best
+    assert [row["learning_rate"] for row in rows if row["cell"]["phase"] == "final"] == [chosen]
+    assert Finals(rows, GROWING, [0]).at_edge("sst2", "ln") == edge
+
+
+def test_a_rate_is_chosen_when_the_grid_has_grown(tmp_path: Path) -> None:
+    rows = Rows(tmp_path / "rows.jsonl")
+    for cell in search_cells(GROWING, *LN):
+        rows.append(row_of(cell, cell["learning_rate"], cell["learning_rate"]))
+    assert best_rates(rows, GROWING, [LN]) == {}
+    further = grown_cells(rows, GROWING, LN)[-1]
+    assert further["learning_rate"] == 1e-2
+    rows.append(row_of(further, 0.0, 1e-2))
+    assert best_rates(rows, GROWING, [LN]) == {LN: 3e-3}
+
+
+def test_the_next_rate_is_beyond() -> None:
+    for rate in (7e-3, 2e-2, 1.5e-3, 5e-4, 1e-2, 2e-5):
+        assert rate < next_rate(rate, up=True) < 5 * rate
+        assert rate / 5 < next_rate(rate, up=False) < rate
+
+
+def test_searches_of_the_equal_protocol_count(tmp_path: Path) -> None:
+    rows, groups = Rows(tmp_path / "rows.jsonl"), PROTOCOLS["cpu-groups"]
+    for name in ("cpu", "cpu-600"):
+        for cell in search_cells(PROTOCOLS[name], *LN):
+            rows.append(row_of(cell, 0.5, cell["learning_rate"]))
+    rows.append(row_of(final_cells(PROTOCOLS["cpu"], *LN, [0])[0], 0.5, 0.1))
+    assert [row["cell"] for row in shared_searches(rows, groups)] == search_cells(groups, *LN)
+    assert shared_searches(rows, PROTOCOLS["cpu"]) == []
+
+
+def test_a_protocol_of_a_model_keeps_its_name_and_refuses_others(tiny_bert: str) -> None:
+    protocol = PROTOCOLS["mpnet"]
+    assert choose_model(None, None, protocol) == ("sentence-transformers/all-mpnet-base-v2", protocol)
+    with pytest.raises(ValueError, match=r"mpnet is of sentence-transformers/all-mpnet-base-v2.*type 'bert'"):
+        choose_model(tiny_bert, None, protocol)
+    _, other = choose_model(tiny_bert, None, PROTOCOLS["cpu-groups"])
+    assert (other.name, other.own_rates_of) == ("cpu-groups-tiny_bert0", "cpu-tiny_bert0")
+
+
+def test_scores_after_half_of_the_steps(tiny_bert: str, tiny_data: Path) -> None:
+    protocol = replace(PROTOCOLS["cpu"], steps=2, batch_size=4, midway=("full",))
+    found = {}
+    for arm in ("full", "head"):
+        (cell,) = final_cells(protocol, "sst2", arm, "float32", [0])
+        rates = {("sst2", arm, "float32"): 0.05}
+        found[arm] = run_cell(cell, protocol, Place(tiny_bert, tiny_data, "cpu"), rates)
+    assert found["full"]["metrics_midway"].keys() == {"accuracy"}
+    assert "metrics_midway" not in found["head"]
 
 
 @pytest.mark.full

@@ -242,7 +242,7 @@ def test_sampled_masks_are_compared_by_their_own_score(protocol: Protocol, tmp_p
     scope = script.Scope(PROTOCOLS["cpu"], ("sst2",), (0.2,), (0, 1))
     script.write_report(rows, tmp_path, scope)
     page = (tmp_path / "how_fine.md").read_text()
-    (line,) = (line for line in page.splitlines() if "there are many good masks" in line)
+    (line,) = (line for line in page.splitlines() if line.startswith("- ") and "there are many good masks" in line)
     assert "Measured: -7.8 ± 0.4 (by seed: -8.0, -7.5; interval: -10.0 to -5.5). Verdict: fails." in line
     assert "| 20 %, sampled masks | 7 | 82.2 ± 0.4 |" in page
     assert "| 20 % | sst2 | 25.00 ± 0.00 | 5.00 ± 0.00 | 0.00 ± 0.00 | 0 |" in page

@@ -66,7 +66,8 @@ def test_run_resume_and_report(short: list[str], tmp_path: Path, capsys: pytest.
     page = (tmp_path / f"layernorm_key_component_{MODEL}.md").read_text()
     assert "- Not measured yet: Fisher at 20 % within 1 point of all norms, on average over sst2, trec" in page
     assert "| sst2 | trec | 32 | 20.0 % |" in page
-    assert page.count("of 1 runs") == 2 * 2 * len(MEASURES)  # claims and lines of the list, with and without the head
+    # Claims and lines of the list, with and without the head, and the table of the abstract without it.
+    assert page.count("of 1 runs") == (2 * 2 + 1) * len(MEASURES)
     for name in (f"layernorm_key_component_{MODEL}.png", f"layernorm_change_sst2_{MODEL}.png"):
         assert (tmp_path / name).stat().st_size > 0
     header, first, *_ = (tmp_path / f"layernorm_change_sst2_{MODEL}.csv").read_text().splitlines()

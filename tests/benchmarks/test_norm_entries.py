@@ -119,11 +119,11 @@ def test_what_is_said(protocol: Protocol, tmp_path: Path) -> None:
     lines = {line.split(":")[1].strip(): line for line in page.splitlines() if line.startswith("- Claim")}
     # By seed: (0.3 + 0.3) / 2 - (0.1 + 0.3) / 2, and (0.5 + 0.3) / 2 - (0.2 + 0.2) / 2.
     assert (
-        "15.0 ± 7.1 (by seed: 10.0, 20.0). Verdict: holds."
+        "15.0 ± 7.1 (by seed: 10.0, 20.0; interval: -8.4 to 38.4). Verdict: inconclusive; "
         in lines["Fisher information ranks contributions better than magnitude"]
     )
     assert (
-        "-15.0 ± 7.1 (by seed: -10.0, -20.0). Verdict: fails."
+        "-15.0 ± 7.1 (by seed: -10.0, -20.0; interval: -38.4 to 8.4). Verdict: inconclusive; "
         in lines["movement ranks contributions better than Fisher information"]
     )
     open_claims = next(line for line in page.splitlines() if line.startswith("- Not measured yet: "))

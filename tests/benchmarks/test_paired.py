@@ -78,6 +78,6 @@ def test_where_tasks_differ_more_seeds_do_not_help() -> None:
 
 def test_the_line_of_a_claim() -> None:
     line = over_seeds("a above b", {"sst2": {0: 0.4, 1: -0.2, 2: 1.0}}, planned=3, note="A note.").line
-    assert line.startswith("- Claim: a above b. Measured: 0.4 ± 0.6 (by seed: 0.4, -0.2, 1.0; interval: -1.1 to 1.9). ")
+    assert line.startswith("- Claim: a above b. Measured: 0.4 ± 0.6 (by seed: 0.4, -0.2, 1.0; interval: -1.2 to 2.0). ")
     assert line.endswith("Verdict: inconclusive; about 9 more seeds per task would decide it (18 runs). A note.")
     assert "inconclusive; at least two seeds are needed." in over_seeds("a above b", {"sst2": {0: 0.4}}, planned=1).line

@@ -226,9 +226,9 @@ def test_the_best_combination_meets_the_best_of_the_others(tmp_path: Path) -> No
             rows.append({"cell": cell, "metrics": {"accuracy": score + cell["seed"] / 100}, "num_method_params": 1})
     script.write_report(rows, tmp_path, script.Scope(PROTOCOLS["cpu"], ("sst2",), script.ARM_NAMES, (0, 1), None))
     page = (tmp_path / "unified_framework.md").read_text()
-    (line,) = (line for line in page.splitlines() if "every other arm but full" in line)
+    (line,) = (line for line in page.splitlines() if line.startswith("- ") and "every other arm but full" in line)
     assert "of which mam is best here; not run: mha-adapter, " in line
-    assert "-10.0 ± 0.0 (by seed: -10.0, -10.0). Verdict: fails." in line
+    assert "-10.0 ± 0.0 (by seed: -10.0, -10.0; interval: -10.0 to -10.0). Verdict: fails." in line
 
 
 def test_the_model_is_in_the_protocols_name_unless_it_is_the_small_one(monkeypatch: pytest.MonkeyPatch) -> None:

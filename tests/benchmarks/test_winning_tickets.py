@@ -255,7 +255,7 @@ def report(
 
 
 def line(page: str, part: str) -> str:
-    (found,) = (each for each in page.splitlines() if part in each)
+    (found,) = (each for each in page.splitlines() if each.startswith("- ") and part in each)
     return found
 
 
@@ -278,7 +278,7 @@ def test_claims_are_judged_by_paired_differences(tmp_path: Path) -> None:
     )
     worst = line(page, "every component alone")
     assert "(the worst is query; not run: key) within 2 points of full" in worst
-    assert "-10.0 ± 0.0 (by seed: -10.0, -10.0, -10.0). Verdict: fails." in worst
+    assert "-10.0 ± 0.0 (by seed: -10.0, -10.0, -10.0; interval: -10.0 to -10.0). Verdict: fails." in worst
     # (89 - 70) / 10 entries against (80 - 70) / 1000, in points per 1,000.
     ratio = line(page, "more points over head per 1,000")
     assert "(query has most; not run: key)" in ratio
@@ -288,16 +288,16 @@ def test_claims_are_judged_by_paired_differences(tmp_path: Path) -> None:
     any_layer = line(page, "norms of any single layer")
     assert "the worst is layer 0) at least 10 points above head" in any_layer
     assert "10.0 ± 1.0 (by seed: " in any_layer
-    assert any_layer.endswith("Verdict: inconclusive.")
+    assert any_layer.endswith("Verdict: inconclusive; 1,000 seeds would not decide it.")
     above_random, above_smallest = (
         line(page, f"Claim: 8 largest gains above {other}") for other in ("random", "smallest")
     )
-    assert "2.0 ± 0.0 (by seed: 2.0, 2.0, 2.0). Verdict: holds." in above_random
+    assert "2.0 ± 0.0 (by seed: 2.0, 2.0, 2.0; interval: 2.0 to 2.0). Verdict: holds." in above_random
     assert "0.0 ± 1.7 (by seed: " in above_smallest
-    assert above_smallest.endswith("Verdict: inconclusive.")
+    assert above_smallest.endswith("Verdict: inconclusive; 1,000 seeds would not decide it.")
     others = line(page, "Claim: 8 largest gains above as many largest weights of other modules")
     assert "6.0 ± 1.4 (2 of 3 runs) (by seed: " in others
-    assert others.endswith("Verdict: holds.")
+    assert "Verdict: inconclusive; about 1 more seeds per task would decide it (2 runs)." in others
     assert "| gains | largest | 8 | 0.5 | 82.0 ± 2.0 | 82.0 ± 2.0 | -9.0 ± 1.0 | 12.0 ± 2.0 |" in page
     missing = line(page, "- few entries, sst2: ")
     assert "8 largest weights of other modules (2 of 3 seeds)" in missing
