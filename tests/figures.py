@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.arms import find_arm
+from benchmarks.harness.classification import PROTOCOLS
 from benchmarks.harness.metrics import metric_of
 from benchmarks.harness.rows import Row, cell_key
 from benchmarks.harness.tables import mean_and_spread
@@ -93,6 +94,35 @@ def tried_rate(arm: str, task: str) -> str:
     chosen, tried = rate(arm, task), find_arm(arm).rates
     edge = ", the smallest tried" if chosen == min(tried) else ", the largest tried" if chosen == max(tried) else ""
     return f"{chosen:.5f}".rstrip("0") + edge
+
+
+def _searches(arm: str, task: str, protocol: str, group: str) -> dict[float, float]:
+    """Learning rate -> held-out score in per cent, of one search."""
+    found = {}
+    for run in (row for path in sorted(RESULTS.glob("*.jsonl")) for row in read(path.stem)):
+        cell = run["cell"]
+        place = {"protocol": protocol, "phase": "search", "task": task, "arm": arm, "dtype": "float32"}
+        if place.items() <= cell.items() and cell.get("group", "") == group:
+            found[cell["learning_rate"]] = 100 * metric_of(task).held_out(run["metrics"])
+    return found
+
+
+def searched(arm: str, task: str = "sst2", protocol: str = "mpnet") -> dict[str, float]:
+    """Group -> the learning rate that its search chose; the rate of all, or of the rest, has an empty name."""
+    found = {group: _searches(arm, task, protocol, group) for group in ("", *PROTOCOLS[protocol].groups(arm))}
+    return {group: min(rates, key=lambda rate: (-rates[rate], rate)) for group, rates in found.items()}
+
+
+def held_out(arm: str, group: str = "", task: str = "sst2", protocol: str = "mpnet", rate: float | None = None) -> float:
+    """The best held-out score of a search in per cent, or that of one of its rates."""
+    found = _searches(arm, task, protocol, group)
+    return max(found.values()) if rate is None else found[rate]
+
+
+def worst(arm: str, task: str = "sst2", protocol: str = "mpnet") -> float:
+    """The learning rate that did worst in the search of one rate for all."""
+    found = _searches(arm, task, protocol, "")
+    return min(found, key=lambda rate: found[rate])
 
 
 def of_runs(arm: str, task: str, *path: str, factor: float = 1.0, **at: Any) -> Seeds:
