@@ -113,9 +113,9 @@ def searched(arm: str, task: str = "sst2", protocol: str = "mpnet") -> dict[str,
     return {group: min(rates, key=lambda rate: (-rates[rate], rate)) for group, rates in found.items()}
 
 
-def held_out(arm: str, group: str = "", task: str = "sst2", protocol: str = "mpnet", rate: float | None = None) -> float:
-    """The best held-out score of a search in per cent, or that of one of its rates."""
-    found = _searches(arm, task, protocol, group)
+def held_out(arm: str, group: str = "", rate: float | None = None, protocol: str = "mpnet") -> float:
+    """The best held-out score of a search on sst2 in per cent, or that of one of its rates."""
+    found = _searches(arm, "sst2", protocol, group)
     return max(found.values()) if rate is None else found[rate]
 
 

@@ -36,7 +36,7 @@ class Arm:
         rate_of: the arm whose rate it takes, where none is searched for it.
         head_rate_of: the arm whose rate its head takes, where one rate cannot serve both.
         takes: coordinates of a cell that `tune` is told by name.
-        parts: what it joins, by the names of `parameter_groups`; each may have a rate of its own.
+        parts: what it joins, by the names of `parameter_groups`; each may have a rate of its own, beside the rest.
     """
 
     name: str
@@ -169,7 +169,7 @@ def _ln(model: nn.Module, **fields: Any) -> nn.Module:
     return _peft(model, LNTuningConfig(**fields))
 
 
-@arm("ln", rates=(3e-3, 7e-3, 2e-2))
+@arm("ln", rates=(3e-3, 7e-3, 2e-2), parts=("ln.bias",))
 def ln(model: nn.Module) -> nn.Module:
     """Train deltas on the weight and bias of every norm by this package."""
     return _ln(model)

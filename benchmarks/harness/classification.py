@@ -102,6 +102,7 @@ GROUP_RATES = {
     "ffn-adapter": (1e-3, 3e-3, 1e-2),
     "lora": (1e-3, 3e-3, 1e-2),
     "ln": (1e-3, 3e-3, 1e-2),
+    "ln.bias": (2e-3, 7e-3, 2e-2),  # where the norms are all that is tuned: apart from the gains
 }
 # MPNet is four times as deep and wide as MiniLM and diverges at rates that suit MiniLM.
 MPNET_NORM_RATES = (3e-4, 1e-3, 3e-3)

@@ -50,7 +50,10 @@ def test_groups_of_arms(protocol: Protocol) -> None:
     assert PROTOCOLS["cpu"].groups(ARM) == []
     assert ARMS["mam+ln"].parts == ("prefix", "ffn-adapter", "ln")
     listed = PROTOCOLS["cpu-groups"]
-    assert {*ARMS["lora+ln"].parts, *ARMS["mam+ln"].parts, "mha-adapter", "head"} == listed.group_rates.keys()
+    parts = {*ARMS["lora+ln"].parts, *ARMS["mam+ln"].parts, *ARMS["ln"].parts, "mha-adapter", "head"}
+    assert parts == listed.group_rates.keys()
+    assert listed.groups("ln") == ["head", "ln.bias"]
+    assert listed.groups("mha-adapter+ln") == ["head", "mha-adapter", "ln"]
 
 
 def test_searches_follow_each_other(protocol: Protocol) -> None:
