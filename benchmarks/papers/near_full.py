@@ -16,10 +16,10 @@ from typing import Any
 
 from benchmarks.harness.arms import ARMS
 from benchmarks.harness.claims import ABOUT_VERDICTS
-from benchmarks.harness.classification import PROTOCOLS
+from benchmarks.harness.classification import PROTOCOLS, shared_searches
 from benchmarks.harness.finals import by_seed, differences
 from benchmarks.harness.metrics import metric_of
-from benchmarks.harness.paired import INCONCLUSIVE, LEVEL, Paired
+from benchmarks.harness.paired import FAILS, HOLDS, INCONCLUSIVE, LEVEL, Paired
 from benchmarks.harness.plots import ABOUT_DOTS, Dot, Panel, plot_dots
 from benchmarks.harness.rows import Cell, Row, Rows
 from benchmarks.harness.runner import RESULTS, run_cells
@@ -41,6 +41,10 @@ KINDS = {
     "squad_small": "answers",
 }
 COUNTED = ("sst2", "cola", "rte", "stsb", "trec", "wnut_17", "squad_small")
+ABOUT_APART = (
+    "One seed. Each group is searched at the rates that were chosen before it; `ln.bias` are the biases of the norms, "
+    "apart from their gains."
+)
 ABOUT_PLOT = f"{ABOUT_DOTS} The dashed line is full fine-tuning, the dotted one is {NEAR:g} point below it."
 
 
@@ -164,22 +168,52 @@ def _answer(every: Sequence[Setting]) -> str:
         found = each.minus_full(LN)
         if found.seeds:
             by_word.setdefault(verdict(found), []).append(each.said)
-    words = {"holds": "Within a point", "fails": "Further away", INCONCLUSIVE: "Inconclusive"}
+    words = {HOLDS: "Within a point", FAILS: "Further away", INCONCLUSIVE: "Inconclusive"}
     return "\n".join(f"- {said}: {'; '.join(by_word[word])}." for word, said in words.items() if word in by_word)
 
 
 def _recipe(every: Sequence[Setting]) -> str:
-    """Say whether something small beside the norms closes a gap that they leave."""
-    closed = [
-        f"{arm} on {each.said}"
-        for each in every
-        if each.minus_full(LN).seeds and verdict(each.minus_full(LN)) != "holds"
-        for arm in OTHERS
-        if arm in each.rows and each.minus_full(arm).seeds and verdict(each.minus_full(arm)) == "holds"
-    ]
-    if not closed:
-        return "No combination with norms that was run closes a gap with certainty: no interval lies within a point."
-    return f"These combinations close a gap that the norms leave, over the whole interval: {'; '.join(closed)}."
+    """Say where something beside the norms closes a gap that they leave, and where nothing that was run does."""
+    closed, left = [], []
+    for each in every:
+        if each.minus_full(LN).seeds and verdict(each.minus_full(LN)) != HOLDS:
+            found = [arm for arm in OTHERS if (gap := each.minus_full(arm)).seeds and verdict(gap) == HOLDS]
+            closed += [f"{arm} on {each.said}" for arm in found]
+            left += [] if found else [each.said]
+    lines = [f"- Closes the gap, with the whole interval within a point: {'; '.join(closed)}."] if closed else []
+    lines += [f"- Nothing that was run closes it with certainty: {'; '.join(left)}."] if left else []
+    return "\n".join(lines) or "No setting has a gap."
+
+
+def rates_apart(folder: Path) -> str | None:
+    """Return the table of searches with a rate for the head and for each part: held-out scores of one seed."""
+    found = Rows(folder / f"{NAME}.jsonl")
+    for source in SOURCES:
+        found.adopt(Rows(folder / f"{source}.jsonl"))
+    lines: list[list[object]] = []
+    for protocol in (each for each in PROTOCOLS.values() if each.group_rates):
+        found.adopt(shared_searches(found, protocol))
+        searches = [row for row in found if row["cell"]["phase"] == "search"]
+        own = [row for row in searches if row["cell"]["protocol"] == protocol.name]
+        grouped = {(row["cell"]["task"], row["cell"]["arm"]) for row in own if "group" in row["cell"]}
+        for task, arm in sorted(grouped):
+            rows = [row for row in own if (row["cell"]["task"], row["cell"]["arm"]) == (task, arm)]
+            said = [_tried(rows, group) for group in (None, *protocol.groups(arm))]
+            setting = f"{task}, {protocol.said.split(',')[0]}, {protocol.search_steps} steps"
+            lines.append([setting, arm, "; ".join(filter(None, said))])
+    header = ("setting", "method", "rates tried, one group after the other: held-out scores")
+    return of_what_ran(header, lines, 2) if lines else None
+
+
+def _tried(rows: Sequence[Row], group: str | None) -> str:
+    """Return the rates tried for a group, or for all parameters, with their scores; nothing without rows."""
+    tried: dict[float, float] = {}
+    for row in rows:
+        if row["cell"].get("group") == group:
+            metric = metric_of(row["cell"]["task"])
+            tried[row["cell"]["learning_rate"]] = metric.factor * row["metrics"][f"held_out_{metric.name}"]
+    scores = ", ".join(f"{rate:g}: {score:.1f}" for rate, score in sorted(tried.items()))
+    return f"{group or 'one rate'} ({scores})" if tried else ""
 
 
 def _flat(every: Sequence[Setting]) -> str | None:
@@ -225,7 +259,7 @@ def write_report(folder: Path) -> None:
     drawn = any(each.minus_full(LN).seeds and not metric_of(each.task).smaller for each in every)
     if drawn:
         _plot(every, folder / f"{NAME}.png")
-    flat = _flat(every)
+    flat, apart = _flat(every), rates_apart(folder)
     parts = [
         "# Where are the norms within a point of full fine-tuning?",
         "All rows of the other pages in which the norms and full fine-tuning were trained equally. Every method trains "
@@ -238,6 +272,7 @@ def write_report(folder: Path) -> None:
         "## What closes the gap",
         _recipe(every),
         *_closing(every),
+        *(["## Rates apart, on held-out rows", apart, ABOUT_APART] if apart else []),
         *(["## Has full fine-tuning flattened?", flat] if flat else []),
     ]
     (folder / f"{NAME}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.harness.answers import Answer, answer_table, measured_settings
 from benchmarks.harness.claims import Finding
-from benchmarks.harness.classification import PROTOCOLS, final_cells
+from benchmarks.harness.classification import PROTOCOLS, final_cells, search_cells
 from benchmarks.harness.comparison import Bound, Comparison, Side
 from benchmarks.harness.paired import FAILS, HOLDS, INCONCLUSIVE
 from benchmarks.harness.rows import Rows
@@ -78,7 +78,7 @@ def test_where_norms_are_near_full(tmp_path: Path) -> None:
     assert "- Within a point: trec, all-mpnet-base-v2, 2 x 4." in page
     assert "- Further away: sst2, MiniLM, 2 x 4." in page
     assert "| MiniLM | sst2 | classes | - | 2 x 4 | one | -10.0 ± 0.0 | -10.0 to -10.0 | fails | - | 75 % |" in page
-    assert "close a gap that the norms leave, over the whole interval: lora+ln on sst2, MiniLM, 2 x 4." in page
+    assert "- Closes the gap, with the whole interval within a point: lora+ln on sst2, MiniLM, 2 x 4." in page
     assert (tmp_path / "near_full.png").stat().st_size > 0
 
 
@@ -86,3 +86,19 @@ def test_a_page_without_rows_says_so(tmp_path: Path) -> None:
     near_full.write_report(tmp_path)
     assert "Nothing was run." in (tmp_path / "near_full.md").read_text()
     assert not (tmp_path / "near_full.png").exists()
+
+
+def test_the_searches_of_rates_apart(tmp_path: Path) -> None:
+    rows = Rows(tmp_path / "accuracy.jsonl")
+    searches = [
+        *search_cells(PROTOCOLS["cpu"], "sst2", "ln", "float32"),
+        *search_cells(PROTOCOLS["cpu-groups"], "sst2", "ln", "float32", "head"),
+    ]
+    for number, cell in enumerate(searches):
+        rows.append({"cell": cell, "metrics": {"held_out_accuracy": 0.8 + number / 100}})
+    table = near_full.rates_apart(tmp_path)
+    assert table is not None
+    assert table.endswith(
+        "| sst2, MiniLM, 200 steps | ln | one rate (0.003: 80.0, 0.007: 81.0, 0.02: 82.0); "
+        "head (0.001: 83.0, 0.003: 84.0, 0.01: 85.0) |"
+    )
