@@ -193,7 +193,8 @@ def rates_apart(folder: Path) -> str | None:
     lines: list[list[object]] = []
     for protocol in (each for each in PROTOCOLS.values() if each.group_rates):
         found.adopt(shared_searches(found, protocol))
-        searches = [row for row in found if row["cell"]["phase"] == "search"]
+        every = [row for row in found if row["cell"]["phase"] == "search"]
+        searches = [row for row in every if row["cell"]["dtype"] == "float32"]
         own = [row for row in searches if row["cell"]["protocol"] == protocol.name]
         grouped = {(row["cell"]["task"], row["cell"]["arm"]) for row in own if "group" in row["cell"]}
         for task, arm in sorted(grouped):

@@ -93,6 +93,7 @@ def test_the_searches_of_rates_apart(tmp_path: Path) -> None:
     searches = [
         *search_cells(PROTOCOLS["cpu"], "sst2", "ln", "float32"),
         *search_cells(PROTOCOLS["cpu-groups"], "sst2", "ln", "float32", "head"),
+        *search_cells(PROTOCOLS["cpu"], "sst2", "ln", "bfloat16"),
     ]
     for number, cell in enumerate(searches):
         rows.append({"cell": cell, "metrics": {"held_out_accuracy": 0.8 + number / 100}})
