@@ -1,6 +1,7 @@
 """One cell of an experiment that trains: an arm, a task, a dtype, a seed; and the search for its learning rate."""
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 from benchmarks.harness.arms import find_arm
 from benchmarks.harness.environment import write_environment
@@ -39,6 +41,14 @@ class Protocol:
         mask_samples: training rows that a mask is chosen by.
         group_rates: learning rates that are tried for groups of parameters (the head, the parts of an arm that joins
             several), group by group in this order, after one rate for all; empty keeps one rate for all.
+        rates: by arm, learning rates that are tried instead of the arm's.
+        extensions: how many rates a search may add to its grid, one after the other, while the best is at its edge.
+        held_out: training rows that learning rates are scored on, at most; also at most a tenth of them.
+        scored: validation rows that are scored, the same for all arms; None: all.
+        autocast: whether models run in bf16 autocast.
+        midway: arms that are also scored after half of the steps, which shows whether they have flattened.
+        model: Hub id of the model that the protocol is of; None leaves the model to the script.
+        model_type: of the config of that model.
     """
 
     name: str
@@ -48,6 +58,14 @@ class Protocol:
     dropout: float | None
     mask_samples: int = 1024
     group_rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    extensions: int = 0
+    held_out: int = 1000
+    scored: int | None = None
+    autocast: bool = False
+    midway: tuple[str, ...] = ()
+    model: str | None = None
+    model_type: str | None = None
 
     def length(self, cell: Cell) -> int:
         """Return the steps of a cell."""
@@ -61,6 +79,10 @@ class Protocol:
         chosen = find_arm(arm)
         own = {*chosen.parts, *([] if arm == HEAD or chosen.head_rate_of else [HEAD])}
         return [group for group in self.group_rates if group in own]
+
+    def grid(self, arm: str, group: str | None = None) -> tuple[float, ...]:
+        """Return the rates that are tried for an arm, or for one group of its parameters, before any extension."""
+        return self.rates.get(arm, find_arm(arm).rates) if group is None else self.group_rates[group]
 
     def stem(self, name: str) -> str:
         """Return how the files of a report are called: by its name, and by any protocol but the CPU's."""
@@ -76,12 +98,43 @@ GROUP_RATES = {
     "lora": (3e-4, 1e-3, 3e-3, 1e-2),
     "ln": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
 }
+# MPNet is four times as deep and wide as MiniLM and diverges at rates that suit MiniLM.
+MPNET_NORM_RATES = (3e-4, 1e-3, 3e-3)
+MPNET_RATES = {
+    "full": (2e-5, 5e-5, 1.5e-4),
+    "lora": (3e-4, 1e-3, 3e-3),
+    "bitfit": (3e-4, 1e-3, 3e-3),
+    **dict.fromkeys(("ln", "ln-weight", "ln-bias", "ln-ffn", "ln-attention"), MPNET_NORM_RATES),
+    **dict.fromkeys(("mha-adapter", "mha-adapter+ln", "ffn-adapter", "ffn-adapter+ln", "lora+ln"), MPNET_NORM_RATES),
+    **dict.fromkeys(("fisher", "random", "lowest-fisher", "magnitude", "change"), (1e-3, 3e-3, 1e-2)),
+}
+MPNET_GROUP_RATES = {
+    "head": (1e-3, 3e-3, 1e-2),
+    "mha-adapter": (3e-4, 1e-3, 3e-3),
+    "ffn-adapter": (3e-4, 1e-3, 3e-3),
+    "lora": (3e-4, 1e-3, 3e-3),
+    "ln": MPNET_NORM_RATES,
+}
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
         Protocol("cpu", steps=300, search_steps=200, batch_size=16, dropout=0.0),
         Protocol("cpu-600", steps=600, search_steps=400, batch_size=32, dropout=0.0),
         Protocol("cpu-groups", steps=300, search_steps=200, batch_size=16, dropout=0.0, group_rates=GROUP_RATES),
+        Protocol(
+            "mpnet",
+            steps=150,
+            search_steps=75,
+            batch_size=16,
+            dropout=0.0,
+            group_rates=MPNET_GROUP_RATES,
+            rates=MPNET_RATES,
+            extensions=3,
+            held_out=400,
+            midway=("full",),
+            model="sentence-transformers/all-mpnet-base-v2",
+            model_type="mpnet",
+        ),
         Protocol("full", steps=3000, search_steps=3000, batch_size=32, dropout=None),
     )
 }
@@ -102,8 +155,18 @@ def choose_model(asked: str | None, usual: str | None, protocol: Protocol) -> tu
     Args:
         asked: on the command line.
         usual: where nothing was asked for; None is MiniLM.
-        protocol: as it is for MiniLM.
+        protocol: as it is for MiniLM, or of a model of its own, which keeps its name.
+
+    Raises:
+        ValueError: the protocol is of a model, and a model of another type was asked for.
     """
+    if protocol.model is not None:
+        if asked is not None and (found := AutoConfig.from_pretrained(asked).model_type) != protocol.model_type:
+            raise ValueError(
+                f"The protocol {protocol.name} is of {protocol.model}, but --model is a folder or Hub id of a model of "
+                f"type {found!r}. Give a copy of {protocol.model}, or another --protocol."
+            )
+        return asked or protocol.model, protocol
     model = asked or usual
     if model is None:
         return default_model(), protocol
@@ -125,9 +188,43 @@ def search_cells(protocol: Protocol, task: str, arm: str, dtype: str, group: str
     """Return the runs that choose an arm's learning rate, or that of one group of its parameters, on one seed."""
     place = {"protocol": protocol.name, "phase": "search", "task": task, "arm": arm, "dtype": dtype, "seed": 0}
     place |= find_arm(arm).searched_at
-    if group is None:
-        return [{**place, "learning_rate": rate} for rate in find_arm(arm).rates]
-    return [{**place, "group": group, "learning_rate": rate} for rate in protocol.group_rates[group]]
+    return [_at_rate(place, group, rate) for rate in protocol.grid(arm, group)]
+
+
+def _at_rate(place: Cell, group: str | None, rate: float) -> Cell:
+    return {**place, **({} if group is None else {"group": group}), "learning_rate": rate}
+
+
+def grown_cells(rows: Rows, protocol: Protocol, kind: Kind) -> list[Cell]:
+    """Return the runs that choose a learning rate, with those that extend the grid as far as rows say so.
+
+    While the best rate is the smallest or the largest, the next rate beyond it is tried too, at most
+    `protocol.extensions` times. A last cell without a row is the one to run next.
+    """
+    task, arm, dtype, *groups = kind
+    group = groups[0] if groups else None
+    cells = search_cells(protocol, task, arm, dtype, group)
+    for _ in range(protocol.extensions):
+        best = _best_of([row for cell in cells if (row := rows.get(cell)) is not None], task)
+        tried = [cell["learning_rate"] for cell in cells]
+        if best not in (min(tried), max(tried)) or any(cell not in rows for cell in cells):
+            break
+        cells.append({**cells[0], "learning_rate": next_rate(best, up=best == max(tried))})
+    return cells
+
+
+def next_rate(rate: float, up: bool) -> float:
+    """Return the next of 1 and 3 times a power of ten, at least 1.5 times above or below a rate.
+
+    Example:
+        >>> next_rate(3e-3, up=True), next_rate(1e-3, up=True), next_rate(2e-5, up=False), next_rate(1.5e-4, up=True)
+        (0.01, 0.003, 1e-05, 0.0003)
+    """
+    place = math.floor(2 * math.log10(rate))
+    ladder = [float(f"{10 ** (each / 2):.1g}") for each in range(place - 3, place + 5)]
+    if up:
+        return min(each for each in ladder if each > 1.5 * rate)
+    return max(each for each in ladder if each < rate / 1.5)
 
 
 def with_groups(protocol: Protocol, kind: Kind) -> list[Kind]:
@@ -169,8 +266,8 @@ def best_rates(rows: Rows, protocol: Protocol, kinds: Iterable[Kind]) -> dict[Ki
 
 
 def _best_rate(rows: Rows, protocol: Protocol, kind: Kind) -> float | None:
-    task, arm, dtype, *groups = kind
-    searched = [rows.get(cell) for cell in search_cells(protocol, task, arm, dtype, *groups)]
+    task, arm, _, *groups = kind
+    searched = [rows.get(cell) for cell in grown_cells(rows, protocol, kind)]
     known = [row for row in searched if row is not None]
     if not known or len(known) < len(searched):
         return None
@@ -184,6 +281,13 @@ def _best_rate(rows: Rows, protocol: Protocol, kind: Kind) -> float | None:
                     f"The rate of {group} of the arm {arm} on {task} was searched at {others}, and the other searches "
                     f"choose {wanted} now. Remove these lines from {rows.path.name} to search again."
                 )
+    return _best_of(known, task)
+
+
+def _best_of(known: Sequence[Row], task: str) -> float | None:
+    """Return the rate of the best row; of equal scores, the smaller rate."""
+    if not known:
+        return None
     metric = metric_of(task)
     best = max(known, key=lambda row: (metric.held_out(row["metrics"]), -row["cell"]["learning_rate"]))
     return float(best["cell"]["learning_rate"])
@@ -239,9 +343,9 @@ def _kinds(protocol: Protocol, cells: Iterable[Cell], needs: Callable[[Cell], se
     return list(dict.fromkeys(kind for cell in cells for kind in all_needed(protocol, cell, needs)))
 
 
-def experiment_parser(description: str) -> argparse.ArgumentParser:
-    """Return the options that every classification experiment has."""
-    parser = base_parser(description, tuple(PROTOCOLS))
+def experiment_parser(description: str, protocols: Sequence[str] = tuple(PROTOCOLS)) -> argparse.ArgumentParser:
+    """Return the options that every experiment that trains has; `protocols` are names to choose from."""
+    parser = base_parser(description, protocols)
     parser.add_argument("--data-dir", type=Path, help="folder of <task>/{train,validation}.jsonl (default: the Hub)")
     parser.add_argument("--model", default=None, help="folder or Hub id (default: see the README)")
     parser.add_argument("--tasks", nargs="+", default=None)
@@ -293,8 +397,22 @@ def run_experiment(
         rates = best_rates(rows, protocol, _kinds(protocol, wave, needs))
         ready = [cell for cell in wave if {*all_needed(protocol, cell, needs)} <= rates.keys()]
         one = partial(run or run_cell, protocol=protocol, place=place, rates=rates)
-        failed += run_cells(ready, rows, one, options.jobs, f"{wave[0]['dtype']} {wave[0]['phase']}")
+        title = f"{wave[0]['dtype']} {wave[0]['phase']}"
+        failed += run_cells(ready, rows, one, options.jobs, title)
+        while further := _extensions(rows, protocol, ready):
+            missed = run_cells(further, rows, one, options.jobs, f"{title}, further rates")
+            failed += missed
+            if missed:
+                break
     return failed
+
+
+def _extensions(rows: Rows, protocol: Protocol, wave: Sequence[Cell]) -> list[Cell]:
+    """Return the runs that the searches of a wave need beyond their grids and that have no row yet."""
+    searches = [cell for cell in wave if cell["phase"] == "search" and protocol.extensions]
+    kinds = dict.fromkeys((*kind(cell), *([cell["group"]] if "group" in cell else [])) for cell in searches)
+    last = (grown_cells(rows, protocol, each)[-1] for each in kinds)
+    return [cell for cell in last if cell not in rows]
 
 
 def by_name(model: nn.Module, cell: Cell, task: Task) -> nn.Module:
@@ -323,8 +441,7 @@ def run_cell(
     """
     device, search = torch.device(place.device), cell["phase"] == "search"
     task = load_task(cell["task"], place.data_dir, place.model)
-    if search:
-        task = task.held_out()
+    task = task.held_out(protocol.held_out) if search else task.first(protocol.scored)
     own, head, group = kind(cell), head_kind(cell), cell.get("group")
     rate = cell["learning_rate"] if search and group is None else rates[own]
     chosen = [each for each in all_needed(protocol, cell) if len(each) > 3 and each[:3] == own]
@@ -335,7 +452,11 @@ def run_cell(
         torch.cuda.reset_peak_memory_stats(device)
     steps = protocol.length(cell)
     data = batches(task.train, protocol.batch_size, steps, cell["seed"], device)
-    trained = train(model, data, Schedule(steps, rate, head_rate=head_rate, part_rates=part_rates))
+    halfway: dict[str, float] = {}
+    midway = (
+        partial(_score_into, halfway, task, model, device) if cell["arm"] in protocol.midway and not search else None
+    )
+    trained = train(model, data, Schedule(steps, rate, head_rate=head_rate, part_rates=part_rates), midway)
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     scores = task.score(model, device)
     metrics: dict[str, Any] = {f"held_out_{k}" if search else k: round(value, 5) for k, value in scores.items()}
@@ -347,6 +468,7 @@ def run_cell(
         "steps": steps,
         "batch_size": protocol.batch_size,
         "metrics": metrics,
+        **({"metrics_midway": halfway} if halfway else {}),
         **trained,
         "file_size": saved_bytes(model),
         "accelerator_memory_max": memory,
@@ -354,6 +476,10 @@ def run_cell(
         **(inspect(model) if inspect else {}),
         **stamp(device),
     }
+
+
+def _score_into(found: dict[str, float], task: Task, model: nn.Module, device: torch.device) -> None:
+    found |= {name: round(value, 5) for name, value in task.score(model, device).items()}
 
 
 def step_seconds(cell: Cell, protocol: Protocol, place: Place) -> float:
@@ -383,4 +509,7 @@ def estimate(cells: Iterable[Cell], protocol: Protocol, place: Place) -> float:
 
 def load_base(cell: Cell, protocol: Protocol, place: Place, task: Task) -> nn.Module:
     """Load the base model of a cell with the fresh head of its seed."""
-    return load_model(place.model, task.head, cell["dtype"], cell["seed"], protocol.dropout)
+    model = load_model(place.model, task.head, cell["dtype"], cell["seed"], protocol.dropout)
+    if protocol.autocast:
+        model.forward = torch.autocast(torch.device(place.device).type, torch.bfloat16)(model.forward)
+    return model

@@ -47,14 +47,21 @@ class Task:
     head: Head
     evaluate: Callable[[nn.Module, Any, torch.device], dict[str, float]]
 
-    def held_out(self) -> "Task":
-        """Return a task of the training rows alone, a tenth of them (1,000 at most) held out as its validation split.
+    def held_out(self, most: int = 1000) -> "Task":
+        """Return a task of the training rows alone, a tenth of them (`most` at most) held out as its validation split.
 
         Learning rates are chosen on it, so that the reported split never chooses anything.
         """
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0)).tolist()
-        size = min(1000, len(order) // 10)
+        size = min(most, len(order) // 10)
         return replace(self, train=self.train.take(order[size:]), validation=self.train.take(order[:size]))
+
+    def first(self, most: int | None) -> "Task":
+        """Return the task with at most this many validation rows, drawn once; None keeps all."""
+        if most is None or most >= len(self.validation):
+            return self
+        order = torch.randperm(len(self.validation), generator=torch.Generator().manual_seed(0)).tolist()
+        return replace(self, validation=self.validation.take(order[:most]))
 
     def score(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """Return the figures of a model on the validation split."""

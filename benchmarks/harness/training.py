@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,8 +74,16 @@ def launch_step(model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer
     return loss.detach()
 
 
-def train(model: nn.Module, data: Iterable[Batch], schedule: Schedule) -> dict[str, Any]:
+def train(
+    model: nn.Module, data: Iterable[Batch], schedule: Schedule, midway: Callable[[], object] | None = None
+) -> dict[str, Any]:
     """Train a model in place.
+
+    Args:
+        model: with the parameters to train.
+        data: as many batches as the schedule has steps.
+        schedule: how long and how fast.
+        midway: called after half of the steps; not part of the time.
 
     Returns:
         `train_time` in seconds, `train_loss` (mean over the last tenth of the steps; None where it is not finite)
@@ -85,12 +93,15 @@ def train(model: nn.Module, data: Iterable[Batch], schedule: Schedule) -> dict[s
     optimizer = make_optimizer(model, schedule.learning_rate, schedule.head_rate, schedule.part_rates)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, schedule.steps))
     start = {name: parameter.detach().clone() for name, parameter in own_parameters(model).items()}
-    losses = []
-    begin = time.perf_counter()
-    for batch in data:
+    losses, seconds = [], 0.0
+    for step, batch in enumerate(data, start=1):
+        begin = time.perf_counter()
         losses.append(train_step(model, batch, optimizer, schedule.clip))
         scheduler.step()
-    seconds = time.perf_counter() - begin
+        seconds += time.perf_counter() - begin
+        if midway is not None and step == schedule.steps // 2:
+            midway()
+            model.train()
     tail = losses[-max(1, len(losses) // 10) :]
     loss = sum(tail) / len(tail)
     return {
