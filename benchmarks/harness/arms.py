@@ -168,10 +168,15 @@ def ln_bf16(model: nn.Module) -> nn.Module:
 
 @arm("lora", rates=(5e-4, 1.5e-3, 5e-3))
 def lora(model: nn.Module) -> nn.Module:
-    """Train LoRA of rank 8 on PEFT's default targets (query and value)."""
+    """Train LoRA of rank 8 on query and value: PEFT's default targets, or this package's for models without."""
     import peft
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
-    return _peft(model, peft.LoraConfig(**LORA))
+    from peft_lntune.architectures.table import lora_targets
+
+    config: Any = model.config
+    own = None if config.model_type in DEFAULTS else lora_targets(name for name, _ in model.named_modules())
+    return _peft(model, peft.LoraConfig(**LORA, target_modules=own and list(own)))
 
 
 @arm("road")

@@ -46,6 +46,7 @@ class Protocol:
         held_out: training rows that learning rates are scored on, at most; also at most a tenth of them.
         scored: validation rows that are scored, the same for all arms; None: all.
         autocast: whether models run in bf16 autocast.
+        own_rates_of: the protocol, equal but for the groups, whose searches for one rate for all count here too.
         midway: arms that are also scored after half of the steps, which shows whether they have flattened.
         model: Hub id of the model that the protocol is of; None leaves the model to the script.
         model_type: of the config of that model.
@@ -63,6 +64,7 @@ class Protocol:
     held_out: int = 1000
     scored: int | None = None
     autocast: bool = False
+    own_rates_of: str | None = None
     midway: tuple[str, ...] = ()
     model: str | None = None
     model_type: str | None = None
@@ -91,12 +93,12 @@ class Protocol:
 
 SEEDS = (0, 1, 2)
 GROUP_RATES = {
-    "head": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
-    "prefix": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-    "mha-adapter": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
-    "ffn-adapter": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
-    "lora": (3e-4, 1e-3, 3e-3, 1e-2),
-    "ln": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "head": (1e-3, 3e-3, 1e-2),
+    "prefix": (3e-3, 1e-2, 3e-2),
+    "mha-adapter": (1e-3, 3e-3, 1e-2),
+    "ffn-adapter": (1e-3, 3e-3, 1e-2),
+    "lora": (1e-3, 3e-3, 1e-2),
+    "ln": (1e-3, 3e-3, 1e-2),
 }
 # MPNet is four times as deep and wide as MiniLM and diverges at rates that suit MiniLM.
 MPNET_NORM_RATES = (3e-4, 1e-3, 3e-3)
@@ -120,17 +122,26 @@ PROTOCOLS = {
     for protocol in (
         Protocol("cpu", steps=300, search_steps=200, batch_size=16, dropout=0.0),
         Protocol("cpu-600", steps=600, search_steps=400, batch_size=32, dropout=0.0),
-        Protocol("cpu-groups", steps=300, search_steps=200, batch_size=16, dropout=0.0, group_rates=GROUP_RATES),
+        Protocol(
+            "cpu-groups",
+            steps=300,
+            search_steps=200,
+            batch_size=16,
+            dropout=0.0,
+            group_rates=GROUP_RATES,
+            extensions=3,
+            own_rates_of="cpu",
+        ),
         Protocol(
             "mpnet",
-            steps=150,
-            search_steps=75,
+            steps=80,
+            search_steps=40,
             batch_size=16,
             dropout=0.0,
             group_rates=MPNET_GROUP_RATES,
             rates=MPNET_RATES,
             extensions=3,
-            held_out=400,
+            held_out=300,
             midway=("full",),
             model="sentence-transformers/all-mpnet-base-v2",
             model_type="mpnet",
@@ -170,7 +181,9 @@ def choose_model(asked: str | None, usual: str | None, protocol: Protocol) -> tu
     model = asked or usual
     if model is None:
         return default_model(), protocol
-    return model, replace(protocol, name=f"{protocol.name}-{Path(model).name}")
+    end = f"-{Path(model).name}"
+    own_rates_of = protocol.own_rates_of and f"{protocol.own_rates_of}{end}"
+    return model, replace(protocol, name=f"{protocol.name}{end}", own_rates_of=own_rates_of)
 
 
 def kind(cell: Cell) -> Kind:
@@ -225,6 +238,13 @@ def next_rate(rate: float, up: bool) -> float:
     if up:
         return min(each for each in ladder if each > 1.5 * rate)
     return max(each for each in ladder if each < rate / 1.5)
+
+
+def shared_searches(rows: Rows, protocol: Protocol) -> list[Row]:
+    """Return the searches of an equal protocol without groups, as those of this protocol: one rate for all."""
+    searches = [row for row in rows if row["cell"]["phase"] == "search" and "group" not in row["cell"]]
+    own = [row for row in searches if row["cell"]["protocol"] == protocol.own_rates_of]
+    return [{**row, "cell": {**row["cell"], "protocol": protocol.name}} for row in own]
 
 
 def with_groups(protocol: Protocol, kind: Kind) -> list[Kind]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.harness.arms import find_arm
-from benchmarks.harness.classification import Protocol, best_rates, final_cells, with_groups
+from benchmarks.harness.classification import Protocol, best_rates, final_cells, grown_cells, with_groups
 from benchmarks.harness.metrics import ACCURACY, metric_of
 from benchmarks.harness.rows import Cell, Row, Rows
 
@@ -41,11 +41,11 @@ class Finals:
         searched = find_arm(arm).rate_of or arm
         kinds = with_groups(self.protocol, (task, searched, dtype))
         chosen = best_rates(self.rows, self.protocol, kinds)
-        grids = [self.protocol.group_rates[each[3]] if len(each) > 3 else find_arm(searched).rates for each in kinds]
+        grids = {
+            each: [cell["learning_rate"] for cell in grown_cells(self.rows, self.protocol, each)] for each in chosen
+        }
         return [
-            ("".join(each[3:]), chosen[each], chosen[each] in (min(rates), max(rates)))
-            for each, rates in zip(kinds, grids, strict=True)
-            if each in chosen
+            ("".join(each[3:]), rate, rate in (min(grids[each]), max(grids[each]))) for each, rate in chosen.items()
         ]
 
 

@@ -15,18 +15,20 @@ from benchmarks.harness.classification import (
     PROTOCOLS,
     SEEDS,
     Protocol,
+    choose_model,
     experiment_parser,
     final_cells,
+    refuse_unknown,
     run_experiment,
     search_first,
 )
 from benchmarks.harness.comparison import ABOUT_RATES
-from benchmarks.harness.finals import Finals, differences, edge_note, figures
+from benchmarks.harness.finals import Finals, differences, edge_note, figures, reported
 from benchmarks.harness.metrics import metric_of
-from benchmarks.harness.models import default_model
 from benchmarks.harness.plots import ABOUT_ACROSS, ABOUT_DOTS, Dot, Panel, plot_dots
 from benchmarks.harness.rows import Cell, Row, Rows
 from benchmarks.harness.tables import mean_and_spread, of_what_ran, what_did_not_run
+from benchmarks.harness.tasks import TEXT_COLUMNS
 
 # The bounds this project set itself before it measured, in points of accuracy.
 NEAR_FULL = 2.0
@@ -166,21 +168,24 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=ARM_NAMES, default=ARM_NAMES)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPE_NAMES, default=DTYPE_NAMES)
     options = parser.parse_args(arguments)
-    options.model = options.model or default_model()
     options.tasks = options.tasks or TASKS
+    refuse_unknown(parser, options.tasks, TEXT_COLUMNS)
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, list or report; return how many runs failed."""
     options = parse(arguments)
-    protocol = PROTOCOLS[options.protocol]
+    options.model, protocol = choose_model(options.model, None, PROTOCOLS[options.protocol])
     rows = Rows(options.results / "accuracy.jsonl")
     failed = 0
     if not options.report:
         failed = run_experiment("accuracy", options, protocol, rows, waves(options, protocol))
     if not options.list:
-        write_report(rows, options.results, protocol, TASKS, ARM_NAMES, SEEDS)
+        run = [cell for cell in reported(rows, protocol) if cell["arm"] in ARM_NAMES]
+        tasks = tuple(dict.fromkeys((*TASKS, *options.tasks, *(cell["task"] for cell in run))))
+        seeds = tuple(sorted({*SEEDS, *(cell["seed"] for cell in run)}))
+        write_report(rows, options.results, protocol, tasks, ARM_NAMES, seeds)
     return failed
 
 

@@ -402,7 +402,7 @@ class Extent:
 
 
 CPU = Extent(None, ("sst2", "trec"))
-EXTENTS = {"cpu": CPU, "cpu-600": CPU, "full": Extent("bert-base-uncased", ("sst2", "cola", "mrpc", "rte"))}
+EXTENTS = {"full": Extent("bert-base-uncased", ("sst2", "cola", "mrpc", "rte"))}
 
 
 def stages(options: argparse.Namespace) -> list[list[dict[str, Any]]]:
@@ -496,7 +496,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=ARM_NAMES, default=ARM_NAMES)
     parser.add_argument("--sparsities", nargs="+", type=float, default=(*FIRST_SPARSITIES, *MORE_SPARSITIES))
     options = parser.parse_args(arguments)
-    options.tasks = options.tasks or EXTENTS[options.protocol].tasks
+    options.tasks = options.tasks or EXTENTS.get(options.protocol, CPU).tasks
     unknown = [task for task in options.tasks if task not in TEXT_COLUMNS]
     if unknown:
         parser.error(f"unknown task {unknown[0]!r}; the tasks are {', '.join(TEXT_COLUMNS)}.")
@@ -510,7 +510,11 @@ def scope(options: argparse.Namespace, protocol: Protocol, rows: Rows) -> Scope:
     """Return what is reported: what the protocol plans, and what else has been asked for or run."""
     finals = [cell for cell in reported(rows, protocol) if cell["arm"] in ARM_NAMES]
     planned = (*FIRST_SPARSITIES, *MORE_SPARSITIES)
-    tasks = (*EXTENTS[options.protocol].tasks, *options.tasks, *(c["task"] for c in finals if c["arm"] != HEAD.arm))
+    tasks = (
+        *EXTENTS.get(options.protocol, CPU).tasks,
+        *options.tasks,
+        *(c["task"] for c in finals if c["arm"] != HEAD.arm),
+    )
     return Scope(
         protocol=protocol,
         tasks=tuple(dict.fromkeys(tasks)),
@@ -522,7 +526,7 @@ def scope(options: argparse.Namespace, protocol: Protocol, rows: Rows) -> Scope:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, list or report; return how many runs failed."""
     options = parse(arguments)
-    usual = EXTENTS[options.protocol].model
+    usual = EXTENTS.get(options.protocol, CPU).model
     options.model, protocol = choose_model(options.model, usual, PROTOCOLS[options.protocol])
     rows = Rows(options.results / f"{NAME}.jsonl")
     rows.adopt(shared_rows(options.results))

@@ -408,8 +408,6 @@ class Extent:
 
 CPU = Extent(None, ("sst2", "trec"), (0.01, 0.05, DENSITY))
 EXTENTS = {
-    "cpu": CPU,
-    "cpu-600": CPU,
     "full": Extent("bert-large-cased", ("sst2", "cola", "mrpc", "rte"), (0.01, 0.02, 0.05, 0.1, DENSITY, 0.5)),
 }
 
@@ -478,7 +476,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--densities", nargs="+", type=float, default=None, help="of masks; 1 is the arm ln")
     parser.add_argument("--mask-tasks", nargs="+", default=None, help="whose masks unions are of (default: --tasks)")
     options = parser.parse_args(arguments)
-    extent = EXTENTS[options.protocol]
+    extent = EXTENTS.get(options.protocol, CPU)
     options.tasks = options.tasks or extent.tasks
     options.mask_tasks = options.mask_tasks or options.tasks
     options.densities = options.densities or extent.densities
@@ -488,7 +486,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def scope(options: argparse.Namespace, protocol: Protocol, rows: Rows) -> Scope:
     """Return what is reported: what the protocol plans, and what else has been asked for or run."""
-    extent = EXTENTS[options.protocol]
+    extent = EXTENTS.get(options.protocol, CPU)
     finals = reported(rows, protocol, DTYPE)
     masks = [cell["density"] for cell in finals if "density" in cell]
     joined = [(cell["task"], tuple(cell["mask_tasks"])) for cell in finals if cell["arm"] == "union"]
@@ -507,7 +505,7 @@ def scope(options: argparse.Namespace, protocol: Protocol, rows: Rows) -> Scope:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, list or report; return how many runs failed."""
     options = parse(arguments)
-    usual = EXTENTS[options.protocol].model
+    usual = EXTENTS.get(options.protocol, CPU).model
     options.model, protocol = choose_model(options.model, usual, PROTOCOLS[options.protocol])
     rows = Rows(options.results / f"{NAME}.jsonl")
     rows.adopt(shared_rows(options.results))

@@ -292,7 +292,7 @@ def _bin_said(number: int, bins: int) -> str:
 METHODS = {"magnitude": "magnitude", "Fisher": "fisher", "movement": "change", "random": "random"}
 ARM, DTYPE = "ln", "float32"
 PHASE = "entries"
-MODELS = {"cpu": None, "cpu-600": None, "full": "bert-base-uncased"}
+MODELS = {"full": "bert-base-uncased"}  # None elsewhere: MiniLM, or the protocol's own
 TASKS = ("sst2", "trec")
 # Part of a cell: rows held out of the training rows, partitions and their groups, bins of a score, points of the path.
 SIZES = {"rows": 192, "partitions": 4, "groups": 10, "bins": 4, "points": 6}
@@ -463,7 +463,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, list or report; return how many runs failed."""
     options = parse(arguments)
-    options.model, protocol = choose_model(options.model, MODELS[options.protocol], PROTOCOLS[options.protocol])
+    options.model, protocol = choose_model(options.model, MODELS.get(options.protocol), PROTOCOLS[options.protocol])
     rows = Rows(options.results / f"{NAME}.jsonl")
     rows.adopt(shared_rows(options.results))
     failed = 0

@@ -31,6 +31,7 @@ from benchmarks.harness.classification import (
     refuse_unknown,
     run_experiment,
     search_first,
+    shared_searches,
 )
 from benchmarks.harness.comparison import ABOUT_DIFFERENCES, ABOUT_HEAD, ABOUT_RATES, Bound, Comparison, Side, not_run
 from benchmarks.harness.costs import in_turns, training_call
@@ -243,7 +244,7 @@ _NEVER_RUN = (
 
 
 DTYPE = "float32"
-MODELS = {"cpu": None, "cpu-600": None, "full": "bert-large-cased"}
+MODELS = {"full": "bert-large-cased"}  # None elsewhere: MiniLM, or the protocol's own
 MAIN = ("sst2", "trec")
 OTHERS = (*SIMILARITY, tagging.NAME, questions.NAME)
 CAUSAL = tuple(texts.TEXTS)
@@ -269,7 +270,8 @@ def cost_cell(options: argparse.Namespace, protocol: Protocol) -> Cell:
     """Return the one cell that times and weighs a training step of every arm but the ablations."""
     arms = [arm for arm in ("full", "full again", *FIRST, *COMBINED) if arm in options.possible or arm == "full again"]
     task = CAUSAL[0] if set(options.tasks) <= set(CAUSAL) else MAIN[0]  # one table, whatever tasks are asked for
-    place = {"protocol": protocol.name, "phase": "cost", "task": task, "dtype": DTYPE}
+    name = protocol.own_rates_of or protocol.name  # rates do not change what a step costs
+    place = {"protocol": name, "phase": "cost", "task": task, "dtype": DTYPE}
     return {**place, "arms": list(dict.fromkeys(arms)), "rounds": COST_ROUNDS}
 
 
@@ -331,9 +333,10 @@ def shared_rows(results: Path) -> list[Row]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, list or report; return how many runs failed."""
     options = parse(arguments)
-    options.model, protocol = choose_model(options.model, MODELS[options.protocol], PROTOCOLS[options.protocol])
+    options.model, protocol = choose_model(options.model, MODELS.get(options.protocol), PROTOCOLS[options.protocol])
     rows = Rows(options.results / f"{NAME}.jsonl")
     rows.adopt(shared_rows(options.results))
+    rows.adopt(shared_searches(rows, protocol))
     cost, failed = cost_cell(options, protocol), 0
     if not options.report:
         failed = run_experiment(NAME, options, protocol, rows, waves(options, protocol), run_cell)

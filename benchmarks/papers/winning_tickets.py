@@ -428,8 +428,9 @@ def _left_out(compared: Comparison, scope: Scope) -> Iterator[str]:
 
 DTYPE = "float32"
 # What a protocol runs where the command line says nothing: a Hub id (None: MiniLM), and tasks.
-MODELS = {"cpu": None, "cpu-600": None, "full": "bert-base-uncased"}
-TASKS = {"cpu": ("sst2", "trec"), "cpu-600": ("sst2", "trec"), "full": ("sst2", "cola", "mrpc", "rte")}
+MODELS = {"full": "bert-base-uncased"}  # None elsewhere: MiniLM, or the protocol's own
+TASKS = ("sst2", "trec")
+HUB_TASKS = {"full": ("sst2", "cola", "mrpc", "rte")}
 COUNTS = (768, 48, 192, 3072)  # most informative first
 FIRST = 2  # of the counts, that come before other modules
 GROUPS = {
@@ -511,7 +512,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=known, default=[*GROUPS], help="groups of arms, or arms")
     parser.add_argument("--counts", nargs="+", type=int, default=COUNTS, help="of entries, the most valuable first")
     options = parser.parse_args(arguments)
-    options.tasks = options.tasks or TASKS[options.protocol]
+    options.tasks = options.tasks or HUB_TASKS.get(options.protocol, TASKS)
     options.arms = [arm for name in options.arms for arm in GROUPS.get(name, (name,))]
     refuse_unknown(parser, options.tasks, TEXT_COLUMNS)
     return options
@@ -523,7 +524,9 @@ def scope(options: argparse.Namespace, protocol: Protocol, shape: Shape, rows: R
     counts = [cell["count"] for cell in run if "count" in cell]
     return Scope(
         protocol=protocol,
-        tasks=tuple(dict.fromkeys((*TASKS[options.protocol], *options.tasks, *(cell["task"] for cell in run)))),
+        tasks=tuple(
+            dict.fromkeys((*HUB_TASKS.get(options.protocol, TASKS), *options.tasks, *(cell["task"] for cell in run)))
+        ),
         shape=shape,
         counts=tuple(sorted({*options.counts, *counts})),
         first=tuple(options.counts[:FIRST]),
@@ -534,7 +537,7 @@ def scope(options: argparse.Namespace, protocol: Protocol, shape: Shape, rows: R
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, list or report; return how many runs failed."""
     options = parse(arguments)
-    options.model, protocol = choose_model(options.model, MODELS[options.protocol], PROTOCOLS[options.protocol])
+    options.model, protocol = choose_model(options.model, MODELS.get(options.protocol), PROTOCOLS[options.protocol])
     shape = shape_of(options.model)
     rows = Rows(options.results / f"{NAME}.jsonl")
     rows.adopt(shared_rows(options.results))

@@ -33,12 +33,12 @@ def test_run_resume_list_and_report(short: list[str], tmp_path: Path, capsys: py
     first, second = Rows(path), whole.splitlines()
     assert len(first) == len(second)
 
-    table = (tmp_path / "accuracy.md").read_text()
+    table = (tmp_path / "accuracy_cpu-tiny_bert0.md").read_text()
     assert "| lora |" not in table
     assert "- float32 base, sst2: stock-ln" not in table
     assert "all but " in table.partition("## Not run here")[2]
     assert "(1 of 3 runs)" in table
-    assert (tmp_path / "accuracy.png").stat().st_size > 0
+    assert (tmp_path / "accuracy_cpu-tiny_bert0.png").stat().st_size > 0
     assert (tmp_path / "environment.json").exists()
 
 
