@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -91,6 +91,7 @@ class Protocol:
         return name if self.name == "cpu" else f"{name}_{self.name}"
 
 
+AnyProtocol = TypeVar("AnyProtocol", bound=Protocol)
 SEEDS = (0, 1, 2)
 GROUP_RATES = {
     "head": (1e-3, 3e-3, 1e-2),
@@ -160,7 +161,7 @@ class Place:
     device: str
 
 
-def choose_model(asked: str | None, usual: str | None, protocol: Protocol) -> tuple[str, Protocol]:
+def choose_model(asked: str | None, usual: str | None, protocol: AnyProtocol) -> tuple[str, AnyProtocol]:
     """Return the model and the protocol, whose name tells any model but MiniLM, since rows are found by it.
 
     Args:

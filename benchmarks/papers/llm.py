@@ -32,14 +32,18 @@ from benchmarks.harness.classification import (
     run_experiment,
     search_first,
 )
+from benchmarks.harness.finals import reported
+from benchmarks.harness.method_costs import time_methods
 from benchmarks.harness.rows import Cell, Row, Rows
-from benchmarks.harness.runner import stamp
+from benchmarks.harness.runner import run_cells, stamp
 from benchmarks.harness.splits import batches
 from benchmarks.harness.tasks import Task, load_task
 from benchmarks.harness.texts import TEXTS
+from benchmarks.papers.llm_report import Scope, write_report
 
 NAME = "llm"
 DTYPE = "float32"
+USUAL = "smollm2"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FISHER = "ln-64"
 # In run order. Names are those of PEFT's method_comparison: method, model, variant.
@@ -48,11 +52,11 @@ EXPERIMENTS = {
     "lora": "lora/{}-rank8",
     "full": "full-finetuning/{}",
     FISHER: "lntune/{}-fisher-64-per-norm",
+    "stock-ln-bf16": "ln_tuning/{}-bfloat16",
     "ia3": "ia3/{}-default",
-    "lora+ln": "lntune/{}-lora-rank8+ln",
     "road": "road/{}-default",
     "beft": "beft/{}-default",
-    "stock-ln-bf16": "ln_tuning/{}-bfloat16",
+    "lora+ln": "lntune/{}-lora-rank8+ln",
     "ln-bf16": "lntune/{}-bfloat16",
 }
 
@@ -70,20 +74,22 @@ class TextProtocol(Protocol):
     answers: int = 200
 
 
+TIMED = ("ln", FISHER, "lora", "lora+ln", "ia3", "road", "beft")
+COST_ROUNDS, COST_TOKENS = 3, 64  # of the longest row
 NORM_RATES = (3e-3, 1e-2, 3e-2)
 RATES = {
     "full": (3e-5, 1e-4, 3e-4),
     "lora": (1e-3, 3e-3, 1e-2),
-    "lora+ln": (1e-3, 3e-3, 1e-2),
     FISHER: (1e-2, 3e-2, 1e-1),
     "ia3": (1e-2, 3e-2, 1e-1),
-    **dict.fromkeys(("ln", "road", "beft", "ln-bf16", "stock-ln-bf16"), NORM_RATES),
+    **dict.fromkeys(("ln", "lora+ln", "road", "beft"), NORM_RATES),
+    **dict.fromkeys(("ln-bf16", "stock-ln-bf16"), (1e-3, 3e-3, 1e-2)),
 }
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
         TextProtocol(
-            "smollm2",
+            USUAL,
             steps=40,
             search_steps=12,
             batch_size=4,
@@ -125,13 +131,17 @@ def needed(cell: Cell, protocol: TextProtocol) -> set[Kind]:
     return {searched(protocol, cell)} if cell["phase"] == "final" else set()
 
 
+def base_cell(protocol: Protocol) -> Cell:
+    """Return the cell of the model as it is, without its task."""
+    return {"protocol": protocol.name, "phase": "base", "dtype": DTYPE, "seed": 0}
+
+
 def waves(options: argparse.Namespace, protocol: TextProtocol) -> list[list[Cell]]:
     """Return the cells most informative first: all methods on a task, then the next task, then the next seed."""
-    place = {"protocol": protocol.name, "phase": "base", "dtype": DTYPE, "seed": 0}
     stages: list[list[Cell]] = []
     for seed in options.seeds:
         for task in options.tasks:
-            stages += [[{**place, "task": task}]] * (seed == options.seeds[0])
+            stages += [[{**base_cell(protocol), "task": task}]] * (seed == options.seeds[0])
             stages += [final_cells(protocol, task, arm, DTYPE, [seed]) for arm in options.arms]
     return search_first(protocol, stages, partial(needed, protocol=protocol))
 
@@ -142,6 +152,7 @@ def tune(model: nn.Module, cell: Cell, task: Task, protocol: Protocol) -> nn.Mod
 
     tuned: Any = classification.by_name(model, cell, task)
     if cell["arm"] == FISHER:
+        tuned.peft_config["default"].num_samples = protocol.mask_samples
         size, device = protocol.batch_size, next(model.parameters()).device
         data = batches(task.train, size, math.ceil(protocol.mask_samples / size), cell["seed"], device)
         fit_fisher_masks(tuned, data)
@@ -193,6 +204,29 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def cost_cell(options: argparse.Namespace, protocol: TextProtocol) -> Cell:
+    """Return the one cell that times and weighs a training step of the methods that differ in cost."""
+    place = {"protocol": protocol.name, "phase": "cost", "task": options.tasks[0], "dtype": DTYPE}
+    return {**place, "arms": ["full", "full again", *TIMED], "rounds": COST_ROUNDS, "tokens": COST_TOKENS}
+
+
+def scope(options: argparse.Namespace, protocol: TextProtocol, rows: Rows) -> Scope:
+    """Return what is reported: what the protocol plans, and the seeds that were run beside it."""
+    ran = {cell["seed"] for cell in reported(rows, protocol, DTYPE)}
+    base = {task: rows.get({**base_cell(protocol), "task": task}) for task in TEXTS}
+    asked = "" if protocol.name == USUAL else f" --protocol {protocol.name}"
+    return Scope(
+        protocol=protocol,
+        tasks=tuple(TEXTS),
+        arms={arm: experiment(arm, protocol) for arm in EXPERIMENTS},
+        seeds=tuple(sorted({*SEEDS, *ran})),
+        searched_on=protocol.searched_on,
+        base={task: row for task, row in base.items() if row is not None},
+        cost=rows.get(cost_cell(options, protocol)),
+        command=f"python -m benchmarks.papers.llm{asked} --data-dir <folder> --model <folder>",
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, list or report; return how many runs failed."""
     options = parse(arguments)
@@ -203,6 +237,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failed = run_experiment(NAME, options, protocol, rows, waves(options, protocol), run_cell, needs)
         if options.list:
             return failed
+        place = Place(options.model, options.data_dir, options.device)
+        one = partial(time_methods, protocol=protocol, place=place, tune=partial(tune, protocol=protocol), warm_up=1)
+        failed += run_cells([cost_cell(options, protocol)], rows, one, 1, "costs")
+    stem = NAME if protocol.name == USUAL else f"{NAME}_{protocol.name}"
+    write_report(rows, options.results, scope(options, protocol, rows), stem)
     return failed
 
 
