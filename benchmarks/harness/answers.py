@@ -40,8 +40,13 @@ def load_prompts(name: str, data_dir: Path, tokenizer: Any, count: int) -> Promp
         data_dir: a folder of `<task>/{train,validation}.jsonl`.
         tokenizer: of the model.
         count: how many prompts, at most.
+
+    Raises:
+        ValueError: the texts of this task answer nothing.
     """
     given, said = TEXTS[name]
+    if given is None:
+        raise ValueError(f"{name} has no prompts; tasks with prompts are {', '.join(NEW_TOKENS)}.")
     references: dict[str, list[str]] = {}
     for row in read_rows(name, data_dir)["validation"]:
         references.setdefault(row[given], []).append(row[said])
@@ -119,7 +124,7 @@ def final_number(text: str) -> Decimal | None:
         (Decimal('1072'), None)
     """
     _, mark, end = text.rpartition("####")
-    found = NUMBER.match(end.strip().lstrip("$")) if mark else None
+    found = NUMBER.match(end.replace("$", "").strip()) if mark else None
     try:
         return None if found is None else Decimal(found[0].replace(",", ""))
     except InvalidOperation:  # digits of other scripts are digits to a pattern

@@ -94,7 +94,7 @@ PROTOCOLS = {
             search_steps=12,
             batch_size=4,
             dropout=0.0,
-            mask_samples=32,
+            mask_samples=16,
             rates=RATES,
             extensions=3,
             held_out=32,
@@ -156,7 +156,7 @@ def tune(model: nn.Module, cell: Cell, task: Task, protocol: Protocol) -> nn.Mod
         size, device = protocol.batch_size, next(model.parameters()).device
         data = batches(task.train, size, math.ceil(protocol.mask_samples / size), cell["seed"], device)
         fit_fisher_masks(tuned, data)
-    return tuned  # type: ignore[no-any-return]
+    return tuned
 
 
 def run_cell(cell: Cell, protocol: TextProtocol, place: Place, rates: dict[Kind, float]) -> Row:

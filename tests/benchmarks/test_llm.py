@@ -164,6 +164,10 @@ def test_few_rows_are_scored(data: Path, tiny_causal: str) -> None:
         ("18 + 2 = 20\n#### 20", "20"),
         ("#### 5\nor rather\n#### $1,070.50.", "1070.50"),
         ("#### -3 apples", "-3"),
+        ("#### -$3", "-3"),
+        ("#### 29.00", "29"),
+        ("#### 72, altogether", "72"),
+        ("#### ,", None),
         ("The answer is 20.", None),
         ("#### none", None),
         ("", None),
@@ -198,6 +202,8 @@ def test_prompts_are_different_and_have_all_references(data: Path, tiny_causal: 
     assert isinstance(rows, Split)
     assert all(any(row[: len(prompt)] == prompt for row in rows.tokens) for prompt in prompts.tokens)
     assert len(load_prompts("e2e_nlg", data, tokenizer, 1).tokens) == 1
+    with pytest.raises(ValueError, match="tinyshakespeare has no prompts; tasks with prompts are e2e_nlg, gsm8k"):
+        load_prompts(SHAKESPEARE, data, tokenizer, 1)
 
 
 def test_answers_in_a_batch_are_those_of_each_prompt_alone(tiny_causal: str) -> None:
