@@ -218,6 +218,31 @@ def stories(arm: str) -> Seeds:
     return score(arm, "tinyshakespeare", protocol="cpu-stories260K")
 
 
+def smollm2(arm: str) -> Seeds:
+    """The perplexity of a method over SmolLM2 on tinyshakespeare."""
+    return score(arm, "tinyshakespeare", protocol="smollm2")
+
+
+def smollm2_base() -> float:
+    """The perplexity of SmolLM2 on tinyshakespeare without training."""
+    return float(row("llm", protocol="smollm2", phase="base", task="tinyshakespeare")["metrics"]["perplexity"])
+
+
+def smollm2_search(arm: str) -> dict[float, Row]:
+    """Rate -> the run of a method's search over SmolLM2."""
+    cell = {"protocol": "smollm2", "phase": "search", "task": "tinyshakespeare", "arm": arm}
+    found = [row for row in read("llm") if cell.items() <= row["cell"].items()]
+    return {row["learning_rate"]: row for row in sorted(found, key=lambda row: float(row["learning_rate"]))}
+
+
+def around(arm: str) -> str:
+    """Held-out perplexity of the rate below the chosen one, of the chosen one, and of the one above it."""
+    search, chosen = smollm2_search(arm), rate(arm, "tinyshakespeare", protocol="smollm2")
+    rates = [*search]
+    near = rates[max(0, rates.index(chosen) - 1) : rates.index(chosen) + 2]
+    return " / ".join(f"{search[each]['metrics']['held_out_perplexity']:.1f}" for each in near)
+
+
 def above_head(layer: int) -> Seeds:
     """Points above the head alone of the norms of one layer."""
     return mean("ln-layer", layer=layer) - mean("head")
