@@ -235,12 +235,26 @@ def smollm2_search(arm: str) -> dict[float, Row]:
     return {row["learning_rate"]: row for row in sorted(found, key=lambda row: float(row["learning_rate"]))}
 
 
-def around(arm: str) -> str:
-    """Held-out perplexity of the rate below the chosen one, of the chosen one, and of the one above it."""
-    search, chosen = smollm2_search(arm), rate(arm, "tinyshakespeare", protocol="smollm2")
+def smollm2_rate(arm: str) -> float:
+    """The learning rate that a method's search over SmolLM2 chose."""
+    search = smollm2_search(arm)
+    return min(search, key=lambda rate: (search[rate]["metrics"]["held_out_perplexity"], rate))
+
+
+def smollm2_held_out(arm: str, times: int = 0) -> float:
+    """The held-out perplexity at the chosen rate, or at one of the rates beside it: -1 is the next below, 1 above."""
+    search = smollm2_search(arm)
     rates = [*search]
-    near = rates[max(0, rates.index(chosen) - 1) : rates.index(chosen) + 2]
-    return " / ".join(f"{search[each]['metrics']['held_out_perplexity']:.1f}" for each in near)
+    return float(search[rates[rates.index(smollm2_rate(arm)) + times]]["metrics"]["held_out_perplexity"])
+
+
+def smollm2_line(arm: str) -> str:
+    """The cells of a method: trained entries, chosen rate, held-out perplexity at and beside it, and after more steps."""
+    search = smollm2_search(arm)
+    entries = search[smollm2_rate(arm)]["num_trainable_params"]
+    beside = " / ".join(f"{smollm2_held_out(arm, at):.1f}" for at in (-1, 0, 1))
+    ran = cell_key({"protocol": "smollm2", "phase": "final", "task": "tinyshakespeare", "arm": arm, "dtype": "float32"})
+    return f"{entries:,} | {smollm2_rate(arm):g} | {beside} | {f'{smollm2(arm):.1f}' if ran in _runs() else '-'} |"
 
 
 def above_head(layer: int) -> Seeds:

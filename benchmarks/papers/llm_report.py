@@ -231,7 +231,8 @@ def _rates(rows: Rows, scope: Scope, path: Path) -> Iterator[str]:
         for arm, found in searches.items():
             scores = {row["learning_rate"]: row["metrics"][name] for row in found}
             best = min(scores, key=lambda rate: (scores[rate], rate))
-            shown = {rate: f"**{score:.1f}**" if rate == best else f"{score:.1f}" for rate, score in scores.items()}
+            shown = {rate: f"{score:.1f}" for rate, score in scores.items()}
+            shown[best] = f"**{shown[best]}**{' (edge)' if best in (min(scores), max(scores)) else ''}"
             lines.append([SAID[arm], *(shown.get(rate, "") for rate in rates)])
         yield of_what_ran((f"held-out perplexity, {task}", *(f"{rate:g}" for rate in rates)), lines)
         title = f"{task}: each method's search"
@@ -245,7 +246,8 @@ def _rates(rows: Rows, scope: Scope, path: Path) -> Iterator[str]:
         yield "Nothing was run."
         return
     yield (
-        f"One seed, {scope.protocol.search_steps} steps, in which the learning rate falls to 0; the best is bold. "
+        f"One seed, {scope.protocol.search_steps} steps, in which the learning rate falls to 0; the best is bold, "
+        "with `(edge)` where no rate beyond it was tried. "
         "Short searches prefer large rates: for longer training start at a third of the best rate. Empty cells were "
         "not needed, since rates are added only while the best one is at the edge."
     )
