@@ -241,20 +241,21 @@ def smollm2_rate(arm: str) -> float:
     return min(search, key=lambda rate: (search[rate]["metrics"]["held_out_perplexity"], rate))
 
 
-def smollm2_held_out(arm: str, times: int = 0) -> float:
-    """The held-out perplexity at the chosen rate, or at one of the rates beside it: -1 is the next below, 1 above."""
+def smollm2_held_out(arm: str, times: int = 0) -> float | None:
+    """The held-out perplexity at the chosen rate, or the next below (-1) or above (1); None: not tried."""
     search = smollm2_search(arm)
     rates = [*search]
-    return float(search[rates[rates.index(smollm2_rate(arm)) + times]]["metrics"]["held_out_perplexity"])
+    at = rates.index(smollm2_rate(arm)) + times
+    return float(search[rates[at]]["metrics"]["held_out_perplexity"]) if 0 <= at < len(rates) else None
 
 
 def smollm2_line(arm: str) -> str:
-    """The cells of a method: trained entries, chosen rate, held-out perplexity at and beside it, and after more steps."""
-    search = smollm2_search(arm)
-    entries = search[smollm2_rate(arm)]["num_trainable_params"]
-    beside = " / ".join(f"{smollm2_held_out(arm, at):.1f}" for at in (-1, 0, 1))
+    """The cells of a method: entries, chosen rate, held-out perplexity at and beside it, perplexity of the long run."""
+    entries = smollm2_search(arm)[smollm2_rate(arm)]["num_trainable_params"]
+    held_out = [smollm2_held_out(arm, times) for times in (-1, 0, 1)]
+    beside = " / ".join("-" if each is None else f"{each:.1f}" for each in held_out)
     ran = cell_key({"protocol": "smollm2", "phase": "final", "task": "tinyshakespeare", "arm": arm, "dtype": "float32"})
-    return f"{entries:,} | {smollm2_rate(arm):g} | {beside} | {f'{smollm2(arm):.1f}' if ran in _runs() else '-'} |"
+    return f"{entries:,} | {smollm2_rate(arm):g} | {beside} | {f'{smollm2(arm):.1f}' if ran in _runs() else '-'}"
 
 
 def above_head(layer: int) -> Seeds:

@@ -39,6 +39,7 @@ COMPARED = (
     ("lora+ln", "ln"),
     ("ln-bf16", "stock-ln-bf16"),
 )
+SIZES = ("num_trainable_params", "file_size")
 BFLOAT16 = ("ln-bf16", "stock-ln-bf16")
 GENERATED = {"bleu": ("BLEU", 1.0), "chrf": ("chrF", 1.0), "exact_match": ("test accuracy, %", 100.0)}
 
@@ -118,6 +119,7 @@ def _cell(values: Sequence[float], digits: int = 1) -> str | None:
 
 def _differences(found: Finals, scope: Scope, ran: Sequence[str]) -> Iterator[str]:
     yield "## Differences"
+    single = len(_seeds(found, scope, ran)) < 2
     lines: list[list[object]] = []
     for ours, theirs in COMPARED:
         cells: list[object] = []
@@ -127,8 +129,7 @@ def _differences(found: Finals, scope: Scope, ran: Sequence[str]) -> Iterator[st
             word = "" if paired.interval is None else f" ({paired.verdict(lambda mean: mean > 0)})"
             cells.append(f"{_cell([*pairs.values()])}{word}" if pairs else None)
         lines.append([f"{ours} - {theirs}", *cells])
-    yield of_what_ran(("difference, above 0", *ran), lines)
-    single = len(_seeds(found, scope, ran)) < 2
+    yield of_what_ran(("difference" if single else "difference (above 0)", *ran), lines)
     said = "One seed was run, so none of these differences is certain." if single else ABOUT_VERDICTS
     yield (
         "Points of perplexity by which the first method is better than the second; negative where it is worse. Each "
@@ -233,8 +234,10 @@ def _rates(rows: Rows, scope: Scope, path: Path) -> Iterator[str]:
             best = min(scores, key=lambda rate: (scores[rate], rate))
             shown = {rate: f"{score:.1f}" for rate, score in scores.items()}
             shown[best] = f"**{shown[best]}**{' (edge)' if best in (min(scores), max(scores)) else ''}"
-            lines.append([SAID[arm], *(shown.get(rate, "") for rate in rates)])
-        yield of_what_ran((f"held-out perplexity, {task}", *(f"{rate:g}" for rate in rates)), lines)
+            sizes = [f"{found[0][name]:,}" for name in SIZES]
+            lines.append([SAID[arm], *sizes, *(shown.get(rate, "") for rate in rates)])
+        yield f"Held-out perplexity on {task} after {scope.protocol.search_steps} steps at each learning rate:"
+        yield of_what_ran(("method", *SIZES, *(f"{rate:g}" for rate in rates)), lines)
         title = f"{task}: each method's search"
         upright[title] = "log of held-out perplexity (smaller is better)"
         drawn[title] = {
@@ -247,9 +250,8 @@ def _rates(rows: Rows, scope: Scope, path: Path) -> Iterator[str]:
         return
     yield (
         f"One seed, {scope.protocol.search_steps} steps, in which the learning rate falls to 0; the best is bold, "
-        "with `(edge)` where no rate beyond it was tried. "
-        "Short searches prefer large rates: for longer training start at a third of the best rate. Empty cells were "
-        "not needed, since rates are added only while the best one is at the edge."
+        "with `(edge)` where no rate beyond it was tried. Short searches prefer large rates: for longer training start "
+        "at a third of the best rate. Rates are added only while the best one is at the edge; other cells are empty."
     )
     plot_along(path, drawn, "Learning rates", "log10 of the learning rate", upright)
     yield f"![Held-out perplexity of each method by learning rate]({path.name})"
