@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from benchmarks.harness import classification
-from benchmarks.harness.answers import NEW_TOKENS, answer_row, load_prompts
+from benchmarks.harness.generation import NEW_TOKENS, answer_row, load_prompts
 from benchmarks.harness.classification import (
     SEEDS,
     Kind,

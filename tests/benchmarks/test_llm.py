@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.harness.answers import (
+from benchmarks.harness.generation import (
     Prompts,
     answer_row,
     final_number,
@@ -67,7 +67,7 @@ def protocol(monkeypatch: pytest.MonkeyPatch) -> script.TextProtocol:
     }
     short = dataclasses.replace(script.PROTOCOLS["smollm2"], **sizes, answers=2, extensions=0)
     monkeypatch.setitem(script.PROTOCOLS, "smollm2", short)
-    monkeypatch.setattr("benchmarks.harness.answers.NEW_TOKENS", {"e2e_nlg": 2, "gsm8k": 2})
+    monkeypatch.setattr("benchmarks.harness.generation.NEW_TOKENS", {"e2e_nlg": 2, "gsm8k": 2})
     return short
 
 
