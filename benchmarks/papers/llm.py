@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from benchmarks.harness import classification
-from benchmarks.harness.generation import NEW_TOKENS, answer_row, load_prompts
 from benchmarks.harness.classification import (
     SEEDS,
     Kind,
@@ -33,6 +32,7 @@ from benchmarks.harness.classification import (
     search_first,
 )
 from benchmarks.harness.finals import reported
+from benchmarks.harness.generation import NEW_TOKENS, answer_row, load_prompts
 from benchmarks.harness.method_costs import time_methods
 from benchmarks.harness.rows import Cell, Row, Rows
 from benchmarks.harness.runner import run_cells, stamp

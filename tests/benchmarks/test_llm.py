@@ -11,6 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.harness.arms import find_arm, own_parameters
+from benchmarks.harness.classification import Place, load_base
 from benchmarks.harness.generation import (
     Prompts,
     answer_row,
@@ -19,8 +21,6 @@ from benchmarks.harness.generation import (
     score_answers,
     write_answers,
 )
-from benchmarks.harness.arms import find_arm, own_parameters
-from benchmarks.harness.classification import Place, load_base
 from benchmarks.harness.method_costs import time_methods
 from benchmarks.harness.rows import Row, Rows
 from benchmarks.harness.splits import Split
