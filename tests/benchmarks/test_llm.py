@@ -313,7 +313,8 @@ def test_run_and_resume(line: list[str], tmp_path: Path, capsys: pytest.CaptureF
     assert script.main(chosen) == 0
     path = tmp_path / "llm.jsonl"
     whole = path.read_text()
-    assert len(Rows(path)) == 2 + 3 * 3 + 2 * 3 + 1
+    searches = sum(len(script.RATES[arm]) for arm in ("ln", "ln-64", "road"))
+    assert len(Rows(path)) == 2 + searches + 2 * 3 + 1  # the model as it is, the methods on both tasks, costs
     path.write_text("".join(whole.splitlines(keepends=True)[:-2]))
     script.main([*chosen, "--list"])
     assert capsys.readouterr().out.startswith("1 runs left")
