@@ -248,6 +248,46 @@ def stories(arm: str) -> Seeds:
     return score(arm, "tinyshakespeare", protocol="cpu-stories260K")
 
 
+def smollm2(arm: str) -> Seeds:
+    """The perplexity of a method over SmolLM2 on tinyshakespeare."""
+    return score(arm, "tinyshakespeare", protocol="smollm2")
+
+
+def smollm2_base() -> float:
+    """The perplexity of SmolLM2 on tinyshakespeare without training."""
+    return float(row("llm", protocol="smollm2", phase="base", task="tinyshakespeare")["metrics"]["perplexity"])
+
+
+def smollm2_search(arm: str) -> dict[float, Row]:
+    """Rate -> the run of a method's search over SmolLM2."""
+    cell = {"protocol": "smollm2", "phase": "search", "task": "tinyshakespeare", "arm": arm}
+    found = [row for row in read("llm") if cell.items() <= row["cell"].items()]
+    return {row["learning_rate"]: row for row in sorted(found, key=lambda row: float(row["learning_rate"]))}
+
+
+def smollm2_rate(arm: str) -> float:
+    """The learning rate that a method's search over SmolLM2 chose."""
+    search = smollm2_search(arm)
+    return min(search, key=lambda rate: (search[rate]["metrics"]["held_out_perplexity"], rate))
+
+
+def smollm2_held_out(arm: str, times: int = 0) -> float | None:
+    """The held-out perplexity at the chosen rate, or the next below (-1) or above (1); None: not tried."""
+    search = smollm2_search(arm)
+    rates = [*search]
+    at = rates.index(smollm2_rate(arm)) + times
+    return float(search[rates[at]]["metrics"]["held_out_perplexity"]) if 0 <= at < len(rates) else None
+
+
+def smollm2_line(arm: str) -> str:
+    """The cells of a method: entries, chosen rate, held-out perplexity at and beside it, perplexity of the long run."""
+    entries = smollm2_search(arm)[smollm2_rate(arm)]["num_trainable_params"]
+    held_out = [smollm2_held_out(arm, times) for times in (-1, 0, 1)]
+    beside = " / ".join("-" if each is None else f"{each:.1f}" for each in held_out)
+    ran = cell_key({"protocol": "smollm2", "phase": "final", "task": "tinyshakespeare", "arm": arm, "dtype": "float32"})
+    return f"{entries:,} | {smollm2_rate(arm):g} | {beside} | {f'{smollm2(arm):.1f}' if ran in _runs() else '-'}"
+
+
 def above_head(layer: int) -> Seeds:
     """Points above the head alone of the norms of one layer."""
     return mean("ln-layer", layer=layer) - mean("head")

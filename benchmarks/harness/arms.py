@@ -142,6 +142,30 @@ def stock_ln(model: nn.Module) -> nn.Module:
     return _peft(model, peft.LNTuningConfig(target_modules=norm_names(model)))
 
 
+def _rounded(model: nn.Module) -> nn.Module:
+    """Round a model to bfloat16 and keep its norms in it; all other weights, and arithmetic, stay in float32.
+
+    What moves depends on how the tuned tensors are stored, and few processors multiply bfloat16 matrices quickly.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().to(parameter.dtype)
+    for name in norm_names(model):
+        model.get_submodule(name).bfloat16()
+    return model
+
+
+@arm("stock-ln-bf16", rates=(3e-3, 7e-3, 2e-2))
+def stock_ln_bf16(model: nn.Module) -> nn.Module:
+    """Train copies of the norms in bfloat16 by PEFT's own LNTuningConfig."""
+    return stock_ln(_rounded(model))
+
+
+@arm("ln-bf16", rates=(3e-3, 7e-3, 2e-2))
+def ln_bf16(model: nn.Module) -> nn.Module:
+    """Train float32 deltas on every norm by this package, over norms in bfloat16."""
+    return ln(_rounded(model))
+
+
 @arm("lora", rates=(5e-4, 1.5e-3, 5e-3))
 def lora(model: nn.Module) -> nn.Module:
     """Train LoRA of rank 8 on query and value: PEFT's default targets, or this package's for models without."""
@@ -161,6 +185,22 @@ def road(model: Any) -> nn.Module:
     import peft
 
     return _peft(model, peft.RoadConfig(group_size=math.gcd(64, model.config.hidden_size)))
+
+
+@arm("ia3")
+def ia3(model: nn.Module) -> nn.Module:
+    """Train factors of keys, values and of the FFN's input to its last projection, by PEFT's IA3 and its defaults."""
+    import peft
+
+    return _peft(model, peft.IA3Config())
+
+
+@arm("beft")
+def beft(model: nn.Module) -> nn.Module:
+    """Train a bias of every value projection, by PEFT's BEFT and its defaults."""
+    import peft
+
+    return _peft(model, peft.BeftConfig())
 
 
 def _ln(model: nn.Module, **fields: Any) -> nn.Module:
@@ -213,6 +253,17 @@ def ln_upper(model: nn.Module) -> nn.Module:
 
 def _layers(model: Any) -> list[int]:
     return list(range(model.config.num_hidden_layers))
+
+
+@arm("ln-64")
+def ln_64(model: nn.Module) -> nn.Module:
+    """Train deltas on the norms that read into linear maps; `fit_fisher_masks` is to choose at most 64 entries of each.
+
+    The final norm is left out: its head may be tied to the embeddings. So the adapter exports exactly as LoRA.
+    """
+    from peft_lntune import FisherLNConfig
+
+    return _peft(model, FisherLNConfig(roles=["attention", "ffn"], density=1.0, max_per_norm=64))
 
 
 @arm("ln-layer", rate_of="ln", takes=("layer",))

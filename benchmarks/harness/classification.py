@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -44,6 +44,8 @@ class Protocol:
         rates: by arm, learning rates that are tried instead of the arm's.
         extensions: how many rates a search may add to its grid, one after the other, while the best is at its edge.
         held_out: training rows that learning rates are scored on, at most; also at most a tenth of them.
+        scored: validation rows that are scored, the same for all arms; None: all.
+        autocast: whether models run in bf16 autocast.
         own_rates_of: the protocol, equal but for the groups, whose searches for one rate for all count here too.
         midway: arms that are also scored after half of the steps, which shows whether they have flattened.
         model: Hub id of the model that the protocol is of; None leaves the model to the script.
@@ -60,6 +62,8 @@ class Protocol:
     rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     extensions: int = 0
     held_out: int = 1000
+    scored: int | None = None
+    autocast: bool = False
     own_rates_of: str | None = None
     midway: tuple[str, ...] = ()
     model: str | None = None
@@ -94,6 +98,7 @@ class Protocol:
         return name if self.name == "cpu" else f"{name}_{self.name}"
 
 
+AnyProtocol = TypeVar("AnyProtocol", bound=Protocol)
 SEEDS = (0, 1, 2)
 GROUP_RATES = {
     "head": (1e-3, 3e-3, 1e-2),
@@ -164,7 +169,7 @@ class Place:
     device: str
 
 
-def choose_model(asked: str | None, usual: str | None, protocol: Protocol) -> tuple[str, Protocol]:
+def choose_model(asked: str | None, usual: str | None, protocol: AnyProtocol) -> tuple[str, AnyProtocol]:
     """Return the model and the protocol, whose name tells any model but MiniLM, since rows are found by it.
 
     Args:
@@ -367,9 +372,9 @@ def _kinds(protocol: Protocol, cells: Iterable[Cell], needs: Callable[[Cell], se
     return list(dict.fromkeys(kind for cell in cells for kind in all_needed(protocol, cell, needs)))
 
 
-def experiment_parser(description: str) -> argparse.ArgumentParser:
-    """Return the options that every classification experiment has."""
-    parser = base_parser(description, tuple(PROTOCOLS))
+def experiment_parser(description: str, protocols: Sequence[str] = tuple(PROTOCOLS)) -> argparse.ArgumentParser:
+    """Return the options that every experiment that trains has; `protocols` are names to choose from."""
+    parser = base_parser(description, protocols)
     parser.add_argument("--data-dir", type=Path, help="folder of <task>/{train,validation}.jsonl (default: the Hub)")
     parser.add_argument("--model", default=None, help="folder or Hub id (default: see the README)")
     parser.add_argument("--tasks", nargs="+", default=None)
@@ -465,8 +470,7 @@ def run_cell(
     """
     device, search = torch.device(place.device), cell["phase"] == "search"
     task = load_task(cell["task"], place.data_dir, place.model)
-    if search:
-        task = task.held_out(protocol.held_out)
+    task = task.held_out(protocol.held_out) if search else task.first(protocol.scored)
     own, head, group = kind(cell), head_kind(cell), cell.get("group")
     rate = cell["learning_rate"] if search and group is None else rates[own]
     chosen = [each for each in all_needed(protocol, cell) if len(each) > 3 and each[:3] == own]
@@ -534,4 +538,7 @@ def estimate(cells: Iterable[Cell], protocol: Protocol, place: Place) -> float:
 
 def load_base(cell: Cell, protocol: Protocol, place: Place, task: Task) -> nn.Module:
     """Load the base model of a cell with the fresh head of its seed."""
-    return load_model(place.model, task.head, cell["dtype"], cell["seed"], protocol.dropout)
+    model = load_model(place.model, task.head, cell["dtype"], cell["seed"], protocol.dropout)
+    if protocol.autocast:
+        model.forward = torch.autocast(torch.device(place.device).type, torch.bfloat16)(model.forward)
+    return model

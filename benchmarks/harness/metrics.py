@@ -52,6 +52,7 @@ METRICS = {
     "squad_small": Metric("f1", "F1 of answers, %", factor=1.0),
     "tinyshakespeare": PERPLEXITY,
     "e2e_nlg": PERPLEXITY,
+    "gsm8k": PERPLEXITY,
 }
 WORST_LOSS = 20.0  # nats a token; beyond lies what has diverged, and its exponential may be no number
 

@@ -59,7 +59,7 @@ class Paired:
         return HOLDS if low and high else INCONCLUSIVE if low or high else FAILS
 
     def more_runs(self, bound: float) -> str:
-        """Say how many more runs would decide whether the mean is beyond a bound, if mean and spread stay the same.
+        """Say how many more runs would decide on a bound, if mean and spread stay as they are.
 
         Args:
             bound: what the mean is held to.

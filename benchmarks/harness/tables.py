@@ -58,6 +58,8 @@ def what_did_not_run(runs: Mapping[str, Mapping[str, int]], planned: int) -> Ite
         ['sst2, trec: mam.', 'stsb: all.']
         >>> list(what_did_not_run({"sst2": {"ln": 1, "mam": 0, "lora": 0, "full": 0}}, 3))
         ['sst2: all but ln (1 of 3 seeds).']
+        >>> list(what_did_not_run({"sst2": {"ln": 1, "mam": 1}}, 3))
+        ['sst2: all have 1 of 3 seeds.']
     """
     tasks: dict[str, list[str]] = {}
     for task, methods in runs.items():
@@ -67,6 +69,8 @@ def what_did_not_run(runs: Mapping[str, Mapping[str, int]], planned: int) -> Ite
         if none or some:
             few = len(ran) + len(some) < len(none)
             missing = f"all but {', '.join((*ran, *some))}" if few else ", ".join((*none, *some))
+            if len(counts := {*methods.values()}) == 1 and len(methods) > 1:
+                missing = f"all have {counts.pop()} of {planned} seeds" if some else "all"
             tasks.setdefault("all" if len(none) == len(methods) else missing, []).append(task)
     yield from (f"{', '.join(names)}: {missing}." for missing, names in tasks.items())
 

@@ -56,6 +56,13 @@ class Task:
         size = min(most, len(order) // 10)
         return replace(self, train=self.train.take(order[size:]), validation=self.train.take(order[:size]))
 
+    def first(self, most: int | None) -> "Task":
+        """Return the task with at most this many validation rows, drawn once; None keeps all."""
+        if most is None or most >= len(self.validation):
+            return self
+        order = torch.randperm(len(self.validation), generator=torch.Generator().manual_seed(0)).tolist()
+        return replace(self, validation=self.validation.take(order[:most]))
+
     def score(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """Return the figures of a model on the validation split."""
         return self.evaluate(model, self.validation, device)

@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from benchmarks.harness import classification, questions, tagging, texts
 from benchmarks.harness.answers import Answer, answer_section, measured_settings
-from benchmarks.harness.arms import SHARE, find_arm
+from benchmarks.harness.arms import SHARE
 from benchmarks.harness.claims import Finding, listed
 from benchmarks.harness.classification import (
     PROTOCOLS,
@@ -28,23 +26,21 @@ from benchmarks.harness.classification import (
     choose_model,
     experiment_parser,
     final_cells,
-    load_base,
     refuse_unknown,
     run_experiment,
     search_first,
     shared_searches,
 )
 from benchmarks.harness.comparison import ABOUT_DIFFERENCES, ABOUT_HEAD, ABOUT_RATES, Bound, Comparison, Side, not_run
-from benchmarks.harness.costs import in_turns, training_call
 from benchmarks.harness.finals import Finals, reported
+from benchmarks.harness.method_costs import cost_section, time_methods
 from benchmarks.harness.metrics import metric_of
 from benchmarks.harness.paired import FAILS, HOLDS, INCONCLUSIVE
 from benchmarks.harness.plots import ABOUT_ACROSS, ABOUT_DOTS, Panel, plot_dots
 from benchmarks.harness.rows import Cell, Row, Rows
-from benchmarks.harness.runner import run_cells, stamp
-from benchmarks.harness.splits import ordered
-from benchmarks.harness.tables import NOT_RUN, cost_table, of_what_ran
-from benchmarks.harness.tasks import LOADERS, SIMILARITY, TEXT_COLUMNS, load_task
+from benchmarks.harness.runner import run_cells
+from benchmarks.harness.tables import of_what_ran
+from benchmarks.harness.tasks import LOADERS, SIMILARITY, TEXT_COLUMNS
 
 NAME = "unified_framework"
 AVERAGED = ("sst2", "trec")  # where they are reported, averages are over these alone: the other tasks come after them
@@ -183,7 +179,7 @@ def write_report(rows: Rows, results: Path, scope: Scope) -> None:
     if _plot(compared, scope, results / f"{stem}.png"):
         parts.append(f"![Scores of each arm on {', '.join(ran)}]({stem}.png)")
         parts.append(f"{ABOUT_DOTS} {ABOUT_ACROSS}")
-    parts += [*_costs(scope.cost), *_left_out(compared, scope)]
+    parts += [*cost_section(scope.cost), *_left_out(compared, scope)]
     (results / f"{stem}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -233,21 +229,6 @@ def _arms(compared: Comparison, scope: Scope) -> Iterator[str]:
     said = [ABOUT_HEAD] if "head" in scope.arms else []  # a causal LM has no new one
     halves = "Halves of the layers leave out norms outside the layers, such as the embeddings'."
     yield " ".join([*said, ABOUT_RATES, halves])
-
-
-def _costs(row: Row | None) -> Iterator[str]:
-    yield "## Time and memory against full fine-tuning"
-    if row is None:
-        yield f"{NOT_RUN[0].upper()}{NOT_RUN[1:]}."
-        return
-    yield (
-        f"A training step (forward, backward, AdamW) on the {row['rows']} longest training rows of "
-        f"{row['cell']['task']}, {row['tokens']} tokens with padding, timed in turns, {row['cell']['rounds']} rounds; "
-        "ratios are taken within a round. `full again` is full a second time: how far its ratio is from 1 is noise. "
-        "The peak is of what the step makes; weights, and AdamW's 8 bytes for each trained entry, are not in it. "
-        f"Measured on {row['device']}."
-    )
-    yield cost_table(row["arms"])
 
 
 def _plot(compared: Comparison, scope: Scope, path: Path) -> bool:
@@ -312,19 +293,6 @@ def cost_cell(options: argparse.Namespace, protocol: Protocol) -> Cell:
     return {**place, "arms": list(dict.fromkeys(arms)), "rounds": COST_ROUNDS}
 
 
-def run_costs(cell: Cell, protocol: Protocol, place: Place) -> Row:
-    """Time and weigh a training step of every arm, on the batch of the longest training rows."""
-    task, device = load_task(cell["task"], place.data_dir, place.model), torch.device(place.device)
-    *_, longest = (rows for rows in ordered(task.train, protocol.batch_size) if len(rows) == protocol.batch_size)
-    batch = task.train.batch(longest, device)
-    calls: dict[str, Callable[[], object]] = {}
-    for name in cell["arms"]:
-        model = load_base({**cell, "seed": 0}, protocol, place, task)
-        calls[name] = training_call(find_arm(name.removesuffix(" again")).tune(model).to(device), batch)
-    shape = {"rows": len(longest), "tokens": batch["input_ids"].shape[1]}
-    return {"arms": in_turns(calls, cell["rounds"], device), **shape, **stamp(device)}
-
-
 def run_cell(cell: Cell, protocol: Protocol, place: Place, rates: dict[Kind, float]) -> Row:
     """Run one cell; in a fresh process, importing this brings the loaders of all tasks."""
     return classification.run_cell(cell, protocol, place, rates)
@@ -381,7 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("The table of costs is there." if cost in rows else "The table of costs comes last, in 2 min.")
             return failed
         place = Place(options.model, options.data_dir, options.device)
-        failed += run_cells([cost], rows, partial(run_costs, protocol=protocol, place=place), 1, "costs")
+        failed += run_cells([cost], rows, partial(time_methods, protocol=protocol, place=place), 1, "costs")
     write_report(rows, options.results, scope(options, protocol, rows))
     return failed
 

@@ -5,13 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, LlamaConfig, LlamaForCausalLM
 
 WORDS = ("good", "bad", "film", "what", "who", "is", "the", "a", "not", "very")
 
 
 # What PEFT and transformers say of their own code or of the stock method, which the arms run as it is.
-THIRD_PARTY = ("ignore:.*is_gradient_checkpointing.*:FutureWarning", "ignore:Unsupported layer type:UserWarning")
+THIRD_PARTY = (
+    "ignore:.*is_gradient_checkpointing.*:FutureWarning",
+    "ignore:Unsupported layer type:UserWarning",
+    "ignore:Detected that the base layer has no bias term:UserWarning",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -39,6 +43,17 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> str:
         max_position_embeddings=32,
     )
     BertForSequenceClassification(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_causal(tiny_bert: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny decoder with the tiny encoder's words."""
+    folder = tmp_path_factory.mktemp("tiny_causal")
+    BertTokenizerFast.from_pretrained(tiny_bert).save_pretrained(folder)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=32, pad_token_id=0, **sizes)).save_pretrained(folder)
     return str(folder)
 
 

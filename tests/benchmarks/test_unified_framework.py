@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForSequenceClassification
 
 from benchmarks.harness import finals
 from benchmarks.harness.arms import COMBINED, find_arm, part_size
@@ -33,6 +33,7 @@ ROWS = {
     ],
     "tinyshakespeare": [{"text": "who is good"}, {"text": "the film is not very good"}],
     "e2e_nlg": [{"meaning_representation": "film", "human_reference": "the film is good"}],
+    "gsm8k": [{"question": "who is good", "answer": "the film"}],
 }
 
 
@@ -45,16 +46,6 @@ def all_data(tiny_data: Path) -> Path:
             lines = "\n".join(json.dumps(row) for row in rows * repeat)
             (tiny_data / name / f"{part}.jsonl").write_text(lines + "\n")
     return tiny_data
-
-
-@pytest.fixture(scope="module")
-def tiny_causal(tiny_bert: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny decoder with the tiny encoder's words."""
-    folder = tmp_path_factory.mktemp("tiny_causal")
-    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(folder)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=32, pad_token_id=0, **sizes)).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture
