@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness.damage import damage
+from benchmarks.harness.damage import GROUP, damage
 from benchmarks.harness.environment import write_environment
+from benchmarks.harness.least_squares import closed_form
 from benchmarks.harness.rows import Cell, Row, Rows
 from benchmarks.harness.runner import base_parser, format_seconds, run_cells, stamp, start_process
+from benchmarks.harness.tables import NONE, markdown
 from peft_lntune.recover import distill, quality, recovery_config
 
 NAME = "recover"
@@ -28,7 +30,7 @@ STEPS = 40
 HELD_OUT = 24  # rows of each domain
 CALIBRATION = 16  # rows of the closed form
 SEEDS = (0, 1, 2)
-RATE = {"norms": 3e-3, "closed+norms": 3e-3, "lora": 3e-3}
+RATE = {"norms": 3e-3, "closed+norms": 3e-3, "closed-ridge+norms": 3e-3, "lora": 3e-3}
 OTHER_RATES = {"lora": (1e-3,), "norms": (1e-2,)}  # tried on the damage searched at, seed 0
 SEARCHED_AT = "round-3"
 OTHERS = ("prune-50", "round-4", "hqq-3", "round-2")
@@ -39,9 +41,13 @@ LAST = 0.25  # share of the steps whose divergence chooses a rate
 
 ARMS = {
     "none": "nothing",
-    "closed": "gains by least squares, one pass",
+    "spread": "gains by the spread of channels",
+    "closed": "gains by least squares, ridge 0.001",
+    "closed-ridge": "gains by least squares, ridge 1",
+    "closed-teacher": "gains by least squares, ridge 0.001, the teacher's inputs",
+    "closed+norms": "gains by least squares, ridge 0.001, then norms",
+    "closed-ridge+norms": "gains by least squares, ridge 1, then norms",
     "norms": "norms",
-    "closed+norms": "gains by least squares, then norms",
     "lora": "LoRA, equal time",
 }
 WORDS = {
@@ -59,7 +65,7 @@ WORDS = {
 def cell_of(damaged: str, arm: str, seed: int = 0, rate: float | None = None) -> Cell:
     """Return the coordinates of a run."""
     found = {"protocol": "cpu", "damage": damaged, "arm": arm, "seed": seed}
-    return found if arm in ("none", "closed") else {**found, "learning_rate": RATE[arm] if rate is None else rate}
+    return found if arm not in RATE else {**found, "learning_rate": RATE[arm] if rate is None else rate}
 
 
 def cells() -> list[Cell]:
@@ -68,6 +74,7 @@ def cells() -> list[Cell]:
     first += [cell_of(SEARCHED_AT, arm) for arm in ("none", "norms", "closed", "closed+norms", "lora")]
     first += [cell_of(damaged, arm) for damaged in OTHERS for arm in ("none", "norms")]
     first += [cell_of(SEARCHED_AT, arm, rate=rate) for arm, rates in OTHER_RATES.items() for rate in rates]
+    first += [cell_of(SEARCHED_AT, arm) for arm in ("closed-ridge", "closed-teacher", "spread", "closed-ridge+norms")]
     first += [cell_of(damaged, "lora") for damaged in OTHERS]
     for seed in SEEDS[1:]:
         first += [cell_of(damaged, arm, seed) for damaged in (SEARCHED_AT, *OTHERS) for arm in ("norms", "lora")]
@@ -164,11 +171,9 @@ def norms(bench: Bench, model: nn.Module) -> nn.Module:
     return get_peft_model(model, recovery_config(model))  # type: ignore[arg-type]
 
 
-def closed(bench: Bench, model: nn.Module) -> nn.Module:
-    """Put an adapter of all norms on a model, with gains by least squares."""
-    from peft_lntune.recover.closed_form import closed_form
-
-    deltas = closed_form(model, bench.teacher, bench.calibration())
+def closed(bench: Bench, model: nn.Module, way: str = "own inputs", ridge: float = 1e-3) -> nn.Module:
+    """Put an adapter of all norms on a model, with gains in closed form."""
+    deltas = closed_form(model, bench.teacher, bench.calibration(), way, ridge)
     adapted = norms(bench, model)
     places = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     with torch.no_grad():
@@ -187,8 +192,12 @@ def lora(bench: Bench, model: nn.Module) -> nn.Module:
 PREPARE: dict[str, Callable[[Bench, nn.Module], nn.Module]] = {
     "none": lambda bench, model: model,
     "closed": closed,
+    "closed-ridge": partial(closed, ridge=1.0),
+    "closed-teacher": partial(closed, way="teacher inputs"),
+    "spread": partial(closed, way="spread"),
     "norms": norms,
     "closed+norms": closed,
+    "closed-ridge+norms": partial(closed, ridge=1.0),
     "lora": lora,
 }
 
@@ -253,6 +262,114 @@ def run_cell(cell: Cell, model: str, data_dir: Path, steps: int = STEPS, held_ou
     }
 
 
+def chosen_rate(rows: Rows, arm: str) -> float:
+    """Return the rate of an arm with the lowest divergence in the last quarter of its steps.
+
+    Every batch is seen once, and its divergence is taken before its step, so this needs no further text.
+    """
+    found = {}
+    for rate in (RATE[arm], *OTHER_RATES.get(arm, ())):
+        row = rows.get(cell_of(SEARCHED_AT, arm, rate=rate))
+        if row is not None:
+            losses = row["losses"]
+            found[rate] = statistics.mean(losses[-max(1, round(LAST * len(losses))) :])
+    return min(found, key=lambda rate: found[rate], default=RATE[arm])
+
+
+def _of_seeds(rows: Rows, damaged: str, arm: str) -> list[Row]:
+    seeds = SEEDS if arm in ("norms", "lora") else SEEDS[:1]
+    return [row for seed in seeds if (row := rows.get(cell_of(damaged, arm, seed))) is not None]
+
+
+def _mean(rows: Sequence[Row], value: Callable[[Row], float], form: str) -> str:
+    values = [value(row) for row in rows]
+    text = format(statistics.mean(values), form)
+    return text if len(values) == 1 else f"{text} ({format(min(values), form)} to {format(max(values), form)})"
+
+
+def report(rows: Rows) -> str:
+    """Return the page: what was repaired, the rates that were tried, what was not run."""
+    whole = rows.get(cell_of("undamaged", "none"))
+    parts = ["# Repair of quantized and pruned models"]
+    parts.append(
+        f"SmolLM2-135M-Instruct in float32, whose linear maps are damaged, and norms or LoRA of rank {LORA['r']} (on "
+        f"all linear maps, alpha {LORA['lora_alpha']}) trained on the logits of the undamaged model: {STEPS} steps of "
+        f"{BATCH} rows of {LENGTH} tokens of gsm8k's training part. LoRA gets as many steps as take the same "
+        f"processor time. Perplexity on {HELD_OUT} rows each of gsm8k's and tinyshakespeare's validation parts; "
+        "tinyshakespeare is never trained on. Divergence: KL from the undamaged model, in nats per token. Groups have "
+        f"{GROUP} weights. Several seeds: mean (lowest to highest)."
+    )
+    if whole is not None:
+        undamaged = [f"{domain} {whole['metrics'][domain]['perplexity']:.2f}" for domain in DOMAINS]
+        parts.append(f"Perplexity of the undamaged model: {', '.join(undamaged)}.")
+    lines: list[list[object]] = []
+    for damaged in (SEARCHED_AT, *OTHERS, *MORE):
+        for arm, words in ARMS.items():
+            found = _of_seeds(rows, damaged, arm)
+            if found:
+                cells_of = [
+                    _mean(found, lambda row, d=domain, m=measure: row["metrics"][d][m], form)
+                    for measure, form in (("perplexity", ".1f"), ("divergence", ".2f"))
+                    for domain in DOMAINS
+                ]
+                entries = f"{found[0]['num_method_params']:,}" if found[0]["num_method_params"] else NONE
+                seconds = [_mean(found, lambda row: row["prepare_seconds"] + row["train_seconds"], ".0f")]
+                steps = found[0]["steps"] or NONE
+                lines.append(
+                    [WORDS[damaged], words, *cells_of, entries, steps, *(seconds if entries != NONE else [NONE])]
+                )
+    measures = [f"{measure}, {domain}" for measure in ("perplexity", "divergence") for domain in DOMAINS]
+    header = ["damage", "repair", *measures, "entries", "steps", "processor seconds"]
+    parts += ["## What is repaired", markdown(header, lines) if lines else "Nothing was run."]
+    tried = []
+    for arm in ("norms", "lora"):
+        for rate in sorted((RATE[arm], *OTHER_RATES[arm])):
+            row = rows.get(cell_of(SEARCHED_AT, arm, rate=rate))
+            if row is not None:
+                last = row["losses"][-max(1, round(LAST * len(row["losses"]))) :]
+                perplexity = row["metrics"][next(iter(DOMAINS))]["perplexity"]
+                tried.append([ARMS[arm], f"{rate:g}", f"{statistics.mean(last):.3f}", f"{perplexity:.1f}"])
+    if tried:
+        about = (
+            "Rates were tried on 3 bits, rounded. Every batch is seen once, so the divergence of the last quarter of "
+            "the steps, each before its step, chooses without further text. All other runs have the rate "
+            + ", ".join(f"{RATE[arm]:g} ({ARMS[arm]})" for arm in ("norms", "lora"))
+            + "."
+        )
+        best = [f"{ARMS[arm]}: {chosen_rate(rows, arm):g}" for arm in ("norms", "lora")]
+        parts += [
+            "## Learning rates",
+            about,
+            markdown(["repair", "rate", "last divergence", "perplexity, gsm8k"], tried),
+        ]
+        parts.append(f"Lowest of those tried: {', '.join(best)}.")
+    parts += ["## How to read it", *LIMITS]
+    left = [cell for cell in cells() if cell not in rows]
+    if left:
+        names: dict[str, list[str]] = {}
+        for cell in left:
+            rate = (
+                f", rate {cell['learning_rate']:g}" if cell.get("learning_rate", 0) != RATE.get(cell["arm"], 0) else ""
+            )
+            names.setdefault(f"{WORDS[cell['damage']]}: {cell['arm']}{rate}", []).append(str(cell["seed"]))
+        listed = "; ".join(f"{name} (seed {', '.join(seeds)})" for name, seeds in names.items())
+        parts += ["## Not run yet", f"{listed}. `python -m benchmarks.costs.recover` goes on with them."]
+    return "\n\n".join(parts) + "\n"
+
+
+LIMITS = (
+    "- The weights of this copy of SmolLM2 come from a GGUF file of type Q4_1, so they lie on a grid of 4 bits in "
+    "groups of 32 already. Rounding them again to 4 bits in groups of 64 is a second rounding.\n"
+    "- Damage is computed and kept in float32, as a kernel for the packed format would compute it. The head, tied to "
+    "the embeddings, is not damaged.\n"
+    "- Processor time leaves out the teacher: its last hidden states were computed before, for all methods. Without "
+    "that, a step of any method takes one forward pass more.\n"
+    "- HQQ is torchao's search for zero points, which reads no texts. torchao's GPTQ runs on CUDA alone, so GPTQ was "
+    "not run.\n"
+    "- The model has no bias, so tuning biases as well could not be measured.",
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the cells that have no row, and write the page."""
     parser = base_parser("What tuning norms repairs of quantized and pruned models.")
@@ -278,12 +395,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.until and time.strftime("%H:%M") >= options.until:
                 break
             failed += run_cells([cell], rows, one, jobs=1, title=NAME)
+    options.results.mkdir(parents=True, exist_ok=True)
+    (options.results / f"{NAME}.md").write_text(report(rows), encoding="utf-8")
     return failed
 
 
 def estimate(cell: Cell) -> float:
     """Return about how many seconds a run takes on one core."""
-    return 60 + (160 if "learning_rate" in cell else 0) + (60 if cell["arm"].startswith("closed") else 0)
+    return 60 + (160 if "learning_rate" in cell else 0) + (60 if cell["arm"].startswith(("closed", "spread")) else 0)
 
 
 if __name__ == "__main__":

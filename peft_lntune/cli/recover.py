@@ -155,7 +155,8 @@ def recover_model(
                 f"{after.divergence:.4g}, and was {before.divergence:.4g}. Nothing is written. Lower --learning-rate, "
                 "give more text, or keep the model as it is."
             )
-        found.model.save_pretrained(str(made))
+        # Embeddings are never tuned here; to find out, PEFT would look for a config.json beside a GGUF file.
+        found.model.save_pretrained(str(made), save_embedding_layers=False)
     return Repair(model, best, before, after, found.entries, sum(map(len, used)), held_out, steps, out)
 
 

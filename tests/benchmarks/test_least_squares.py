@@ -1,15 +1,15 @@
-"""Gains by least squares. The oracle is the written-out least-squares problem, in float64."""
+"""Gains in closed form. The oracle is the written-out least-squares problem, in float64."""
 
 import copy
 
 import pytest
 import torch
 
+from benchmarks.harness.least_squares import closed_form, least_squares_gain, spread_gain
 from peft_lntune.norms.find import find_norms
 from peft_lntune.recover import divergence, logits_of
-from peft_lntune.recover.closed_form import closed_form, least_squares_gain
 from tests.adapted import assert_unchanged, snapshot
-from tests.recover.pairs import linears, rounded, rows, teacher_of
+from tests.recover.pairs import rounded, rows, teacher_of
 
 TOKENS, WIDTH, OUT = 30, 5, 7
 
@@ -49,10 +49,11 @@ def test_without_linear_maps_the_norms_own_output_is_matched(ridge):
     )
 
 
+@pytest.mark.parametrize("way", ["own inputs", "teacher inputs", "spread"])
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma", "gpt2"])
-def test_an_undamaged_model_keeps_its_gains(kind):
+def test_an_undamaged_model_keeps_its_gains(kind, way):
     teacher = teacher_of(kind)
-    deltas = closed_form(copy.deepcopy(teacher), teacher, batch())
+    deltas = closed_form(copy.deepcopy(teacher), teacher, batch(), way)
     assert set(deltas) == set(find_norms(teacher))
     for delta in deltas.values():
         assert delta.abs().max() < 1e-3  # the sum of about a thousand roundings of float32, by the ridge's condition
@@ -93,6 +94,14 @@ def test_it_helps_a_rounded_model_and_does_not_change_it(kind):
     assert better < worse
 
 
+def test_the_spread_of_each_channel():
+    s, t, g = values(TOKENS, WIDTH, seed=0), values(TOKENS, WIDTH, seed=1), values(WIDTH, seed=2)
+    found = spread_gain(s, t, g) * s
+    torch.testing.assert_close(found.var(0), (g * t).var(0))
+    with pytest.raises(ValueError, match="no way 'other'"):
+        closed_form(teacher_of(), teacher_of(), batch(), "other")
+
+
 def test_padding_is_left_out():
     teacher = teacher_of()
     student = rounded(teacher)
@@ -103,4 +112,3 @@ def test_padding_is_left_out():
         found.append(closed_form(student, teacher, one))
     for name, delta in found[0].items():
         torch.testing.assert_close(delta, found[1][name], rtol=1e-4, atol=1e-5)
-    assert linears(student)

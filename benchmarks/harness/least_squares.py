@@ -1,7 +1,8 @@
-"""A start for repairing norms without gradients: the gains that answer best for the damaged layers behind them.
+"""Repairs of norms without gradients, to compare: gains by least squares, or by the spread of each channel.
 
-Each norm's gain is the solution of a least-squares problem: what the linear maps behind the norm compute should be what
-they compute in the undamaged model. One pass of each model over a few rows is enough.
+By least squares, what the linear maps behind a norm compute should be what they compute in the undamaged model. One
+pass of each model over a few rows is enough. The package has none of this, because it repairs too little for its time:
+see `benchmarks/results/recover.md`.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from peft_lntune.core.module_tree import base_modules
-from peft_lntune.errors import ConfigError
 from peft_lntune.interop.folds import linear_maps, weight_of
 from peft_lntune.norms.affine import call_with, normalize, split_call
 from peft_lntune.norms.consumers import find_consumers
@@ -19,9 +19,8 @@ from peft_lntune.norms.find import Norm, find_norms
 from peft_lntune.norms.names import own_parameter
 from peft_lntune.recover.pairs import Batch, logits_of, mask_of
 
-__all__ = ["closed_form", "least_squares_gain"]
-
-_RIDGE = 1e-3
+RIDGE = 1e-3
+WAYS = ("own inputs", "teacher inputs", "spread")
 
 
 def least_squares_gain(
@@ -31,7 +30,7 @@ def least_squares_gain(
     gram: Tensor | None = None,
     cross: Tensor | None = None,
     bias: Tensor | None = None,
-    ridge: float = _RIDGE,
+    ridge: float = RIDGE,
 ) -> Tensor:
     """The gain of a damaged model's norm with which the linear maps behind it compute what they did.
 
@@ -66,8 +65,7 @@ def least_squares_gain(
         The objective is that of layer-wise reconstruction (AdaRound, arXiv 2004.10568; GPTQ, arXiv 2210.17323), with
         the gain as the unknown. Norm Tweaking (Li et al. 2023, arXiv 2309.02784) moves norms by gradient steps on a
         distance of channel means and variances; a closed form of that, `std(known) / std(xhat)`, is in
-        https://github.com/onnxsim/onnxsim/pull/1124. It also scales noise up to the right variance, which least
-        squares does not.
+        https://github.com/onnxsim/onnxsim/pull/1124 (`spread_gain` here).
 
     Example:
         >>> known = torch.randn(64, 3, dtype=torch.float64)
@@ -90,8 +88,32 @@ def least_squares_gain(
     return g + step
 
 
-def closed_form(student: nn.Module, teacher: nn.Module, batch: Batch, ridge: float = _RIDGE) -> dict[str, Tensor]:
-    """Deltas of the gains of a damaged model, by least squares, norm after norm in one pass.
+def spread_gain(xhat: Tensor, known: Tensor, gain: Tensor) -> Tensor:
+    """The gain with which each channel of a damaged model's norm has the spread that it had.
+
+    Args:
+        xhat: `(tokens, d)`, the normalized inputs of the damaged model.
+        known: `(tokens, d)`, those of the undamaged one.
+        gain: `(d,)`, the gain of both.
+
+    Returns:
+        The new gain, `(d,)`, in float64.
+
+    Source:
+        https://github.com/onnxsim/onnxsim/pull/1124, after Norm Tweaking (arXiv 2309.02784).
+
+    Example:
+        >>> known = torch.randn(64, 3, dtype=torch.float64)
+        >>> spread_gain(known / 2, known, torch.ones(3))
+        tensor([2., 2., 2.], dtype=torch.float64)
+    """
+    return gain.double() * known.double().std(0) / xhat.double().std(0)
+
+
+def closed_form(
+    student: nn.Module, teacher: nn.Module, batch: Batch, way: str = "own inputs", ridge: float = RIDGE
+) -> dict[str, Tensor]:
+    """Deltas of the gains of a damaged model in closed form, norm after norm in one pass.
 
     The pass stops at each norm, solves `least_squares_gain`, and goes on with the new gain. So each norm is solved for
     the inputs that the norms repaired before it will give it. A norm that something other than linear maps reads (norms
@@ -102,14 +124,18 @@ def closed_form(student: nn.Module, teacher: nn.Module, batch: Batch, ridge: flo
         student: the damaged model, without adapters.
         teacher: the undamaged model.
         batch: inputs; some thousand tokens. The normalized inputs of all norms are kept in memory.
+        way: `"own inputs"`, least squares for the inputs that the damaged model has; `"teacher inputs"`, for those of
+            the undamaged one, which makes up for the linear maps behind the norm alone; `"spread"`, `spread_gain`.
         ridge: how strongly gains are held where they are, see `least_squares_gain`.
 
     Returns:
         The delta of each solved norm's weight, by the norm's name, in float32.
 
     Raises:
-        ConfigError: a solution is not finite.
+        ValueError: a solution is not finite, or there is no such way.
     """
+    if way not in WAYS:
+        raise ValueError(f"There is no way {way!r}; the ways are {WAYS}.")
     norms = {n: one for n, one in find_norms(student).items() if one.axis == -1 and len(one.weight_shape or ()) == 1}
     norms = {name: one for name, one in norms.items() if not one.by_sample}
     modules, taught = base_modules(student), base_modules(teacher)
@@ -137,10 +163,14 @@ def closed_form(student: nn.Module, teacher: nn.Module, batch: Batch, ridge: flo
             gain = weight.to(wide) + norm.offset
             found = read.get(name)
             behind = found.linears if found is not None and not found.others else []
-            gram, cross = _grams(behind, modules, taught)
-            delta = (least_squares_gain(rows, known, gain, gram, cross, bias, ridge) - gain.double()).float()
+            if way == "spread":
+                repaired = spread_gain(rows, known, gain)
+            else:
+                own_inputs = known if way == "teacher inputs" else rows
+                repaired = least_squares_gain(own_inputs, known, gain, *_grams(behind, modules, taught), bias, ridge)
+            delta = (repaired - gain.double()).float()
             if not bool(delta.isfinite().all()):
-                raise ConfigError(f"the least squares of {name} have no finite solution. Give more tokens.")
+                raise ValueError(f"The gain of {name} has no finite solution. Give more tokens.")
             deltas[name] = delta
             own = None if bias is None else bias.detach().to(wide)
             return call_with(_bare(module), x, weight.to(wide) + delta.to(wide), own)
