@@ -21,6 +21,7 @@ from benchmarks.harness.least_squares import closed_form
 from benchmarks.harness.rows import Cell, Row, Rows
 from benchmarks.harness.runner import base_parser, format_seconds, run_cells, stamp, start_process
 from benchmarks.harness.tables import NONE, markdown
+from peft_lntune.cli.data import token_rows
 from peft_lntune.recover import distill, quality, recovery_config
 
 NAME = "recover"
@@ -82,12 +83,6 @@ def cells() -> list[Cell]:
     return first
 
 
-def text_rows(tokenizer: Any, texts: Sequence[str], length: int = LENGTH) -> Tensor:
-    """Return texts as one stream of tokens, cut into rows `(rows, length)`; what is left over is dropped."""
-    stream = torch.tensor([token for ids in tokenizer([f"{text}\n\n" for text in texts])["input_ids"] for token in ids])
-    return stream[: len(stream) // length * length].view(-1, length)
-
-
 def read_texts(data_dir: Path, domain: str, part: str) -> list[str]:
     """Return the texts of one file, columns joined by a line break."""
     lines = (data_dir / domain / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()
@@ -104,15 +99,17 @@ class Bench:
         held_out: rows of each domain to measure on.
     """
 
-    def __init__(self, model: str, data_dir: Path, steps: int = STEPS, held_out: int = HELD_OUT) -> None:
+    def __init__(self, model: str, data_dir: Path, steps: int, held_out: int) -> None:
         from transformers import AutoTokenizer
 
         self.folder, self.steps = model, steps
         tokenizer = AutoTokenizer.from_pretrained(model)
         tuned = next(iter(DOMAINS))
-        self.train = text_rows(tokenizer, read_texts(data_dir, tuned, "train"))
+        self.train = token_rows(tokenizer, read_texts(data_dir, tuned, "train"), LENGTH, tuned)
         self.held_out = {
-            domain: self._batches(text_rows(tokenizer, read_texts(data_dir, domain, "validation"))[:held_out])
+            domain: self._batches(
+                token_rows(tokenizer, read_texts(data_dir, domain, "validation"), LENGTH, domain)[:held_out]
+            )
             for domain in DOMAINS
         }
         self.teacher = self.load()
@@ -224,7 +221,7 @@ def ratio_of(model: str, data_dir: Path, steps: int, held_out: int) -> float:
     return step_ratio(bench(model, data_dir, steps, held_out))
 
 
-def run_cell(cell: Cell, model: str, data_dir: Path, steps: int = STEPS, held_out: int = HELD_OUT) -> Row:
+def run_cell(cell: Cell, model: str, data_dir: Path, steps: int, held_out: int) -> Row:
     """Damage, repair and measure.
 
     Returns:
@@ -390,7 +387,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("give --model and --data-dir, or --report")
         start_process(threads=1)
         write_environment(options.results / "environment.json", NAME, torch.device("cpu"), workers=1)
-        one = partial(run_cell, model=options.model, data_dir=options.data_dir)
+        one = partial(run_cell, model=options.model, data_dir=options.data_dir, steps=STEPS, held_out=HELD_OUT)
         for cell in left:
             if options.until and time.strftime("%H:%M") >= options.until:
                 break
