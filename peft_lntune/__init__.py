@@ -26,6 +26,7 @@ from peft_lntune.plugin import install
 from peft_lntune.selection import fisher_scores, select
 from peft_lntune.tasks import ManyTasks
 from peft_lntune.tuner.fit_masks import fit_fisher_masks
+from peft_lntune.tuner.parameter_groups import parameter_groups
 from peft_lntune.version import __version__
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "fisher_scores",
     "fit_fisher_masks",
     "load_lora",
+    "parameter_groups",
     "plan",
     "select",
 ]

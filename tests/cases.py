@@ -6,6 +6,7 @@ A case is a lambda, so a table costs nothing to import. `build` and `inputs` run
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from inspect import signature
+from itertools import product
 from typing import Any
 
 import pytest
@@ -196,6 +197,19 @@ def few(cases: Iterable[Any], quick: Sequence[str] = QUICK) -> list[Any]:
         case if values[0] in quick else pytest.param(*values, marks=pytest.mark.full)
         for case in cases
         for values in [case if isinstance(case, tuple) else (case,)]
+    ]
+
+
+def spread(*axes: Iterable[Any]) -> list[Any]:
+    """Parameters, every combination: quick ones in which each value occurs, the others for the full run."""
+    values = [list(axis) for axis in axes]
+    longest = max(map(len, values))
+    quick = {tuple(place % len(axis) for axis in values) for place in range(longest)}
+    return [
+        pytest.param(
+            *(value for _, value in each), marks=() if tuple(n for n, _ in each) in quick else pytest.mark.full
+        )
+        for each in product(*map(enumerate, values))
     ]
 
 

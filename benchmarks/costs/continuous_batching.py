@@ -25,7 +25,7 @@ from peft_lntune import AdapterBank, LNTuningConfig
 
 MODEL = "HuggingFaceTB/SmolLM2-135M"
 PROTOCOLS: dict[str, dict[str, Any]] = {
-    "cpu": {"rounds": 3, "tenants": 64, "prompt": (2, 6), "new": 5},
+    "cpu": {"rounds": 10, "tenants": 64, "prompt": (2, 6), "new": 5},
     "gpu": {"rounds": 20, "tenants": 64, "prompt": (64, 256), "new": 128},
 }
 COUNTED = (1, 8, 64)

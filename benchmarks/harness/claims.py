@@ -9,10 +9,10 @@ from benchmarks.harness.tables import mean_and_spread
 
 CLAIM, NOT_YET = "- Claim: ", "Not measured yet"
 ABOUT_VERDICTS = (
-    f"Intervals are bootstrap intervals of {LEVEL:.0%} ({DRAWS:,} draws of tasks and, within each, of seeds), widened by "
-    "Student's factor for few differences. A claim holds or fails if it does so in the whole interval, and is "
-    "inconclusive if the interval covers the bound, or with one seed only. The number of further runs assumes that mean "
-    "and spread stay as they are. With two or three tasks, the interval says little about other tasks."
+    f"Intervals are bootstrap intervals of {LEVEL:.0%} ({DRAWS:,} draws of tasks and, within each, of seeds), widened "
+    "by Student's factor for few differences. A claim holds or fails if it does so in the whole interval, and is "
+    "inconclusive if the interval covers the bound, or with one seed only. The number of further runs assumes that "
+    "mean and spread stay as they are. With two or three tasks, the interval says little about other tasks."
 )
 
 

@@ -59,7 +59,7 @@ class Paired:
         return HOLDS if low and high else INCONCLUSIVE if low or high else FAILS
 
     def more_runs(self, bound: float) -> str:
-        """Say how many more runs would decide whether the mean is beyond a bound, if it and the spread stay as they are.
+        """Say how many more runs would decide on a bound, if mean and spread stay as they are.
 
         Args:
             bound: what the mean is held to.
@@ -71,8 +71,8 @@ def interval(rows: Sequence[Sequence[float]], level: float = LEVEL) -> tuple[flo
     """Return a bootstrap interval of the mean: tasks are drawn with replacement, and for each its seeds.
 
     The percentiles of so few values are too narrow. So their distances from the mean are stretched by
-    `sqrt(n / (n - 1)) t / z`, with n differences in all and the quantiles t of Student's distribution and z of the normal
-    one. For one task this is about Student's interval.
+    `sqrt(n / (n - 1)) t / z`, with n differences in all and the quantiles t of Student's distribution and z of the
+    normal one. For one task this is about Student's interval.
 
     Args:
         rows: differences (tasks, seeds).

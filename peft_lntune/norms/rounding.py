@@ -55,6 +55,7 @@ class Rule:
         offset: number that the norm adds to its weight.
         is_norm: whether a run has shown that the module is a norm.
         by_sample: whether only the norm's own forward can compute its output.
+        takes_rows: whether the forward, without gradients, takes a weight and a bias per sample in place of its own.
     """
 
     mode: Mode
@@ -64,6 +65,7 @@ class Rule:
     offset: float = 0.0
     is_norm: bool = False
     by_sample: bool = False
+    takes_rows: bool = False
 
 
 class _Learnt(NamedTuple):
@@ -191,7 +193,32 @@ def _learn(norm: nn.Module, device: torch.device, dtype: torch.dtype, wide: torc
             fewest, best = wrong, rule
         if not wrong:
             break
-    return best if unrounded or not fewest else replace(downcast, dtype=base.dtype)
+    if not unrounded:
+        return best if not fewest else replace(downcast, dtype=base.dtype)
+    return replace(best, takes_rows=_takes_rows(copy, best, wider, x))
+
+
+def _takes_rows(copy: nn.Module, rule: Rule, wider: tuple[Tensor, Tensor | None], x: Tensor) -> bool:
+    """Whether the forward gives the same bits with parameters per sample as their product with xhat.
+
+    Fused forwards take one weight for all samples and raise, or use the first sample's.
+    """
+    if rule.axis != -1 or rule.offset or rule.mode not in ("native", "upcast"):
+        return False
+    weight, bias = (
+        None
+        if own is None
+        else probe.sample_input((len(x), *(1,) * (x.dim() - own.dim() - 1), *own.shape), seed).to(own)
+        for seed, own in enumerate(wider, start=5)
+    )
+    assert weight is not None
+    try:
+        xhat = neutral(copy, rule, copy.forward, x, (), {})
+        wanted = xhat * weight if bias is None else torch.addcmul(bias, xhat, weight)
+        found = by_rule(copy, replace(rule, dtype=None), copy.forward, (weight, bias), x, (), {})
+    except Exception:  # whatever a forward raises where it cannot take them
+        return False
+    return found.dtype == wanted.dtype and torch.equal(found, wanted)
 
 
 def by_rule(

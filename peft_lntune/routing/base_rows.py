@@ -42,7 +42,7 @@ class BaseRows:
         """Add the parameters to rows of deltas.
 
         Args:
-            gathered: rows of the stacks, `(B, k, *shape)` each.
+            gathered: rows of the stacks, `(B, k, *shape)` each; where they need no gradient, they are overwritten.
 
         Returns:
             Rows of effective parameters, `(B, k, *shape)` each.
@@ -52,7 +52,9 @@ class BaseRows:
         """
         with torch.inference_mode(False), torch.no_grad():  # in this order: the first turns gradients on
             bases = [self._wide(names, torch.stack(one_dtype(self._parameters(names)))) for names in self._groups]
-        return [Stack(names, own.to(base.device) + base) for (names, own), base in zip(gathered, bases, strict=True)]
+        return [
+            Stack(names, _sum(own.to(base.device), base)) for (names, own), base in zip(gathered, bases, strict=True)
+        ]
 
     def others(self) -> list[Stack]:
         """The parameters that are in no stack.
@@ -90,3 +92,10 @@ class BaseRows:
         return stacked + torch.tensor(offsets, dtype=wide, device=stacked.device).reshape(
             -1, *(1,) * (stacked.dim() - 1)
         )
+
+
+def _sum(own: Tensor, base: Tensor) -> Tensor:
+    """The sum; in place where possible, since rows of many adapters are large and new memory costs more than adding."""
+    if own.requires_grad or own.is_inference() or torch.result_type(own, base) != own.dtype:
+        return own + base
+    return own.add_(base)

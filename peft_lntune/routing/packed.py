@@ -80,8 +80,8 @@ class PackedRows:
         if own is None:
             return rows.reshape(*(1,) * leading, *shape)
         lengths = self._leading(x.shape[:leading], x.shape, label)
-        each = rows.squeeze(1)
-        return (each if self._index is None else each.index_select(0, self._index)).reshape(*lengths, *shape)
+        each = rows if self._index is None else rows.index_select(0, self._index)
+        return each.reshape(*lengths, *shape)
 
     def _leading(self, leading: Sequence[int], shape: Sequence[int], label: str) -> list[int]:
         """The leading lengths of the parameters: those of the axes of rows and tokens, and 1 elsewhere."""

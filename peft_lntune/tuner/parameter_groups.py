@@ -59,16 +59,16 @@ def parameter_groups(
     Every parameter that requires a gradient is in exactly one group. Call it after `fit_fisher_masks` and `set_masks`,
     which replace parameters.
 
-    | name | parameters |
-    |---|---|
-    | `ln.weight`, `ln.bias` | gains and biases of norms: deltas, PEFT's own LN tuning, or the norms themselves |
-    | `fisher-ln.weight`, `fisher-ln.bias` | the same of a `FisherLNConfig`, masked or not |
-    | `modules.weight`, `modules.bias` | deltas of a `ModuleTuningConfig` |
-    | `prefix`, `supermask` | of a `PrefixConfig` and a `SupermaskConfig` |
-    | `mha-adapter`, `cross-adapter`, `ffn-adapter` | bottlenecks, by sub-layer |
-    | `lora` | LoRA; with `loraplus_lr_ratio`, `lora.A`, `lora.B` and `lora.embedding` |
-    | `body` | other trainable parameters of the model, as in full fine-tuning |
-    | `head` | modules in `modules_to_save`, and those named in `heads` |
+    Groups by name:
+
+    - `ln.weight`, `ln.bias`: gains and biases of norms: deltas, PEFT's own LN tuning, or the norms themselves
+    - `fisher-ln.weight`, `fisher-ln.bias`: the same of a `FisherLNConfig`, masked or not
+    - `modules.weight`, `modules.bias`: deltas of a `ModuleTuningConfig`
+    - `prefix`, `supermask`: of a `PrefixConfig` and a `SupermaskConfig`
+    - `mha-adapter`, `cross-adapter`, `ffn-adapter`: bottlenecks, by sub-layer
+    - `lora`: LoRA; with `loraplus_lr_ratio`, `lora.A`, `lora.B` and `lora.embedding`
+    - `body`: other trainable parameters of the model, as in full fine-tuning
+    - `head`: modules in `modules_to_save`, and those named in `heads`
 
     Other PEFT methods are named by their type, such as `ia3`. Parameters of several active adapters share the groups.
 
@@ -76,7 +76,7 @@ def parameter_groups(
         model: a `PeftModel`, or any module with trainable parameters, also wrapped by DDP, FSDP or `torch.compile`.
         lr: learning rate of all groups without their own.
         head_lr: learning rate of the heads; None: `lr`.
-        parts: learning rates by the names in the table, with (`"ln.bias"`) or without (`"ln"`) what follows the dot;
+        parts: learning rates by these names, with (`"ln.bias"`) or without (`"ln"`) what follows the dot;
             the longer name wins.
         heads: names of modules of the model that are heads, for models without `modules_to_save`; the end of a name is
             enough.

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from peft_lntune.norms import rounding
-from peft_lntune.norms.affine import NormCall, call_with
+from peft_lntune.norms import affine, rounding
+from peft_lntune.norms.affine import NormCall, call_with, with_rows
 from tests.cases import build_norm, norm_inputs
+from tests.tolerance import assert_close
 
 
 @pytest.fixture(autouse=True)
@@ -169,3 +170,36 @@ def test_a_norm_that_never_ran_is_traced(tracer):
         assert torch.equal(eager, Layer()(x))
         assert torch.equal(traced, eager)
         assert torch.equal(program(2 * x), layer(2 * x))
+
+
+class OfOneWeight(nn.Module):
+    """Reads the first sample's weight alone, as a kernel does that knows one weight."""
+
+    variance_epsilon = 1e-6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return x * scale * self.weight.flatten()[:24]
+
+
+@pytest.mark.parametrize(
+    ("norm", "takes"),
+    [(lambda: build_norm("Llama"), True), (lambda: nn.RMSNorm(24, eps=1e-6), False), (OfOneWeight, False)],
+    ids=["step by step", "fused", "of one weight"],
+)
+def test_a_forward_that_takes_weights_per_sample_runs_once(norm, takes, monkeypatch):
+    norm, x = norm(), norm_inputs("Llama", batch=3)[0]
+    weight = torch.randn(3, 1, x.shape[-1])
+    exact = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-6) * weight.double()
+    trained = with_rows(norm, norm.forward, x, weight.requires_grad_(), None).detach()
+    calls, beneath = [], rounding.neutral
+    monkeypatch.setattr(affine, "neutral", lambda *args: calls.append(1) or beneath(*args))
+    with torch.no_grad():
+        y = with_rows(norm, norm.forward, x, weight, None)
+    assert (not calls) is takes
+    assert torch.equal(y, trained)
+    assert_close(y, exact.float())

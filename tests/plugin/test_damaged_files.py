@@ -20,6 +20,7 @@ from peft_lntune import LNTuningConfig, PeftLNTuneError
 from peft_lntune.errors import AdapterFileError, ConfigError, HeadFileError
 from peft_lntune.storage.manifest import manifest_of, seal_file
 from tests import adapted
+from tests.cases import spread
 
 from .saved import HEADS, State, adapt, build_base, logits, switch_off
 
@@ -395,8 +396,10 @@ MASK_DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("damage", MASK_DAMAGES)
-@pytest.mark.parametrize("way", [way for way in WAYS if way not in ("load_adapter-existing", "load_adapter-meta")])
+@pytest.mark.parametrize(
+    ("way", "damage"),
+    spread([way for way in WAYS if way not in ("load_adapter-existing", "load_adapter-meta")], MASK_DAMAGES),
+)
 def test_damaged_masks(way: str, damage: str, masked: Path, tmp_path: Path) -> None:
     build, load = WAYS[way]
     spoil, message = MASK_DAMAGES[damage]
@@ -479,8 +482,9 @@ ANEW = pytest.mark.filterwarnings(r"ignore:adapter '\w+' is loaded to be trained
 
 
 @ANEW
-@pytest.mark.parametrize("damage", SUPERMASK_DAMAGES)
-@pytest.mark.parametrize("way", [way for way in WAYS if way not in OF_ANOTHER_KIND])
+@pytest.mark.parametrize(
+    ("way", "damage"), spread([way for way in WAYS if way not in OF_ANOTHER_KIND], SUPERMASK_DAMAGES)
+)
 def test_damaged_supermasks(way: str, damage: str, supermasks: Path, tmp_path: Path) -> None:
     build, load = WAYS[way]
     spoil, message = SUPERMASK_DAMAGES[damage]

@@ -11,7 +11,7 @@ from peft_lntune import AdapterBank, LNTuningConfig
 from peft_lntune.errors import RoutingError
 from peft_lntune.tuner import heads as tuner_heads
 from tests.adapted import adapt, build, deltas, fill, inputs, layers, output, said
-from tests.cases import QUICK, few
+from tests.cases import QUICK, few, spread
 from tests.oracles import alone, each_alone, generated_alone
 
 FAMILIES = [
@@ -325,8 +325,7 @@ GENERATIONS = {
 
 
 class TestGenerate:
-    @pytest.mark.parametrize("way", GENERATIONS)
-    @pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "bart"])
+    @pytest.mark.parametrize(("family", "way"), spread(["llama", "gpt2", "t5", "bart"], GENERATIONS))
     def test_row_i_is_what_its_adapter_alone_generates(self, family, way):
         options = {"max_new_tokens": 5, "min_new_tokens": 5, **GENERATIONS[way]}
         task = "SEQ_2_SEQ_LM" if family in ("t5", "bart") else "CAUSAL_LM"

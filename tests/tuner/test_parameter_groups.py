@@ -74,8 +74,8 @@ def test_every_kind_has_its_groups(kind):
     assert all("modules_to_save" in name for name in names(model, groups)["head"])
 
 
-@pytest.mark.parametrize("family", cases.few(cases.FAMILIES))
-def test_gains_and_biases_of_every_family(family):
+@pytest.mark.parametrize("family", cases.few(family for family in cases.FAMILIES if family != "olmo"))
+def test_gains_and_biases_of_every_family_with_any(family):
     model = get_peft_model(cases.build(family), LNTuningConfig())
     groups = parameter_groups(model, 1e-3)
     check_once(model, groups)

@@ -19,6 +19,7 @@ from peft_lntune.layers.held import supermasks_of
 from peft_lntune.storage.adapter_file import WEIGHTS_FILE
 from peft_lntune.tuner.supermasks import keep_masks
 from tests import adapted
+from tests.cases import spread
 from tests.plugin.saved import build_base
 
 FAMILY = "bert-classifier"
@@ -125,9 +126,7 @@ def load(way: str, model: nn.Module, folder: Path, warns: bool) -> Any:
     return call(model, folder).eval()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", CONFIGS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "case", "dtype"), spread(WAYS, CONFIGS, [torch.float32, torch.bfloat16]))
 def test_bit_for_bit(way: str, case: str, dtype: torch.dtype, tmp_path: Path) -> None:
     family = CONFIGS[case][0]
     batch = adapted.inputs(family, dtype)
