@@ -4,6 +4,7 @@ What is computed is what a kernel for the packed format would compute; only memo
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -76,9 +77,9 @@ def prune_smallest(weight: Tensor, sparsity: float) -> Tensor:
 
 
 DAMAGES: dict[str, Damage] = {
-    **{f"round-{bits}": lambda weight, bits=bits: round_to_bits(weight, bits) for bits in (4, 3, 2)},
-    **{f"hqq-{bits}": lambda weight, bits=bits: quantize_by_hqq(weight, bits) for bits in (4, 3, 2)},
-    "prune-50": lambda weight: prune_smallest(weight, 0.5),
+    **{f"round-{bits}": partial(round_to_bits, bits=bits) for bits in (4, 3, 2)},
+    **{f"hqq-{bits}": partial(quantize_by_hqq, bits=bits) for bits in (4, 3, 2)},
+    "prune-50": partial(prune_smallest, sparsity=0.5),
 }
 
 

@@ -185,7 +185,16 @@ def test_a_real_encoder_that_was_rounded_to_three_bits():
         for module in student.bert.encoder.modules():
             if isinstance(module, torch.nn.Linear):
                 module.weight.copy_(round_to_bits(module.weight, 3))
-    subjects = ("The cat", "A senator", "My old car", "This theorem", "Our neighbour", "The storm", "A small child", "Rain")
+    subjects = (
+        "The cat",
+        "A senator",
+        "My old car",
+        "This theorem",
+        "Our neighbour",
+        "The storm",
+        "A small child",
+        "Rain",
+    )
     verbs = ("slept all day", "wrote a letter", "broke down again", "surprised everyone", "came home late", "was loud")
     places = ("in Rome", "at work", "near the river", "on Monday", "after the war", "with a friend", "for no reason")
     texts = [f"{subject} {verb} {place}." for subject in subjects for verb in verbs for place in places]
