@@ -165,7 +165,7 @@ def norms(bench: Bench, model: nn.Module) -> nn.Module:
     """Put an adapter of all norms on a model."""
     from peft import get_peft_model
 
-    return get_peft_model(model, recovery_config(model))  # type: ignore[arg-type]
+    return get_peft_model(model, recovery_config(model))
 
 
 def closed(bench: Bench, model: nn.Module, way: str = "own inputs", ridge: float = 1e-3) -> nn.Module:
@@ -183,7 +183,7 @@ def lora(bench: Bench, model: nn.Module) -> nn.Module:
     """Put LoRA on all linear maps of a model but its head."""
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **LORA))  # type: ignore[arg-type]
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **LORA))
 
 
 PREPARE: dict[str, Callable[[Bench, nn.Module], nn.Module]] = {
@@ -278,8 +278,7 @@ def _of_seeds(rows: Rows, damaged: str, arm: str) -> list[Row]:
     return [row for seed in seeds if (row := rows.get(cell_of(damaged, arm, seed))) is not None]
 
 
-def _mean(rows: Sequence[Row], value: Callable[[Row], float], form: str) -> str:
-    values = [value(row) for row in rows]
+def _mean(values: Sequence[float], form: str) -> str:
     text = format(statistics.mean(values), form)
     return text if len(values) == 1 else f"{text} ({format(min(values), form)} to {format(max(values), form)})"
 
@@ -305,12 +304,12 @@ def report(rows: Rows) -> str:
             found = _of_seeds(rows, damaged, arm)
             if found:
                 cells_of = [
-                    _mean(found, lambda row, d=domain, m=measure: row["metrics"][d][m], form)
+                    _mean([row["metrics"][domain][measure] for row in found], form)
                     for measure, form in (("perplexity", ".1f"), ("divergence", ".2f"))
                     for domain in DOMAINS
                 ]
                 entries = f"{found[0]['num_method_params']:,}" if found[0]["num_method_params"] else NONE
-                seconds = [_mean(found, lambda row: row["prepare_seconds"] + row["train_seconds"], ".0f")]
+                seconds = [_mean([row["prepare_seconds"] + row["train_seconds"] for row in found], ".0f")]
                 steps = found[0]["steps"] or NONE
                 lines.append(
                     [WORDS[damaged], words, *cells_of, entries, steps, *(seconds if entries != NONE else [NONE])]
@@ -345,10 +344,9 @@ def report(rows: Rows) -> str:
     if left:
         names: dict[str, list[str]] = {}
         for cell in left:
-            rate = (
-                f", rate {cell['learning_rate']:g}" if cell.get("learning_rate", 0) != RATE.get(cell["arm"], 0) else ""
-            )
-            names.setdefault(f"{WORDS[cell['damage']]}: {cell['arm']}{rate}", []).append(str(cell["seed"]))
+            own = cell.get("learning_rate", 0)
+            at = f", rate {own:g}" if own != RATE.get(cell["arm"], 0) else ""
+            names.setdefault(f"{WORDS[cell['damage']]}: {cell['arm']}{at}", []).append(str(cell["seed"]))
         listed = "; ".join(f"{name} (seed {', '.join(seeds)})" for name, seeds in names.items())
         parts += ["## Not run yet", f"{listed}. `python -m benchmarks.costs.recover` goes on with them."]
     return "\n\n".join(parts) + "\n"

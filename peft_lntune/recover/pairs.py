@@ -135,7 +135,8 @@ def _vocabulary(model: nn.Module) -> int | None:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     size = getattr(text, "vocab_size", None)
     # A head may be padded to another size than the config says.
-    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = None if find is None else find()
     rows = getattr(head, "out_features", None)
     return rows if isinstance(rows, int) else size
 
