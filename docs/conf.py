@@ -34,6 +34,7 @@ ROOMS = {
     "peft_lntune.interop": "PEFT's own formats, LoRA files, checkpoints of Trainer.",
     "peft_lntune.analysis": "Tables of what training moved, and plots of them.",
     "peft_lntune.doctor": "Whether the norms of a training run learn, and if not, why.",
+    "peft_lntune.recover": "Repair of quantized and pruned models by their norms.",
     "peft_lntune.tasks": "Many adapters trained in one batch.",
     "peft_lntune.norms": "What a norm is.",
     "peft_lntune.planning": "What a config would do.",

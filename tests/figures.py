@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from benchmarks.costs import recover as repair
 from benchmarks.harness.arms import find_arm
 from benchmarks.harness.classification import PROTOCOLS
 from benchmarks.harness.metrics import metric_of
@@ -337,6 +338,12 @@ def said(page: str, pattern: str) -> float:
     found = re.findall(pattern, (RESULTS / f"{page}.md").read_text(encoding="utf-8"))
     assert found, f"{page}.md does not say {pattern!r}"
     return float(found[0].replace(",", ""))
+
+
+def repaired(damage: str, arm: str, domain: str = "gsm8k", measure: str = "perplexity") -> float:
+    """Quality of a damaged language model after a repair, at the rate of all damages; seed 0."""
+    at = {} if arm not in repair.RATE else {"learning_rate": repair.RATE[arm]}
+    return float(row("recover", damage=damage, arm=arm, seed=0, **at)["metrics"][domain][measure])
 
 
 def rendered(template: str, names: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:

@@ -20,7 +20,7 @@ FLOORS = [
     {"planning"},
     {"tuner"},
     {"interop", "bank"},
-    {"tasks", "plugin", "doctor"},
+    {"tasks", "plugin", "doctor", "recover"},
     {"__init__", "cli"},
 ]
 # Neither PEFT nor transformers: usable, and testable, without.

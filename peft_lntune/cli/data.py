@@ -21,6 +21,7 @@ from peft_lntune.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from torch import Tensor
 
 __all__ = [
     "ENDINGS",
@@ -35,6 +36,7 @@ __all__ = [
     "read_labels",
     "read_table",
     "read_texts",
+    "token_rows",
 ]
 
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".conll")
@@ -291,6 +293,30 @@ def read_texts(values: Iterable[Any], column: str, source: str) -> list[str]:
             )
         texts.append(str(value))
     return texts
+
+
+def token_rows(tokenizer: Any, texts: Sequence[str], length: int, source: str) -> "Tensor":
+    """Join texts to one stream of tokens, with an empty line between two, and cut it into rows of equal length.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        texts: the texts.
+        length: tokens per row.
+        source: the file's name, for errors.
+
+    Returns:
+        `(rows, length)`, int64; tokens that do not fill a row are left out.
+
+    Raises:
+        DataError: there are fewer tokens than one row has.
+    """
+    import torch
+
+    each = tokenizer([f"{text}\n\n" for text in texts])["input_ids"] if texts else []
+    stream = torch.tensor([token for ids in each for token in ids], dtype=torch.int64)
+    if len(stream) < length:
+        raise DataError(f"{source} holds {len(stream)} tokens of text, and one row has {length}. Give more text.")
+    return stream[: len(stream) // length * length].view(-1, length)
 
 
 def count_cut(tokenizer: Any, columns: Sequence[Sequence[str]], max_length: int) -> int:

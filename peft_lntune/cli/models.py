@@ -1,5 +1,6 @@
 """Loads models from folders or from the Hub, with or without weights, and with an adapter."""
 
+import importlib.util
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -11,7 +12,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from peft_lntune.config import StoredConfig
 from peft_lntune.errors import AdapterFileError, ConfigError
@@ -23,7 +24,9 @@ from peft_lntune.storage.saved_adapter import SavedAdapter
 __all__ = [
     "check_weights",
     "empty_model",
+    "is_gguf",
     "load_adapted",
+    "load_gguf",
     "load_model",
     "load_processor",
     "load_tokenizer",
@@ -133,6 +136,51 @@ def load_model(
             warnings.warn(f"{model} has no weights for {', '.join(sorted(poolers))}: they are random.", stacklevel=2)
         missing -= poolers
     check_weights(model, missing)
+    return loaded
+
+
+def is_gguf(model: str) -> bool:
+    """Whether a model is named by its GGUF file.
+
+    Args:
+        model: file, folder, or a name on the Hub.
+
+    Returns:
+        True for a path that ends in `.gguf`.
+
+    Example:
+        >>> is_gguf("llama-Q2_K.gguf"), is_gguf("./llama")
+        (True, False)
+    """
+    return model.lower().endswith(".gguf")
+
+
+def load_gguf(file: str) -> nn.Module:
+    """Load the language model of a GGUF file by transformers, which dequantizes it to float32.
+
+    Args:
+        file: the file.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ConfigError: there is no such file, transformers does not read it, or it lacks weights.
+        ImportError: the package `gguf` is missing.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise ConfigError(f"no such file: {file}. Give the GGUF file of a model.")
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError("reading GGUF files needs the package gguf: pip install 'peft-lntune[gguf]'.")
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            str(path.parent), gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # the reader raises what numpy raises
+        raise ConfigError(f"transformers does not read {file} ({_first_line(error)}).") from error
+    tied = {"lm_head.weight"} if loaded.config.tie_word_embeddings else set()
+    check_weights(file, set(info["missing_keys"]) - tied)
     return loaded
 
 

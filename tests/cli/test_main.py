@@ -42,6 +42,7 @@ def test_one_command_a_file():
         "magnitude",
         "doctor",
         "inspect",
+        "recover",
         "merge",
         "export",
     ]
@@ -106,6 +107,10 @@ def test_help_of_each_command(name):
         ("closeness", "a", "b", "--init-std", "0"),
         ("magnitude", "a", "--measure", "std"),
         ("plan", "m", "--layers", "3-1"),
+        ("recover", "m", "--teacher", "t", "--data", __file__),
+        ("recover", "m", "--teacher", "t", "--data", __file__, "--out", "o", "--steps", "0"),
+        ("recover", "m", "--teacher", "t", "--data", __file__, "--out", "o", "--learning-rate", "0"),
+        ("recover", "m", "--teacher", "t", "--data", __file__, "--out", "o", "--encoding", "utf-9"),
         ("fisher", "--model", "m", "--data", __file__, "--density", "0.1", "--count", "3"),
         ("fisher", "--model", "m", "--data", __file__, *("--text-column", "a") * 3),
     ],
@@ -129,6 +134,7 @@ def test_wrong_usage(arguments, tmp_path, monkeypatch):
         (("merge", "nowhere", "out"), "nowhere"),
         (("export", "nowhere", "out"), "nowhere"),
         (("plan", "nowhere/at/all"), "nowhere/at/all"),
+        (("recover", "nowhere", "--teacher", "not-here", "--data", __file__, "--out", "o"), "not-here"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,10 @@ from peft_lntune.cli import main
 from peft_lntune.cli.inspect import inspect_adapter
 from tests.cli.saved import combined, run, run_at, save_adapter, save_model, task, write_rows
 from tests.cli.test_change import moved
+from tests.recover.pairs import rounded, teacher_of
 
 ROOT = Path(__file__).parents[2]
-PRINTS_A_TABLE = ["plan", "fisher", "change", "closeness", "magnitude", "doctor", "inspect"]
+PRINTS_A_TABLE = ["plan", "fisher", "change", "closeness", "magnitude", "doctor", "inspect", "recover"]
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +28,19 @@ def folder(tmp_path_factory):
     model = save_model(folder / "model")
     save_adapter(folder / "adapter", model, config=combined())
     save_adapter(folder / "norms", model)
+    save_pair(folder, model)
     moved(hf.BertForSequenceClassification.from_pretrained(model)).save_pretrained(folder / "tuned")
     write_rows(folder / "train.jsonl", task())
     return folder
+
+
+def save_pair(folder, tokenizer):
+    """A tiny language model, a rounded copy, and texts."""
+    (folder / "words.txt").write_text("good bad film very the a is " * 100)
+    for name, model in (("llama", teacher_of()), ("rounded", rounded(teacher_of()))):
+        model.save_pretrained(folder / name)
+        for file in tokenizer.glob("token*.json"):
+            shutil.copy(file, folder / name)
 
 
 def arguments(name, folder, out):
@@ -41,6 +53,10 @@ def arguments(name, folder, out):
         "magnitude": ("magnitude", model, "--csv", out / "t.csv"),
         "doctor": ("doctor", model, folder / "tuned", "--csv", out / "t.csv"),
         "inspect": ("inspect", folder / "adapter"),
+        "recover": (
+            *("recover", folder / "rounded", "--teacher", folder / "llama", "--data", folder / "words.txt"),
+            *("--out", out / "repaired", "--steps", 12, "--batch-size", 2, "--length", 10, "--learning-rate", 0.01),
+        ),
         "merge": ("merge", folder / "norms", out / "merged"),
         "export": ("export", folder / "norms", out / "exported"),
     }[name]

@@ -52,12 +52,14 @@ def model_of(kind: str) -> torch.nn.Module:
     return model
 
 
-def write_gguf(model, file, architecture, shift=0.0, norm_type=None, endianess=None, **fields):
+def write_gguf(model, file, architecture, shift=0.0, norm_type=None, endianess=None, sizes=None, **fields):
     """As the converter does it: matrices in Q4_0, norms in float32, the shift added to the weights of norms."""
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kinds[architecture], 2)
     writer = gguf.GGUFWriter(file, architecture, endianess=endianess or gguf.GGUFEndian.LITTLE)
     writer.add_block_count(2)
+    for field, value in (sizes or {}).items():  # for transformers, which makes a model of the file
+        writer.add_uint32(f"{architecture}.{field}", value)
     for field, value in fields.items():
         writer.add_uint16(field.replace("_", "."), value)
     for name, tensor in model.state_dict().items():

@@ -1,8 +1,9 @@
 """The commands, one file each: options, help, and what is printed. No file here imports torch before a command runs."""
 
-from peft_lntune.cli.commands import change, closeness, doctor, export, fisher, inspect, magnitude, merge, plan
+from peft_lntune.cli.commands import change, closeness, doctor, export, fisher, inspect, magnitude, merge, plan, recover
 
 __all__ = ["COMMANDS"]
 
-COMMANDS = tuple(file.command for file in (plan, fisher, change, closeness, magnitude, doctor, inspect, merge, export))
+_FILES = (plan, fisher, change, closeness, magnitude, doctor, inspect, recover, merge, export)
+COMMANDS = tuple(file.command for file in _FILES)
 """The commands, in the order of `peft-lntune --help`."""
