@@ -111,8 +111,8 @@ def score_answers(name: str, answers: Sequence[str], references: Sequence[Sequen
     from sacrebleu import corpus_bleu, corpus_chrf
 
     most = max(map(len, references))
-    # One stream per position; a prompt with fewer references has None there.
-    streams = [[each[at] if at < len(each) else None for each in references] for at in range(most)]
+    # One stream per position; a prompt with fewer references has None there, which sacrebleu's types do not say.
+    streams: Any = [[each[at] if at < len(each) else None for each in references] for at in range(most)]
     return {"bleu": corpus_bleu(answers, streams).score, "chrf": corpus_chrf(answers, streams).score}
 
 
