@@ -13,7 +13,7 @@ from peft_lntune import AdapterBank, FisherLNConfig, LNTuningConfig, ModuleTunin
 from peft_lntune.errors import AdapterFileError, ConfigError, RoutingError, UnsupportedError
 from tests.adapted import adapt, assert_unchanged, build, deltas, fill, inputs, layers, output, said, snapshot
 from tests.bank.banked import CLOSE, NAMES, banked, routed
-from tests.cases import QUICK, few
+from tests.cases import QUICK, few, spread
 from tests.oracles import alone, each_alone, generated_alone
 from tests.selection.test_masks import random_masks
 
@@ -505,8 +505,7 @@ GENERATIONS = {
 
 
 class TestGenerate:
-    @pytest.mark.parametrize("way", GENERATIONS)
-    @pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "bart"])
+    @pytest.mark.parametrize(("family", "way"), spread(["llama", "gpt2", "t5", "bart"], GENERATIONS))
     def test_row_i_is_what_its_adapter_alone_generates(self, family, way):
         options = {"max_new_tokens": 4, "min_new_tokens": 4, **GENERATIONS[way]}
         task = "SEQ_2_SEQ_LM" if family in ("t5", "bart") else "CAUSAL_LM"

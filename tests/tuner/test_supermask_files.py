@@ -155,8 +155,7 @@ def test_bit_for_bit(way: str, case: str, dtype: torch.dtype, tmp_path: Path) ->
         assert all(torch.equal(again[name], value) for name, value in first.items())
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("case", ["plain", "part", "unified"])
+@pytest.mark.parametrize(("way", "case"), spread(WAYS, ["plain", "part", "unified"]))
 def test_scores_are_saved_beside_the_bits(way: str, case: str, tmp_path: Path) -> None:
     family = CONFIGS[case][0]
     model, batch = trained(case, save_scores=True), adapted.inputs(family)
