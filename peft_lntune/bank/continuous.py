@@ -2,7 +2,7 @@
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -123,25 +123,27 @@ class BankAdapters:
 
     # `Adapters`.
 
-    def take(self, name: str | None) -> RequestAdapter:
+    def take(self, names: Iterable[str | None]) -> dict[str | None, RequestAdapter]:
+        with self._bank._lock:
+            self._bank._check_ready()  # looks at every module, so once for all names
+            return {name: self._take(BASE if name is None else name) for name in names}
+
+    def _take(self, name: str) -> RequestAdapter:
         bank = self._bank
-        with bank._lock:
-            bank._check_ready()
-            name = BASE if name is None else name
-            [slot] = bank._slots_of([name])
-            serial = BASE_SERIAL if slot == 0 else bank._serials[name]
-            taken = self._taken.get(serial)
-            if taken is not None:
-                return taken
-            bank._load([] if slot == 0 else [name])
-            if bank._heads.held.get(slot):
-                raise UnsupportedError(
-                    f"adapter {name!r} has a head of its own ({', '.join(bank._heads.held[slot])}), and continuous "
-                    "batching runs norms by token, not heads. Use generate in a route."
-                )
-            rows = [values[0] for _, values in bank._stacks.gather(torch.tensor([slot]))]
-            taken = self._taken[serial] = RequestAdapter(name, serial, rows)
+        [slot] = bank._slots_of([name])
+        serial = BASE_SERIAL if slot == 0 else bank._serials[name]
+        taken = self._taken.get(serial)
+        if taken is not None:
             return taken
+        bank._load([] if slot == 0 else [name])
+        if bank._heads.held.get(slot):
+            raise UnsupportedError(
+                f"adapter {name!r} has a head of its own ({', '.join(bank._heads.held[slot])}), and continuous "
+                "batching runs norms by token, not heads. Use generate in a route."
+            )
+        rows = [values[0] for _, values in bank._stacks.gather(torch.tensor([slot]))]
+        taken = self._taken[serial] = RequestAdapter(name, serial, rows)
+        return taken
 
     def as_it_is(self, requests: Sequence[RequestAdapter]) -> bool:
         # On a PeftModel, PEFT's own adapters must be off; in a route of another thread, the route must be lent.

@@ -1,7 +1,7 @@
 """The adapter of a request: what a request carries through the engine, and the parameters of a batch of requests."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -65,11 +65,11 @@ class Adapters(Protocol):
 
     owner: object
 
-    def take(self, name: str | None) -> RequestAdapter:
-        """The adapter of this name; None: the base model.
+    def take(self, names: Iterable[str | None]) -> dict[str | None, RequestAdapter]:
+        """The adapters of these names; None: the base model.
 
         Raises:
-            PeftLNTuneError: it is unknown, or cannot be served by token.
+            PeftLNTuneError: one is unknown, or cannot be served by token.
         """
 
     def as_it_is(self, requests: Sequence[RequestAdapter]) -> bool:

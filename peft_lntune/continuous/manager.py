@@ -80,7 +80,7 @@ class AdapterManager(ContinuousBatchingManager):
         Raises:
             PeftLNTuneError: the adapter is unknown, or cannot be served by token.
         """
-        taken = getattr(input_ids, "adapter", None) or self.adapters.take(adapter)
+        taken = getattr(input_ids, "adapter", None) or self.adapters.take([adapter])[adapter]
         # So that transformers passes the argument on, and copies it wherever it copies a request.
         self.logit_processor.supported_keys[_KEY] = RequestAdapter
         added: str | None = super().add_request(
@@ -122,7 +122,7 @@ class AdapterManager(ContinuousBatchingManager):
             PeftLNTuneError: an adapter is unknown, or cannot be served by token. No request is added.
         """
         names = checked_names(adapters, len(inputs), "`adapters`") if adapters is not None else self.names_of_batch
-        taken = {name: self.adapters.take(name) for name in names or [None]}
+        taken = self.adapters.take(names or [None])
         prompts = [_Prompt(ids, taken[name]) for ids, name in zip(inputs, names or [None] * len(inputs), strict=True)]
         added: list[str] = super().add_requests(
             inputs=prompts,
@@ -309,7 +309,7 @@ def generate_batch(
     """
     inputs = args[0] if args else kwargs.get("inputs", ())
     listed = checked_names(names, len(inputs), what)
-    taken = [adapters.take(name) for name in dict.fromkeys(listed)]  # transformers would only log an error from here on
+    taken = adapters.take(listed)  # transformers would only log an error from here on
     made: list[AdapterManager] = []
 
     def init(beneath: Any, *init_args: Any, **init_kwargs: Any) -> AdapterManager:

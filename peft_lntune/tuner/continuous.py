@@ -1,6 +1,6 @@
 """Adapters of a PeftModel in transformers' continuous batching, by `adapter_names` of `generate_batch`."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +37,10 @@ class LayerAdapters:
         self._names: list[tuple[str, ...]] = []
         self._facts: list[Mapping[str, TokenFact] | None] = []
 
-    def take(self, name: str | None) -> RequestAdapter:
-        name = BASE if name is None else name
+    def take(self, names: Iterable[str | None]) -> dict[str | None, RequestAdapter]:
+        return {name: self._take(BASE if name is None else name) for name in names}
+
+    def _take(self, name: str) -> RequestAdapter:
         self._tuner._check_route(name)
         if name not in self._taken:
             layers = self._layers()
