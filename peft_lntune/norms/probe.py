@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -262,18 +262,24 @@ def examine(module: nn.Module) -> NormFacts | str:
     cpu = torch.device("cpu")
     found = _examine_on(module, cpu)
     home = next((p.device for p in parameters_of(module).values() if not p.is_meta), cpu)
-    if isinstance(found, Exception) and home != cpu:
+    if isinstance(found, _Raised) and home != cpu:
         found = _examine_on(module, home)
-    if isinstance(found, Exception):
+    if isinstance(found, _Raised):
         where = "the CPU" if home == cpu else str(home)
-        (first, *_) = str(found).strip().splitlines() or [""]
-        return f"raised {type(found).__name__} on {where}: {first[:120]}".removesuffix(": ")
+        return f"raised {found.kind} on {where}: {found.said}".removesuffix(": ")
     return found
 
 
-def _examine_on(module: nn.Module, device: torch.device) -> NormFacts | str | Exception:
+class _Raised(NamedTuple):
+    """What a forward raised, in words: the exception itself holds frames, and they would keep the module alive."""
+
+    kind: str
+    said: str
+
+
+def _examine_on(module: nn.Module, device: torch.device) -> NormFacts | str | _Raised:
     reasons: list[str] = []
-    raised: Exception | None = None
+    raised: _Raised | None = None
     others = [] if device.type == "cpu" else [device]
     with (
         torch.no_grad(),
@@ -288,7 +294,8 @@ def _examine_on(module: nn.Module, device: torch.device) -> NormFacts | str | Ex
             except _NotANormError as reason:
                 reasons.append(str(reason))
             except Exception as error:  # unknown forwards may raise anything: it is not a norm for this shape
-                raised = raised or error
+                (first, *_) = str(error).strip().splitlines() or [""]
+                raised = raised or _Raised(type(error).__name__, first[:120])
     telling = [reason for reason in reasons if reason not in (SHAPE, _CONSTANT)]
     return next(iter(telling + reasons), raised or SHAPE)
 
@@ -372,17 +379,18 @@ _Run = Callable[[Tensor, "float | Tensor", "float | Tensor"], Tensor]
 
 def _calls(run: Callable[..., Tensor], x: Tensor) -> list[bool]:
     """How a module may be called: without a second argument (False), with one that could be a gate (True), or both."""
-    found, raised = [], None
+    found: list[bool] = []
+    raised: list[Exception] = []
     for gated in (False, True):
         try:
             run(x, 1.0, 0.0, gated)
         except Exception as error:
-            raised = raised or error
+            raised.append(error)
         else:
             found.append(gated)
     if not found:
-        assert raised is not None
-        raise raised
+        raise raised[0]
+    raised.clear()  # an exception holds its frames, and they would keep the module alive until garbage is collected
     return found
 
 
