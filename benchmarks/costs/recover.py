@@ -201,8 +201,9 @@ PREPARE: dict[str, Callable[[Bench, nn.Module], nn.Module]] = {
 ROUNDS = 3  # of the comparison of steps
 
 
+@cache
 def step_ratio(bench: Bench) -> float:
-    """Return the processor time of a step of LoRA, relative to a step of norms; the two take turns."""
+    """Return the processor time of a step of LoRA, relative to a step of norms, in turns; measured once."""
     models = {name: PREPARE[name](bench, bench.load()) for name in ("norms", "lora")}
     batch = bench.batches(0)[:1]
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -213,12 +214,6 @@ def step_ratio(bench: Bench) -> float:
             if turn:  # the first warms up, and computes what the teacher says
                 seconds[name].append(time.process_time() - begin)
     return statistics.median(other / own for own, other in zip(seconds["norms"], seconds["lora"], strict=True))
-
-
-@cache
-def ratio_of(model: str, data_dir: Path, steps: int, held_out: int) -> float:
-    """Return `step_ratio`, measured once per process."""
-    return step_ratio(bench(model, data_dir, steps, held_out))
 
 
 def run_cell(cell: Cell, model: str, data_dir: Path, steps: int, held_out: int) -> Row:
@@ -233,7 +228,7 @@ def run_cell(cell: Cell, model: str, data_dir: Path, steps: int, held_out: int) 
     if cell["damage"] != "undamaged":
         damage(damaged, cell["damage"])
     batches = made.batches(cell["seed"])
-    ratio = ratio_of(model, data_dir, steps, held_out) if cell["arm"] == "lora" else 1.0
+    ratio = step_ratio(made) if cell["arm"] == "lora" else 1.0
     chosen = max(1, round(steps / ratio))
     if "learning_rate" in cell:
         for batch in batches[:chosen]:
@@ -259,6 +254,12 @@ def run_cell(cell: Cell, model: str, data_dir: Path, steps: int, held_out: int) 
     }
 
 
+def last_divergence(row: Row) -> float:
+    """Return the divergence in the last quarter of the steps of a run."""
+    losses = row["losses"]
+    return statistics.mean(losses[-max(1, round(LAST * len(losses))) :])
+
+
 def chosen_rate(rows: Rows, arm: str) -> float:
     """Return the rate of an arm with the lowest divergence in the last quarter of its steps.
 
@@ -268,8 +269,7 @@ def chosen_rate(rows: Rows, arm: str) -> float:
     for rate in (RATE[arm], *OTHER_RATES.get(arm, ())):
         row = rows.get(cell_of(SEARCHED_AT, arm, rate=rate))
         if row is not None:
-            losses = row["losses"]
-            found[rate] = statistics.mean(losses[-max(1, round(LAST * len(losses))) :])
+            found[rate] = last_divergence(row)
     return min(found, key=lambda rate: found[rate], default=RATE[arm])
 
 
@@ -322,9 +322,8 @@ def report(rows: Rows) -> str:
         for rate in sorted((RATE[arm], *OTHER_RATES[arm])):
             row = rows.get(cell_of(SEARCHED_AT, arm, rate=rate))
             if row is not None:
-                last = row["losses"][-max(1, round(LAST * len(row["losses"]))) :]
                 perplexity = row["metrics"][next(iter(DOMAINS))]["perplexity"]
-                tried.append([ARMS[arm], f"{rate:g}", f"{statistics.mean(last):.3f}", f"{perplexity:.1f}"])
+                tried.append([ARMS[arm], f"{rate:g}", f"{last_divergence(row):.3f}", f"{perplexity:.1f}"])
     if tried:
         about = (
             "Rates were tried on 3 bits, rounded. Every batch is seen once, so the divergence of the last quarter of "

@@ -141,7 +141,7 @@ def over_seeds(
         return Finding(wanted)
     each = ", ".join(f"{value:.1f}" for value in found.seeds)
     word = found.verdict(partial(_swapped, holds, bound))
-    span = "" if found.interval is None else "{:.1f} to {:.1f}".format(*found.interval)
+    span = found.span
     more = "" if word != INCONCLUSIVE else found.more_runs(bound) if span else "at least two seeds are needed"
     measured = f"{mean_and_spread(found.seeds, planned)} (by seed: {each}{span and f'; interval: {span}'})"
     return Finding(wanted, measured, word, f"{found.mean:.1f} ({span or 'one seed'})", more, note)

@@ -47,6 +47,11 @@ class Paired:
         """The interval of the mean; None with fewer than two seeds."""
         return interval(self.rows)
 
+    @property
+    def span(self) -> str:
+        """The interval in words; empty with fewer than two seeds."""
+        return "{:.1f} to {:.1f}".format(*self.interval) if self.interval else ""
+
     def verdict(self, holds: Callable[[float], bool]) -> str:
         """Return one word for a claim: whether it is true in the whole interval, nowhere in it, or in a part.
 

@@ -125,8 +125,7 @@ def _cells(found: Paired) -> list[object]:
         return [None, None, None, None]
     word = verdict(found)
     more = found.more_runs(-NEAR) if word == INCONCLUSIVE and found.interval else NONE
-    span = "{:.1f} to {:.1f}".format(*found.interval) if found.interval else NONE
-    return [mean_and_spread(found.seeds, len(found.seeds)), span, word, more]
+    return [mean_and_spread(found.seeds, len(found.seeds)), found.span or NONE, word, more]
 
 
 def _gaps(every: Sequence[Setting], sizes: Mapping[str, int]) -> str:
@@ -227,8 +226,7 @@ def _flat(every: Sequence[Setting]) -> str | None:
             midway = [metric.shown(row["metrics_midway"]) for row in rows]
             end = [metric.shown(row["metrics"]) for row in rows]
             gains = {row["cell"]["seed"]: metric.gain(b - a) for row, a, b in zip(rows, midway, end, strict=True)}
-            found = Paired({each.task: gains})
-            span = "{:.1f} to {:.1f}".format(*found.interval) if found.interval else NONE
+            span = Paired({each.task: gains}).span or NONE
             shown = [mean_and_spread(values, len(values)) for values in (midway, end, list(gains.values()))]
             lines.append([each.said, *shown, span])
     header = ("setting", "full after half of the steps", "after all", "gain", f"{LEVEL:.0%} interval")

@@ -1,5 +1,6 @@
 """Arguments, options and kinds of values that commands share. Their values are checked before torch is imported."""
 
+import codecs
 import importlib.util
 import os
 import re
@@ -16,6 +17,7 @@ __all__ = [
     "Layers",
     "OutFile",
     "adapter_to_folder",
+    "check_encoding",
     "check_out",
     "csv_option",
     "is_given",
@@ -134,6 +136,21 @@ def adapter_to_folder(command: Callable[..., Any]) -> Callable[..., Any]:
     )
     out = click.argument("out", type=click.Path(path_type=Path))
     return click.argument("adapter")(out(model(command)))
+
+
+def check_encoding(encoding: str) -> None:
+    """Refuse an encoding that Python does not know.
+
+    Args:
+        encoding: the option --encoding.
+
+    Raises:
+        click.UsageError: it is not known.
+    """
+    try:
+        codecs.lookup(encoding)
+    except LookupError:
+        raise click.UsageError(f"--encoding {encoding} is not known. Give one such as utf-8 or latin-1.") from None
 
 
 def check_out(out: Path, **_: Any) -> None:

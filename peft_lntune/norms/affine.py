@@ -249,8 +249,8 @@ def with_rows(
             "cannot be run with different parameters per row. Run the batch one adapter at a time, with set_adapter."
         )
     # Without gradients alone: the backward pass of a kernel may know one weight only.
-    plain = not args and not kwargs and (bias is None) == (parameter(norm, "bias") is None)
-    if rule.takes_rows and plain and not torch.is_grad_enabled():
+    free = rule.takes_rows and not (args or kwargs or torch.is_grad_enabled())
+    if free and (bias is None) == (parameter(norm, "bias") is None):
         return by_rule(norm, rule, own, (weight, bias), x, args, kwargs)
     xhat = neutral(norm, rule, own, x, args, kwargs)
     y = xhat * weight if bias is None else torch.addcmul(bias, xhat, weight)

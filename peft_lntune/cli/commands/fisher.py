@@ -1,6 +1,5 @@
 """`peft-lntune fisher`: which entries of the norms matter for a task, as masks in a file."""
 
-import codecs
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -10,7 +9,7 @@ import click
 
 from peft_lntune.choices import FISHER_KINDS, SCOPES
 from peft_lntune.cli.group import command as make
-from peft_lntune.cli.options import OutFile, csv_option, is_given, json_option, plot_option
+from peft_lntune.cli.options import OutFile, check_encoding, csv_option, is_given, json_option, plot_option
 
 __all__ = ["command"]
 
@@ -38,10 +37,7 @@ def _check(
         raise click.UsageError(f"--text-column and --label-column both name {label_column!r}.")
     if scores is not None and scores.absolute() == out.absolute():
         raise click.UsageError(f"--scores and --out both name {out}.")
-    try:
-        codecs.lookup(encoding)
-    except LookupError:
-        raise click.UsageError(f"--encoding {encoding} is not known. Give one such as utf-8 or latin-1.") from None
+    check_encoding(encoding)
 
 
 def _check_used(score: str, taken: Collection[str]) -> None:

@@ -1,6 +1,5 @@
 """`peft-lntune recover`: repairs a quantized or pruned model by its norms."""
 
-import codecs
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,16 +7,13 @@ from typing import Any
 import click
 
 from peft_lntune.cli.group import command as make
-from peft_lntune.cli.options import check_out, json_option
+from peft_lntune.cli.options import check_encoding, check_out, json_option
 
 __all__ = ["command"]
 
 
 def _check(out: Path, encoding: str, **_: Any) -> None:
-    try:
-        codecs.lookup(encoding)
-    except LookupError:
-        raise click.UsageError(f"--encoding {encoding} is not known. Give one such as utf-8 or latin-1.") from None
+    check_encoding(encoding)
     check_out(out)
 
 
