@@ -19,7 +19,9 @@ help:  ## show this list
 demo: $(VENV)/.examples  ## tune a real pretrained encoder through its LayerNorms, offline, in a few minutes
 	$(OFFLINE) $(BIN)/python examples/demo.py
 
-test: lint types unit  ## lint, types, tests, the README's code and the quick examples
+# Side by side: mypy has one process, and the last tests do not always fill two.
+test: lint  ## lint, types, tests, the README's code and the quick examples
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line types unit
 
 test-full: test $(VENV)/.docs $(VENV)/.serve  ## also what takes long: whole runs, every family, compiled models, PEFT's own generic test suite
 	$(OFFLINE) $(BIN)/python -m pytest -m "full or end_to_end"

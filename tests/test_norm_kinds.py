@@ -20,6 +20,7 @@ from peft_lntune import (
 from peft_lntune.errors import NoMatchError
 from peft_lntune.norms.find import find_missed, find_norms, looks_like_norm
 from peft_lntune.norms.per_sample import per_sample
+from tests.cases import spread
 from tests.norm_kinds import KINDS, MISSED, NOT_MISSED, TritonNorm, build, sample
 from tests.selection.oracles import loop_scores
 from tests.tolerance import assert_close
@@ -63,8 +64,7 @@ def test_found(kind):
     assert find_missed(model) == {}
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dtype"), spread(KINDS, [torch.float64, torch.float32, torch.bfloat16]))
 def test_every_state(kind, dtype):
     x, plain = sample(kind, dtype=dtype), build(kind, dtype)
     # A product, its rounding and a sum of up to eight terms in half precision; of the wide dtypes, their roundings.

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -148,12 +149,11 @@ def more_runs(rows: Sequence[Sequence[float]], bound: float, level: float = LEVE
         error = math.sqrt(between / tasks + within / (tasks * seeds))
         return gap > _student(tasks * seeds, level) * error
 
-    more = next((n for n in range(seeds + 1, MOST + 1) if decides(tasks, n)), None)
-    if more is not None:
-        runs = 2 * tasks * (more - seeds)
-        return f"about {more - seeds} more seeds per task would decide it ({runs} runs)"
-    further = next((n for n in range(tasks + 1, MOST + 1) if decides(n, seeds)), None) if tasks > 1 else None
-    if further is not None:
-        runs = 2 * seeds * (further - tasks)
-        return f"more seeds would not decide it, about {further - tasks} more tasks would ({runs} runs)"
+    # Whether n decide changes once as n grows: the error falls with it, and so does Student's quantile.
+    more = 1 + bisect_left(range(seeds + 1, MOST + 1), True, key=lambda n: decides(tasks, n))
+    if seeds + more <= MOST:
+        return f"about {more} more seeds per task would decide it ({2 * tasks * more} runs)"
+    further = 1 + bisect_left(range(tasks + 1, MOST + 1), True, key=lambda n: decides(n, seeds))
+    if tasks > 1 and tasks + further <= MOST:
+        return f"more seeds would not decide it, about {further} more tasks would ({2 * seeds * further} runs)"
     return f"{MOST:,} seeds would not decide it"

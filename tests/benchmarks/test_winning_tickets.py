@@ -83,7 +83,7 @@ def test_run_resume_and_report(short: list[str], tmp_path: Path, capsys: pytest.
 
     page = (tmp_path / f"winning_tickets_{MODEL}.md").read_text()
     assert "- components, trec: all." in page
-    assert "norms (1 of 3 seeds), query (1 of 3 seeds)" in page
+    assert "- components, sst2: all have 1 of 3 seeds." in page
     assert "- 81 gains: the norms of this model have 80." in page
     (open_claims,) = (line for line in page.splitlines() if line.startswith("- Not measured yet: "))
     assert "8 largest biases above random ones, on average over sst2, trec" in open_claims

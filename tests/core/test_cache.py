@@ -9,6 +9,7 @@ from torch import nn
 
 from peft_lntune import BottleneckConfig, LNTuningConfig, ModuleTuningConfig, PrefixConfig, SupermaskConfig
 from tests.adapted import adapt, build, deltas, fill, inputs, layers, output, said
+from tests.cases import spread
 
 
 def fresh(model, batch):
@@ -108,8 +109,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(("change", "mode"), spread(CHANGES, [torch.no_grad, torch.inference_mode]))
 def test_no_output_is_stale_after(change, mode):
     peft_model, batch = adapt(build("bert"), "default", "other"), inputs("bert")
     with mode():

@@ -71,7 +71,8 @@ def kill_again_and_again(case: str, folder: Path, kills: int) -> Counter[str]:
         own = folder / f"killed-{len(moments)}"
 
 
-@pytest.mark.parametrize("case", ["ln", pytest.param("tasks", marks=pytest.mark.end_to_end)])
+@pytest.mark.end_to_end  # each step of a save is killed in tests/storage/test_saving.py
+@pytest.mark.parametrize("case", ["ln", "tasks"])
 def test_a_random_moment(case: str, tmp_path: Path) -> None:
     assert kill_again_and_again(case, tmp_path, 1).total() == 1
 

@@ -187,15 +187,20 @@ class TestSeveralAdapters:
 
 
 # Names that stand in our prefix, in names of tensors, or in names of modules of the base.
-NAMES = ["weight", "bias", "mask", "lntune", "lntune_weight", "tune", "l"]
-NAMES += ["layer", "base_layer", "LayerNorm", "0", "model", "modules_to_save"]
+NAMES = ["weight", "lntune_weight", "l", "LayerNorm", "0", "modules_to_save"]
+ALIKE = ["bias", "mask", "lntune", "tune", "layer", "base_layer", "model"]
 PREFIX_WARNING = "Adapter name .* should not be contained in the prefix 'lntune_'"
 
 
 @pytest.mark.filterwarnings(f"ignore:{PREFIX_WARNING}:UserWarning")  # PEFT's advice; here nothing goes wrong
 @pytest.mark.parametrize(
     ("name", "masked"),
-    [*((name, False) for name in NAMES), *((name, True) for name in ("weight", "mask", "lntune_bias", "0"))],
+    [
+        *((name, False) for name in NAMES),
+        *((name, True) for name in ("mask", "lntune_bias")),
+        *(pytest.param(name, False, marks=pytest.mark.full) for name in ALIKE),
+        *(pytest.param(name, True, marks=pytest.mark.full) for name in ("weight", "0")),
+    ],
 )
 def test_any_name_will_do(name: str, masked: bool, tmp_path: Path) -> None:
     model = adapt(build_base(), "first", name, masked=masked)

@@ -20,6 +20,7 @@ from peft_lntune import (
 )
 from peft_lntune.errors import AdapterFileError, ConfigError, UnsupportedError
 from tests import adapted
+from tests.cases import spread
 
 from .saved import State, build_base, logits
 
@@ -74,8 +75,7 @@ OTHERWISE: dict[str, tuple[Any, Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("case", OTHERWISE)
+@pytest.mark.parametrize(("case", "way"), spread(OTHERWISE, WAYS))
 def test_what_computes_otherwise_is_refused(case: str, way: str, tmp_path: Path) -> None:
     present, saved, message = OTHERWISE[case]
     adapt(saved, seed=1).save_pretrained(tmp_path)
@@ -98,8 +98,7 @@ ALIKE: dict[str, tuple[Any, Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("case", ALIKE)
+@pytest.mark.parametrize(("case", "way"), spread(ALIKE, WAYS))
 @pytest.mark.filterwarnings("ignore:.*masks:UserWarning")  # of a Fisher adapter that has none yet
 def test_what_computes_alike_is_read(case: str, way: str, tmp_path: Path) -> None:
     present, saved = ALIKE[case]

@@ -11,6 +11,7 @@ import pytest
 from peft_lntune import fit_fisher_masks
 from tests.processes.fitting import batches, model
 
+pytestmark = pytest.mark.end_to_end  # two processes that import everything; one process is in tests/tuner
 ROOT = Path(__file__).parents[2]
 
 

@@ -14,6 +14,7 @@ import peft_lntune as lntune
 from peft_lntune.errors import UnsupportedError
 from peft_lntune.interop import from_stock, to_stock
 from peft_lntune.layers.offloaded import device_of, is_offloaded, onloaded
+from tests.cases import spread
 from tests.stacks.models import fill, llama, tokens
 
 CPU = torch.device("cpu")
@@ -30,7 +31,10 @@ BLOCKS = {"model.layers.0": "disk", "model.layers.1": "disk", "model.norm": "dis
 REST = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
 
 
-@pytest.fixture(params=["cpu", "disk", "device map"])
+OFFLOADS = ["cpu", "disk", "device map"]
+
+
+@pytest.fixture(params=OFFLOADS)
 def offload(request, tmp_path):
     """A function that offloads a model in one of the ways of accelerate."""
 
@@ -65,7 +69,7 @@ def gradients(peft_model):
     return {name: p.grad for name, p in peft_model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(("kind", "offload"), spread(CONFIGS, OFFLOADS), indirect=["offload"])
 def test_answers_and_trains_as_in_memory(kind, offload):
     expected, found = adapted(llama(), kind), adapted(offload(llama()), kind)
     assert not any(p.is_meta for p in found.parameters() if p.requires_grad)
@@ -80,7 +84,7 @@ def test_answers_and_trains_as_in_memory(kind, offload):
     assert found.base_model.model.model.layers[0].mlp.up_proj.weight.is_meta, "the base model stays in memory"
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(("kind", "offload"), spread(CONFIGS, OFFLOADS), indirect=["offload"])
 def test_loads_merges_and_mixes(kind, offload, tmp_path):
     saved = adapted(llama(), kind)
     saved.save_pretrained(tmp_path / "adapter")
