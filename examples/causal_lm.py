@@ -94,7 +94,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, help="a plain text file, instead of --data-dir")
     parser.add_argument("--prompt", default="The story was")
     parser.add_argument("--max-steps", type=int, default=200)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=3e-3, help="default 3e-3, see docs/hyperparameters.md")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/causal_lm"))
     return parser.parse_args(argv)

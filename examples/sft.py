@@ -168,7 +168,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-steps", type=int, default=100, help="default 100")
     parser.add_argument("--batch-size", type=int, default=8, help="default 8")
     parser.add_argument("--max-length", type=int, default=512, help="longest row in tokens; default 512")
-    parser.add_argument("--lr", type=float, default=1e-3, help="default 1e-3")
+    parser.add_argument("--lr", type=float, default=3e-3, help="default 3e-3, see docs/hyperparameters.md")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--out", type=Path, default=Path("runs/sft"))
     return parser.parse_args(argv)

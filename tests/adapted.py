@@ -44,7 +44,7 @@ def build(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 
     It is frozen, as PEFT freezes it: torch computes some products another way where a weight requires a gradient.
     """
-    torch.manual_seed(0)
+    cases.seed_cpu(0)
     model = (HEADED[family]() if family in HEADED else cases.build(family)).eval()
     with torch.no_grad():
         for name in norm_names(model):

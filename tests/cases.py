@@ -213,15 +213,20 @@ def spread(*axes: Iterable[Any]) -> list[Any]:
     ]
 
 
+def seed_cpu(seed: int) -> None:
+    """Seed what a CPU draws from. `torch.manual_seed` also keeps a stack trace for each device there is not: 2 ms."""
+    torch.default_generator.manual_seed(seed)
+
+
 def build(family: str, seed: int = 0) -> nn.Module:
     """The tiny model of a family, in evaluation mode, the same for the same seed."""
-    torch.manual_seed(seed)
+    seed_cpu(seed)
     return FAMILIES[family].model().eval()
 
 
 def inputs(family: str, batch: int = 2, seed: int = 1) -> dict[str, Tensor]:
     """Inputs for the model of a family, the same for the same seed."""
-    torch.manual_seed(seed)
+    seed_cpu(seed)
     return FAMILIES[family].inputs(batch)
 
 
@@ -280,7 +285,7 @@ NORMS: dict[str, NormCase] = {
 
 def build_norm(case: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     """The norm of a case with random parameters."""
-    torch.manual_seed(seed)
+    seed_cpu(seed)
     norm = NORMS[case].norm().to(dtype)
     for parameter in norm.parameters():
         nn.init.normal_(parameter)
@@ -289,6 +294,6 @@ def build_norm(case: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
 
 def norm_inputs(case: str, dtype: torch.dtype = torch.float32, batch: int = 3, seed: int = 1) -> tuple[Tensor, ...]:
     """Positional arguments for the norm of a case: its input and, if it wants one, its gate."""
-    torch.manual_seed(seed)
+    seed_cpu(seed)
     x = 2 * torch.randn(batch, *NORMS[case].sample)
     return tuple(t.to(dtype) for t in ((x, torch.randn_like(x)) if NORMS[case].gated else (x,)))

@@ -11,13 +11,14 @@ import torch
 import transformers
 
 from peft_lntune.errors import UnsupportedError
+from tests.cases import seed_cpu
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
-    torch.default_generator.manual_seed(0)  # torch.manual_seed keeps a stack trace for each device, milliseconds a test
+    seed_cpu(0)
 
 
 def _and_what_came_before(error):

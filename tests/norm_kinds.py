@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tests.cases import seed_cpu
+
 
 def rms(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
@@ -156,7 +158,7 @@ class Model(nn.Module):
 
 def build(kind: str, dtype: torch.dtype = torch.float64) -> Model:
     """The model of a kind, with random parameters, in evaluation mode."""
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = Model(kind)
     for parameter in model.parameters():
         nn.init.normal_(parameter)
@@ -164,7 +166,7 @@ def build(kind: str, dtype: torch.dtype = torch.float64) -> Model:
 
 
 def sample(kind: str, batch: int = 4, dtype: torch.dtype = torch.float64) -> Tensor:
-    torch.manual_seed(1)
+    seed_cpu(1)
     return torch.randn(batch, *KINDS[kind].sample, dtype=dtype)
 
 
