@@ -20,7 +20,7 @@ from peft_lntune.choices import FISHER_KINDS
 from peft_lntune.core.module_tree import base_model
 from peft_lntune.errors import ConfigError, DataError, UnsupportedError
 from peft_lntune.norms.per_sample import PerSample, per_sample
-from peft_lntune.selection.losses import LOSS_HEADS, Batch, Head, Loss, find_head
+from peft_lntune.selection.losses import LOSS_HEADS, Batch, FoundHead, Head, Loss, find_head
 from peft_lntune.selection.packed import find_packed
 from peft_lntune.selection.parameters import find_parameters, generator
 from peft_lntune.selection.scores import register_score
@@ -264,6 +264,7 @@ class _Scorer:
         self.device = next(iter(parameters.values())).device
         self.head: Head | None = LOSS_HEADS[loss] if isinstance(loss, str) else None
         self.loss: Loss | None = loss if callable(loss) else None
+        self.settled = loss is not None
         config = getattr(model, "config", None)
         self.needs_labels = self.loss is not None or getattr(config, "is_encoder_decoder", False)
         self.takes_labels = _takes(base_model(model), "labels")
@@ -280,8 +281,8 @@ class _Scorer:
             )
         batch = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         number = state.first + state.samples
-        if self.head is None and self.loss is None:
-            self.head = self._find_head(batch, size)
+        if not self.settled:
+            self.head, self.settled = self._find_head(batch, size)
         if not self.checked:
             self._check_hooks(batch, size, number)
             self.checked = True
@@ -296,7 +297,7 @@ class _Scorer:
                 total += found[name].to(total)
         state.samples += size
 
-    def _find_head(self, batch: Batch, size: int) -> Head:
+    def _find_head(self, batch: Batch, size: int) -> FoundHead:
         """Find the model's own loss from one sample."""
         labels = batch.get("labels")
         sample = 0
@@ -305,7 +306,8 @@ class _Scorer:
             sample = int(counted.argmax())  # the possible losses differ most for the sample with the most tokens
         one = _rows(batch, size, sample, sample + 1)
         self.hooks.start(1, _lengths(one, 1))
-        return find_head(self.model, self.model(**one), one)
+        with _gradients_of({name: self.parameters[name] for name in self.hooks.fallback}):  # a graph without hooks too
+            return find_head(self.model, self.model(**one), one)
 
     def _losses(self, batch: Batch, size: int, number: int) -> list[tuple[Tensor | None, Tensor]]:
         """The losses `(B,)` for the backward passes, each with the weights of its squares (None: 1)."""

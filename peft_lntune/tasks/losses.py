@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_lntune.errors import DataError, UnsupportedError
-from peft_lntune.selection.losses import Batch, Head, find_head, grouped_losses
+from peft_lntune.selection.losses import Batch, Head, grouped_losses
 
 __all__ = ["RowLoss", "default_losses", "losses_of_rows", "rows_of"]
 
@@ -15,33 +15,28 @@ RowLoss = Callable[[Any, Batch], Tensor]
 """`(outputs, batch) -> scalar`, for the rows of one task."""
 
 
-def default_losses(
-    model: nn.Module, head: Head | None, outputs: Any, batch: Batch, groups: Sequence[int], one: bool
-) -> tuple[list[Tensor], Head]:
+def default_losses(head: Head, outputs: Any, batch: Batch, groups: Sequence[int], one: bool) -> list[Tensor]:
     """The losses of all tasks, computed like the loss that the model itself reports.
 
     Args:
-        model: the model, for messages.
-        head: the meaning of the outputs, if known already.
+        head: the meaning of the outputs.
         outputs: outputs of the model.
         batch: the batch, with labels.
         groups: the number of the task of each row; with `one`, a single number.
         one: whether all rows belong to one task.
 
     Returns:
-        The losses in the order of the numbers, and the head.
+        The losses in the order of the numbers.
 
     Raises:
         DataError: the batch has no labels, or another number of rows than the route.
-        UnsupportedError: the model's own loss is not a known one.
     """
-    head = find_head(model, outputs, batch) if head is None else head
     labels = batch.get(head.labels[0])
     if not isinstance(labels, Tensor):
         raise DataError(f"no {head.labels[0]}: a batch has {', '.join(batch)}. Keep that column in the data.")
     _check_rows(len(labels), groups, one)
     index = torch.tensor(list(groups) * len(labels) if one else groups, device=labels.device)
-    return list(grouped_losses(head, outputs, batch, index, max(groups) + 1).unbind()), head
+    return list(grouped_losses(head, outputs, batch, index, max(groups) + 1).unbind())
 
 
 def losses_of_rows(

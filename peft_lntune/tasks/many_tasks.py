@@ -324,13 +324,16 @@ class ManyTasks:
             raise RoutingError("losses are those of a routed batch. Call the model inside tasks.route(names) first.")
         order = {name: number for number, name in enumerate(dict.fromkeys(self._latest.names))}
         groups = [order[name] for name in self._latest.names]
+        head = self._head
+        if loss is None and head is None:  # told from packed rows as the model saw them
+            head, settled = find_head(self._base, outputs, batch)
+            self._head = head if settled else None
         if self._latest.packed:
-            if loss is None and self._head is None:  # told from the rows as the model saw them
-                self._head = find_head(self._base, outputs, batch)
             outputs, batch = self._unpacked(outputs, batch, self._latest.packed[-1])
         if loss is not None:
             return losses_of_rows(loss, outputs, batch, order, groups, self._latest.one)
-        values, self._head = default_losses(self._base, self._head, outputs, batch, groups, self._latest.one)
+        assert head is not None
+        values = default_losses(head, outputs, batch, groups, self._latest.one)
         return dict(zip(order, values, strict=True))
 
     def _unpacked(self, outputs: Any, batch: Batch, packed: PackedRows) -> tuple[dict[str, Any], Batch]:

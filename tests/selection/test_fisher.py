@@ -210,6 +210,34 @@ def test_any_parameter_of_the_model():
     assert_close(fisher_scores(model, [batch], parameters=names), loop_scores(model, [batch], parameters=names), 1e-10)
 
 
+def test_a_sum_over_tokens_is_known_from_a_later_batch():
+    """The first batch has one token per row, over which mean and sum are equal."""
+
+    class Summed(Shared):
+        def forward(self, ids, labels=None):
+            outputs = super().forward(ids)
+            if labels is not None:
+                outputs["loss"] = LOSS_HEADS["token_sum"].loss(outputs, {"labels": labels}).sum()
+            return outputs
+
+    torch.manual_seed(0)
+    model, batch = Summed().double(), shared()[1]
+    first = {**batch, "labels": batch["labels"].clone()}
+    first["labels"][:, 1:] = -100
+    assert_close(fisher_scores(model, [first, batch]), loop_scores(model, [first, batch]), 1e-10)
+
+
+def test_a_loss_that_differs_in_the_fourth_digit_is_refused():
+    """ProphetNet's loss is a mean over two streams of logits, of which it reports one."""
+    torch.manual_seed(0)
+    sides = {f"num_{side}_{what}": 1 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    widths = {"vocab_size": 64, "hidden_size": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    config = hf.ProphetNetConfig(**sides, **widths, ngram=2, decoder_start_token_id=0, pad_token_id=0)
+    model, ids = hf.ProphetNetForConditionalGeneration(config), torch.randint(3, 64, (2, 6))
+    with pytest.raises(UnsupportedError, match="equals none"):
+        fisher_scores(model, [{"input_ids": ids, "labels": ids}])
+
+
 def test_a_weight_used_outside_its_module_goes_the_slow_way():
     class Twice(Shared):
         def block(self, x):

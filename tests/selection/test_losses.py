@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+from peft_lntune.errors import UnsupportedError
 from peft_lntune.selection.losses import LOSS_HEADS, find_head, grouped_losses, whole_loss
 
 
@@ -58,4 +59,62 @@ def test_values_are_not_taken_for_classes():
     )
     batch = {"input_ids": torch.randint(9, (4, 5)), "labels": torch.tensor([2.0, 3.0, 1.0, 5.0])}
     with torch.no_grad():
-        assert find_head(model, model(**batch), batch).name == "regression"
+        assert find_head(model, model(**batch), batch).head.name == "regression"
+
+
+def reported(name, dtype=torch.float32, spread=1.0, rows=3, more=0.0, **others):
+    """Outputs with the loss of a head in a dtype, and a batch of 6 tokens per row."""
+    torch.manual_seed(0)
+    logits = (spread * torch.randn(rows, 6, 40)).to(dtype).requires_grad_()
+    batch = {"labels": torch.randint(40, (rows, 6))}
+    loss = whole_loss(LOSS_HEADS[name], {"logits": logits}, batch) + more
+    return {"logits": logits, "loss": loss.to(dtype), **others}, batch
+
+
+TOKEN_HEADS = ["token", "token_sum", "causal_lm", "causal_lm_sum"]
+
+
+@pytest.mark.parametrize("name", TOKEN_HEADS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_gradient_decides_where_losses_differ_by_less_than_rounding(name, dtype):
+    outputs, batch = reported(name, dtype, spread=1e-5 if dtype.itemsize > 2 else 1e-2)
+    found = find_head(torch.nn.Identity(), outputs, batch)
+    assert found.head.name == name
+    assert found.settled
+
+
+def test_a_loss_near_a_known_one_is_another_loss():
+    outputs, batch = reported("causal_lm", more=5e-4)
+    with pytest.raises(UnsupportedError, match="equals none"):
+        find_head(torch.nn.Identity(), outputs, batch)
+    outputs, batch = reported("causal_lm", torch.bfloat16)
+    outputs["loss"] = outputs["loss"] + 1e-2 * (outputs["logits"] - outputs["logits"].detach()).sum()
+    with pytest.raises(UnsupportedError, match="equals none"):  # of this value, but of another gradient
+        find_head(torch.nn.Identity(), outputs, batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_loss_of_routers_is_refused(dtype):
+    routers = torch.tensor(2.0)
+    outputs, batch = reported("causal_lm", dtype, spread=1e-2, more=1e-3 * routers, aux_loss=routers)
+    with pytest.raises(UnsupportedError, match=r"routers \(aux_loss\).*output_router_logits=False"):
+        find_head(torch.nn.Identity(), outputs, batch)
+    outputs, batch = reported("causal_lm", aux_loss=routers)  # with a weight of 0 in the loss
+    assert find_head(torch.nn.Identity(), outputs, batch).head.name == "causal_lm"
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_several_losses_are_not_guessed_from(context):
+    with context():
+        outputs, batch = reported("causal_lm", spread=0.0)
+        with pytest.raises(UnsupportedError, match=r"equals several .* \(token, causal_lm\)"):
+            find_head(torch.nn.Identity(), outputs, batch)
+        outputs, batch = reported("causal_lm")
+        assert find_head(torch.nn.Identity(), outputs, batch).settled
+
+
+def test_the_mean_and_the_sum_over_one_token_are_told_apart_later():
+    outputs, batch = reported("token", rows=1)
+    batch["labels"][:, 1:] = -100
+    outputs["loss"] = whole_loss(LOSS_HEADS["token_sum"], outputs, batch)
+    assert not find_head(torch.nn.Identity(), outputs, batch).settled
