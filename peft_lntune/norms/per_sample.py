@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,23 @@ from peft_lntune.norms.find import Norm, survey
 from peft_lntune.norms.names import role_of
 from peft_lntune.norms.probe import summed
 
-__all__ = ["PerSample", "per_sample"]
+__all__ = ["PerSample", "RowNorms", "per_sample"]
 
 _CHUNK = 2**24  # entries of per-sample gradients of one linear weight held at a time
+
+
+class RowNorms(NamedTuple):
+    """What a backward pass gives a module's output.
+
+    Attributes:
+        name: name of the module.
+        norms: norms of the gradient with respect to the rows of each sample, `(B,)` float64.
+        dtype: dtype of the gradient.
+    """
+
+    name: str
+    norms: Tensor
+    dtype: torch.dtype
 
 
 class PerSample:
@@ -67,6 +81,7 @@ class PerSample:
         self._squares: dict[str, Tensor] = {}
         self._backward = False
         self._whole = False
+        self._sizes: list[RowNorms] | None = None
 
     def start(self, size: int, lengths: Iterable[int], whole: bool = False) -> None:
         """Prepare for the next forward pass.
@@ -97,6 +112,22 @@ class PerSample:
         gone = set(names)
         self.fallback += [name for name in self.hooked if name in gone]
         self.hooked = [name for name in self.hooked if name not in gone]
+
+    @contextmanager
+    def measuring(self) -> Iterator[list[RowNorms]]:
+        """Inside this context, a backward pass gathers norms instead of gradients.
+
+        The gradient of a row is a sum over samples, each with the weight of its loss. So two passes, one with equal and
+        one with other weights, show which sample a row belongs to.
+
+        Yields:
+            The norms of each call, in the order of the backward pass.
+        """
+        self._sizes = []
+        try:
+            yield self._sizes
+        finally:
+            self._sizes = None
 
     # Hooks.
 
@@ -149,6 +180,11 @@ class PerSample:
         """Use the gradient with respect to the output of one call of the module `name`."""
         self._backward = True
         keys = {parameter: key for parameter, key in self._keys[name].items() if key in self.hooked}
+        if self._sizes is not None:
+            if keys:
+                norms = self._rows(gradient).reshape(self._size, -1).double().norm(dim=1)
+                self._sizes.append(RowNorms(name, norms, gradient.dtype))
+            return
         if name not in self._norms:
             self._note_linear(keys, gradient, tensors[0])
             return

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from peft_lntune.choices import FISHER_KINDS
 from peft_lntune.core.module_tree import base_model
-from peft_lntune.errors import ConfigError, DataError, UnsupportedError
+from peft_lntune.errors import ConfigError, DataError, PeftLNTuneError, UnsupportedError
 from peft_lntune.norms.per_sample import PerSample, per_sample
 from peft_lntune.selection.losses import LOSS_HEADS, Batch, FoundHead, Head, Loss, find_head
 from peft_lntune.selection.packed import find_packed
@@ -37,6 +37,11 @@ __all__ = [
 
 MAX_CLASSES = 32
 """The exact kind runs one backward pass per class, up to this many."""
+
+# The check of where samples are: weights from 1 to 1/16, so that those of neighbors differ by 4 % among 64 samples; a
+# gradient may differ by less. In half precision the roundings of a norm may reach a last digit, which is more.
+_SPREAD = 16
+_ROWS_APART = 1e-3
 
 
 @dataclass
@@ -182,7 +187,8 @@ def fisher_scores(
 
     Raises:
         ConfigError: the kind, loss or a parameter is unknown, or the loss does not give one value per sample.
-        DataError: there are no batches or labels, rows are packed, or a loss is not finite.
+        DataError: there are no batches or labels, rows are packed, a batch cannot be divided into its samples, or a
+            loss is not finite.
         UnsupportedError: the model mixes the rows of a batch before a norm, or its head fits no known loss.
 
     Example:
@@ -226,7 +232,8 @@ def add_samples(
 
     Raises:
         ConfigError: the kind, loss or a parameter is unknown, or the loss does not give one value per sample.
-        DataError: there are no labels, rows are packed, or a loss is not finite.
+        DataError: there are no labels, rows are packed, a batch cannot be divided into its samples, or a loss is not
+            finite.
         UnsupportedError: the model mixes the rows of a batch before a norm, or its head fits no known loss.
     """
     if kind not in FISHER_KINDS:
@@ -244,8 +251,9 @@ def add_samples(
         )
     with _frozen(model), per_sample(base_model(model), found) as hooks:
         scorer = _Scorer(model, found, hooks, kind, loss, seed)
-        for batch, size in _left(batches, state, num_samples, progress):
-            scorer.add(batch, size, state)
+        for batch, size, divided in _left(batches, state, num_samples, progress):
+            with _parts_of(batch, divided):
+                scorer.add(batch, size, state)
 
 
 class _Scorer:
@@ -268,7 +276,7 @@ class _Scorer:
         config = getattr(model, "config", None)
         self.needs_labels = self.loss is not None or getattr(config, "is_encoder_decoder", False)
         self.takes_labels = _takes(base_model(model), "labels")
-        self.checked = False
+        self.checked = self.sorted = False
 
     def add(self, batch: Batch, size: int, state: FisherState) -> None:
         """Add the squares of one batch to the sums; where this raises, nothing is added."""
@@ -279,6 +287,7 @@ class _Scorer:
                 "squares the gradient of each sample separately. Give one sample per row, with padding (packing=False "
                 "and padding_free=False in TRL, DataCollatorWithPadding in transformers)."
             )
+        _check_divisible(batch, size)
         batch = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         number = state.first + state.samples
         if not self.settled:
@@ -286,9 +295,12 @@ class _Scorer:
         if not self.checked:
             self._check_hooks(batch, size, number)
             self.checked = True
-        found = self._tapped_squares(batch, size, number)
+        found = self._tapped_squares(batch, size, number, not self.sorted or _has_attachments(batch))
+        self.sorted |= size > 1
         for sample in range(size) if self.hooks.fallback else ():
-            for name, square in self._fallback_squares(_rows(batch, size, sample, sample + 1), number + sample).items():
+            with _parts_of(batch, size > 1):
+                squares = self._fallback_squares(_rows(batch, size, sample, sample + 1), number + sample)
+            for name, square in squares.items():
                 found[name] = found[name] + square if name in found else square
         for name, parameter in self.parameters.items():
             wide = torch.promote_types(parameter.dtype, torch.float32)
@@ -306,7 +318,10 @@ class _Scorer:
             sample = int(counted.argmax())  # the possible losses differ most for the sample with the most tokens
         one = _rows(batch, size, sample, sample + 1)
         self.hooks.start(1, _lengths(one, 1))
-        with _gradients_of({name: self.parameters[name] for name in self.hooks.fallback}):  # a graph without hooks too
+        with (
+            _gradients_of({name: self.parameters[name] for name in self.hooks.fallback}),  # a graph without hooks too
+            _parts_of(batch, size > 1),
+        ):
             return find_head(self.model, self.model(**one), one)
 
     def _losses(self, batch: Batch, size: int, number: int) -> list[tuple[Tensor | None, Tensor]]:
@@ -365,15 +380,44 @@ class _Scorer:
             scaled.sum().backward(retain_graph=left > 0)
             yield
 
-    def _tapped_squares(self, batch: Batch, size: int, number: int) -> dict[str, Tensor]:
+    def _tapped_squares(self, batch: Batch, size: int, number: int, check: bool) -> dict[str, Tensor]:
         if not self.hooks.hooked:
             return {}
         self.hooks.start(size, _lengths(batch, size))
         found: dict[str, Tensor] = {}
-        for _ in self._send_back(self._losses(batch, size, number)):
+        terms = self._losses(batch, size, number)
+        if check and size > 1:
+            self._check_sorted(terms[0][1], batch)
+        for _ in self._send_back(terms):
             for name, square in self.hooks.squares().items():
                 found[name] = found[name] + square if name in found else square
         return found
+
+    def _check_sorted(self, losses: Tensor, batch: Batch) -> None:
+        """Check that each hooked module has the rows of each sample where the hooks look for them.
+
+        With other weights of the losses, the gradient of a sample's rows must change by its own weight.
+        """
+        weights = torch.logspace(0, -1, len(losses), _SPREAD, device=losses.device, dtype=losses.dtype)
+        runs = []
+        for given in (torch.ones_like(weights), weights):
+            with self.hooks.measuring() as calls:
+                if losses.requires_grad:
+                    (losses * given).sum().backward(retain_graph=True)
+            runs.append(calls)
+        dtypes = {losses.dtype, *(call.dtype for call in runs[0]), *(p.dtype for p in self.parameters.values())}
+        unit = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
+        # A gradient below the rounding of the largest may be zero but for rounding, which follows no weight.
+        zero = unit * max((call.norms.max().item() for call in runs[0]), default=0.0)
+        for plain, scaled in zip(*runs, strict=True):
+            change = (scaled.norms / weights.to(scaled.norms) - plain.norms).abs()
+            if (change > zero + max(_ROWS_APART, unit) * plain.norms.max()).any():
+                raise DataError(
+                    f"at {plain.name} the loss of one sample depends on the rows of another, so there is no gradient "
+                    f"per sample: this batch ({_shapes(batch)}) has another number of images or clips in some samples "
+                    "than in others, or the model mixes samples. Give batches of one sample, or leave the module out "
+                    "with parameters=."
+                )
 
     def _fallback_squares(self, one: Batch, number: int) -> dict[str, Tensor]:
         """The squares of one sample by an ordinary backward pass."""
@@ -396,7 +440,10 @@ class _Scorer:
             return
         pair = min(size, 2)
         some = _rows(batch, size, 0, pair)
-        with _gradients_of({name: self.parameters[name] for name in self.hooks.hooked}) as gradients:
+        with (
+            _gradients_of({name: self.parameters[name] for name in self.hooks.hooked}) as gradients,
+            _parts_of(batch, size > 1),
+        ):
             self.hooks.start(pair, _lengths(some, pair), whole=True)
             weights, losses = self._losses(some, pair, number)[0]
             for _ in self._send_back([(weights, losses * torch.eye(pair, device=losses.device)[0])]):
@@ -476,8 +523,8 @@ def _gradients_of(parameters: Mapping[str, Tensor]) -> Iterator[Callable[[], dic
 
 def _left(
     batches: Iterable[Batch], state: FisherState, num_samples: int | None, progress: bool
-) -> Iterator[tuple[Batch, int]]:
-    """The batches that are not in `state` yet, each with its size, cut to `num_samples` in total."""
+) -> Iterator[tuple[Batch, int, bool]]:
+    """The batches that are not in `state` yet, cut to `num_samples` in total: batch, size, and whether it was cut."""
     from tqdm.auto import tqdm
 
     seen, done = 0, state.samples
@@ -492,7 +539,11 @@ def _left(
             end = size if num_samples is None else min(size, num_samples - seen)
             seen += size
             if begin < end:
-                yield (batch if (begin, end) == (0, size) else _rows(batch, size, begin, end)), end - begin
+                divided = (begin, end) != (0, size)
+                if divided:
+                    _check_divisible(batch, size)
+                    batch = _rows(batch, size, begin, end)
+                yield batch, end - begin, divided
                 bar.update(end - begin)
 
 
@@ -505,12 +556,65 @@ def _size(batch: Batch) -> int:
     raise DataError(f"a batch holds no tensor with a batch axis; it has {', '.join(map(str, batch)) or 'nothing'}.")
 
 
+def _axis(key: str, value: Any, size: int) -> int | None:
+    """The axis of a batch's entry that has the samples; None: all samples share the entry."""
+    if not isinstance(value, Tensor) or not value.dim():
+        return None
+    if key == "position_ids" and value.dim() == 3:  # one plane per axis of images and videos
+        return 1 if value.shape[1] == size else None
+    return 0 if len(value) == size else None
+
+
 def _rows(batch: Batch, size: int, begin: int, end: int) -> dict[str, Any]:
     """Some samples of a batch; values without a batch axis are kept."""
+    axes = {key: _axis(key, value, size) for key, value in batch.items()}
     return {
-        key: value[begin:end] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
-        for key, value in batch.items()
+        key: value if axes[key] is None else value.narrow(axes[key], begin, end - begin) for key, value in batch.items()
     }
+
+
+def _check_divisible(batch: Batch, size: int) -> None:
+    """Check that each entry of a batch has one element per sample, or one for all."""
+    for key, value in batch.items():
+        if size > 1 and isinstance(value, Tensor) and value.dim() and _axis(key, value, size) is None:
+            length = value.shape[1] if key == "position_ids" and value.dim() == 3 else len(value)
+            if length != 1:
+                raise DataError(
+                    f"{key} of shape {tuple(value.shape)} cannot be divided into the {size} samples of its batch, so "
+                    "their gradients cannot be computed one by one. Give batches of one sample, which may have any "
+                    "number of images or clips."
+                )
+
+
+def _has_attachments(batch: Batch) -> bool:
+    """Whether a batch has images or the like beside tokens, which then decide to which sample these belong."""
+    labels = {name for head in LOSS_HEADS.values() for name in head.labels}
+    given = [
+        value.is_floating_point()
+        for key, value in batch.items()
+        if isinstance(value, Tensor) and value.dim() > 1 and key not in labels and "mask" not in key
+    ]
+    return any(given) and not all(given)
+
+
+def _shapes(batch: Batch) -> str:
+    return ", ".join(f"{key} {tuple(value.shape)}" for key, value in batch.items() if isinstance(value, Tensor))
+
+
+@contextmanager
+def _parts_of(batch: Batch, divided: bool) -> Iterator[None]:
+    """Inside this context, the model is called with samples of a batch; it may refuse them where images do not fit."""
+    try:
+        yield
+    except (PeftLNTuneError, torch.OutOfMemoryError):
+        raise
+    except (ValueError, IndexError, RuntimeError) as error:
+        if not divided or not _has_attachments(batch):
+            raise
+        raise DataError(
+            f"the model cannot be called with some of the samples of a batch ({_shapes(batch)}): {error} Where samples "
+            "have different numbers of images or clips, give batches of one sample."
+        ) from error
 
 
 def _lengths(batch: Batch, size: int) -> set[int]:

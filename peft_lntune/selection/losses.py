@@ -249,7 +249,8 @@ def _unknown(routers: Sequence[str]) -> str:
     if routers:
         return (
             f"which includes a loss of its routers ({', '.join(routers)}). It depends on all tokens of a batch "
-            "together, so it cannot be divided among samples or tasks. Set output_router_logits=False in the model's config (or "
+            "together, so it cannot be divided among samples or tasks. Set output_router_logits=False in the model's "
+            "config (or "
             "router_aux_loss_coef=0 in a float32 model), or pass loss=, a function (outputs, batch) -> (B,)."
         )
     return (

@@ -605,3 +605,121 @@ def test_all_rows_of_a_batch_of_one_belong_to_its_sample():
     batches = [{"x": row.unsqueeze(0)} for row in x]
     found = fisher_scores(model, batches, loss=lambda outputs, batch: outputs)
     assert_close(found, loop_scores(model, batches, loss=lambda outputs, batch: outputs), 1e-4)
+
+
+class Attached(nn.Module):
+    """Images take the places of tokens 0, in their order, as in LLaVA."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.vision, self.norm = nn.Embedding(9, 6), nn.LayerNorm(6), nn.LayerNorm(6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, ids, images=None, labels=None):
+        x = self.embed(ids)
+        if (ids == 0).sum() != (0 if images is None else len(images)):
+            raise ValueError("images and their tokens do not match.")
+        if images is not None:
+            x = x.masked_scatter((ids == 0).unsqueeze(-1), self.vision(images))
+        outputs = {"logits": self.head(torch.tanh(self.norm(x)))}
+        if labels is not None:
+            outputs["loss"] = LOSS_HEADS["token"].loss(outputs, {"labels": labels}).mean()
+        return outputs
+
+
+def attached(*counts):
+    """A batch with so many images in each row, and the same rows as batches of one."""
+    torch.manual_seed(1)
+    ids = torch.randint(1, 9, (len(counts), 4))
+    for row, count in zip(ids, counts, strict=True):
+        row[:count] = 0
+    images, labels = torch.randn(sum(counts), 6, dtype=torch.float64), torch.randint(3, ids.shape)
+    labels[1:, 3] = -100  # the first row has the most labels
+    ones = []
+    for row, own in enumerate(images.split(counts)):
+        one = {"ids": ids[row : row + 1], "labels": labels[row : row + 1]}
+        ones.append({**one, "images": own} if len(own) else one)
+    return {"ids": ids, "images": images, "labels": labels}, ones
+
+
+def attaching():
+    torch.manual_seed(0)
+    return Attached().double()
+
+
+def test_one_image_per_sample_and_any_number_in_batches_of_one():
+    model, (batch, ones) = attaching(), attached(1, 1, 1, 1)
+    expected = loop_scores(model, ones)
+    assert expected["vision.weight"].any()
+    assert_close(fisher_scores(model, [batch, batch]), expected, 1e-10)
+    ones = attached(1, 1, 0, 2)[1]
+    expected = {name: torch.zeros_like(score) for name, score in expected.items()}
+    for one in ones:
+        model.zero_grad()
+        model(**one)["loss"].backward()
+        for name, score in expected.items():
+            gradient = model.get_parameter(name).grad
+            score += 0 if gradient is None else gradient.square() / 4
+    assert_close(fisher_scores(model, ones), expected, 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_as_many_images_as_samples_but_unevenly_are_refused_in_any_batch(dtype):
+    state = FisherState()
+    batches = [
+        {name: value.to(dtype) if value.is_floating_point() else value for name, value in attached(*counts)[0].items()}
+        for counts in ((1, 1, 1, 1), (1, 1, 0, 2))
+    ]
+    with pytest.raises(DataError, match="at vision the loss of one sample depends on the rows of another"):
+        fisher_scores(attaching().to(dtype), batches, state=state)
+    assert state.samples == 4
+    with pytest.raises(DataError, match="at vision"):
+        fisher_scores(attaching().to(dtype), batches[1:])
+
+
+@pytest.mark.parametrize("counts", [(2, 2), (1, 2, 1, 1), (0, 0, 3)], ids=str)
+def test_images_that_cannot_be_divided_are_refused_by_name(counts):
+    batch = attached(*counts)[0]
+    if len(batch["images"]) == len(counts):
+        match = r"some of the samples of a batch \(ids .* images and their tokens do not match"
+    else:
+        match = rf"images of shape \({sum(counts)}, 6\) cannot be divided into the {len(counts)} samples"
+    for options in ({}, {"num_samples": 1}, {"loss": "token", "parameters": ["embed.weight"]}):
+        with pytest.raises(DataError, match=match):
+            fisher_scores(attaching(), [batch], **options)
+
+
+def test_positions_in_planes_are_divided_along_their_second_axis():
+    """Of three samples too, where the planes have the length of a batch axis."""
+
+    class Placed(Shared):
+        def forward(self, ids, position_ids, labels=None):
+            return super().forward((ids + position_ids.sum(0)) % 9, labels)
+
+    torch.manual_seed(0)
+    model, batch = Placed().double(), {name: value[:3] for name, value in shared()[1].items()}
+    batch["position_ids"] = torch.arange(4).expand(3, 3, 4) * torch.tensor([1, 0, 2]).view(1, 3, 1)
+    ones = [
+        {name: value[:, row : row + 1] if value.dim() == 3 else value[row : row + 1] for name, value in batch.items()}
+        for row in range(3)
+    ]
+    sums = {}
+    for one in ones:
+        plane = {"ids": (one["ids"] + one["position_ids"].sum(0)) % 9, "labels": one["labels"]}
+        plain = Shared().double()
+        plain.load_state_dict(model.state_dict())
+        for name, score in loop_scores(plain, [plane]).items():
+            sums[name] = sums.get(name, 0) + score / 3
+    assert_close(fisher_scores(model, [batch]), sums, 1e-10)
+    assert_close(
+        fisher_scores(
+            model,
+            [batch, batch],
+            num_samples=5,
+            state=FisherState(samples=3, squares={name: 3 * score for name, score in sums.items()}),
+        ),
+        fisher_scores(
+            model, [batch, {name: value[:, :2] if value.dim() == 3 else value[:2] for name, value in batch.items()}]
+        ),
+        1e-10,
+    )
