@@ -52,6 +52,8 @@ class PerSample:
         hooked: names of the parameters whose gradients the hooks capture.
         fallback: names of the parameters without a rule, such as an embedding's weight: they need one backward pass per
             sample.
+        unproven: whether a module of the latest forward pass had a number of rows per sample that no entry of the batch
+            has, such as tokens times heads: only `measuring` shows whether these are sorted by sample.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
@@ -82,6 +84,7 @@ class PerSample:
         self._backward = False
         self._whole = False
         self._sizes: list[RowNorms] | None = None
+        self.unproven = False
 
     def start(self, size: int, lengths: Iterable[int], whole: bool = False) -> None:
         """Prepare for the next forward pass.
@@ -92,7 +95,7 @@ class PerSample:
             whole: keep the gradient of each sample, for `gradients`, instead of squares only.
         """
         self._size, self._lengths, self._whole = size, frozenset(lengths), whole
-        self._calls, self._backward = {}, False
+        self._calls, self._backward, self.unproven = {}, False, False
         self._gradients, self._squares = {}, {}
 
     def gradients(self) -> dict[str, Tensor]:
@@ -162,16 +165,15 @@ class PerSample:
     def _check_rows(self, name: str, x: Tensor) -> None:
         # All rows belong to a single sample.
         whole = self._size == 1 and not (name in self._norms and self._norms[name].axis == 1)
-        if (
-            x.shape[0] != self._size
-            and not whole
-            and (x.shape[0] % self._size or x.shape[0] // self._size not in self._lengths or x.dim() < 2)
-        ):
+        if x.shape[0] == self._size or whole:
+            return
+        if x.shape[0] % self._size or x.dim() < 2:
             raise UnsupportedError(
                 f"{name} gets an input of shape {tuple(x.shape)} for a batch of {self._size} samples, so its rows are "
-                "no longer sorted by sample (packed sequences, or tokens routed to experts). Leave it out with "
-                "parameters=, or give batches of one sample."
+                "not sorted by sample (packed sequences, or tokens routed to experts). Leave it out with parameters=, "
+                "or give batches of one sample."
             )
+        self.unproven |= x.shape[0] // self._size not in self._lengths
 
     def _rows(self, x: Tensor) -> Tensor:
         return x if x.shape[0] == self._size else x.unflatten(0, (self._size, -1))

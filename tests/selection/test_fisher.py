@@ -603,8 +603,25 @@ def test_all_rows_of_a_batch_of_one_belong_to_its_sample():
     torch.manual_seed(0)
     model, x = PerHead(), torch.randn(3, 5, 8)
     batches = [{"x": row.unsqueeze(0)} for row in x]
-    found = fisher_scores(model, batches, loss=lambda outputs, batch: outputs)
-    assert_close(found, loop_scores(model, batches, loss=lambda outputs, batch: outputs), 1e-4)
+    expected = loop_scores(model, batches, loss=lambda outputs, batch: outputs)
+    assert_close(fisher_scores(model, batches, loss=lambda outputs, batch: outputs), expected, 1e-4)
+    assert_close(fisher_scores(model, [{"x": x}], loss=lambda outputs, batch: outputs), expected, 1e-4)
+
+
+def test_rows_per_head_must_be_sorted_by_sample_in_each_batch():
+    class Sometimes(PerHead):
+        def forward(self, x):
+            rows = x.reshape(-1, 4)
+            order = torch.arange(len(rows)).view(-1, 10).T.flatten() if (x > 9).any() else torch.arange(len(rows))
+            return self.out(self.norm(rows[order])[order.argsort()].view(x.shape)).sum((1, 2))
+
+    torch.manual_seed(0)
+    model, x = Sometimes(), torch.randn(2, 3, 5, 8)
+    x[1, 0, 0, 0] = 10
+    state = FisherState()
+    with pytest.raises(DataError, match="at norm the loss of one sample depends on the rows of another"):
+        fisher_scores(model, [{"x": each} for each in x], loss=lambda outputs, batch: outputs, state=state)
+    assert state.samples == 3
 
 
 class Attached(nn.Module):
