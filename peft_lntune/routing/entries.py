@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_lntune.core.detour import Detour
+from peft_lntune.core.packed_positions import begins_again
 from peft_lntune.errors import RoutingError
 from peft_lntune.routing.packed import PackedRows, sequences_of
 from peft_lntune.routing.recomputed import in_backward
@@ -156,7 +157,12 @@ class Entries:
         """The rows by token of a batch of packed rows."""
         sequences, route = sequences_of(kwargs), self.route
         count = 0 if sequences is None else int(sequences.max()) + 1
-        if sequences is None or count != route.count:
+        if sequences is None:
+            raise RoutingError(
+                "the rows of this batch are packed, but neither position_ids nor cu_seq_lens_q shows where their "
+                "sequences begin. Give one of them, or batches with one sequence per row, padded."
+            )
+        if count != route.count:
             raise RoutingError(
                 f"the rows of this batch are packed: they hold {count} sequences one after the other (position_ids "
                 f"that begin again, or cu_seq_lens_q), but {route.what} are {route.count}. Give one name per sequence, "
@@ -313,13 +319,8 @@ def _has_packed_rows(named: Mapping[str, Any]) -> bool:
     """
     if any(name.startswith(("cu_seq", "seq_idx")) and value is not None for name, value in named.items()):
         return True
-    positions, mask = named.get("position_ids"), named.get("attention_mask")
-    if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] < 2:
-        return False
-    again = positions[:, 1:] < positions[:, :-1]
-    if isinstance(mask, Tensor) and mask.shape == positions.shape:  # padding may have any position
-        again = again & mask[:, 1:].bool() & mask[:, :-1].bool()
-    return bool(again.any())
+    again = begins_again(named.get("position_ids"), named.get("attention_mask"))
+    return again is not None and bool(again.any())
 
 
 def refuse_continuous(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
