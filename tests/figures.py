@@ -114,10 +114,18 @@ def searched(arm: str, task: str = "sst2", protocol: str = "mpnet") -> dict[str,
     return {group: min(rates, key=lambda rate: (-rates[rate], rate)) for group, rates in found.items()}
 
 
-def held_out(arm: str, group: str = "", rate: float | None = None, protocol: str = "mpnet") -> float:
-    """The best held-out score of a search on sst2 in per cent, or that of one of its rates."""
-    found = _searches(arm, "sst2", protocol, group)
+def held_out(
+    arm: str, group: str = "", rate: float | None = None, protocol: str = "mpnet", task: str = "sst2"
+) -> float:
+    """The best held-out score of a search in per cent, or that of one of its rates."""
+    found = _searches(arm, task, protocol, group)
     return max(found.values()) if rate is None else found[rate]
+
+
+def searched_line(arm: str, task: str) -> str:
+    """The cells of an arm's search: the rate of all, then of the head, each with its held-out score."""
+    found = searched(arm, task)
+    return " | ".join(f"{found[group]:g}: {held_out(arm, group, task=task):.1f}" for group in ("", "head"))
 
 
 def worst(arm: str, task: str = "sst2", protocol: str = "mpnet") -> float:

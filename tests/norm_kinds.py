@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 from tests.cases import seed_cpu
 
@@ -232,7 +233,15 @@ MISSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "tanh": (lambda: NormAct(nn.Tanh()), "not affine"),
     "too wide": (lambda: nn.LayerNorm(2**20 + 1), "more than the 1,048,576 of any norm"),
     "integers": (lambda: quantized(nn.LayerNorm(8)), "of dtype torch.int8"),
+    "parametrized": (lambda: parametrized(nn.LayerNorm(8)), "it is parametrized"),
+    "parametrized, without a bias": (lambda: parametrized(nn.RMSNorm(8)), "it is parametrized"),
+    "pruned": (lambda: prune.identity(nn.LayerNorm(8), "weight"), "none is a weight|are named bias, weight_orig"),
 }
+
+
+def parametrized(norm: nn.Module) -> nn.Module:
+    parametrize.register_parametrization(norm, "weight", nn.Identity())
+    return norm
 
 
 def quantized(norm: nn.Module) -> nn.Module:

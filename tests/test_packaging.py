@@ -91,7 +91,8 @@ def test_archives_hold_what_they_should(tmp_path):
     with zipfile.ZipFile(next((tmp_path / "build_wheel").iterdir())) as wheel:
         names = wheel.namelist()
     assert "peft_lntune/py.typed" in names
-    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"peft_lntune"}
+    beside = {"peft_lntune_cli.py", "peft_lntune_vllm.py"}  # must start without the imports of the package
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"peft_lntune", *beside}
     with zipfile.ZipFile(next((tmp_path / "build_editable").iterdir())) as wheel:
         # A path, and not a finder: type checkers read the one and not the other.
         paths = [wheel.read(name).decode() for name in wheel.namelist() if name.endswith(".pth")]

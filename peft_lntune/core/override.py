@@ -6,17 +6,32 @@ entry in it therefore overrides a registered parameter, also under torch.compile
 Where possible, the entries go into a shallow copy of the module, so that several threads can run one model.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peft_lntune.core.detour import forward_of
+from peft_lntune.errors import UnsupportedError
 
-__all__ = ["call_hooked", "copy_with", "forward_with", "is_of_class", "overridden", "runs_own_forward"]
+__all__ = [
+    "call_hooked",
+    "check_not_computed",
+    "copy_with",
+    "forward_with",
+    "is_computed",
+    "is_of_class",
+    "overridden",
+    "runs_own_forward",
+]
 
 _MISSING = object()
+_COMPUTED = (
+    "the {name} of {module} is computed from other tensors in each call, so a change of it would be lost. Make it "
+    "permanent before adding an adapter: torch.nn.utils.parametrize.remove_parametrizations, prune.remove, "
+    "remove_weight_norm or remove_spectral_norm."
+)
 
 
 def call_hooked(norm: nn.Module, forward: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -76,12 +91,16 @@ def copy_with(module: nn.Module, entries: Mapping[str, Any]) -> nn.Module:
     Returns:
         The copy.
 
+    Raises:
+        UnsupportedError: an attribute is a property, which would hide the entry.
+
     Example:
         >>> norm = nn.LayerNorm(2)
         >>> copy = copy_with(norm, {"eps": 1.0})
         >>> copy.eps, copy.weight is norm.weight
         (1.0, True)
     """
+    _refuse_properties(module, entries)
     copy = object.__new__(type(module))
     state = copy.__dict__
     state.update(module.__dict__)
@@ -106,22 +125,71 @@ def overridden(
     Returns:
         What `function` returns.
 
+    Raises:
+        UnsupportedError: an attribute is a property, which would hide the entry, or was replaced during the call.
+
     Example:
         >>> norm = nn.LayerNorm(2)
         >>> overridden(norm, {"bias": torch.ones(2)}, norm, torch.zeros(1, 2))
         tensor([[1., 1.]], grad_fn=<NativeLayerNormBackward0>)
     """
+    _refuse_properties(module, entries)
     state = module.__dict__
     before = {key: state.get(key, _MISSING) for key in entries}
     try:
         state.update(entries)
-        return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        for key, value in entries.items():
+            if state.get(key, _MISSING) is not value:
+                raise UnsupportedError(_COMPUTED.format(name=key, module=f"a {type(module).__name__}"))
+        return result
     finally:
         for key, value in before.items():
             if value is _MISSING:
                 state.pop(key, None)
             else:
                 state[key] = value
+
+
+def check_not_computed(module: nn.Module, name: str, label: str) -> None:
+    """Check that a tensor can be changed in a module.
+
+    Args:
+        module: the module.
+        name: the attribute that holds the tensor.
+        label: the name of the module, for the message.
+
+    Raises:
+        UnsupportedError: the module computes the tensor, see `is_computed`.
+    """
+    if is_computed(module, name):
+        raise UnsupportedError(_COMPUTED.format(name=name, module=f"{label} ({type(module).__name__})"))
+
+
+def is_computed(module: nn.Module, name: str) -> bool:
+    """Whether a tensor of a module is made from others, by a parametrization or by a hook before each call.
+
+    Args:
+        module: the module.
+        name: the attribute that holds the tensor.
+
+    Returns:
+        True where the module has such an attribute, but neither a parameter nor a buffer of this name.
+
+    Example:
+        >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+        >>> is_computed(layer, "weight"), is_computed(layer, "bias")
+        (True, False)
+    """
+    return name not in module._parameters and name not in module._buffers and hasattr(module, name)
+
+
+def _refuse_properties(module: nn.Module, names: Iterable[str]) -> None:
+    """Refuse what torch.nn.utils.parametrize computes: it makes a property of the class, which Python reads first."""
+    kind = type(module)
+    for name in names:
+        if isinstance(getattr(kind, name, None), property):
+            raise UnsupportedError(_COMPUTED.format(name=name, module=f"a {kind.__name__}"))
 
 
 def runs_own_forward(module: nn.Module) -> bool:

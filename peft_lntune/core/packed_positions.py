@@ -11,9 +11,9 @@ __all__ = ["begins_again"]
 def begins_again(positions: Any, mask: Any = None) -> Tensor | None:
     """Find the tokens at which another sequence of a packed row begins.
 
-    A position that does not grow begins a sequence, so sequences of one token are found too. Positions with three planes
-    (time, height and width of images) stay at one time within an image: there, a sequence begins where time goes back
-    or all planes repeat. If there are four planes, the first is that of the text, as in transformers.
+    A position that does not grow begins a sequence, so sequences of one token are found too. Positions with three
+    planes (time, height and width of images) stay at one time within an image: there, a sequence begins where time
+    goes back or all planes repeat. If there are four planes, the first is that of the text, as in transformers.
 
     Args:
         positions: position ids, `(T,)`, `(B, T)` or `(planes, B, T)`.

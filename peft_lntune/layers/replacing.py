@@ -17,6 +17,7 @@ from peft_lntune.core.cache import TensorState, is_traced, is_valid, state_of, s
 from peft_lntune.core.delta import PARAMETERS, ParameterSlice, delta_dtype
 from peft_lntune.core.delta_module import Delta
 from peft_lntune.core.detour import Detour
+from peft_lntune.core.override import check_not_computed
 from peft_lntune.layers.offloaded import call_onloaded, check_trainable, offload_hook, onloaded
 from peft_lntune.layers.routed import RoutedParameter
 from peft_lntune.routing.route import Route
@@ -435,11 +436,13 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             ValueError: `safe_merge` found a value that is not finite; nothing was merged in this layer.
+            UnsupportedError: the module computes a parameter in each call, and would not keep the merged one.
         """
         added = [name for name in check_adapters_to_merge(self, adapter_names) if self._tuned([name])]
         if not added:
             return
         with onloaded(self.get_base_layer(), keep=True):
+            self._check_kept(added)
             merged = self._merged([*self.merged_adapters, *added])
             if safe_merge:
                 self._check_finite(merged, added)
@@ -463,6 +466,7 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
         """
         added = self.added(adapter_names)
         with onloaded(self.get_base_layer()):
+            self._check_kept(added)
             self._check_finite(self._merged([*self.merged_adapters, *added]), added)
 
     def added(self, adapter_names: Sequence[str] | None = None) -> list[str]:
@@ -492,6 +496,10 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
         self._unmerged = {}
         self.merged_adapters = []
         self._forget()
+
+    def _check_kept(self, adapters: Sequence[str]) -> None:
+        for parameter, _ in self._tuned(adapters):
+            check_not_computed(self.get_base_layer(), self.own_name(parameter), self.label)
 
     def _check_finite(self, merged: dict[str, Tensor], added: list[str]) -> None:
         for parameter, value in merged.items():

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
 
 from peft_lntune.architectures.roles import find_roles
 from peft_lntune.core.delta import PARAMETERS
@@ -189,7 +190,7 @@ def looks_like_norm(module: nn.Module, reason: str = "raised") -> bool:
         (True, False)
     """
     own = _own(module)
-    if not own or isinstance(module, _NEVER):
+    if not (own or parametrize.is_parametrized(module)) or isinstance(module, _NEVER):
         return False
     name = _class_name(module)
     lazy = any(isinstance(value, UninitializedParameter) for value in own.values())
@@ -218,6 +219,8 @@ def _reason_not_to_run(module: nn.Module) -> str | None:
     own = _own(module)
     if isinstance(module, torch.jit.ScriptModule):
         return "a scripted module (torch.jit) runs with its own parameters alone" if own else ""
+    if parametrize.is_parametrized(module):
+        return "it is parametrized: make that permanent with torch.nn.utils.parametrize.remove_parametrizations"
     if not own:
         # A norm without parameters has no children; containers do.
         return "" if module._modules or type(module).forward is nn.Module.forward else None

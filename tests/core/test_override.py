@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
-from peft_lntune.core.override import call_hooked, overridden
+from peft_lntune.core.override import call_hooked, copy_with, overridden
+from peft_lntune.errors import UnsupportedError
 
 
 def test_call_hooked():
@@ -25,3 +27,19 @@ def test_shadowed_twice():
     each = [nn.functional.layer_norm(x, (2,), norm.weight, bias) for bias in (inner, outer)]
     assert torch.equal(y, each[0] - each[1])
     assert "bias" not in norm.__dict__
+
+
+def test_what_a_class_computes_hides_no_entry():
+    linear = parametrizations.weight_norm(nn.Linear(2, 2))
+    for run in (copy_with, lambda module, entries: overridden(module, entries, module, torch.ones(1, 2))):
+        with pytest.raises(UnsupportedError, match=r"the weight of a ParametrizedLinear is computed .* in each call"):
+            run(linear, {"weight": torch.zeros(2, 2)})
+    assert "weight" not in linear.__dict__
+
+
+def test_what_a_hook_computes_replaces_no_entry():
+    linear = prune.identity(nn.Linear(2, 2), "weight")
+    before = linear.weight
+    with pytest.raises(UnsupportedError, match=r"the weight of a Linear is computed .*prune\.remove"):
+        overridden(linear, {"weight": torch.zeros(2, 2)}, linear, torch.ones(1, 2))
+    assert linear.weight is before

@@ -1,5 +1,6 @@
 """Deltas on chosen modules: which parameters they are, and that training them is plain fine-tuning of these."""
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
-from peft_lntune import ModuleTuningConfig, UnifiedConfig, plan
+from peft_lntune import LNTuningConfig, ModuleTuningConfig, SupermaskConfig, UnifiedConfig, plan
 from peft_lntune.core.delta import ParameterSlice
 from peft_lntune.errors import ConfigError, NoMatchError, UnsupportedError
 from peft_lntune.planning.components import find_component_parameters
@@ -278,3 +280,66 @@ def test_layers_left_out() -> None:
     assert list(found) == ["bert.encoder.layer.1.attention.self.query"]
     found = plan(adapted.build("bert"), ModuleTuningConfig(preset="l0-close")).parts
     assert not any("key" in name or "embeddings.word" in name for name in found)
+
+
+COMPUTED = {
+    "parametrized weight_norm": parametrizations.weight_norm,
+    "parametrized spectral_norm": parametrizations.spectral_norm,
+    "pruned": lambda linear: prune.l1_unstructured(linear, "weight", 0.5),
+    "weight_norm by a hook": nn.utils.weight_norm,
+    "spectral_norm by a hook": nn.utils.spectral_norm,
+}
+
+
+deprecated = pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+
+
+@deprecated
+@pytest.mark.parametrize("kind", [ModuleTuningConfig, SupermaskConfig])
+@pytest.mark.parametrize("way", COMPUTED)
+def test_a_weight_that_is_computed_in_each_call_is_refused(way: str, kind: Any) -> None:
+    """A delta on it would be lost, as would a merged one; the bias is a parameter and can be tuned."""
+    x = torch.randn(2, 4)
+    model = nn.Sequential(OrderedDict(first=COMPUTED[way](nn.Linear(4, 4)), second=nn.Linear(4, 4))).eval()
+    expected = model(x)
+    with pytest.raises(UnsupportedError, match=r"the weight of first \(.*Linear\) is computed from other tensors"):
+        get_peft_model(model, kind(target_modules=["first"]))
+    assert torch.equal(model(x), expected)
+    if kind is ModuleTuningConfig:
+        tuned = get_peft_model(model, kind(target_modules=["first"], tune="bias", init_weights=False))
+        assert not torch.equal(tuned(x), expected)
+
+
+@deprecated
+@pytest.mark.parametrize("way", COMPUTED)
+def test_a_weight_that_is_computed_from_now_on_is_refused(way: str) -> None:
+    linear = nn.Linear(4, 4)
+    model = get_peft_model(nn.Sequential(linear), ModuleTuningConfig(target_modules=["0"])).eval()
+    COMPUTED[way](linear)
+    with pytest.raises(UnsupportedError, match=r"the weight of a .*Linear is computed from other tensors"):
+        model(torch.randn(2, 4))
+    with pytest.raises(UnsupportedError, match=r"the weight of 0 \(.*Linear\) is computed from other tensors"):
+        model.merge_adapter()
+
+
+def test_a_norm_that_is_pruned_from_now_on_adds_its_delta_to_what_is_left() -> None:
+    norm, x = nn.LayerNorm(4, elementwise_affine=True), torch.randn(2, 4)
+    model = get_peft_model(nn.Sequential(norm), LNTuningConfig(init_weights=False)).eval()
+    layer = model.base_model.model[0]
+    prune.random_unstructured(norm, "weight", 0.5)
+    weight = norm.weight_orig * norm.weight_mask + layer.lntune_weight["default"].weight
+    expected = nn.functional.layer_norm(x, (4,), weight, norm.bias + layer.lntune_bias["default"].weight)
+    torch.testing.assert_close(model(x), expected)
+    with pytest.raises(UnsupportedError, match=r"the weight of 0 \(LayerNorm\) is computed from other tensors"):
+        model.merge_adapter()
+
+
+def test_a_norm_that_is_parametrized_from_now_on_is_refused() -> None:
+    norm, x = nn.LayerNorm(4), torch.randn(2, 4)
+    model = get_peft_model(nn.Sequential(norm), LNTuningConfig(init_weights=False)).eval()
+    with torch.no_grad():
+        model(x)
+    torch.nn.utils.parametrize.register_parametrization(norm, "weight", nn.Softplus())
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), pytest.raises(UnsupportedError, match="the weight of a ParametrizedLayerNo"):
+            model(x)

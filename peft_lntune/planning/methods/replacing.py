@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from peft_lntune.core.delta import PARAMETERS, ParameterSlice, delta_dtype
+from peft_lntune.core.override import check_not_computed
 from peft_lntune.errors import UnsupportedError
 from peft_lntune.layers import ModuleLayer, NormLayer, ReplacementLayer
 from peft_lntune.layers.offloaded import all_onloaded
@@ -107,7 +108,7 @@ class ReplacingMethod(Method):
             The plan of the module, with this method's name.
 
         Raises:
-            UnsupportedError: the module has no floating weight.
+            UnsupportedError: the module has no floating weight, or what would be tuned is computed in each call.
         """
         names = dict.fromkeys(PARAMETERS) if norm is None else norm.parameters
         weight = getattr(module, names["weight"] or "weight", None)
@@ -120,6 +121,8 @@ class ReplacingMethod(Method):
                 f"`weight`, and it has {has}. Name its submodules instead, or leave it out."
             )
         found = {p: getattr(module, names[p] or p, None) for p in config.parameters if only is None or p in only}
+        for parameter in found:
+            check_not_computed(module, names[parameter] or parameter, name)
         tuned = {p: t for p, t in found.items() if isinstance(t, torch.Tensor)}
         blocks = {p: block for p, block in (only or {}).items() if block is not None and p in tuned}
         sizes = {p: (blocks[p].shape_in(t.shape) if p in blocks else t.shape).numel() for p, t in tuned.items()}
