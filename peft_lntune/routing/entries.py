@@ -4,8 +4,10 @@ While a route is on, the outermost call shows the layout of the batch. It is che
 and the place of samples in each layer is looked up, or measured (`peft_lntune.routing.samples`) if not known yet.
 """
 
+import inspect
 import re
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_lntune.core.detour import Detour
+from peft_lntune.core.packed_positions import begins_again
 from peft_lntune.errors import RoutingError
 from peft_lntune.routing.packed import PackedRows, sequences_of
 from peft_lntune.routing.recomputed import in_backward
@@ -57,6 +60,7 @@ class Entries:
         self.root, self.route, self.watched = root, route, watched
         self._known = {} if known is None else known
         self._inside: set[int] = set()
+        self._generating, self._whole = False, None
         self.on_packed, self.refused = on_packed, refused
         self._placeholders = _placeholders(getattr(root, "config", None))
         self._fused = any(isinstance(module, nn.TransformerEncoderLayer) for module in root.modules())
@@ -92,13 +96,16 @@ class Entries:
         self._inside.add(here)
         try:
             with _step_by_step() if self._fused else nullcontext(), ExitStack() as stack:
-                if not self.route.one and _has_packed_rows(kwargs):
+                # `generate` was given one sequence per row; the positions of its padding may look otherwise.
+                if not self.route.one and not self._generating and _has_packed_rows(kwargs):
                     packed = self._packed(module, args, kwargs)
                     self.on_packed(packed)
                     stack.enter_context(self.route.packing(packed))
-                else:
-                    self.route.facts = self._facts(module, args, kwargs)
-                return own(*args, **kwargs)
+                    return own(*args, **kwargs)
+                self.route.facts = self._facts(module, args, kwargs)
+                output = own(*args, **kwargs)
+                self._note_cache(module, kwargs, output)
+                return output
         finally:
             self._inside.discard(here)
 
@@ -112,8 +119,32 @@ class Entries:
             )
         if not self.route.one:
             _check_inputs(self.root, self.route, named)
-        with self.route.expanding(_expansions_of(self.root, named)):
-            return own(*args, **kwargs)
+        generating, self._generating = self._generating, True
+        try:
+            self._whole = self._whole_facts(named)
+            with self.route.expanding(_expansions_of(self.root, named)):
+                return own(*args, **kwargs)
+        finally:
+            self._generating, self._whole = generating, None
+
+    def _whole_facts(self, named: Mapping[str, Any]) -> Mapping[str, Fact] | None:
+        """Facts for a generation that runs the towers of images before the model, which alone do not show the rows.
+
+        Returns:
+            Facts of one call of the whole model with the same inputs; None where the model gets all inputs itself.
+
+        Raises:
+            RoutingError: a copy of the model could not be run.
+        """
+        accepted = set(inspect.signature(type(self.root).forward).parameters)
+        given = {name: value for name, value in named.items() if name in accepted and name not in _CACHES}
+        if not self.route.mixed or "mm_encoder_outputs" not in accepted or named.get("mm_encoder_outputs") is not None:
+            return None
+        if isinstance(ids := named.get("inputs"), Tensor):
+            given.setdefault("input_ids", ids)
+        if not self._attached(given):
+            return None
+        return self._facts(self.root, (), given | ({"use_cache": False} if "use_cache" in accepted else {}))
 
     def _check(self, named: Mapping[str, Any]) -> None:
         if named.get("adapter_names") is not None:
@@ -126,7 +157,12 @@ class Entries:
         """The rows by token of a batch of packed rows."""
         sequences, route = sequences_of(kwargs), self.route
         count = 0 if sequences is None else int(sequences.max()) + 1
-        if sequences is None or count != route.count:
+        if sequences is None:
+            raise RoutingError(
+                "the rows of this batch are packed, but neither position_ids nor cu_seq_lens_q shows where their "
+                "sequences begin. Give one of them, or batches with one sequence per row, padded."
+            )
+        if count != route.count:
             raise RoutingError(
                 f"the rows of this batch are packed: they hold {count} sequences one after the other (position_ids "
                 f"that begin again, or cu_seq_lens_q), but {route.what} are {route.count}. Give one name per sequence, "
@@ -169,32 +205,80 @@ class Entries:
         """Where each layer has the samples, as far as known."""
         if not self.route.mixed:
             return {}
+        if self._whole is not None:
+            return self._whole
         named = {**{str(place): value for place, value in enumerate(args)}, **kwargs}
         caches = {name for name in _CACHES if named.get(name) is not None}
         tensors = [*tensors_in({name: value for name, value in named.items() if name not in caches})]
         size = self.route.size([len(tensor) for _, tensor in tensors if tensor.dim()])
         if size is None:
             return {}
-        if caches and ("latest", id(module)) in self._known:  # a later step of a generation has the layout of the first
-            found: Mapping[str, Fact] = self._known["latest", id(module)]
-            return found
+        attached = self._attached(named)
+        later = None if attached else next((named[name] for name in caches), None)
+        before, found = self._known.get(("latest", id(module)), (None, {}))
+        if later is not None and before is not None and before() is later and not _empty(later):
+            facts: Mapping[str, Fact] = found  # a later step of a generation has the layout of the first
+            return facts
         watched = self.watched()
         shapes = tuple((name, *_layout(tensor, size)) for name, tensor in tensors)
-        key = id(module), getattr(module.forward, "own", None), shapes, self._counts(named, tensors), frozenset(watched)
+        owners = self._owners(named, tensors) if attached else ()
+        key = id(module), getattr(module.forward, "own", None), shapes, owners, frozenset(watched)
         if key not in self._known:
             while len(self._known) >= _MOST:
                 del self._known[next(iter(self._known))]
-            self._known[key] = measure_samples(module, args, kwargs, size, watched) or {}
-        facts: Mapping[str, Fact] = self._known[key]
-        self._known["latest", id(module)] = facts
+            self._known[key] = measure_samples(module, args, kwargs, size, watched, attached) or {}
+        facts = self._known[key]
+        if attached and not facts:
+            raise RoutingError(
+                "this batch has images, or the like, beside its texts, and a copy of the model could not be run to see "
+                "which row each of them belongs to. Run one batch per adapter."
+            )
         return facts
 
-    def _counts(self, named: Mapping[str, Any], tensors: list[tuple[str, Tensor]]) -> tuple[object, ...]:
-        """How many placeholders for images and the like each row has, which decides which of them belong to the row."""
-        ids = named.get("input_ids")
-        if not self._placeholders or not isinstance(ids, Tensor) or not any(t.is_floating_point() for _, t in tensors):
-            return ()
-        return tuple(tuple((ids == number).flatten(1).sum(1).tolist()) for number in self._placeholders)
+    def _note_cache(self, module: nn.Module, kwargs: Mapping[str, Any], output: Any) -> None:
+        """Remember the facts of a call with the cache that it filled, for the later steps with this cache."""
+        if not self.route.mixed:
+            return
+        for name in _CACHES:
+            cache = kwargs.get(name)
+            cache = getattr(output, name, None) if cache is None else cache
+            # Tuples and lists, which cannot be told from those of another call, are measured.
+            if cache is not None and hasattr(cache, "__weakref__"):
+                self._known["latest", id(module)] = weakref.ref(cache), self.route.facts
+                return
+
+    def _attached(self, named: Mapping[str, Any]) -> bool:
+        """Whether the batch has images or the like beside token ids, which belong to rows by their placeholders."""
+        if not self._placeholders or not isinstance(_ids_of(named), Tensor):
+            return False
+        others = {name: value for name, value in named.items() if name not in _CACHES and name != "inputs_embeds"}
+        return any(tensor.is_floating_point() and "mask" not in name for name, tensor in tensors_in(others))
+
+    def _owners(self, named: Mapping[str, Any], tensors: list[tuple[str, Tensor]]) -> tuple[object, ...]:
+        """What decides which of the images belong to which row: placeholders in each row, and sizes of images."""
+        ids = _ids_of(named)
+        assert ids is not None
+        counts = tuple(tuple((ids == number).flatten(1).sum(1).tolist()) for number in self._placeholders)
+        sizes = tuple(
+            (name, tuple(tensor.flatten().tolist()))
+            for name, tensor in tensors
+            if not tensor.is_floating_point() and tensor.dim() == 2 and tensor.shape[1] <= 3 < ids.shape[1]
+        )
+        return counts, sizes
+
+
+def _ids_of(named: Mapping[str, Any]) -> Tensor | None:
+    ids = named.get("input_ids", named.get("0"))
+    return ids if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point() else None
+
+
+def _empty(cache: Any) -> bool:
+    """Whether a cache holds nothing yet, or again after its reset."""
+    length = getattr(cache, "get_seq_length", None)
+    try:
+        return callable(length) and int(length()) == 0
+    except (ValueError, TypeError, IndexError):  # a cache of states alone has no length
+        return False
 
 
 def _entry_names(modules: Mapping[str, nn.Module], places: Iterable[str]) -> list[str]:
@@ -235,13 +319,8 @@ def _has_packed_rows(named: Mapping[str, Any]) -> bool:
     """
     if any(name.startswith(("cu_seq", "seq_idx")) and value is not None for name, value in named.items()):
         return True
-    positions, mask = named.get("position_ids"), named.get("attention_mask")
-    if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] < 2:
-        return False
-    again = positions[:, 1:] < positions[:, :-1]
-    if isinstance(mask, Tensor) and mask.shape == positions.shape:  # padding may have any position
-        again = again & mask[:, 1:].bool() & mask[:, :-1].bool()
-    return bool(again.any())
+    again = begins_again(named.get("position_ids"), named.get("attention_mask"))
+    return again is not None and bool(again.any())
 
 
 def refuse_continuous(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_lntune.core.packed_positions import begins_again
 from peft_lntune.errors import RoutingError
 from peft_lntune.routing.stacks import NormRows, Stack, spread
 from peft_lntune.routing.tokens import TokenFact, axes_of
@@ -129,13 +130,21 @@ def sequences_of(named: Mapping[str, Any]) -> Tensor | None:
     """
     positions, lengths = named.get("position_ids"), named.get("cu_seq_lens_q")
     by_position = by_length = None
+    if isinstance(positions, Tensor) and positions.dim() == 3 and len(positions) > 3:
+        positions = positions[0]  # that of the text, as in transformers
     if isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1]:
         # A jump of any size begins a sequence, as in the masks of transformers.
-        begins = torch.cat([torch.ones_like(positions[:, :1]), (positions.diff(dim=-1) != 1).long()], dim=1)
-        by_position = begins.flatten().cumsum(0).sub(1).reshape(positions.shape)
+        begins = positions.diff(dim=-1) != 1
+    elif isinstance(positions, Tensor) and positions.dim() == 3 and (again := begins_again(positions)) is not None:
+        begins = again[:, 1:]
+    else:
+        begins = None
+    if begins is not None:
+        begins = torch.cat([begins.new_ones(len(begins), 1), begins], dim=1).long()
+        by_position = begins.flatten().cumsum(0).sub(1).reshape(begins.shape)
     if isinstance(lengths, Tensor) and lengths.dim() == 1 and len(lengths) > 1:
         by_length = torch.repeat_interleave(lengths.diff().long())[None].to(lengths.device)
-    if by_position is not None and by_length is not None and not torch.equal(by_position, by_length.to(positions)):
+    if by_position is not None and by_length is not None and not torch.equal(by_position, by_length.to(by_position)):
         raise RoutingError(
             "position_ids and cu_seq_lens_q of these packed rows name different sequences. Give the two as one "
             "collator makes them (DataCollatorWithFlattening)."

@@ -8,7 +8,7 @@ from torch import nn
 __all__ = ["sharing_copy"]
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_WORKING = ("torch", "peft", "peft_lntune", "accelerate")
+_WORKING = ("torch", "peft", "peft_lntune", "accelerate", "transformers")
 """Packages whose hooks take part in what a module computes; hooks of others usually only watch it."""
 
 

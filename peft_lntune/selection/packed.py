@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from peft_lntune.core.packed_positions import begins_again
 
 __all__ = ["find_packed"]
 
@@ -39,21 +40,7 @@ def find_packed(batch: Mapping[str, Any], size: int) -> str | None:
         attended = None
     if attended is not None and not attended.is_floating_point() and attended.numel() and int(attended.max()) > 1:
         return "attention_mask"  # some packing collators number the samples in it
-    positions = tensors.get("position_ids")
-    if positions is not None and _begins_again(positions, attended):
+    again = begins_again(tensors.get("position_ids"), attended)
+    if again is not None and bool(again.any()):
         return "position_ids"
     return None
-
-
-def _begins_again(positions: Tensor, attended: Tensor | None) -> bool:
-    if positions.dim() == 3:  # one plane per axis of images and videos; the first is time
-        positions = positions[0]
-    if positions.dim() == 1:
-        positions = positions.unsqueeze(0)
-    if positions.dim() != 2 or positions.is_floating_point():
-        return False
-    back = positions[:, 1:] < positions[:, :-1]
-    if attended is not None and attended.shape == positions.shape:  # positions of padding are arbitrary
-        real = attended.to(device=positions.device, dtype=torch.bool)
-        back = back & real[:, 1:] & real[:, :-1]
-    return bool(back.any())

@@ -7,6 +7,7 @@ from torch import nn
 
 from benchmarks.harness.counting import count_operations
 from peft_lntune import AdapterBank
+from peft_lntune.core.packed_positions import begins_again
 from peft_lntune.errors import RoutingError, UnsupportedError
 from peft_lntune.norms.affine import with_rows
 from peft_lntune.routing.packed import PackedRows, sequences_of, unpacked
@@ -163,6 +164,41 @@ def test_sequences():
     assert sequences_of({"cu_seq_lens_q": lengths}).tolist() == [[0, 0, 1]]
     assert sequences_of({"cu_seq_lens_q": lengths, "position_ids": torch.tensor([[0, 1, 0]])}).tolist() == [[0, 0, 1]]
     assert sequences_of({"position_ids": torch.zeros(3, 1, 2)}) is None
+    planes = torch.tensor([[0, 1, 1, 2, 0, 1]]), torch.tensor([[0, 1, 1, 2, 0, 1]]), torch.tensor([[0, 1, 2, 3, 0, 1]])
+    assert sequences_of({"position_ids": torch.stack(planes)}).tolist() == [[0, 0, 0, 0, 1, 1]]
+    text = torch.tensor([[0, 0, 1, 2, 3, 4]])
+    assert sequences_of({"position_ids": torch.stack([text, *planes])}).tolist() == [[0, 1, 1, 1, 1, 1]]
+
+
+PADDED = torch.tensor([[0, 0, 1, 1]])
+
+
+@pytest.mark.parametrize(
+    ("positions", "mask", "wanted"),
+    [
+        ([[0, 0, 1, 2]], None, [1]),  # the first sequence has one token
+        ([[0, 0]], None, [1]),
+        ([[0, 0, 0, 1]], PADDED, []),  # padding on the left, as generate and the models number it
+        ([[1, 1, 0, 1]], PADDED, []),
+        ([[0, 1, 2, 3]], PADDED, []),
+        ([[[0, 1, 0, 1]]] * 3, None, [2]),
+        ([[[0, 1, 1, 2]]] * 2 + [[[0, 1, 2, 3]]], None, []),  # an image stays at one time
+        ([[[0, 0, 1, 2]]] + [[[0, 1, 2, 3]]] * 3, None, [1]),  # four planes: the first is that of the text
+        ([[4]], None, []),
+    ],
+)
+def test_where_positions_begin_again(positions, mask, wanted):
+    assert begins_again(torch.tensor(positions), mask)[0].nonzero().flatten().tolist() == wanted
+
+
+@pytest.mark.parametrize("way", ["adapter_names", "bank"])
+def test_a_first_sequence_of_one_token(way):
+    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "position_ids": torch.tensor([[0, 0, 1]]), "use_cache": False}
+    with routing(way, adapt(build("llama"), "a", "b")) as run, torch.no_grad():
+        wanted = [run([n], input_ids=torch.tensor([ids])).logits[0] for n, ids in (("a", [5]), ("b", [6, 7]))]
+        torch.testing.assert_close(run(["a", "b"], **batch).logits[0], torch.cat(wanted), **CLOSE)
+        with pytest.raises(RoutingError, match="hold 2 sequences"):
+            run(["a"], **batch)
 
 
 def test_unpacking_keeps_gradients_and_order():

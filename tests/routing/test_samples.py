@@ -87,8 +87,28 @@ def test_learned_queries_are_told_by_what_follows():
     for shared in (False, True):
         model = Queries(shared)
         facts = measure_samples(model, (torch.randn(3, 3, 4),), {}, 3, dict(model.named_children()))
-        assert not facts["first"].refused
-        assert bool(facts["second"].refused) == shared
+        assert {bool(fact.refused) for fact in facts.values()} == {shared}
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 6, 8, 12])
+@pytest.mark.parametrize("used", [slice(0, 2), slice(5, 8), slice(10, 12)], ids=str)
+def test_a_table_that_all_samples_share_is_refused(used, size):
+    """The norm of relative positions, as in DeBERTa; no norm follows, and a short text uses a part of the table."""
+
+    class Relative(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.table = nn.Embedding(9, 4), nn.Embedding(12, 4)
+            self.words, self.positions = nn.LayerNorm(4), nn.LayerNorm(4)
+
+        def forward(self, input_ids):
+            return {"logits": self.words(self.embedding(input_ids)) + self.positions(self.table.weight)[used].sum(0)}
+
+    model = Relative()
+    facts = measure_samples(model, (torch.ones(size, 5, dtype=torch.long),), {}, size, {"p": model.positions})
+    assert "does not depend on the samples" in facts["p"].refused
+    facts = measure_samples(model, (torch.ones(size, 5, dtype=torch.long),), {}, size, {"w": model.words})
+    assert not facts["w"].refused
 
 
 def test_images_of_other_rows_are_refused():
