@@ -21,7 +21,7 @@ demo: $(VENV)/.examples  ## tune a real pretrained encoder through its LayerNorm
 
 # Side by side: mypy has one process, and the last tests do not always fill two.
 test: lint  ## lint, types, tests, the README's code and the quick examples
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line types unit
+	@$(MAKE) --no-print-directory --jobs=2 types unit
 
 test-full: test $(VENV)/.docs $(VENV)/.serve  ## also what takes long: whole runs, every family, compiled models, PEFT's own generic test suite
 	$(OFFLINE) $(BIN)/python -m pytest -m "full or end_to_end"

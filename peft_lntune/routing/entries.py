@@ -60,7 +60,8 @@ class Entries:
         self.root, self.route, self.watched = root, route, watched
         self._known = {} if known is None else known
         self._inside: set[int] = set()
-        self._generating, self._whole = False, None
+        self._generating = False
+        self._whole: Mapping[str, Fact] | None = None
         self.on_packed, self.refused = on_packed, refused
         self._placeholders = _placeholders(getattr(root, "config", None))
         self._fused = any(isinstance(module, nn.TransformerEncoderLayer) for module in root.modules())
