@@ -174,14 +174,15 @@ def is_computed(module: nn.Module, name: str) -> bool:
         name: the attribute that holds the tensor.
 
     Returns:
-        True where the module has such an attribute, but neither a parameter nor a buffer of this name.
+        True where this is a tensor, but neither a parameter nor a buffer of the module.
 
     Example:
         >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
         >>> is_computed(layer, "weight"), is_computed(layer, "bias")
         (True, False)
     """
-    return name not in module._parameters and name not in module._buffers and hasattr(module, name)
+    held = name in module._parameters or name in module._buffers
+    return not held and isinstance(getattr(module, name, None), Tensor)
 
 
 def _refuse_properties(module: nn.Module, names: Iterable[str]) -> None:

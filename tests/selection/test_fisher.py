@@ -715,7 +715,7 @@ def test_positions_in_planes_are_divided_along_their_second_axis():
 
     torch.manual_seed(0)
     model, batch = Placed().double(), {name: value[:3] for name, value in shared()[1].items()}
-    batch["position_ids"] = torch.arange(4).expand(3, 3, 4) * torch.tensor([1, 0, 2]).view(1, 3, 1)
+    batch["position_ids"] = torch.arange(4).expand(3, 3, 4) * torch.tensor([1, 3, 2]).view(1, 3, 1)
     ones = [
         {name: value[:, row : row + 1] if value.dim() == 3 else value[row : row + 1] for name, value in batch.items()}
         for row in range(3)
