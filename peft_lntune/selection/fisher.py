@@ -162,8 +162,9 @@ def fisher_scores(
     """Score parameters by Fisher information: exact per-sample scores from one forward and backward pass per batch.
 
     The model runs in evaluation mode without caches. Its mode, gradients and requires_grad are restored afterwards.
-    Parameters of norms and linear modules need one pass per batch. Parameters of other modules, or used outside their
-    module's call, need one backward pass per sample.
+    Parameters of norms and linear modules need one pass per batch, and two more in the first batch and in each with
+    images or audio beside tokens, which check where each sample's rows are. Parameters of other modules, or used
+    outside their module's call, need one backward pass per sample.
 
     Source: Sung et al. 2021 (FISH mask, arXiv 2111.09839); ValizadehAslani and Liang 2024 (arXiv 2403.20284).
 
