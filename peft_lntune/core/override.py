@@ -20,7 +20,6 @@ __all__ = [
     "check_not_computed",
     "copy_with",
     "forward_with",
-    "is_computed",
     "is_of_class",
     "overridden",
     "runs_own_forward",
@@ -152,37 +151,26 @@ def overridden(
 
 
 def check_not_computed(module: nn.Module, name: str, label: str) -> None:
-    """Check that a tensor can be changed in a module.
+    """Check that a tensor of a module is not made from others, by a parametrization or by a hook before each call.
 
     Args:
         module: the module.
-        name: the attribute that holds the tensor.
+        name: the attribute that holds the tensor, a parameter or a buffer.
         label: the name of the module, for the message.
 
     Raises:
-        UnsupportedError: the module computes the tensor, see `is_computed`.
-    """
-    if is_computed(module, name):
-        raise UnsupportedError(_COMPUTED.format(name=name, module=f"{label} ({type(module).__name__})"))
-
-
-def is_computed(module: nn.Module, name: str) -> bool:
-    """Whether a tensor of a module is made from others, by a parametrization or by a hook before each call.
-
-    Args:
-        module: the module.
-        name: the attribute that holds the tensor.
-
-    Returns:
-        True where this is a tensor, but neither a parameter nor a buffer of the module.
+        UnsupportedError: it is a tensor, but neither a parameter nor a buffer of the module.
 
     Example:
         >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
-        >>> is_computed(layer, "weight"), is_computed(layer, "bias")
-        (True, False)
+        >>> check_not_computed(layer, "bias", "layer")
+        >>> check_not_computed(layer, "weight", "layer")
+        Traceback (most recent call last):
+        peft_lntune.errors.UnsupportedError: the weight of layer (ParametrizedLinear) is computed from other tensors ...
     """
     held = name in module._parameters or name in module._buffers
-    return not held and isinstance(getattr(module, name, None), Tensor)
+    if not held and isinstance(getattr(module, name, None), Tensor):
+        raise UnsupportedError(_COMPUTED.format(name=name, module=f"{label} ({type(module).__name__})"))
 
 
 def _refuse_properties(module: nn.Module, names: Iterable[str]) -> None:

@@ -137,10 +137,12 @@ class Entries:
         Raises:
             RoutingError: a copy of the model could not be run.
         """
-        accepted = set(inspect.signature(type(self.root).forward).parameters)
-        given = {name: value for name, value in named.items() if name in accepted and name not in _CACHES}
-        if not self.route.mixed or "mm_encoder_outputs" not in accepted or named.get("mm_encoder_outputs") is not None:
+        if not self.route.mixed or not self._placeholders or named.get("mm_encoder_outputs") is not None:
             return None
+        accepted = inspect.signature(type(self.root).forward).parameters
+        if "mm_encoder_outputs" not in accepted:
+            return None
+        given = {name: value for name, value in named.items() if name in accepted and name not in _CACHES}
         if isinstance(ids := named.get("inputs"), Tensor):
             given.setdefault("input_ids", ids)
         if not self._attached(given):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_lntune.core.packed_positions import begins_again
+from peft_lntune.core.packed_positions import begins_again, of_text
 from peft_lntune.errors import RoutingError
 from peft_lntune.routing.stacks import NormRows, Stack, spread
 from peft_lntune.routing.tokens import TokenFact, axes_of
@@ -130,8 +130,8 @@ def sequences_of(named: Mapping[str, Any]) -> Tensor | None:
     """
     positions, lengths = named.get("position_ids"), named.get("cu_seq_lens_q")
     by_position = by_length = None
-    if isinstance(positions, Tensor) and positions.dim() == 3 and len(positions) > 3:
-        positions = positions[0]  # that of the text, as in transformers
+    if isinstance(positions, Tensor):
+        positions = of_text(positions)
     if isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1]:
         # A jump of any size begins a sequence, as in the masks of transformers.
         begins = positions.diff(dim=-1) != 1

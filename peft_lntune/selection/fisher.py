@@ -18,11 +18,21 @@ from torch import Tensor, nn
 
 from peft_lntune.choices import FISHER_KINDS
 from peft_lntune.core.module_tree import base_model
-from peft_lntune.errors import ConfigError, DataError, PeftLNTuneError, UnsupportedError
+from peft_lntune.errors import ConfigError, DataError, UnsupportedError
 from peft_lntune.norms.per_sample import PerSample, per_sample
-from peft_lntune.selection.losses import LOSS_HEADS, Batch, FoundHead, Head, Loss, find_head
+from peft_lntune.selection.losses import LOSS_HEADS, Batch, Head, Loss
+from peft_lntune.selection.own_loss import FoundHead, find_head
 from peft_lntune.selection.packed import find_packed
 from peft_lntune.selection.parameters import find_parameters, generator
+from peft_lntune.selection.samples import (
+    check_divisible,
+    has_attachments,
+    lengths_of,
+    parts_of,
+    rows_of,
+    shapes_of,
+    size_of,
+)
 from peft_lntune.selection.scores import register_score
 
 __all__ = [
@@ -253,7 +263,7 @@ def add_samples(
     with _frozen(model), per_sample(base_model(model), found) as hooks:
         scorer = _Scorer(model, found, hooks, kind, loss, seed)
         for batch, size, divided in _left(batches, state, num_samples, progress):
-            with _parts_of(batch, divided):
+            with parts_of(batch, divided):
                 scorer.add(batch, size, state)
 
 
@@ -288,7 +298,7 @@ class _Scorer:
                 "squares the gradient of each sample separately. Give one sample per row, with padding (packing=False "
                 "and padding_free=False in TRL, DataCollatorWithPadding in transformers)."
             )
-        _check_divisible(batch, size)
+        check_divisible(batch, size)
         batch = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         number = state.first + state.samples
         if not self.settled:
@@ -296,11 +306,11 @@ class _Scorer:
         if not self.checked:
             self._check_hooks(batch, size, number)
             self.checked = True
-        found = self._tapped_squares(batch, size, number, not self.sorted or _has_attachments(batch))
+        found = self._tapped_squares(batch, size, number, not self.sorted or has_attachments(batch))
         self.sorted |= size > 1
         for sample in range(size) if self.hooks.fallback else ():
-            with _parts_of(batch, size > 1):
-                squares = self._fallback_squares(_rows(batch, size, sample, sample + 1), number + sample)
+            with parts_of(batch, size > 1):
+                squares = self._fallback_squares(rows_of(batch, size, sample, sample + 1), number + sample)
             for name, square in squares.items():
                 found[name] = found[name] + square if name in found else square
         for name, parameter in self.parameters.items():
@@ -317,11 +327,11 @@ class _Scorer:
         if isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point():
             counted = (labels != -100).flatten(1).sum(1)
             sample = int(counted.argmax())  # the possible losses differ most for the sample with the most tokens
-        one = _rows(batch, size, sample, sample + 1)
-        self.hooks.start(1, _lengths(one, 1))
+        one = rows_of(batch, size, sample, sample + 1)
+        self.hooks.start(1, lengths_of(one, 1))
         with (
             _gradients_of({name: self.parameters[name] for name in self.hooks.fallback}),  # a graph without hooks too
-            _parts_of(batch, size > 1),
+            parts_of(batch, size > 1),
         ):
             return find_head(self.model, self.model(**one), one)
 
@@ -384,7 +394,7 @@ class _Scorer:
     def _tapped_squares(self, batch: Batch, size: int, number: int, check: bool) -> dict[str, Tensor]:
         if not self.hooks.hooked:
             return {}
-        self.hooks.start(size, _lengths(batch, size))
+        self.hooks.start(size, lengths_of(batch, size))
         found: dict[str, Tensor] = {}
         terms = self._losses(batch, size, number)
         if size > 1 and (check or self.hooks.unproven):
@@ -415,16 +425,16 @@ class _Scorer:
             if (change > zero + max(_ROWS_APART, unit) * plain.norms.max()).any():
                 raise DataError(
                     f"at {plain.name} the loss of one sample depends on the rows of another, so there is no gradient "
-                    f"per sample: this batch ({_shapes(batch)}) has another number of images or clips in some samples "
-                    "than in others, or the model mixes samples. Give batches of one sample, or leave the module out "
-                    "with parameters=."
+                    f"per sample: this batch ({shapes_of(batch)}) has another number of images or clips in some "
+                    "samples than in others, or the model mixes samples. Give batches of one sample, or leave the "
+                    "module out with parameters=."
                 )
 
     def _fallback_squares(self, one: Batch, number: int) -> dict[str, Tensor]:
         """The squares of one sample by an ordinary backward pass."""
         found: dict[str, Tensor] = {}
         with _gradients_of({name: self.parameters[name] for name in self.hooks.fallback}) as gradients:
-            self.hooks.start(1, _lengths(one, 1))
+            self.hooks.start(1, lengths_of(one, 1))
             for _ in self._send_back(self._losses(one, 1, number)):
                 for name, gradient in gradients().items():
                     square = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).square()
@@ -440,12 +450,12 @@ class _Scorer:
         if not self.hooks.hooked:
             return
         pair = min(size, 2)
-        some = _rows(batch, size, 0, pair)
+        some = rows_of(batch, size, 0, pair)
         with (
             _gradients_of({name: self.parameters[name] for name in self.hooks.hooked}) as gradients,
-            _parts_of(batch, size > 1),
+            parts_of(batch, size > 1),
         ):
-            self.hooks.start(pair, _lengths(some, pair), whole=True)
+            self.hooks.start(pair, lengths_of(some, pair), whole=True)
             weights, losses = self._losses(some, pair, number)[0]
             for _ in self._send_back([(weights, losses * torch.eye(pair, device=losses.device)[0])]):
                 ours, theirs = self.hooks.gradients(), gradients()
@@ -535,90 +545,14 @@ def _left(
                 break
             if not isinstance(batch, Mapping):
                 raise DataError(f"a batch should be a dict of tensors, but is {type(batch).__name__}.")
-            size = _size(batch)
+            size = size_of(batch)
             begin = min(size, max(0, done - seen))
             end = size if num_samples is None else min(size, num_samples - seen)
             seen += size
             if begin < end:
                 divided = (begin, end) != (0, size)
                 if divided:
-                    _check_divisible(batch, size)
-                    batch = _rows(batch, size, begin, end)
+                    check_divisible(batch, size)
+                    batch = rows_of(batch, size, begin, end)
                 yield batch, end - begin, divided
                 bar.update(end - begin)
-
-
-def _size(batch: Batch) -> int:
-    """Number of samples in a batch: the length of its labels or, without labels, of its first tensor."""
-    names = [name for head in LOSS_HEADS.values() for name in head.labels if name in batch]
-    for value in (*(batch[name] for name in names), *batch.values()):
-        if isinstance(value, Tensor) and value.dim():
-            return len(value)
-    raise DataError(f"a batch holds no tensor with a batch axis; it has {', '.join(map(str, batch)) or 'nothing'}.")
-
-
-def _axis(key: str, value: Any, size: int) -> int | None:
-    """The axis of a batch's entry that has the samples; None: all samples share the entry."""
-    if not isinstance(value, Tensor) or not value.dim():
-        return None
-    if key == "position_ids" and value.dim() == 3:  # one plane per axis of images and videos
-        return 1 if value.shape[1] == size else None
-    return 0 if len(value) == size else None
-
-
-def _rows(batch: Batch, size: int, begin: int, end: int) -> dict[str, Any]:
-    """Some samples of a batch; values without a batch axis are kept."""
-    axes = {key: _axis(key, value, size) for key, value in batch.items()}
-    return {
-        key: value if axes[key] is None else value.narrow(axes[key], begin, end - begin) for key, value in batch.items()
-    }
-
-
-def _check_divisible(batch: Batch, size: int) -> None:
-    """Check that each entry of a batch has one element per sample, or one for all."""
-    for key, value in batch.items():
-        if size > 1 and isinstance(value, Tensor) and value.dim() and _axis(key, value, size) is None:
-            length = value.shape[1] if key == "position_ids" and value.dim() == 3 else len(value)
-            if length != 1:
-                raise DataError(
-                    f"{key} of shape {tuple(value.shape)} cannot be divided into the {size} samples of its batch, so "
-                    "their gradients cannot be computed one by one. Give batches of one sample, which may have any "
-                    "number of images or clips."
-                )
-
-
-def _has_attachments(batch: Batch) -> bool:
-    """Whether a batch has images or the like beside tokens, which then decide to which sample these belong."""
-    labels = {name for head in LOSS_HEADS.values() for name in head.labels}
-    given = [
-        value.is_floating_point()
-        for key, value in batch.items()
-        if isinstance(value, Tensor) and value.dim() > 1 and key not in labels and "mask" not in key
-    ]
-    return any(given) and not all(given)
-
-
-def _shapes(batch: Batch) -> str:
-    return ", ".join(f"{key} {tuple(value.shape)}" for key, value in batch.items() if isinstance(value, Tensor))
-
-
-@contextmanager
-def _parts_of(batch: Batch, divided: bool) -> Iterator[None]:
-    """Inside this context, the model is called with samples of a batch; it may refuse them where images do not fit."""
-    try:
-        yield
-    except (PeftLNTuneError, torch.OutOfMemoryError):
-        raise
-    except (ValueError, IndexError, RuntimeError) as error:
-        if not divided or not _has_attachments(batch):
-            raise
-        raise DataError(
-            f"the model cannot be called with some of the samples of a batch ({_shapes(batch)}): {error} Where samples "
-            "have different numbers of images or clips, give batches of one sample."
-        ) from error
-
-
-def _lengths(batch: Batch, size: int) -> set[int]:
-    """Possible numbers of rows per sample where a model flattens batch and tokens into one axis."""
-    tensors = [value for value in batch.values() if isinstance(value, Tensor)]
-    return {value.shape[1] for value in tensors if value.dim() > 1 and value.shape[0] == size}

@@ -12,25 +12,25 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from peft_lntune.errors import DataError, UnsupportedError
+from peft_lntune.errors import UnsupportedError
 
 __all__ = [
     "IGNORED",
     "LOSS_HEADS",
-    "FoundHead",
     "Head",
     "LossTerm",
     "causal_lm_loss",
     "classification_loss",
-    "find_head",
+    "field_of",
     "grouped_losses",
     "multi_label_loss",
     "question_answering_loss",
     "regression_loss",
     "token_loss",
     "whole_loss",
+    "widened",
 ]
 
 Batch = Mapping[str, Any]
@@ -38,13 +38,6 @@ Loss = Callable[[Any, Batch], Tensor]
 """`(outputs, batch) -> (B,)`: one loss per sample; users may pass their own."""
 
 IGNORED = -100
-
-_ROUNDINGS = 8
-"""How many roundings two computations of one loss may lie apart. Cross entropies of up to 200,000 tokens and of up to
-32,000 classes differ from float64 by less than one; kernels that subtract large logarithms, by some more."""
-
-_LOGITS = ("logits", "start_logits", "end_logits")
-_ROUTER_LOSSES = ("aux_loss", "z_loss")  # endings of names in the outputs of transformers' mixtures of experts
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -57,7 +50,7 @@ def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         The losses, `(B,)`.
     """
-    return F.cross_entropy(_wide(logits), labels.long(), reduction="none")
+    return F.cross_entropy(widened(logits), labels.long(), reduction="none")
 
 
 def regression_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -106,7 +99,7 @@ def token_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tenso
     """
     if reduction not in ("mean", "sum"):
         raise UnsupportedError(f'reduction={reduction!r}: choose "mean" or "sum".')
-    each = F.cross_entropy(_wide(logits).transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
+    each = F.cross_entropy(widened(logits).transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
     total = each.sum(1)
     return total if reduction == "sum" else total / (labels != IGNORED).sum(1).clamp(min=1)
 
@@ -142,7 +135,7 @@ def question_answering_loss(starts: Tensor, ends: Tensor, start: Tensor, end: Te
 
 def _position_loss(logits: Tensor, place: Tensor) -> Tensor:
     length = logits.shape[1]
-    return F.cross_entropy(_wide(logits), place.clamp(0, length), reduction="none", ignore_index=length)
+    return F.cross_entropy(widened(logits), place.clamp(0, length), reduction="none", ignore_index=length)
 
 
 class LossTerm(NamedTuple):
@@ -182,161 +175,6 @@ class Head:
     parts: Callable[[Any, Batch], list[LossTerm]]
     draw: Callable[[Any, Batch, Sequence[torch.Generator]], dict[str, Tensor]]
     expected: Callable[[Any], list[tuple[Tensor, Tensor]]] | None = None
-
-
-class FoundHead(NamedTuple):
-    """The head that computes a model's own loss.
-
-    Attributes:
-        head: the head.
-        settled: whether it is the only one. Otherwise others have the same loss and gradient for this batch, as the
-            mean and the sum over a single token have, and the next batch may tell them apart.
-    """
-
-    head: Head
-    settled: bool
-
-
-def find_head(model: nn.Module, outputs: Any, batch: Batch) -> FoundHead:
-    """Find the head whose loss equals the loss that the model itself reports, but for rounding.
-
-    Where the losses of several heads equal it, or the model's loss is in half precision, whose rounding may hide
-    another loss, the gradients with respect to the logits decide as well.
-
-    Args:
-        model: the model, for the message.
-        outputs: outputs of the model, called with `batch`; their `loss` is the model's own.
-        batch: a batch of one or more samples, with labels.
-
-    Returns:
-        The head, and whether it is the only one.
-
-    Raises:
-        DataError: the batch has no labels, or the model's loss is not finite.
-        UnsupportedError: the model reports no loss, one that no known head computes, or one that several compute whose
-            gradients differ.
-    """
-    own = _field(outputs, "loss")
-    if not any(name in batch for head in LOSS_HEADS.values() for name in head.labels):
-        raise DataError(
-            f"no labels: a batch has {', '.join(batch)}, but a loss needs `labels` (or `start_positions` and "
-            "`end_positions`). Keep that column in the data, or pass loss=, a function (outputs, batch) -> (B,)."
-        )
-    if own is None:
-        raise UnsupportedError(
-            f"{type(model).__name__} reports no loss, so the meaning of its outputs is unknown. Pass loss=, one of "
-            f"{', '.join(LOSS_HEADS)}, or a function (outputs, batch) -> (B,)."
-        )
-    if not bool(torch.isfinite(own)):
-        raise DataError(f"the model's own loss is {own.item()}. Look at the labels and inputs.")
-    fitting = [
-        head for head in LOSS_HEADS.values() if all(n in batch for n in head.labels) and head.fits(outputs, batch)
-    ]
-    close = [head for head in fitting if _equals(own, head, outputs, batch)]
-    routers = _router_losses(outputs)
-    coarse = torch.finfo(own.dtype).eps > torch.finfo(torch.float32).eps
-    if coarse and routers:
-        close = []  # the rounding of the loss may hide theirs
-    if len(close) > 1 or (close and coarse):
-        close = _by_gradient(own, close, outputs, batch)
-    if not close:
-        raise UnsupportedError(f"{type(model).__name__} reports a loss of {own.item():.6g}, {_unknown(routers)}")
-    return FoundHead(close[0], len(close) == 1)
-
-
-def _unknown(routers: Sequence[str]) -> str:
-    """Why no head computes a loss, and what to do."""
-    if routers:
-        return (
-            f"which includes a loss of its routers ({', '.join(routers)}). It depends on all tokens of a batch "
-            "together, so it cannot be divided among samples or tasks. Set output_router_logits=False in the model's "
-            "config (or "
-            "router_aux_loss_coef=0 in a float32 model), or pass loss=, a function (outputs, batch) -> (B,)."
-        )
-    return (
-        f"which equals none of the losses known here ({', '.join(LOSS_HEADS)}). Pass loss=, a function "
-        "(outputs, batch) -> (B,)."
-    )
-
-
-def _router_losses(outputs: Any) -> list[str]:
-    """The names of the losses of routers among a model's outputs."""
-    named = outputs if isinstance(outputs, Mapping) else getattr(outputs, "__dict__", {})
-    return [
-        name
-        for name, value in named.items()
-        if name.endswith(_ROUTER_LOSSES) and isinstance(value, Tensor) and bool(value.ne(0).any())
-    ]
-
-
-def _equals(own: Tensor, head: Head, outputs: Any, batch: Batch) -> bool:
-    """Whether a head's loss equals the model's own but for rounding.
-
-    A cross entropy is a difference of logarithms as large as the largest logit, computed in float32 or wider; a model
-    may round each term and the mean to a narrower dtype, which moves the mean by less than its last digit.
-    """
-    parts = head.parts(outputs, batch)
-    found = _grouped(parts, torch.zeros_like(parts[0].sums, dtype=torch.long), 1)[0].item()
-    tops = [_wide(logits).detach().amax(-1).abs() for logits in _tensors(outputs).values()]
-    largest = max(top[top.isfinite()].max().item() if top.isfinite().any() else 0.0 for top in tops)
-    summed = any(counts is None for _, _, counts in parts)
-    terms = int(batch[head.labels[0]].ne(IGNORED).sum()) if summed else 1
-    unit = torch.finfo(torch.float32).eps
-    bound = _ROUNDINGS * unit * (abs(own.item()) + terms * (1 + largest))
-    last_digit = torch.finfo(own.dtype).eps * abs(own.item())
-    return bool(abs(found - own.item()) <= bound + last_digit)
-
-
-def _by_gradient(own: Tensor, heads: Sequence[Head], outputs: Any, batch: Batch) -> list[Head]:
-    """Those of some heads that have the same gradient as the model's own loss, as far as autograd can tell.
-
-    Where it cannot (no gradients, a compiled model), heads with the same gradient as the first are interchangeable.
-
-    Raises:
-        UnsupportedError: several heads are left, and their gradients differ.
-    """
-    tensors = _tensors(outputs)
-    gradients = [_head_gradient(head, tensors, batch) for head in heads]
-    theirs = _own_gradient(own, tensors)
-    if theirs is not None:
-        same = [number for number, ours in enumerate(gradients) if _agree(ours, theirs, own.dtype)]
-        heads, gradients = [heads[number] for number in same], [gradients[number] for number in same]
-    if not all(_agree(gradient, gradients[0], own.dtype) for gradient in gradients[1:]):
-        raise UnsupportedError(
-            f"the model's loss of {own.item():.6g} equals several of the losses known here for this batch "
-            f"({', '.join(head.name for head in heads)}), so its meaning is unknown. Pass loss=, or give first a batch "
-            "for which they differ."
-        )
-    return list(heads)
-
-
-def _own_gradient(own: Tensor, tensors: Mapping[str, Tensor]) -> list[Tensor] | None:
-    """The gradient of a loss with respect to the logits that a model reports; None where autograd has none."""
-    if not own.requires_grad or not all(tensor.requires_grad for tensor in tensors.values()):
-        return None
-    found = torch.autograd.grad(own, list(tensors.values()), retain_graph=True, allow_unused=True)
-    return None if any(gradient is None for gradient in found) else list(found)
-
-
-def _head_gradient(head: Head, tensors: Mapping[str, Tensor], batch: Batch) -> list[Tensor]:
-    with torch.inference_mode(False), torch.enable_grad():
-        free = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
-        value = whole_loss(head, free, {name: batch[name].clone() for name in head.labels})
-        return list(torch.autograd.grad(value, list(free.values())))
-
-
-def _agree(ours: Sequence[Tensor], theirs: Sequence[Tensor], dtype: torch.dtype) -> bool:
-    """Whether gradients are equal but for the roundings of a dtype, or of their own where that is coarser."""
-    for our, their in zip(ours, theirs, strict=True):
-        unit = max(torch.finfo(each).eps for each in (torch.float32, our.dtype, their.dtype, dtype))
-        if (our.double() - their.double()).norm() > _ROUNDINGS * unit * their.double().norm():
-            return False
-    return True
-
-
-def _tensors(outputs: Any) -> dict[str, Tensor]:
-    """The logits among a model's outputs, by name."""
-    return {name: value for name in _LOGITS if isinstance(value := _field(outputs, name), Tensor)}
 
 
 def whole_loss(head: Head, outputs: Any, batch: Batch) -> Tensor:
@@ -389,8 +227,16 @@ def _grouped(parts: Sequence[LossTerm], groups: Tensor, count: int) -> Tensor:
     return total
 
 
-def _field(outputs: Any, name: str) -> Any:
-    """A named output of a model, whose outputs may be a mapping, an object, or a bare tensor of logits."""
+def field_of(outputs: Any, name: str) -> Any:
+    """A named output of a model, whose outputs may be a mapping, an object, or a bare tensor of logits.
+
+    Args:
+        outputs: the outputs.
+        name: such as `"logits"`.
+
+    Returns:
+        The output; None where there is none of this name.
+    """
     if isinstance(outputs, Mapping):
         return outputs.get(name)
     if isinstance(outputs, Tensor):
@@ -398,12 +244,20 @@ def _field(outputs: Any, name: str) -> Any:
     return getattr(outputs, name, None)
 
 
-def _wide(logits: Tensor) -> Tensor:
+def widened(logits: Tensor) -> Tensor:
+    """Logits in float32, or in float64 if they are.
+
+    Args:
+        logits: of any floating dtype.
+
+    Returns:
+        Tensor of the same shape.
+    """
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _logits(outputs: Any) -> Tensor:
-    logits = _field(outputs, "logits")
+    logits = field_of(outputs, "logits")
     if not isinstance(logits, Tensor):
         raise UnsupportedError(
             f"expected outputs with `logits`, got {type(outputs).__name__}. Pass loss=, a function (outputs, batch) "
@@ -417,12 +271,12 @@ def _on_labels(loss: Callable[[Tensor, Tensor], Tensor]) -> Loss:
 
 
 def _has_dims(outputs: Any, dims: int) -> bool:
-    logits = _field(outputs, "logits")
+    logits = field_of(outputs, "logits")
     return isinstance(logits, Tensor) and logits.dim() == dims
 
 
 def _fits_tokens(outputs: Any, batch: Batch) -> bool:
-    return _has_dims(outputs, 3) and _field(outputs, "logits").shape[:2] == batch["labels"].shape
+    return _has_dims(outputs, 3) and field_of(outputs, "logits").shape[:2] == batch["labels"].shape
 
 
 # Parts of losses.
@@ -454,7 +308,7 @@ def _token_parts(next_token: bool, mean: bool) -> Callable[[Any, Batch], list[Lo
 def _span_parts(outputs: Any, batch: Batch) -> list[LossTerm]:
     parts = []
     for side in ("start", "end"):
-        logits, place = _field(outputs, f"{side}_logits"), batch[f"{side}_positions"]
+        logits, place = field_of(outputs, f"{side}_logits"), batch[f"{side}_positions"]
         parts.append(LossTerm(0.5, _position_loss(logits, place), place.clamp(min=0) < logits.shape[1]))
     return parts
 
@@ -517,7 +371,7 @@ def _draw_values(outputs: Any, batch: Batch, generators: Sequence[torch.Generato
 
 
 def _draw_spans(outputs: Any, batch: Batch, generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
-    starts, ends = (_field(outputs, f"{side}_logits") for side in ("start", "end"))
+    starts, ends = (field_of(outputs, f"{side}_logits") for side in ("start", "end"))
     return {
         "start_positions": _draw_classes(starts, generators),
         "end_positions": _draw_classes(ends, generators),
@@ -528,7 +382,7 @@ def _draw_spans(outputs: Any, batch: Batch, generators: Sequence[torch.Generator
 
 
 def _expected_classes(outputs: Any) -> list[tuple[Tensor, Tensor]]:
-    surprises = -_wide(_logits(outputs)).log_softmax(-1)
+    surprises = -widened(_logits(outputs)).log_softmax(-1)
     return [((-column.detach()).exp(), column) for column in surprises.unbind(1)]
 
 
@@ -592,10 +446,10 @@ LOSS_HEADS: dict[str, Head] = {
         Head(
             "question_answering",
             ("start_positions", "end_positions"),
-            lambda outputs, batch: _field(outputs, "start_logits") is not None,
+            lambda outputs, batch: field_of(outputs, "start_logits") is not None,
             lambda outputs, batch: question_answering_loss(
-                _field(outputs, "start_logits"),
-                _field(outputs, "end_logits"),
+                field_of(outputs, "start_logits"),
+                field_of(outputs, "end_logits"),
                 batch["start_positions"],
                 batch["end_positions"],
             ),

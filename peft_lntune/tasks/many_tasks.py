@@ -28,7 +28,8 @@ from peft_lntune.routing.recomputed import RecomputedDetour
 from peft_lntune.routing.route import Route
 from peft_lntune.routing.rows import NormRun, check_free
 from peft_lntune.routing.stacks import Stack, unstacked
-from peft_lntune.selection.losses import IGNORED, Batch, Head, find_head
+from peft_lntune.selection.losses import IGNORED, Batch, Head
+from peft_lntune.selection.own_loss import find_head
 from peft_lntune.tasks.losses import RowLoss, default_losses, losses_of_rows
 from peft_lntune.tasks.optimizer import TaskOptimizer
 from peft_lntune.tasks.parameters import TaskParameters

@@ -5,7 +5,8 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from peft_lntune.errors import UnsupportedError
-from peft_lntune.selection.losses import LOSS_HEADS, find_head, grouped_losses, whole_loss
+from peft_lntune.selection.losses import LOSS_HEADS, grouped_losses, whole_loss
+from peft_lntune.selection.own_loss import find_head
 
 
 def case(name):
