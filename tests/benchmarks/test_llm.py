@@ -307,7 +307,9 @@ def test_texts_need_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert "give --data-dir" in capsys.readouterr().err
 
 
-def test_the_list_counts_the_model_as_it_is(line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list_counts_the_model_as_it_is(
+    line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     chosen = ["--tasks", SHAKESPEARE, "gsm8k", "--arms", "ln", "--seeds", "0", "--list"]
     assert script.main([*line, *chosen]) == 0
     assert capsys.readouterr().out.startswith(f"{2 + len(script.RATES['ln']) + 2} runs left")
