@@ -103,7 +103,8 @@ class Entries:
                     self.on_packed(packed)
                     stack.enter_context(self.route.packing(packed))
                     return own(*args, **kwargs)
-                self.route.facts = self._facts(module, args, kwargs)
+                self.route.facts = facts = self._facts(module, args, kwargs)
+                self.route.refusing = any(fact.refused for fact in facts.values())
                 output = own(*args, **kwargs)
                 self._note_cache(module, kwargs, output)
                 return output

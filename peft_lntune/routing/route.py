@@ -32,6 +32,7 @@ class Route:
         alike: whether all samples of the latest call have the same adapter, and are as many as the names.
         count: number of names.
         facts: where the samples are in each layer's input, for the layout of the latest call.
+        refusing: whether the rows of some layer are refused in the latest call.
         known: facts for each call layout, see `Entries`.
         kept: cached rows of a PeftModel's adapters, see `rows_of_layers`.
         gathered: the rows of every norm, one per name.
@@ -44,7 +45,7 @@ class Route:
         self.order: tuple[str, ...] = ()
         self.what = ""
         self.one = False
-        self.mixed = self.alike = False
+        self.mixed = self.alike = self.refusing = False
         self.count = 0
         self.facts: Mapping[str, Fact] = {}
         self.known: dict[object, Any] = {}
@@ -120,7 +121,7 @@ class Route:
                 yield
             finally:
                 self.active, self.names, self._rows, self._tokens = False, [], {}, 0
-                self.alike = False
+                self.alike = self.refusing = False
                 self._indices, self.gathered = {}, ()
 
     def check_idle(self) -> None:
@@ -295,7 +296,7 @@ class Route:
         tokens = {expansion * self._tokens for expansion in self._expansions} if len(shape) == 2 else set()
         # Where several axes have the length of the batch, the shape does not tell which is that of the samples.
         alike = batch > 1 and any(length == batch for length in shape[1:-1])
-        if torch.compiler.is_compiling() and not several and not rest and not alike:
+        if torch.compiler.is_compiling() and not (several or rest or alike or self.refusing):
             fact = None  # a graph must not depend on facts that it does not need
         else:
             fact = self.facts.get(label)
@@ -327,6 +328,19 @@ class Route:
             f"respectively. (Seen {where}; where a model reorders or drops tokens before a layer, as experts do, it "
             "cannot be routed by sample.)"
         )
+
+    def refuse_shared(self, shape: Sequence[int], label: str) -> None:
+        """Refuse an input that is a parameter of the model where samples have different adapters.
+
+        Args:
+            shape: its shape.
+            label: name of the layer, for errors.
+
+        Raises:
+            RoutingError: the batch is mixed.
+        """
+        if self.mixed:
+            raise RoutingError(self._refusal(shape, label, "its input is a parameter, which all samples share"))
 
     def _refusal(self, shape: Sequence[int], label: str, why: str) -> str:
         return (
