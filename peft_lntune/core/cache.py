@@ -1,9 +1,9 @@
 """Whether a value computed from tensors may be cached, and for how long.
 
 A value is cached only while none of its source tensors can be trained, because a fused optimizer does not change the
-version of a tensor. Frozen sources are compared: each must be the same tensor, at the same address, in the same version.
-A write through `tensor.data`, by which a teacher follows its student, does not change the version either. So a parameter
-from which a value was computed counts how often its `data` is asked for.
+version of a tensor. Frozen sources are compared: each must be the same tensor, at the same address, in the same
+version. A write through `tensor.data`, by which a teacher follows its student, does not change the version either. So a
+parameter from which a value was computed counts how often its `data` is asked for.
 """
 
 from typing import Any, NamedTuple
