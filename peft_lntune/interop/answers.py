@@ -108,12 +108,13 @@ def distance(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
 
     Args:
         found: tensors.
-        expected: tensors of the same shapes.
+        expected: tensors of the same shapes. Infinite values that both have, as where a model masks logits, are equal.
 
     Returns:
-        The distance, in the unit of the tensors.
+        The distance, in the unit of the tensors; NaN or infinite where only one of them is finite, or one is NaN.
     """
-    gaps = [(a.double() - b.double().to(a.device)).reshape(-1) for a, b in zip(found, expected, strict=True)]
+    pairs = [(a.double(), b.double().to(a.device)) for a, b in zip(found, expected, strict=True)]
+    gaps = [torch.where(a == b, 0.0, a - b).reshape(-1) for a, b in pairs]
     return float(torch.cat(gaps).square().mean().sqrt())
 
 

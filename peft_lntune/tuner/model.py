@@ -103,6 +103,11 @@ class LNTuneModel(BaseTuner):
                 f"an adapter cannot be named {adapter_name!r}: the name is a key of a torch.nn.ModuleDict, which takes "
                 "no empty name, no dot and no name of its own attributes. Choose another name."
             )
+        if adapter_name == BASE:
+            raise ConfigError(
+                f"an adapter cannot be named {BASE!r}: in adapter_names, that is the model without an adapter. Choose "
+                "another name."
+            )
         config = self.peft_config[adapter_name]
         stored = "stored" in config.__dict__
         parts = self._inject(model, adapter_name, *args, **kwargs)
