@@ -11,7 +11,7 @@ from peft_lntune.core.module_tree import base_model
 from peft_lntune.errors import ConfigError
 from peft_lntune.layers.offloaded import device_of
 
-__all__ = ["answers", "distance", "few_tokens", "inputs_of", "rounding"]
+__all__ = ["answers", "distance", "few_tokens", "inputs_of", "masks_of", "rounding"]
 
 _TOKENS = 32
 
@@ -73,6 +73,31 @@ def inputs_of(batch: Any, model: nn.Module, few: bool = False) -> dict[str, Any]
     if mask is not None and not mask[..., :cut].all():  # padding on the left would leave no token
         return found
     return {key: value[:, :cut] if any(value is text for text in texts) else value for key, value in found.items()}
+
+
+def masks_of(batch: Mapping[str, Any]) -> dict[torch.Size, Tensor]:
+    """The attention masks of a batch by their shape, `(rows, tokens)`, which tells whose they are.
+
+    Args:
+        batch: inputs of a model.
+
+    Returns:
+        The mask of the texts, and of those of a decoder. Where both texts have one shape it does not tell them apart,
+        and there is no mask: every position counts.
+
+    Example:
+        >>> ids, mask = torch.ones(1, 3), torch.tensor([[1, 1, 0]])
+        >>> list(masks_of({"input_ids": ids, "attention_mask": mask}))
+        [torch.Size([1, 3])]
+        >>> masks_of({"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids})
+        {}
+    """
+    shapes = [
+        value.shape for name in ("input_ids", "decoder_input_ids") if isinstance(value := batch.get(name), Tensor)
+    ]
+    masks = [batch.get(name) for name in ("attention_mask", "decoder_attention_mask")]
+    found = {mask.shape: mask for mask in masks if isinstance(mask, Tensor)}
+    return {shape: mask for shape, mask in found.items() if shapes.count(shape) < 2}
 
 
 @torch.no_grad()

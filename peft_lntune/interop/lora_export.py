@@ -20,7 +20,7 @@ from peft_lntune.config import LNTuneConfig
 from peft_lntune.core.low_rank import LowRank, fold_gain, joined, padded, scaled, truncated
 from peft_lntune.core.module_tree import base_modules, called_modules
 from peft_lntune.errors import ConfigError, UnsupportedError
-from peft_lntune.interop.answers import answers, distance, few_tokens, inputs_of, rounding
+from peft_lntune.interop.answers import answers, distance, few_tokens, inputs_of, masks_of, rounding
 from peft_lntune.interop.folds import Fold, linear_maps, plan_folds, weight_of
 from peft_lntune.interop.layer_types import untuned_of_tuned_types
 from peft_lntune.interop.lora_report import RANKS, LoraExport, Spectrum, norm_table, rank_for, rank_table
@@ -254,7 +254,7 @@ class LoraExporter:
                     "merge the adapter instead."
                 )
             for batch in batches:
-                inputs.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+                inputs.masks = masks_of(batch) if isinstance(batch, Mapping) else {}
                 inputs.measuring = True
                 answers(self.tuned, inputs_of(batch, self.tuned))
         finally:
@@ -372,11 +372,12 @@ class _Inputs:
 
     Attributes:
         measuring: whether moments are being summed.
-        mask: the attention mask of the batch, which leaves out padding.
+        masks: the attention masks of the batch by their shape, which leave out padding.
     """
 
     def __init__(self) -> None:
-        self.measuring, self.mask = False, None
+        self.measuring = False
+        self.masks: dict[torch.Size, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
@@ -414,7 +415,8 @@ class _Inputs:
         return ((changed, *args[1:]), kwargs) if key is None else (args, {**kwargs, key: changed})
 
     def _measure(self, place: str, x: Tensor) -> None:
-        rows = x[self.mask.to(x.device).bool()] if self.mask is not None and self.mask.shape == x.shape[:-1] else x
+        mask = self.masks.get(x.shape[:-1])
+        rows = x if mask is None else x[mask.to(x.device).bool()]
         rows = rows.reshape(-1, x.shape[-1]).double()
         total = (rows.mT @ rows).cpu()
         self._sums[place] = self._sums[place] + total if place in self._sums else total
