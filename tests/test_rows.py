@@ -137,6 +137,32 @@ class TestSamples:
             counts = [count_operations(lambda names=names: run(names, x)) for names in (["a", "a"], ["b", "a"])]
         assert counts[0] == counts[1]
 
+    def test_a_shared_table_is_right_where_all_rows_have_the_same_norm(self, way):
+        """As the norm of DeBERTa's relative positions, where no adapter of the batch tunes it."""
+
+        class Relative(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.norm, self.positions, self.table = nn.LayerNorm(4), nn.LayerNorm(4), nn.Embedding(9, 4)
+
+            def forward(self, x):
+                return self.norm(x) + self.positions(self.table.weight)[: x.shape[1]]
+
+        torch.manual_seed(0)
+        peft_model, x = adapted(Relative()), torch.randn(3, 5, 4)
+        with routing(way, peft_model) as run, torch.no_grad():
+            with pytest.raises(RoutingError, match=r"one batch per adapter, or .* \(exclude_modules=\['positions'\]\)"):
+                run(NAMES, x)
+            torch.testing.assert_close(run(["a"] * 3, x), alone_on(peft_model, x, "a"), **CLOSE)
+        without = adapted(Relative(), exclude_modules=["positions"])
+        for model in (peft_model, without):
+            for name, parameter in model.named_parameters():
+                if "positions.lntune_" in name:
+                    parameter.detach().fill_(0.5)  # the same in both adapters
+            with routing(way, model) as run, torch.no_grad():
+                expected = torch.stack([alone_on(model, x, name)[i] for i, name in enumerate(NAMES)])
+                torch.testing.assert_close(run(NAMES, x), expected, **CLOSE)
+
     def test_packed_rows_are_refused(self, way):
         peft_model = adapt(build("llama"), "a", "b")
         ids, again = torch.tensor([[5, 6, 7, 8, 9]] * 2), torch.tensor([[0, 1, 2, 0, 1]] * 2)

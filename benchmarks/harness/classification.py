@@ -525,10 +525,12 @@ def step_seconds(cell: Cell, protocol: Protocol, place: Place) -> float:
 
 
 def estimate(cells: Iterable[Cell], protocol: Protocol, place: Place) -> float:
-    """Return the seconds that cells will take one after the other, from one timed step of each arm and dtype."""
+    """Return the seconds that cells will train one after the other, from one timed step of each arm and dtype."""
     times: dict[tuple[str, str], float] = {}
     seconds = 0.0
     for cell in cells:
+        if "arm" not in cell:
+            continue  # the model as it is: only scored
         key = cell["arm"], cell["dtype"]
         if key not in times:
             times[key] = step_seconds(cell, protocol, place)

@@ -207,13 +207,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def cost_cell(options: argparse.Namespace, protocol: TextProtocol) -> Cell:
-    """Return the one cell that times and weighs a training step of the methods that differ in cost."""
-    place = {"protocol": protocol.name, "phase": "cost", "task": options.tasks[0], "dtype": DTYPE}
+def cost_cell(protocol: TextProtocol) -> Cell:
+    """Return the one cell that times and weighs a training step of the methods, whichever tasks were asked for."""
+    task = protocol.searched_on or next(iter(TEXTS))
+    place = {"protocol": protocol.name, "phase": "cost", "task": task, "dtype": DTYPE}
     return {**place, "arms": ["full", "full again", *TIMED], "rounds": COST_ROUNDS, "tokens": COST_TOKENS}
 
 
-def scope(options: argparse.Namespace, protocol: TextProtocol, rows: Rows) -> Scope:
+def scope(protocol: TextProtocol, rows: Rows) -> Scope:
     """Return what is reported: what the protocol plans, and the seeds that were run beside it."""
     ran = {cell["seed"] for cell in reported(rows, protocol, DTYPE)}
     base = {task: rows.get({**base_cell(protocol), "task": task}) for task in TEXTS}
@@ -225,7 +226,7 @@ def scope(options: argparse.Namespace, protocol: TextProtocol, rows: Rows) -> Sc
         seeds=tuple(sorted({*SEEDS, *ran})),
         searched_on=protocol.searched_on,
         base={task: row for task, row in base.items() if row is not None},
-        cost=rows.get(cost_cell(options, protocol)),
+        cost=rows.get(cost_cell(protocol)),
         command=f"python -m benchmarks.papers.llm{asked} --data-dir <folder> --model <folder>",
     )
 
@@ -242,9 +243,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return failed
         place = Place(options.model, options.data_dir, options.device)
         one = partial(time_methods, protocol=protocol, place=place, tune=partial(tune, protocol=protocol), warm_up=1)
-        failed += run_cells([cost_cell(options, protocol)], rows, one, 1, "costs")
+        failed += run_cells([cost_cell(protocol)], rows, one, 1, "costs")
     stem = NAME if protocol.name == USUAL else f"{NAME}_{protocol.name}"
-    write_report(rows, options.results, scope(options, protocol, rows), stem)
+    write_report(rows, options.results, scope(protocol, rows), stem)
     return failed
 
 

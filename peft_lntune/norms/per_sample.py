@@ -84,6 +84,7 @@ class PerSample:
         self._backward = False
         self._whole = False
         self._sizes: list[RowNorms] | None = None
+        self._alone = False
         self.unproven = False
 
     def start(self, size: int, lengths: Iterable[int], whole: bool = False) -> None:
@@ -117,20 +118,23 @@ class PerSample:
         self.hooked = [name for name in self.hooked if name not in gone]
 
     @contextmanager
-    def measuring(self) -> Iterator[list[RowNorms]]:
-        """Inside this context, a backward pass gathers norms instead of gradients.
+    def measuring(self, alone: bool) -> Iterator[list[RowNorms]]:
+        """Inside this context, a backward pass gathers norms.
 
         The gradient of a row is a sum over samples, each with the weight of its loss. So two passes, one with equal and
         one with other weights, show which sample a row belongs to.
 
+        Args:
+            alone: gather no gradients beside the norms.
+
         Yields:
             The norms of each call, in the order of the backward pass.
         """
-        self._sizes = []
+        self._sizes, self._alone = [], alone
         try:
             yield self._sizes
         finally:
-            self._sizes = None
+            self._sizes, self._alone = None, False
 
     # Hooks.
 
@@ -182,10 +186,10 @@ class PerSample:
         """Use the gradient with respect to the output of one call of the module `name`."""
         self._backward = True
         keys = {parameter: key for parameter, key in self._keys[name].items() if key in self.hooked}
-        if self._sizes is not None:
-            if keys:
-                norms = self._rows(gradient).reshape(self._size, -1).double().norm(dim=1)
-                self._sizes.append(RowNorms(name, norms, gradient.dtype))
+        if self._sizes is not None and keys:
+            norms = self._rows(gradient).reshape(self._size, -1).double().norm(dim=1)
+            self._sizes.append(RowNorms(name, norms, gradient.dtype))
+        if self._alone:
             return
         if name not in self._norms:
             self._note_linear(keys, gradient, tensors[0])

@@ -103,7 +103,8 @@ class Entries:
                     self.on_packed(packed)
                     stack.enter_context(self.route.packing(packed))
                     return own(*args, **kwargs)
-                self.route.facts = self._facts(module, args, kwargs)
+                self.route.facts = facts = self._facts(module, args, kwargs)
+                self.route.refusing = any(fact.refused for fact in facts.values())
                 output = own(*args, **kwargs)
                 self._note_cache(module, kwargs, output)
                 return output
@@ -206,7 +207,7 @@ class Entries:
 
     def _facts(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Fact]:
         """Where each layer has the samples, as far as known."""
-        if not self.route.mixed:
+        if self.route.one:
             return {}
         if self._whole is not None:
             return self._whole
@@ -214,7 +215,8 @@ class Entries:
         caches = {name for name in _CACHES if named.get(name) is not None}
         tensors = [*tensors_in({name: value for name, value in named.items() if name not in caches})]
         size = self.route.size([len(tensor) for _, tensor in tensors if tensor.dim()])
-        if size is None:
+        self.route.alike = size is not None and not self.route.mixed
+        if size is None or not self.route.mixed:
             return {}
         attached = self._attached(named)
         later = None if attached else next((named[name] for name in caches), None)

@@ -29,8 +29,10 @@ class Route:
         what: the user's term for `names`, for errors.
         one: whether one name is for all rows.
         mixed: whether rows have different adapters.
+        alike: whether all samples of the latest call have the same adapter, and are as many as the names.
         count: number of names.
         facts: where the samples are in each layer's input, for the layout of the latest call.
+        refusing: whether the rows of some layer are refused in the latest call.
         known: facts for each call layout, see `Entries`.
         kept: cached rows of a PeftModel's adapters, see `rows_of_layers`.
         gathered: the rows of every norm, one per name.
@@ -43,7 +45,7 @@ class Route:
         self.order: tuple[str, ...] = ()
         self.what = ""
         self.one = False
-        self.mixed = False
+        self.mixed = self.alike = self.refusing = False
         self.count = 0
         self.facts: Mapping[str, Fact] = {}
         self.known: dict[object, Any] = {}
@@ -119,6 +121,7 @@ class Route:
                 yield
             finally:
                 self.active, self.names, self._rows, self._tokens = False, [], {}, 0
+                self.alike = self.refusing = False
                 self._indices, self.gathered = {}, ()
 
     def check_idle(self) -> None:
@@ -203,10 +206,22 @@ class Route:
         Raises:
             RoutingError: the batch has another length than the list of names.
         """
+        if not torch.compiler.is_compiling():
+            fact = self.facts.get(label)
+            alike = self.alike and shape[0] != self.count
+            if alike or (fact is not None and fact.refused and self._equal(owner)):
+                # It does not matter which row of the input is whose.
+                rows = self._rows[1].get(owner, NormRows())
+                return NormRows(*(None if values is None else values[:1] for values in rows))
         factor = self.factor(shape, label)
         if factor not in self._rows:
             self._rows[factor] = spread(self.gathered, factor)
         return self._rows[factor].get(owner, NormRows())
+
+    def _equal(self, owner: str) -> bool:
+        """Whether the rows of a norm are the same for all samples, and no gradient would tell them apart."""
+        values = [each for each in self._rows[1].get(owner, NormRows()) if each is not None]
+        return not any(each.requires_grad for each in values) and all(bool(each.eq(each[:1]).all()) for each in values)
 
     def index(self, shape: Sequence[int], label: str, device: torch.device) -> Tensor:
         """The place in `order` of each row's adapter, for layers that hold their own stacks in that order.
@@ -281,7 +296,7 @@ class Route:
         tokens = {expansion * self._tokens for expansion in self._expansions} if len(shape) == 2 else set()
         # Where several axes have the length of the batch, the shape does not tell which is that of the samples.
         alike = batch > 1 and any(length == batch for length in shape[1:-1])
-        if torch.compiler.is_compiling() and not several and not rest and not alike:
+        if torch.compiler.is_compiling() and not (several or rest or alike or self.refusing):
             fact = None  # a graph must not depend on facts that it does not need
         else:
             fact = self.facts.get(label)
@@ -314,12 +329,25 @@ class Route:
             "cannot be routed by sample.)"
         )
 
+    def refuse_shared(self, shape: Sequence[int], label: str) -> None:
+        """Refuse an input that is a parameter of the model where samples have different adapters.
+
+        Args:
+            shape: its shape.
+            label: name of the layer, for errors.
+
+        Raises:
+            RoutingError: the batch is mixed.
+        """
+        if self.mixed:
+            raise RoutingError(self._refusal(shape, label, "its input is a parameter, which all samples share"))
+
     def _refusal(self, shape: Sequence[int], label: str, why: str) -> str:
         return (
             f"the rows of {label} cannot be matched with {self.what}: {why}. Its input has the shape {tuple(shape)} "
             f"for {self.count} names. A batch must have its samples along the first axis, one row or one block of rows "
             "for each in the order of the names (batch_first=True; one image for each row). Otherwise run one batch "
-            "per adapter."
+            f"per adapter, or train adapters that leave this layer out (exclude_modules=[{label!r}])."
         )
 
 

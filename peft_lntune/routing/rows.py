@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peft_lntune.core.detour import Detour
@@ -40,6 +41,8 @@ def fitted_rows(route: Route, owner: str, label: str, x: Tensor, axis: int = -1)
     """
     if route.packed is not None:
         return route.packed.rows(owner, x, label, axis)
+    if torch.compiler.is_compiling() and isinstance(x, nn.Parameter):
+        route.refuse_shared(x.shape, label)  # a compiled model is not measured
     weight, bias = route.rows(owner, x.shape, label)
     return NormRows(
         None if weight is None else _fitted(weight, x, axis), None if bias is None else _fitted(bias, x, axis)

@@ -41,6 +41,7 @@ class Fact(NamedTuple):
     refused: str = ""
 
 
+@torch.compiler.disable
 def measure_samples(
     module: nn.Module,
     args: tuple[Any, ...],

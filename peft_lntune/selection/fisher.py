@@ -8,7 +8,7 @@ the data, `mc` draws them from the model, `exact` takes the expectation over the
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peft_lntune.choices import FISHER_KINDS
 from peft_lntune.core.module_tree import base_model
 from peft_lntune.errors import ConfigError, DataError, UnsupportedError
-from peft_lntune.norms.per_sample import PerSample, per_sample
+from peft_lntune.norms.per_sample import PerSample, RowNorms, per_sample
 from peft_lntune.selection.losses import LOSS_HEADS, Batch, Head, Loss
 from peft_lntune.selection.own_loss import FoundHead, find_head
 from peft_lntune.selection.packed import find_packed
@@ -172,9 +172,9 @@ def fisher_scores(
     """Score parameters by Fisher information: exact per-sample scores from one forward and backward pass per batch.
 
     The model runs in evaluation mode without caches. Its mode, gradients and requires_grad are restored afterwards.
-    Parameters of norms and linear modules need one pass per batch, and two more in the first batch and in each with
-    images or audio beside tokens, which check where each sample's rows are. Parameters of other modules, or used
-    outside their module's call, need one backward pass per sample.
+    Parameters of norms and linear modules need one pass per batch, and one more backward pass in the first batch and in
+    each with images or audio beside tokens, which checks where each sample's rows are. Parameters of other modules, or
+    used outside their module's call, need one backward pass per sample.
 
     Source: Sung et al. 2021 (FISH mask, arXiv 2111.09839); ValizadehAslani and Liang 2024 (arXiv 2403.20284).
 
@@ -387,8 +387,7 @@ class _Scorer:
                 raise UnsupportedError(
                     "the loss depends on no module with a wanted parameter, so nothing can be scored."
                 )
-            scaled = losses if weights is None else losses * weights.detach().sqrt()
-            scaled.sum().backward(retain_graph=left > 0)
+            _scaled(weights, losses).sum().backward(retain_graph=left > 0)
             yield
 
     def _tapped_squares(self, batch: Batch, size: int, number: int, check: bool) -> dict[str, Tensor]:
@@ -397,30 +396,30 @@ class _Scorer:
         self.hooks.start(size, lengths_of(batch, size))
         found: dict[str, Tensor] = {}
         terms = self._losses(batch, size, number)
-        if size > 1 and (check or self.hooks.unproven):
-            self._check_sorted(terms[0][1], batch)
-        for _ in self._send_back(terms):
-            for name, square in self.hooks.squares().items():
-                found[name] = found[name] + square if name in found else square
+        check = size > 1 and (check or self.hooks.unproven)
+        losses = _scaled(*terms[0])
+        weights = torch.logspace(0, -1, size, _SPREAD, device=losses.device, dtype=losses.dtype)
+        with self.hooks.measuring(alone=True) as weighted:
+            if check and losses.requires_grad:
+                (losses * weights).sum().backward(retain_graph=True)
+        with ExitStack() as stack:
+            equal = stack.enter_context(self.hooks.measuring(alone=False)) if check else []
+            for _ in self._send_back(terms):
+                for name, square in self.hooks.squares().items():
+                    found[name] = found[name] + square if name in found else square
+        self._check_sorted(equal[: len(weighted)], weighted, weights, batch)
         return found
 
-    def _check_sorted(self, losses: Tensor, batch: Batch) -> None:
+    def _check_sorted(self, equal: list[RowNorms], weighted: list[RowNorms], weights: Tensor, batch: Batch) -> None:
         """Check that each hooked module has the rows of each sample where the hooks look for them.
 
         With other weights of the losses, the gradient of a sample's rows must change by its own weight.
         """
-        weights = torch.logspace(0, -1, len(losses), _SPREAD, device=losses.device, dtype=losses.dtype)
-        runs = []
-        for given in (torch.ones_like(weights), weights):
-            with self.hooks.measuring() as calls:
-                if losses.requires_grad:
-                    (losses * given).sum().backward(retain_graph=True)
-            runs.append(calls)
-        dtypes = {losses.dtype, *(call.dtype for call in runs[0]), *(p.dtype for p in self.parameters.values())}
+        dtypes = {weights.dtype, *(call.dtype for call in equal), *(p.dtype for p in self.parameters.values())}
         unit = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
         # A gradient below the rounding of the largest may be zero but for rounding, which follows no weight.
-        zero = unit * max((call.norms.max().item() for call in runs[0]), default=0.0)
-        for plain, scaled in zip(*runs, strict=True):
+        zero = unit * max((call.norms.max().item() for call in equal), default=0.0)
+        for plain, scaled in zip(equal, weighted, strict=True):
             change = (scaled.norms / weights.to(scaled.norms) - plain.norms).abs()
             if (change > zero + max(_ROWS_APART, unit) * plain.norms.max()).any():
                 raise DataError(
@@ -473,6 +472,11 @@ def _takes(model: nn.Module, name: str) -> bool:
     """Whether a model's forward takes an argument of this name."""
     parameters = inspect.signature(model.forward).parameters
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _scaled(weights: Tensor | None, losses: Tensor) -> Tensor:
+    """The losses, scaled by the root of the weight of their squares (None: 1)."""
+    return losses if weights is None else losses * weights.detach().sqrt()
 
 
 def _agree(ours: Tensor | None, theirs: Tensor | None) -> bool:

@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from peft import get_peft_model
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 
+from peft_lntune import AdapterBank, LNTuningConfig
+from peft_lntune.errors import RoutingError
 from tests.adapted import inputs
 from tests.bank.banked import CLOSE, banked, routed
 
@@ -46,3 +50,35 @@ def test_each_number_of_rows_is_compiled_once():
         batch = inputs("bert", batch=len(names))
         torch.testing.assert_close(routed(bank, compiled, batch, names), routed(bank, model, batch, names), **CLOSE)
     assert counter.frame_count == 2
+
+
+class Relative(nn.Module):
+    """A norm over a table of as many rows as there are samples."""
+
+    def __init__(self, computed):
+        super().__init__()
+        self.norm, self.positions, self.table = nn.LayerNorm(4), nn.LayerNorm(4), nn.Embedding(3, 4)
+        self.computed = computed
+
+    def forward(self, x):
+        table = 2 * self.table.weight if self.computed else self.table.weight
+        return self.norm(x) + self.positions(table)[: x.shape[1]]
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("computed", [False, True])
+def test_a_table_that_all_samples_share_is_refused(computed):
+    """A compiled model is not measured: a parameter is seen as one, other tables by an earlier measurement."""
+    torch.manual_seed(0)
+    tuned, x = get_peft_model(Relative(computed).eval(), LNTuningConfig(init_weights=False)), torch.randn(3, 2, 4)
+    bank, model = AdapterBank(tuned), tuned.get_base_model()
+    bank.add("a", (tuned, "default"))
+    bank.attach()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad(), bank.route(["a", "__base__", "a"]):
+        if computed:
+            with pytest.raises(RoutingError, match="a table that all samples share"):
+                model(x)
+        with pytest.raises(RoutingError, match="all samples share"):
+            compiled(x)

@@ -307,6 +307,15 @@ def test_texts_need_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert "give --data-dir" in capsys.readouterr().err
 
 
+def test_the_list_counts_the_model_as_it_is(
+    line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = ["--tasks", SHAKESPEARE, "gsm8k", "--arms", "ln", "--seeds", "0", "--list"]
+    assert script.main([*line, *chosen]) == 0
+    assert capsys.readouterr().out.startswith(f"{2 + len(script.RATES['ln']) + 2} runs left")
+    assert not (tmp_path / "llm.jsonl").exists()
+
+
 @pytest.mark.end_to_end
 def test_run_and_resume(line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = [*line, "--tasks", SHAKESPEARE, "gsm8k", "--arms", "ln", "ln-64", "road"]
@@ -318,6 +327,8 @@ def test_run_and_resume(line: list[str], tmp_path: Path, capsys: pytest.CaptureF
     path.write_text("".join(whole.splitlines(keepends=True)[:-2]))
     script.main([*chosen, "--list"])
     assert capsys.readouterr().out.startswith("1 runs left")
+    script.main([*line, "--tasks", "gsm8k", "--arms", "ln"])
+    assert path.read_text().count('"phase": "cost"') == 1, "one table of costs, whichever tasks are asked for"
     assert script.main(chosen) == 0
     assert len(Rows(path)) == len(whole.splitlines())
     assert "gsm8k test accuracy, %" in (tmp_path / "llm.md").read_text()

@@ -274,6 +274,18 @@ def test_linear_weights_of_an_encoder_cost_one_backward():
     assert_close(fisher_scores(model, [batch], parameters=names), expected, 1e-9)
 
 
+@pytest.mark.parametrize(("kind", "each"), [("empirical", 1), ("exact", 3)])
+def test_checks_cost_two_backward_passes_in_the_first_batch(kind, each, monkeypatch):
+    """One compares the hooks with autograd on two samples, one weights the losses; every pass gives squares."""
+    calls, backward = [], torch.Tensor.backward
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *a, **k: calls.append(a) or backward(*a, **k))
+    model, batch = encoder("SequenceClassification", num_labels=3), {**words(), "labels": torch.arange(5) % 3}
+    for batches in (1, 3):
+        calls.clear()
+        fisher_scores(model, [batch] * batches, kind=kind, loss="classification")
+        assert len(calls) == 2 + each * batches
+
+
 @pytest.mark.parametrize("family", ["bert", "llama", "gemma"])
 def test_a_bfloat16_model_is_summed_in_float32(family):
     model, batch = build(family).bfloat16(), labelled(family)
