@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.costs import recover as repair
 from benchmarks.harness.arms import find_arm
-from benchmarks.harness.classification import PROTOCOLS
+from benchmarks.harness.classification import PROTOCOLS, SEEDS
 from benchmarks.harness.metrics import metric_of
 from benchmarks.harness.rows import Row, cell_key
 from benchmarks.harness.tables import mean_and_spread
@@ -65,9 +65,12 @@ def _runs() -> dict[str, dict[int, Row]]:
     return found
 
 
-def runs(arm: str, task: str, protocol: str = "cpu", dtype: str = "float32", **at: Any) -> dict[int, Row]:
-    """Seed -> the reported row of an arm on a task."""
-    return _runs()[cell_key({"protocol": protocol, "phase": "final", "task": task, "arm": arm, "dtype": dtype, **at})]
+def runs(
+    arm: str, task: str, protocol: str = "cpu", dtype: str = "float32", seeds: int = len(SEEDS), **at: Any
+) -> dict[int, Row]:
+    """Seed -> the reported row of an arm on a task, for the first seeds: by default those that every arm is to have."""
+    cell = {"protocol": protocol, "phase": "final", "task": task, "arm": arm, "dtype": dtype, **at}
+    return {seed: row for seed, row in _runs()[cell_key(cell)].items() if seed < seeds}
 
 
 def score(arm: str, task: str, **at: Any) -> Seeds:

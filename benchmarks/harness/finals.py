@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.harness.arms import find_arm
-from benchmarks.harness.classification import Protocol, best_rates, final_cells, grown_cells, with_groups
+from benchmarks.harness.classification import SEEDS, Protocol, best_rates, final_cells, grown_cells, with_groups
 from benchmarks.harness.metrics import ACCURACY, metric_of
 from benchmarks.harness.rows import Cell, Row, Rows
 
@@ -70,6 +70,11 @@ def reported(rows: Rows, protocol: Protocol, dtype: str = "float32", every: bool
     """Return what is reported of a protocol: what this experiment has run, or with `every` what others have run too."""
     cells = [row["cell"] for row in (rows if every else rows.own()) if row["cell"]["phase"] == "final"]
     return [cell for cell in cells if cell["protocol"] == protocol.name and cell["dtype"] == dtype]
+
+
+def seeds_of(rows: Rows, protocol: Protocol, dtype: str = "float32") -> tuple[int, ...]:
+    """Return the seeds that every arm is to have, and those that this experiment has run beside them."""
+    return tuple(sorted({*SEEDS, *(cell["seed"] for cell in reported(rows, protocol, dtype))}))
 
 
 def figures(rows: Sequence[Row]) -> list[float]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from benchmarks.harness.claims import ABOUT_VERDICTS, Finding, listed, over_seeds
 from benchmarks.harness.classification import (
     PROTOCOLS,
-    SEEDS,
     Protocol,
     choose_model,
     experiment_parser,
@@ -23,7 +22,7 @@ from benchmarks.harness.classification import (
     search_first,
 )
 from benchmarks.harness.comparison import ABOUT_RATES
-from benchmarks.harness.finals import Finals, differences, edge_note, figures, reported
+from benchmarks.harness.finals import Finals, differences, edge_note, figures, reported, seeds_of
 from benchmarks.harness.metrics import metric_of
 from benchmarks.harness.plots import ABOUT_ACROSS, ABOUT_DOTS, Dot, Panel, plot_dots
 from benchmarks.harness.rows import Cell, Row, Rows
@@ -184,8 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.list:
         run = [cell for cell in reported(rows, protocol) if cell["arm"] in ARM_NAMES]
         tasks = tuple(dict.fromkeys((*TASKS, *options.tasks, *(cell["task"] for cell in run))))
-        seeds = tuple(sorted({*SEEDS, *(cell["seed"] for cell in run)}))
-        write_report(rows, options.results, protocol, tasks, ARM_NAMES, seeds)
+        write_report(rows, options.results, protocol, tasks, ARM_NAMES, seeds_of(rows, protocol))
     return failed
 
 

@@ -26,7 +26,6 @@ from benchmarks.harness.arms import SPARSITY
 from benchmarks.harness.claims import Finding, in_runs, listed
 from benchmarks.harness.classification import (
     PROTOCOLS,
-    SEEDS,
     Kind,
     Place,
     Protocol,
@@ -38,7 +37,7 @@ from benchmarks.harness.classification import (
     search_first,
 )
 from benchmarks.harness.comparison import ABOUT_DIFFERENCES, ABOUT_HEAD, ABOUT_RATES, Bound, Comparison, Side
-from benchmarks.harness.finals import Finals, reported
+from benchmarks.harness.finals import Finals, reported, seeds_of
 from benchmarks.harness.metrics import metric_of
 from benchmarks.harness.models import head_modules
 from benchmarks.harness.paired import FAILS, HOLDS
@@ -551,7 +550,7 @@ def scope(options: argparse.Namespace, protocol: Protocol, rows: Rows) -> Scope:
         protocol=protocol,
         tasks=tuple(dict.fromkeys(tasks)),
         sparsities=tuple(sorted({*planned, *(cell["sparsity"] for cell in finals if "sparsity" in cell)})),
-        seeds=tuple(sorted({*SEEDS, *(cell["seed"] for cell in finals)})),
+        seeds=seeds_of(rows, protocol, DTYPE),
     )
 
 

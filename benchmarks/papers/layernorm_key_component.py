@@ -20,7 +20,6 @@ from benchmarks.harness.answers import Answer, answer_section, measured_settings
 from benchmarks.harness.claims import Finding, in_runs, listed
 from benchmarks.harness.classification import (
     PROTOCOLS,
-    SEEDS,
     Kind,
     Place,
     Protocol,
@@ -33,7 +32,7 @@ from benchmarks.harness.classification import (
     search_first,
 )
 from benchmarks.harness.comparison import ABOUT_DIFFERENCES, ABOUT_HEAD, ABOUT_RATES, Bound, Comparison, Side
-from benchmarks.harness.finals import Finals, figures, reported
+from benchmarks.harness.finals import Finals, figures, reported, seeds_of
 from benchmarks.harness.masked import DENSITY
 from benchmarks.harness.metrics import metric_of
 from benchmarks.harness.plots import ABOUT_ACROSS, ABOUT_DOTS, Panel, plot_dots
@@ -537,7 +536,7 @@ def scope(options: argparse.Namespace, protocol: Protocol, rows: Rows) -> Scope:
         masks=(*FIRST_MASKS, *MORE_MASKS),
         densities=tuple(sorted({*extent.densities, *masks})),
         unions=tuple(dict.fromkeys(joined or planned)),
-        seeds=tuple(sorted({*SEEDS, *(cell["seed"] for cell in finals)})),
+        seeds=seeds_of(rows, protocol, DTYPE),
     )
 
 

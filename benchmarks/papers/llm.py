@@ -18,7 +18,6 @@ from torch import nn
 
 from benchmarks.harness import classification
 from benchmarks.harness.classification import (
-    SEEDS,
     Kind,
     Place,
     Protocol,
@@ -31,7 +30,7 @@ from benchmarks.harness.classification import (
     run_experiment,
     search_first,
 )
-from benchmarks.harness.finals import reported
+from benchmarks.harness.finals import seeds_of
 from benchmarks.harness.generation import NEW_TOKENS, answer_row, load_prompts
 from benchmarks.harness.method_costs import time_methods
 from benchmarks.harness.rows import Cell, Row, Rows
@@ -216,14 +215,13 @@ def cost_cell(protocol: TextProtocol) -> Cell:
 
 def scope(protocol: TextProtocol, rows: Rows) -> Scope:
     """Return what is reported: what the protocol plans, and the seeds that were run beside it."""
-    ran = {cell["seed"] for cell in reported(rows, protocol, DTYPE)}
     base = {task: rows.get({**base_cell(protocol), "task": task}) for task in TEXTS}
     asked = "" if protocol.name == USUAL else f" --protocol {protocol.name}"
     return Scope(
         protocol=protocol,
         tasks=tuple(TEXTS),
         arms={arm: experiment(arm, protocol) for arm in EXPERIMENTS},
-        seeds=tuple(sorted({*SEEDS, *ran})),
+        seeds=seeds_of(rows, protocol, DTYPE),
         searched_on=protocol.searched_on,
         base={task: row for task, row in base.items() if row is not None},
         cost=rows.get(cost_cell(protocol)),

@@ -198,7 +198,8 @@ def rates_apart(folder: Path) -> str | None:
         grouped = {(row["cell"]["task"], row["cell"]["arm"]) for row in own if "group" in row["cell"]}
         for task, arm in sorted(grouped):
             rows = [row for row in own if (row["cell"]["task"], row["cell"]["arm"]) == (task, arm)]
-            said = [_tried(rows, group) for group in (None, *protocol.groups(arm))]
+            groups = dict.fromkeys(row["cell"]["group"] for row in rows if "group" in row["cell"])
+            said = [_tried(rows, group) for group in (None, *groups)]
             setting = f"{task}, {protocol.said.split(',')[0]}, {protocol.search_steps} steps"
             lines.append([setting, arm, "; ".join(filter(None, said))])
     header = ("setting", "method", "rates tried, one group after the other: held-out scores")

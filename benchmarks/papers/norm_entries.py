@@ -20,7 +20,6 @@ from benchmarks.harness import classification
 from benchmarks.harness.claims import ABOUT_VERDICTS, listed, over_seeds
 from benchmarks.harness.classification import (
     PROTOCOLS,
-    SEEDS,
     Kind,
     Place,
     Protocol,
@@ -31,7 +30,7 @@ from benchmarks.harness.classification import (
     run_experiment,
     search_cells,
 )
-from benchmarks.harness.finals import Finals, edge_note
+from benchmarks.harness.finals import Finals, edge_note, seeds_of
 from benchmarks.harness.leave_out import (
     Answers,
     Named,
@@ -478,7 +477,7 @@ def scope(options: argparse.Namespace, protocol: Protocol, rows: Rows) -> Scope:
     """Return what is reported: what the protocol plans, and what else has been asked for or run."""
     run = [row["cell"] for row in rows if row["cell"]["phase"] == PHASE and row["cell"]["protocol"] == protocol.name]
     tasks = tuple(dict.fromkeys((*TASKS, *options.tasks, *(cell["task"] for cell in run))))
-    seeds = tuple(sorted({*SEEDS, *(cell["seed"] for cell in run)}))
+    seeds = seeds_of(rows, protocol)
     found = {task: [row for row in map(rows.get, entry_cells(protocol, task, seeds)) if row] for task in tasks}
     finals = Finals(rows, protocol, seeds)
     edges = edge_note({ARM: [task for task in tasks if found[task] and finals.at_edge(task, ARM, DTYPE)]})

@@ -19,7 +19,6 @@ from benchmarks.harness.arms import SHARE
 from benchmarks.harness.claims import Finding, listed
 from benchmarks.harness.classification import (
     PROTOCOLS,
-    SEEDS,
     Kind,
     Place,
     Protocol,
@@ -32,7 +31,7 @@ from benchmarks.harness.classification import (
     shared_searches,
 )
 from benchmarks.harness.comparison import ABOUT_DIFFERENCES, ABOUT_HEAD, ABOUT_RATES, Bound, Comparison, Side, not_run
-from benchmarks.harness.finals import Finals, reported
+from benchmarks.harness.finals import Finals, reported, seeds_of
 from benchmarks.harness.method_costs import cost_section, time_methods
 from benchmarks.harness.metrics import metric_of
 from benchmarks.harness.paired import FAILS, HOLDS, INCONCLUSIVE
@@ -325,7 +324,7 @@ def scope(options: argparse.Namespace, protocol: Protocol, rows: Rows) -> Scope:
         protocol=protocol,
         tasks=tuple(dict.fromkeys((*planned, *(cell["task"] for cell in run)))),
         arms=options.possible,
-        seeds=tuple(sorted({*SEEDS, *(cell["seed"] for cell in run)})),
+        seeds=seeds_of(rows, protocol, DTYPE),
         cost=rows.get(cost_cell(options, protocol)),
     )
 

@@ -25,7 +25,6 @@ from benchmarks.harness.arms import ALONE
 from benchmarks.harness.claims import ABOUT_VERDICTS, Finding, listed, over_seeds
 from benchmarks.harness.classification import (
     PROTOCOLS,
-    SEEDS,
     Kind,
     Place,
     Protocol,
@@ -37,7 +36,7 @@ from benchmarks.harness.classification import (
     search_first,
 )
 from benchmarks.harness.comparison import ABOUT_DIFFERENCES, ABOUT_HEAD, ABOUT_RATES, Bound, Comparison, Side, not_run
-from benchmarks.harness.finals import Finals, figures, reported
+from benchmarks.harness.finals import Finals, figures, reported, seeds_of
 from benchmarks.harness.magnitude import COUNT, LARGEST, OTHER_LARGEST, mean_magnitude
 from benchmarks.harness.metrics import metric_of
 from benchmarks.harness.models import classes
@@ -558,7 +557,7 @@ def scope(options: argparse.Namespace, protocol: Protocol, shape: Shape, rows: R
         shape=shape,
         counts=tuple(sorted({*options.counts, *counts})),
         first=tuple(options.counts[:FIRST]),
-        seeds=tuple(sorted({*SEEDS, *(cell["seed"] for cell in run)})),
+        seeds=seeds_of(rows, protocol, DTYPE),
     )
 
 

@@ -33,14 +33,17 @@ _COMPUTED = (
 )
 
 
-def call_hooked(norm: nn.Module, forward: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def call_hooked(
+    norm: nn.Module, forward: Callable[..., Tensor], read: Mapping[str, Tensor | None], /, *args: Any, **kwargs: Any
+) -> Tensor:
     """Call a module with another forward, so that the hooks on the module run around it.
 
     Args:
         norm: the module; afterwards it has its own forward again, also when `forward` raises. Not for two threads at
             once.
-        forward: called in place of the module's, as `forward(x, *args, **kwargs)`.
-        x: the input.
+        forward: called in place of the module's, as `forward(*args, **kwargs)`; it finds the module's own parameters.
+        read: what hooks find as parameters of the module, by name, rounded to their dtypes; where the module has no
+            parameter of a name, or none is given, nothing changes.
         *args: passed on.
         **kwargs: passed on.
 
@@ -48,10 +51,22 @@ def call_hooked(norm: nn.Module, forward: Callable[..., Tensor], x: Tensor, *arg
         The output of `forward`, as the hooks leave it.
 
     Example:
-        >>> call_hooked(nn.LayerNorm(2), lambda x: x + 1, torch.zeros(2))
+        >>> call_hooked(nn.LayerNorm(2), lambda x: x + 1, {}, torch.zeros(2))
         tensor([1., 1.])
     """
-    return overridden(norm, {"forward": forward}, norm, x, *args, **kwargs)
+    # A parameter that a hook makes anew in each call, or that FSDP puts into the instance, stays what they make it.
+    own, seen = {}, {}
+    for name, value in read.items():
+        parameter = None if name in norm.__dict__ else norm._parameters.get(name)
+        if value is not None and parameter is not None:
+            own[name], seen[name] = parameter, value.to(parameter.dtype)
+
+    def inside(*args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = overridden(norm, own, forward, *args, **kwargs)
+        return result
+
+    result: Tensor = overridden(norm, {"forward": inside if own else forward, **seen}, norm, *args, **kwargs)
+    return result
 
 
 def forward_with(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peft_lntune.core.cache import is_traced
+from peft_lntune.core.cache import ORDINARY, is_traced
 
 __all__ = ["can_rebuild", "is_plain", "rebuilt_in_backward", "unwritten"]
 
@@ -51,7 +51,7 @@ def is_plain(module: nn.Module, name: str) -> bool:
     return (
         name not in module.__dict__
         and tensor is not None
-        and type(tensor) in (Tensor, nn.Parameter)
+        and type(tensor) in ORDINARY
         and not (tensor.is_meta or tensor.is_inference())
     )
 

@@ -13,7 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from peft_lntune.core.cache import TensorState, is_traced, is_valid, state_of, states_of
+from peft_lntune.core.cache import TensorState, is_traced, is_valid, state_of, states_of, unwatch
 from peft_lntune.core.delta import PARAMETERS, ParameterSlice, delta_dtype
 from peft_lntune.core.delta_module import Delta
 from peft_lntune.core.detour import Detour
@@ -373,7 +373,10 @@ class ReplacementLayer(nn.Module, BaseTunerLayer):
 
     def _sources(self, tuned: list[tuple[str, Any]]) -> tuple[TensorState, ...] | None:
         """States of the tensors behind the effective parameters; None where one of them may be trained."""
-        if any(module.weight is not None and module.weight.requires_grad for _, module in tuned):
+        trained = [module.weight for _, module in tuned if module.weight is not None and module.weight.requires_grad]
+        if trained:
+            for weight in trained:
+                unwatch(weight)
             return None
         base = self.get_base_layer()
         sources = [state_of(base, self.own_name(parameter)) for parameter, _ in tuned]

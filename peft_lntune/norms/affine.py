@@ -64,7 +64,8 @@ def call_with(
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return by_rule(norm, rule, own, wider, x, args, kwargs)
 
-    return call_hooked(norm, forward, x, *args, **kwargs)
+    read = {own_name(norm, "weight"): weight, own_name(norm, "bias"): bias}
+    return call_hooked(norm, forward, read, x, *args, **kwargs)
 
 
 def _differentiable(norm: nn.Module, x: Tensor) -> Tensor:
@@ -192,7 +193,7 @@ def call_with_rows(
 
     if runs_own_forward(norm):
         return forward(x, *args, **kwargs)
-    return call_hooked(norm, forward, x, *args, **kwargs)
+    return call_hooked(norm, forward, {}, x, *args, **kwargs)
 
 
 def with_rows(

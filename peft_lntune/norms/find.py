@@ -175,8 +175,9 @@ _IS_NORM = re.compile(r"(norm|normali[sz]ation)\d*d?(gated|act)?$", re.IGNORECAS
 def looks_like_norm(module: nn.Module, reason: str = "raised") -> bool:
     """Whether a module with its own parameters looks like a norm to a reader.
 
-    The name of its class decides. A module that could not be run also looks like a norm if its only parameters are one
-    or two small vectors with the usual names. A module that ran and proved to be something else does not.
+    The name of its class decides, or of a class that it inherits from. A module that could not be run also looks like a
+    norm if its only parameters are one or two small vectors with the usual names. A module that ran and proved to be
+    something else does not.
 
     Args:
         module: any module.
@@ -196,7 +197,7 @@ def looks_like_norm(module: nn.Module, reason: str = "raised") -> bool:
     lazy = any(isinstance(value, UninitializedParameter) for value in own.values())
     if _has_parts(module):  # a block may be called after its norms, and have a scale of its own
         return _IS_NORM.search(name) is not None
-    if _CALLED_NORM.search(name):
+    if any(_CALLED_NORM.search(kind) for kind in (name, *_inherited(module))):
         # The class of a linear layer with normalized weights may also have "norm" in its name.
         return lazy or not (
             reason == probe.SHAPE and any(max(p.dim(), 1) > 1 and min(p.shape) > 1 for p in own.values())
@@ -257,6 +258,11 @@ def _has_parts(module: nn.Module) -> bool:
 
 def _class_name(module: nn.Module) -> str:
     return str(getattr(module, "original_name", type(module).__name__))  # a scripted module names its original class
+
+
+def _inherited(module: nn.Module) -> list[str]:
+    """The names of the classes that a module's class inherits from, up to torch's `Module`."""
+    return [kind.__name__ for kind in type(module).__mro__[1:] if issubclass(kind, nn.Module)]
 
 
 def _device(module: nn.Module) -> torch.device | None:

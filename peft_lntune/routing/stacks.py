@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from peft_lntune.core.cache import stamp
+
 __all__ = [
     "BASE",
     "LayerTensor",
@@ -203,9 +205,9 @@ KeptRows = MutableMapping[str, tuple[object, list[Tensor]]]
 def rows_of_layers(names: Sequence[str], tensors: Sequence[LayerTensor], kept: KeptRows) -> list[Stack]:
     """Build the rows of a batch from the layers of a PeftModel.
 
-    Only the rows of named adapters are built. They are cached where all their source tensors are frozen: optimizers and
-    averages of weights write to trained tensors without a trace. Rows of trained tensors are computed again each time,
-    one operation per tensor.
+    Only the rows of named adapters are built. They are cached where all their source tensors are frozen: fused
+    optimizers write to trained tensors without a trace. Rows of trained tensors are computed again each time, one
+    operation per tensor.
 
     Args:
         names: the adapter of each of the B samples.
@@ -232,7 +234,7 @@ def _rows_of(
     """The rows of one adapter, `(k, *shape)` per group; those of the base where the adapter has no delta."""
     sources = [source for group in groups for tensor in group for source in tensor.sources(name)]
     fixed = not any(source.requires_grad or source.is_inference() for source in sources)
-    key = tuple((id(source), source.data_ptr(), source._version) for source in sources) if fixed else None
+    key = tuple((id(source), *stamp(source)) for source in sources) if fixed else None
     before, rows = kept.get(name, (None, []))
     if fixed and before == key:
         return rows

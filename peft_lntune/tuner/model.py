@@ -54,6 +54,8 @@ class LNTuneModel(BaseTuner):
     _warned_of: frozenset[str] = frozenset()
     _looked_for_statistics = False
     _told_missed: frozenset[str] = frozenset()
+    _merging = False  # whether `merge_adapter` was called since the last `unmerge_adapter`
+    _told_merged: frozenset[object] = frozenset()
     _injection: Injection | None = None  # set during injection, because PEFT's loop over modules cannot pass it on
 
     # Called by PEFT's injection.
@@ -186,10 +188,12 @@ class LNTuneModel(BaseTuner):
             self._check_merge(adapter_names)
         self._check_merge_allowed()
         merge_layers(self.model, adapter_names, safe_merge)
+        self._merging = True
 
     def unmerge_adapter(self) -> None:
         """Restore the base parameters, bit for bit. Only LoRA merged by itself is subtracted, with rounding."""
         unmerge_layers(self.model)
+        self._merging = False
 
     def _unload_and_optionally_merge(
         self,
@@ -482,6 +486,24 @@ class LNTuneModel(BaseTuner):
                     stacklevel=3,
                 )
 
+    def _warn_of_merged(self) -> None:
+        """Warn, once per state, about active adapters that have no effect, or are not trained, as layers are merged."""
+        layers = [layer for layer in self.tuner_layers() if layer.merged_adapters and not layer.disable_adapters]
+        merged = list(dict.fromkeys(name for layer in layers for name in layer.merged_adapters))
+        active = [name for name in self.active_adapters if any(layer.tunes(name) for layer in layers)]
+        idle = [name for name in active if name not in merged]
+        trains = self.training and torch.is_grad_enabled()
+        state = tuple(merged), tuple(idle), trains
+        if not merged or not (idle or trains) or state in self._told_merged:
+            return
+        self._told_merged |= {state}
+        effect = f"adapter {idle[0]!r} is active and has no effect there" if idle else "training does not change it"
+        warnings.warn(
+            f"adapter {merged[0]!r} is merged, and merged layers compute with their merged parameters alone, so "
+            f"{effect}. Call unmerge_adapter() first.",
+            stacklevel=3,
+        )
+
     def __getattr__(self, name: str) -> Any:
         found = super().__getattr__(name)
         return partial(call_continuous, self, name, found) if name in CONTINUOUS else found
@@ -513,6 +535,8 @@ class LNTuneModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.pop("adapter_names", None)
         if names is None:
+            if self._merging and not torch.compiler.is_compiling():
+                self._warn_of_merged()
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 # Rows kept from earlier may be out of date once tensors were trained and fixed again.
                 route_of(self.model).drop()

@@ -95,10 +95,13 @@ def test_the_searches_of_rates_apart(tmp_path: Path) -> None:
         *search_cells(PROTOCOLS["cpu-groups"], "sst2", "ln", "float32", "head"),
         *search_cells(PROTOCOLS["cpu"], "sst2", "ln", "bfloat16"),
     ]
+    # A mask is no arm without its script.
+    searches.append({**searches[3], "arm": "fisher", "density": 0.2})
     for number, cell in enumerate(searches):
         rows.append({"cell": cell, "metrics": {"held_out_accuracy": 0.8 + number / 100}})
     table = near_full.rates_apart(tmp_path)
     assert table is not None
+    assert "| fisher | head (0.001: " in table
     assert table.endswith(
         "| sst2, MiniLM, 200 steps | ln | one rate (0.003: 80.0, 0.007: 81.0, 0.02: 82.0); "
         "head (0.001: 83.0, 0.003: 84.0, 0.01: 85.0) |"

@@ -1,5 +1,6 @@
 """Effective parameters are kept where nothing they came from can be trained. Whatever changes, no output is stale."""
 
+import pickle
 from copy import deepcopy
 
 import pytest
@@ -161,6 +162,69 @@ def test_frozen_trained_by_a_fused_step_and_frozen_again(kind):
     assert not torch.equal(after, before)
     assert torch.equal(after, output(deepcopy(model), batch))
     assert torch.equal(output(model, batch), after)
+
+
+def in_place(teacher, student):
+    teacher.data.mul_(0.5).add_(student.detach().data, alpha=0.5)
+
+
+def by_assignment(teacher, student):
+    """Twice, so that the allocator may hand the first address out again."""
+    teacher.data = teacher.data * 0.5 + student.data * 0.5
+    teacher.data = teacher.data * 0.5 + student.data * 0.5
+
+
+@pytest.mark.parametrize(("kind", "follow"), [*((kind, in_place) for kind in KINDS), ("norms", by_assignment)])
+def test_a_frozen_teacher_follows_its_student(kind, follow):
+    """As DINO's, MoCo's and the averages of diffusers do; `eval` is called once, before."""
+    torch.manual_seed(0)
+    student, batch = get_peft_model(build("bert"), KINDS[kind]()), inputs("bert")
+    teacher = frozen(deepcopy(student)).eval()
+    seen = [output(teacher, batch)]
+    mixes = kind != "masks"
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in student.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * (20.0 if kind == "masks" else 1.0))
+        for own, its in zip(teacher.parameters(), student.parameters(), strict=True):
+            follow(own, its)
+        seen.append(output(teacher, batch))
+        twin = deepcopy(teacher)
+        assert torch.equal(seen[-1], output(twin, batch))
+        assert not torch.equal(seen[-1], seen[-2])
+        if mixes:
+            assert torch.equal(*(output(m, batch, adapter_names=["default"] * 3) for m in (teacher, twin)))
+
+
+def test_a_base_that_is_written_through_data_is_seen():
+    model, batch = frozen(adapt(build("bert"))), inputs("bert")
+    before = output(model, batch)
+    for layer in layers(model):
+        layer.base_layer.weight.data.mul_(1.5)
+    after = output(model, batch)
+    assert torch.equal(after, fresh(model, batch))
+    assert not torch.equal(after, before)
+
+
+def test_what_is_watched_is_an_ordinary_parameter_to_others():
+    model, batch = frozen(adapt(build("bert"))), inputs("bert")
+    output(model, batch)
+    weight = next(iter(deltas(model).values())).weight
+    weight.tag = "kept"
+    assert type(weight) is not nn.Parameter  # it is watched
+    assert isinstance(weight, nn.Parameter)
+    assert repr(weight).startswith("Parameter containing:\ntensor(")
+    loaded = pickle.loads(pickle.dumps(weight))
+    assert loaded.tag == "kept"
+    for copy in (deepcopy(weight), loaded):
+        assert type(copy) is nn.Parameter
+        assert torch.equal(copy, weight)
+        assert not copy.requires_grad
+    assert {type(value) for value in model.state_dict().values()} == {torch.Tensor}
+    thawed(model)
+    said(model, batch)
+    assert type(weight) is nn.Parameter, "torch.optim would not use its fast loops"
 
 
 @pytest.mark.parametrize("kind", ["bottlenecks", "prefixes"])

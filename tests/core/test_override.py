@@ -12,11 +12,11 @@ from peft_lntune.errors import UnsupportedError
 def test_call_hooked():
     norm, seen = nn.LayerNorm(2), []
     norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    y = call_hooked(norm, lambda x, *, add: x + add, torch.zeros(2), add=3)
+    y = call_hooked(norm, lambda x, *, add: x + add, {}, torch.zeros(2), add=3)
     assert torch.equal(y, torch.full((2,), 3.0))
     assert seen[0] is y
     with pytest.raises(ZeroDivisionError, match="division"):
-        call_hooked(norm, lambda x: 1 / 0, torch.zeros(2))
+        call_hooked(norm, lambda x: 1 / 0, {}, torch.zeros(2))
     assert "forward" not in norm.__dict__
 
 

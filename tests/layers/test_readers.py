@@ -21,6 +21,7 @@ from peft_lntune import (
 from peft_lntune.errors import RoutingError
 from peft_lntune.layers.routed import RoutedParameter
 from tests.adapted import adapt, build, deltas, inputs, layers, output, said
+from tests.tolerance import assert_close
 
 
 def rms_norm(layer: nn.Module, x: Tensor) -> Tensor:
@@ -76,6 +77,27 @@ class TestParameters:
             assert layer.base_parameter("weight") is layer.get_base_layer().weight
         peft_model = adapt(build("bert", dtype), tune="bias")
         assert all(layer.weight is layer.get_base_layer().weight for layer in layers(peft_model))
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_hooks_of_a_norm_read_what_it_computes_with(family):
+    model, batch = build(family, torch.float64), inputs(family)
+    for norm in [module for module in model.modules() if type(module).__name__ in ("LayerNorm", "LlamaRMSNorm")]:
+        norm.register_forward_pre_hook(lambda module, given: (given[0] + module.weight,))
+        norm.register_forward_hook(lambda module, given, y: y * module.weight)
+    peft_model = adapt(model)
+    before = said(peft_model, batch)
+    before.square().sum().backward()
+    gradients = {place: delta.weight.grad for place, delta in deltas(peft_model).items()}
+    peft_model.merge_adapter()
+    for layer in layers(peft_model):
+        layer.base_layer.requires_grad_()
+    after = said(peft_model, batch)
+    after.square().sum().backward()
+    assert_close(before, after)
+    for layer in layers(peft_model):
+        for name, parameter in layer.base_layer.named_parameters():
+            assert_close(gradients[f"{layer.label}.{name}"], parameter.grad, name=layer.label)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from peft_lntune.core.module_tree import base_modules
 from peft_lntune.norms import find as norms_module
 from peft_lntune.norms import probe
-from peft_lntune.norms.find import Norm, find_norms
+from peft_lntune.norms.find import Norm, find_missed, find_norms
 from tests.cases import FAMILIES, NORMS, UnheardOfNorm, build
 
 
@@ -304,3 +304,13 @@ def test_a_forward_put_on_one_module_is_not_run():
     norm = nn.LayerNorm(4)
     norm.forward = lambda x: pytest.fail("the model's own forward ran")
     assert list(find_norms(norm)) == [""]
+
+
+def test_what_inherits_from_a_norm_and_computes_more_is_named():
+    class Twice(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.weight
+
+    model = nn.Sequential(nn.LayerNorm(8), Twice(8), nn.PReLU(8))
+    assert list(find_norms(model)) == ["0"]
+    assert {name: one.module_class for name, one in find_missed(model).items()} == {"1": "Twice"}

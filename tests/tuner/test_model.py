@@ -215,6 +215,27 @@ class TestSeveralAdapters:
         assert peft_model.active_adapters == ["first"]
 
 
+class TestMerged:
+    def test_what_has_no_effect_while_another_is_merged_is_told_once(self):
+        peft_model, batch = adapt(build("bert"), "a", "b"), inputs("bert")
+        peft_model.set_adapter("b")
+        peft_model.merge_adapter(["a"])
+        with pytest.warns(UserWarning, match="adapter 'a' is merged.* adapter 'b' is active and has no effect there"):
+            merged = output(peft_model, batch)
+        assert torch.equal(output(peft_model, batch), merged)
+        peft_model.unmerge_adapter()
+        assert not torch.equal(output(peft_model, batch), merged)
+
+    def test_training_what_is_merged_is_told(self):
+        peft_model, batch = adapt(build("bert")), inputs("bert")
+        peft_model.merge_adapter()
+        output(peft_model, batch)
+        with pytest.warns(UserWarning, match="adapter 'default' is merged.* training does not change it"):
+            assert not said(peft_model.train(), batch).requires_grad
+        with peft_model.disable_adapter():
+            said(peft_model, batch)
+
+
 class TestDisabled:
     def test_disabling_a_merged_adapter_gives_the_base(self):
         model, batch = build("bert", torch.bfloat16), inputs("bert")

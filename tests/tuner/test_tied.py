@@ -1,6 +1,7 @@
 """Modules and parameters that a model holds more than once: one layer and one delta everywhere, or a refusal."""
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -278,11 +279,17 @@ def test_components_that_are_tied_to_the_head_are_refused():
         get_peft_model(model, ModuleTuningConfig(components=["embedding"]))
 
 
-@pytest.mark.parametrize("reference", ["method", "partial list"])
+@pytest.mark.parametrize("reference", ["method", "list", "closure"])
 def test_a_place_that_no_layer_can_take_is_refused(reference):
     model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
-    model.call = model[0].forward if reference == "method" else [SimpleNamespace(), {"f": model[0].__call__}]
-    with pytest.raises(UnsupportedError, match=r"0 is to be tuned, and call.*\(a bound method\) would still call it"):
+    norm = model[0]
+    model.call = {
+        "method": norm.forward,
+        "list": [SimpleNamespace(), {"f": norm.__call__}],
+        "closure": lambda x: norm(x),
+    }[reference]
+    said = r"\(a closure over norm\)" if reference == "closure" else r"\(a bound method\)"
+    with pytest.raises(UnsupportedError, match=rf"0 is to be tuned, and call.*{said} would still call it"):
         get_peft_model(model, LNTuningConfig())
     assert type(model[0]) is nn.LayerNorm
     get_peft_model(model, LNTuningConfig(target_modules=["1"]))  # another module is not concerned
@@ -299,6 +306,46 @@ def test_an_adapter_that_was_trained_apart_is_refused(tmp_path):
     with pytest.raises(AdapterFileError, match="differ in the file, and in this model modules share the parameter"):
         PeftModel.from_pretrained(base, tmp_path)
     assert not any(isinstance(module, ReplacementLayer) for module in base.modules())
+
+
+def in_a_tuple(first, second):
+    pair = (first, second)
+    return pair, lambda pair, x: pair[1](pair[0](x).cumsum(-1))
+
+
+def in_a_partial(first, second):
+    return partial(lambda a, x, b: b(a(x).cumsum(-1)), first, b=second), lambda held, x: held(x)
+
+
+def in_an_object(first, second):
+    return SimpleNamespace(a=first, more=SimpleNamespace(b=second)), lambda held, x: held.more.b(held.a(x).cumsum(-1))
+
+
+@pytest.mark.parametrize("hold", [in_a_tuple, in_a_partial, in_an_object])
+def test_norms_are_tuned_where_a_model_calls_them(hold):
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.LayerNorm(8), nn.LayerNorm(8)
+            self.held, self.call = hold(self.first, self.second)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.call(self.held, x)
+
+    torch.manual_seed(0)
+    base, x = Holder().double(), torch.randn(3, 8, dtype=torch.float64)
+    own = {name: value.clone() for name, value in base.state_dict().items()}
+    model = get_peft_model(base, LNTuningConfig())
+    randomize(model)
+    model(x).square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
+    y = model(x)
+    merged = model.merge_and_unload()
+    assert_close(merged(x), y)
+    assert not any(isinstance(module, ReplacementLayer) for module in merged.modules())
+    assert not torch.equal(merged.first.weight, own["first.weight"])
+    merged.load_state_dict(own)
+    assert not torch.allclose(merged(x), y)  # it calls the modules that it has
 
 
 def test_many_tasks_refuse_one_parameter_of_several_norms():
