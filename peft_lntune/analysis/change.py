@@ -34,6 +34,9 @@ def parameter_change(
     One row pools all parameters of one place: sums run over all their entries, in float64. Where a denominator is 0 (a
     bias that starts at zero, a weight with equal entries, a single entry), the measure and its rank are None.
 
+    Values are measured as they are stored: of a norm that multiplies by 1 + w, such as Gemma's, w. Its gains then look
+    small, and `relative_to_mean` large.
+
     Source: ValizadehAslani and Liang 2024 (arXiv 2403.20284) and BitFit, Ben Zaken et al. 2022 (arXiv 2106.10199), use
     `mean_change`.
 

@@ -23,6 +23,9 @@ def magnitude(source: CheckpointSource, *, layers: bool = True) -> Table:
 
     Source: Akbar-Tajari, Rajaee, Pilehvar 2022 (arXiv 2302.00378).
 
+    Values are measured as they are stored. A norm that multiplies by 1 + w, such as Gemma's, stores w, so its gains of
+    1 count as 0.
+
     Args:
         source: a model, tensors by name, or the path of a checkpoint in safetensors, read one tensor at a time. Give
             all parameters: the role of a norm is read from the modules around it.

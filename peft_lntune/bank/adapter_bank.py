@@ -440,7 +440,7 @@ class AdapterBank:
 
     def _slots_of(self, names: Sequence[str]) -> list[int]:
         names = [BASE if name == 0 else name for name in names]
-        unknown = {str(name) for name in names if name != BASE and name not in self._slots}
+        unknown = {str(n) for n in names if not isinstance(n, str) or (n != BASE and n not in self._slots)}
         if unknown:
             raise RoutingError(
                 f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}. Known adapters: "

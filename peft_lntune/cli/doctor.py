@@ -8,7 +8,7 @@ from torch import Tensor
 
 from peft_lntune.analysis import Checkpoint
 from peft_lntune.doctor import Report, compare_norms
-from peft_lntune.errors import AdapterFileError
+from peft_lntune.errors import AdapterFileError, ConfigError
 from peft_lntune.interop.peft_ln_tuning import CONTAINER
 from peft_lntune.interop.trainer_checkpoints import STATE_FILE
 from peft_lntune.storage.adapter_file import CONFIG_FILE, WEIGHTS_FILE
@@ -33,9 +33,10 @@ def examine_checkpoints(before: str, after: str, *, learning_rate: float | None 
         The report.
 
     Raises:
-        ConfigError: no norm is in both, or shapes differ.
+        ConfigError: no norm is in both, shapes differ, or the configs name two architectures.
         AdapterFileError: a file is missing or damaged.
     """
+    _check_types(before, after)
     if learning_rate is None:
         learning_rate = learning_rate_of(after)
     return compare_norms(_opened(before), _opened(after), learning_rate=learning_rate, adapter=_is_adapter(Path(after)))
@@ -62,6 +63,29 @@ def learning_rate_of(folder: str) -> float | None:
     except (ValueError, KeyError, TypeError) as error:
         raise AdapterFileError(f"{file} is damaged ({error!r}). Give the rate yourself: --learning-rate.") from error
     return max(rates, default=None)
+
+
+def _check_types(before: str, after: str) -> None:
+    """Refuse two architectures: they may share names of norms, which would be compared as if one became the other."""
+    types = [_model_type(Path(path)) for path in (before, after)]
+    if None not in types and types[0] != types[1]:
+        raise ConfigError(
+            f"{before} is of type {types[0]!r}, and {after} of type {types[1]!r}: they are not from one run. Give two "
+            "checkpoints of one model, or for an adapter the model that it was trained on. If they are one model all "
+            "the same, give their safetensors files in place of the folders."
+        )
+
+
+def _model_type(folder: Path) -> str | None:
+    """The architecture that a config names, as transformers calls it."""
+    if _is_adapter(folder):
+        return (read_config(folder / CONFIG_FILE).get("manifest") or {}).get("model_type")
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_bytes()) if file.is_file() else {}
+    except ValueError as error:
+        raise AdapterFileError(f"{file} is damaged ({error}). Get a good copy of the model.") from error
+    return config.get("model_type") if isinstance(config, dict) else None
 
 
 def _is_adapter(path: Path) -> bool:

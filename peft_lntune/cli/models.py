@@ -1,5 +1,6 @@
 """Loads models from folders or from the Hub, with or without weights, and with an adapter."""
 
+import copy
 import importlib.util
 import warnings
 from collections.abc import Collection
@@ -19,6 +20,7 @@ from peft_lntune.errors import AdapterFileError, ConfigError
 from peft_lntune.planning.claims import check_architecture
 from peft_lntune.storage.adapter_file import CONFIG_FILE
 from peft_lntune.storage.keys import is_ours
+from peft_lntune.storage.packing import ROOT
 from peft_lntune.storage.saved_adapter import SavedAdapter
 
 __all__ = [
@@ -230,12 +232,13 @@ def load_adapted(adapter: str, model: str | None = None) -> PeftModel:
     base_config = read_model_config(base, **options)
     check_architecture(config, base_config, adapter, f"the model in {base}", _ADVICE)
     saved = [name for name in SavedAdapter(adapter, {}).shapes if not is_ours(name)]
-    labels = _labels(adapter) if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else None
+    named = (config.auto_mapping or {}).get("base_model_class")
+    kind = _class_for(base_config, config.task_type, named)
+    labels = _labels(adapter, kind, base_config) if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else None
     if labels is not None:
         options["num_labels"] = labels
         base_config.num_labels = labels
-    named = (config.auto_mapping or {}).get("base_model_class")
-    _check_fit(adapter, base, _class_for(base_config, config.task_type, named), base_config)
+    _check_fit(adapter, base, kind, base_config)
     loaded = load_model(base, config.task_type, named, saved_beside=saved, **options)
     return PeftModel.from_pretrained(loaded, adapter)
 
@@ -327,8 +330,21 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _labels(adapter: str) -> int | None:
-    """Number of labels of the head saved with an adapter: the rows of its narrowest matrix; None without a head."""
+def _labels(adapter: str, kind: Any, config: Any) -> int | None:
+    """Number of labels of the head saved with an adapter; None without a head.
+
+    A head may have several matrices (RoBERTa's has two). That of the labels is the one that grows with their number.
+    """
     shapes = SavedAdapter(adapter, {}).shapes
-    rows = [shape[0] for key, shape in shapes.items() if not is_ours(key) and len(shape) == 2]
-    return min(rows, default=None)
+    rows = {k.removeprefix(ROOT): shape[0] for k, shape in shapes.items() if not is_ours(k) and len(shape) == 2}
+    if len(set(rows.values())) > 1:
+        one, two = (_shapes(kind, config, labels) for labels in (1, 2))
+        rows = {name: count for name, count in rows.items() if one.get(name) != two.get(name)} or rows
+    return min(rows.values(), default=None)
+
+
+def _shapes(kind: Any, config: Any, labels: int) -> dict[str, torch.Size]:
+    """Shapes of the parameters of a model with so many labels."""
+    config = copy.deepcopy(config)
+    config.num_labels = labels
+    return {name: parameter.shape for name, parameter in _empty(kind, config).named_parameters()}

@@ -11,6 +11,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from peft_lntune.storage.atomic import is_special
 from peft_lntune.storage.folders import check_new_folder
 
 __all__ = [
@@ -55,13 +56,15 @@ class OutFile(click.ParamType):
             The path.
 
         Raises:
-            click.BadParameter: the path is a folder, lies in a folder that does not exist or cannot be written to, or
-                has an ending that the command cannot write.
+            click.BadParameter: the path is a folder, a device or a pipe, lies in a folder that does not exist or cannot
+                be written to, or has an ending that the command cannot write.
             click.ClickException: the package that writes the file is not installed.
         """
         path = Path(value)
         if path.is_dir():
             self.fail(f"{value} is a folder. Give the path of a file.", param, ctx)
+        if is_special(path):
+            self.fail(f"{value} is a device or a pipe. Give the path of a file.", param, ctx)
         if not path.parent.is_dir():
             self.fail(f"{value}: the folder {path.parent} does not exist. Make it first.", param, ctx)
         if not os.access(path.parent, os.W_OK):

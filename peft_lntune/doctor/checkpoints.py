@@ -53,8 +53,9 @@ def compare_norms(
     Norms are recognized by their names. Tensors are read one at a time. Names may differ by one prefix (`bert.`).
 
     Without a learning rate, a norm that did not move is a fault only if something speaks against a norm that was frozen
-    on purpose: all its gains are exactly 1, as nothing but an untrained norm has them, or in half precision other norms
-    of the run moved. Otherwise it is a note.
+    on purpose: all its gains are exactly 1, as nothing but an untrained norm has them (stored as 0 where the model adds
+    1, as Gemma does), or in half precision other norms of the run moved. Otherwise it is a note. Norms that only one of
+    the checkpoints has are in a note too.
 
     Args:
         before: tensors by name, or the path of a safetensors file, of the index of a sharded one, or of a folder. For a
@@ -109,6 +110,10 @@ def compare_norms(
         records.append(_record(name, torch.zeros_like(delta), delta, learning_rate))
     elsewhere = adapter or _moves_elsewhere(old, new, {n: o for n, o in pairs.items() if n not in norms})
     findings, notes = _judge(records, pooled, elsewhere, {name: old[name] for name in norms}, new, norms)
+    notes += _alone(
+        [] if adapter else [name for name in facts if name not in pairs and is_norm_parameter(name, facts[name].shape)],
+        [n for n in floating - set(pairs.values()) - deltas if is_norm_parameter(n, others[n].shape)],
+    )
     if learning_rate is None:
         notes.append("can_move needs the learning rate of the run.")
     return Report(tuple(records), tuple(findings), notes=tuple(notes))
@@ -169,7 +174,7 @@ def _judge(
             kind = "too_coarse" if some_moved or elsewhere else None
         elif not one.moved:
             still.append(one)
-            never = one.role == "weight" and one.name in starts and bool((starts[one.name] == 1).all())
+            never = one.role == "weight" and one.name in starts and _is_untrained(starts[one.name])
             half = one.dtype in ("bfloat16", "float16")
             kind = "did_not_move" if (elsewhere or some_moved) and (never or (half and some_moved)) else None
         elif one.moved < FEW * one.entries and one.name in starts:
@@ -192,6 +197,21 @@ def _judge(
             "tuned, or frozen on purpose. If they should learn, run the training with NormDoctor for a few steps."
         )
     return [Finding(kind, [one.name for one in its], _evidence(kind, its)) for kind, its in found.items()], notes
+
+
+def _is_untrained(gains: Tensor) -> bool:
+    """Whether gains are those of a new norm: all 1, or all 0 where the model adds 1 to what it stores."""
+    return bool((gains == 1).all() or (gains == 0).all())
+
+
+def _alone(before: list[str], after: list[str]) -> list[str]:
+    """A note on norms that only one of the checkpoints has."""
+    sides = {"earlier": before, "later": after}
+    said = [f"{len(names)} only in the {side} one, such as {min(names)}" for side, names in sides.items() if names]
+    which = "; ".join(said)
+    return (
+        [f"Norm parameters that were not compared: {which}. Two checkpoints of one body have the same."] if said else []
+    )
 
 
 def _is_rounded(before: Tensor, after: Tensor) -> bool:

@@ -11,7 +11,7 @@ from peft_lntune.core.module_tree import base_model
 from peft_lntune.errors import ConfigError
 from peft_lntune.layers.offloaded import device_of
 
-__all__ = ["answers", "distance", "few_tokens", "inputs_of", "rounding"]
+__all__ = ["answers", "distance", "few_tokens", "inputs_of", "masks_of", "rounding"]
 
 _TOKENS = 32
 
@@ -75,6 +75,31 @@ def inputs_of(batch: Any, model: nn.Module, few: bool = False) -> dict[str, Any]
     return {key: value[:, :cut] if any(value is text for text in texts) else value for key, value in found.items()}
 
 
+def masks_of(batch: Mapping[str, Any]) -> dict[torch.Size, Tensor]:
+    """The attention masks of a batch by their shape, `(rows, tokens)`, which tells whose they are.
+
+    Args:
+        batch: inputs of a model.
+
+    Returns:
+        The mask of the texts, and of those of a decoder. Where both texts have one shape it does not tell them apart,
+        and there is no mask: every position counts.
+
+    Example:
+        >>> ids, mask = torch.ones(1, 3), torch.tensor([[1, 1, 0]])
+        >>> list(masks_of({"input_ids": ids, "attention_mask": mask}))
+        [torch.Size([1, 3])]
+        >>> masks_of({"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids})
+        {}
+    """
+    shapes = [
+        value.shape for name in ("input_ids", "decoder_input_ids") if isinstance(value := batch.get(name), Tensor)
+    ]
+    masks = [batch.get(name) for name in ("attention_mask", "decoder_attention_mask")]
+    found = {mask.shape: mask for mask in masks if isinstance(mask, Tensor)}
+    return {shape: mask for shape, mask in found.items() if shapes.count(shape) < 2}
+
+
 @torch.no_grad()
 def answers(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
     """Run a model and take what it is used for: its logits, or all floating tensors that it returns.
@@ -108,12 +133,13 @@ def distance(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
 
     Args:
         found: tensors.
-        expected: tensors of the same shapes.
+        expected: tensors of the same shapes. Infinite values that both have, as where a model masks logits, are equal.
 
     Returns:
-        The distance, in the unit of the tensors.
+        The distance, in the unit of the tensors; NaN or infinite where only one of them is finite, or one is NaN.
     """
-    gaps = [(a.double() - b.double().to(a.device)).reshape(-1) for a, b in zip(found, expected, strict=True)]
+    pairs = [(a.double(), b.double().to(a.device)) for a, b in zip(found, expected, strict=True)]
+    gaps = [torch.where(a == b, 0.0, a - b).reshape(-1) for a, b in pairs]
     return float(torch.cat(gaps).square().mean().sqrt())
 
 

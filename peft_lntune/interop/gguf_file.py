@@ -16,7 +16,16 @@ from typing import Any, NamedTuple
 import torch
 
 from peft_lntune.errors import AdapterFileError, ConfigError, UnsupportedError
-from peft_lntune.interop.norm_deltas import NormAdapter, NormMerge, Place, check_base, edit_of, folder_of, said
+from peft_lntune.interop.norm_deltas import (
+    NormAdapter,
+    NormMerge,
+    Place,
+    check_apart,
+    check_base,
+    edit_of,
+    folder_of,
+    said,
+)
 from peft_lntune.interop.safetensors_files import read_places, tensors_of, weight_files
 from peft_lntune.storage.byte_edits import ByteEdit, edit_in_place, refuse_edited, undo_edits, write_edited
 
@@ -203,8 +212,11 @@ def _opened(file: Path) -> tuple[Any, str]:
         reader = library.GGUFReader(file, "r")
         architecture = str(reader.fields["general.architecture"].contents())
         parts = reader.fields["split.count"].contents() if "split.count" in reader.fields else 1
+        if architecture in ARCHITECTURES and parts == 1:
+            int(reader.fields[f"{architecture}.block_count"].contents())
     except Exception as error:  # the reader views any bytes as lengths, and raises what numpy raises
         raise AdapterFileError(f"{file} is not a GGUF file, or is damaged ({error}). Get a good copy.") from error
+    check_apart([(int(t.data_offset), int(t.data_offset + t.n_bytes), t.name) for t in reader.tensors], file)
     if parts > 1:
         raise UnsupportedError(
             f"{file} is one of {parts} parts of a model. Join them first: llama-gguf-split --merge FIRST_PART WHOLE."

@@ -1,5 +1,6 @@
 """Makes one LoRA adapter of an adapter of norms: folds, truncates, writes, loads it with PEFT, and compares."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -19,7 +20,7 @@ from peft_lntune.config import LNTuneConfig
 from peft_lntune.core.low_rank import LowRank, fold_gain, joined, padded, scaled, truncated
 from peft_lntune.core.module_tree import base_modules, called_modules
 from peft_lntune.errors import ConfigError, UnsupportedError
-from peft_lntune.interop.answers import answers, distance, few_tokens, inputs_of, rounding
+from peft_lntune.interop.answers import answers, distance, few_tokens, inputs_of, masks_of, rounding
 from peft_lntune.interop.folds import Fold, linear_maps, plan_folds, weight_of
 from peft_lntune.interop.layer_types import untuned_of_tuned_types
 from peft_lntune.interop.lora_report import RANKS, LoraExport, Spectrum, norm_table, rank_for, rank_table
@@ -105,6 +106,12 @@ class LoraExporter:
         wanted = answers(self.tuned, self.inputs)
         noise = rounding(self.tuned, norms, self.inputs, wanted)
         effect = distance(self._without_adapter(), wanted)
+        if not math.isfinite(noise + effect):
+            raise UnsupportedError(
+                "the model answers with NaN or infinite values on the inputs of the check, so an export cannot be "
+                "compared with the adapter. Nothing was written. Look for the weights or activations that are not "
+                "finite (float16 holds nothing above 65504), or give other batches."
+            )
         deltas = self._deltas()
         folds, dropped = plan_folds(self.base, deltas, self.inputs, self._saved_linears())
         if dropped and unfoldable == "refuse":
@@ -239,7 +246,7 @@ class LoraExporter:
             handles.append(self._running(name).register_forward_pre_hook(inputs.watch(name), with_kwargs=True))
         try:
             error = distance(answers(self.tuned, self.inputs), expected)
-            if error > ROUNDINGS * noise:
+            if not error <= ROUNDINGS * noise:  # NaN too
                 raise UnsupportedError(
                     f"the linear maps that read the norms do not stand for the norms of adapter {self.name!r}: folded "
                     f"into them, the logits differ by {error:.2g} from those of the adapter, and rounding explains "
@@ -247,7 +254,7 @@ class LoraExporter:
                     "merge the adapter instead."
                 )
             for batch in batches:
-                inputs.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+                inputs.masks = masks_of(batch) if isinstance(batch, Mapping) else {}
                 inputs.measuring = True
                 answers(self.tuned, inputs_of(batch, self.tuned))
         finally:
@@ -365,11 +372,12 @@ class _Inputs:
 
     Attributes:
         measuring: whether moments are being summed.
-        mask: the attention mask of the batch, which leaves out padding.
+        masks: the attention masks of the batch by their shape, which leave out padding.
     """
 
     def __init__(self) -> None:
-        self.measuring, self.mask = False, None
+        self.measuring = False
+        self.masks: dict[torch.Size, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
@@ -381,6 +389,17 @@ class _Inputs:
 
     def moments(self) -> dict[str, Tensor]:
         """The means of `x x^T`, by place."""
+        for place, total in self._sums.items():
+            if not self._counts[place]:
+                raise ConfigError(
+                    "the attention_mask of every batch leaves out all of its tokens, so there is nothing to calibrate "
+                    "on. Give batches with tokens that count."
+                )
+            if not bool(total.isfinite().all()):
+                raise ConfigError(
+                    f"the inputs of the linear maps at {place} hold NaN or infinite values on these batches, so "
+                    "nothing can be calibrated on them. Give batches on which the model's activations are finite."
+                )
         return {place: total / self._counts[place] for place, total in self._sums.items()}
 
     def _hook(self, fold: Fold | None, place: str | None, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -396,7 +415,8 @@ class _Inputs:
         return ((changed, *args[1:]), kwargs) if key is None else (args, {**kwargs, key: changed})
 
     def _measure(self, place: str, x: Tensor) -> None:
-        rows = x[self.mask.to(x.device).bool()] if self.mask is not None and self.mask.shape == x.shape[:-1] else x
+        mask = self.masks.get(x.shape[:-1])
+        rows = x if mask is None else x[mask.to(x.device).bool()]
         rows = rows.reshape(-1, x.shape[-1]).double()
         total = (rows.mT @ rows).cpu()
         self._sums[place] = self._sums[place] + total if place in self._sums else total
@@ -428,12 +448,12 @@ def _sides(change: LowRank) -> int:
 
 
 def _check(error: float, effect: float, noise: float, exact: bool, rank: int) -> None:
-    if exact and error > ROUNDINGS * noise:
+    if exact and not error <= ROUNDINGS * noise:  # NaN too
         raise UnsupportedError(
             f"loaded by PEFT, the export gives logits that differ by {error:.2g} from those of the adapter, and "
             f"rounding explains {noise:.2g}. Nothing was written; merge the adapter instead."
         )
-    if not exact and error >= effect > 0:
+    if not exact and effect > 0 and not error < effect:
         raise UnsupportedError(
             f"truncated to rank {rank}, the export is as far from the adapter ({error:.2g}) as the base model is "
             f"({effect:.2g}). Nothing was written; choose a larger rank."

@@ -1,8 +1,9 @@
 """The deltas of a saved adapter added to the bytes of norms in a model file. No model is made."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,17 @@ from peft_lntune.storage.byte_edits import ByteEdit
 from peft_lntune.storage.packing import DELTAS, PREFIX, ROOT, is_packed, unpack
 from peft_lntune.storage.saved_adapter import SavedAdapter
 
-__all__ = ["NormAdapter", "NormMerge", "Place", "check_base", "edit_of", "folder_of", "shape_error", "tuned_name"]
+__all__ = [
+    "NormAdapter",
+    "NormMerge",
+    "Place",
+    "check_apart",
+    "check_base",
+    "edit_of",
+    "folder_of",
+    "shape_error",
+    "tuned_name",
+]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """Dtypes that a delta can be added to in a file. All others are quantized."""
@@ -80,12 +91,20 @@ class Place(NamedTuple):
     offset: int
 
     def read(self) -> tuple[bytes, Tensor]:
-        """Read the tensor, which must not be quantized.
+        """Read the tensor.
 
         Returns:
             Its bytes, and the values of shape `shape`.
+
+        Raises:
+            UnsupportedError: the tensor is quantized.
         """
-        assert self.dtype is not None
+        if self.dtype is None or self.dtype not in DTYPES:
+            raise UnsupportedError(
+                f"{self.name} in {self.file} is {self.stored}, and a delta can be added to "
+                f"{', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)} only: nothing is requantized. "
+                "Use a file whose norms are not quantized."
+            )
         with self.file.open("rb") as opened:
             opened.seek(self.offset)
             content = opened.read(self.shape.numel() * self.dtype.itemsize)
@@ -165,6 +184,24 @@ class NormAdapter:
         return found
 
 
+def check_apart(spans: Iterable[tuple[int, int, str]], file: Path) -> None:
+    """Refuse a file two of whose tensors share bytes: an edit of one would change the other.
+
+    Args:
+        spans: for each tensor the positions of its first byte and behind its last, and its name.
+        file: the file, for the message.
+
+    Raises:
+        AdapterFileError: two tensors overlap.
+
+    Example:
+        >>> check_apart([(8, 12, "b"), (0, 8, "a")], Path("model.gguf"))
+    """
+    for (_, end, one), (start, _, other) in pairwise(sorted(spans)):
+        if start < end:
+            raise AdapterFileError(f"{file} is damaged: {one} and {other} share bytes. Get a good copy of the model.")
+
+
 def edit_of(place: Place, values: Tensor, index: Tensor | None) -> tuple[ByteEdit, int]:
     """Add a delta to a tensor of a file: in float32 or wider, rounded once to the tensor's dtype.
 
@@ -179,12 +216,6 @@ def edit_of(place: Place, values: Tensor, index: Tensor | None) -> tuple[ByteEdi
     Raises:
         UnsupportedError: the tensor is quantized, or its dtype cannot hold a sum, which is too large for it.
     """
-    if place.dtype not in DTYPES:
-        raise UnsupportedError(
-            f"{place.name} in {place.file} is {place.stored}, and a delta can be added to "
-            f"{', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)} only: nothing is requantized. "
-            "Use a file whose norms are not quantized."
-        )
     before, base = place.read()
     wide = torch.promote_types(base.dtype, torch.float32)
     tuned = effective(base.to(wide), values.to(torch.promote_types(values.dtype, wide)), index).to(base.dtype)
@@ -210,6 +241,7 @@ def check_base(places: Mapping[str, Place], base: Mapping[str, Place], shift: fl
 
     Raises:
         AdapterFileError: a shape or a value differs.
+        UnsupportedError: a tensor is quantized.
     """
     for name, place in places.items():
         if name not in base:

@@ -15,7 +15,16 @@ from typing import Any
 import torch
 
 from peft_lntune.errors import AdapterFileError, ConfigError, UnsupportedError
-from peft_lntune.interop.norm_deltas import NormAdapter, NormMerge, Place, check_base, edit_of, folder_of, said
+from peft_lntune.interop.norm_deltas import (
+    NormAdapter,
+    NormMerge,
+    Place,
+    check_apart,
+    check_base,
+    edit_of,
+    folder_of,
+    said,
+)
 from peft_lntune.norms.names import spellings
 from peft_lntune.storage.byte_edits import ByteEdit, write_edited
 from peft_lntune.storage.folders import new_folder
@@ -275,6 +284,7 @@ def _header(file: Path) -> Iterator[Place]:
         if bytes_of_header > min(size - 8, _MAX_HEADER):
             raise AdapterFileError(f"{file} is damaged or cut off: its header is longer than the file.")
         content = opened.read(bytes_of_header)
+    spans: list[tuple[int, int, str]] = []
     try:
         listed = json.loads(content)
         for name, one in listed.items():
@@ -286,9 +296,11 @@ def _header(file: Path) -> Iterator[Place]:
                 dtype is not None and end - begin != shape.numel() * dtype.itemsize
             ):
                 raise ValueError(f"{name} does not fit into the file")
+            spans.append((begin, end, name))
             yield Place(file, name, dtype, str(one["dtype"]), shape, 8 + bytes_of_header + begin)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise AdapterFileError(f"{file} is damaged or cut off ({error}). Get a good copy of the model.") from error
+    check_apart(spans, file)
 
 
 def _json(file: Path) -> dict[str, Any]:

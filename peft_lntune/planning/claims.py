@@ -14,7 +14,7 @@ from peft_lntune.planning.types import Plan
 from peft_lntune.storage.keys import is_ours
 from peft_lntune.storage.renaming import is_renamed
 
-__all__ = ["check_architecture", "check_claims", "model_type_of"]
+__all__ = ["check_architecture", "check_claims", "check_same_architecture", "model_type_of"]
 
 _SLACK = 1 << 20
 """How many more entries a plan may have than the file, because parts are counted a little differently: 4 MB."""
@@ -55,11 +55,31 @@ def check_architecture(
         AdapterFileError: the two architectures differ.
     """
     saved = (getattr(config, "manifest", None) or {}).get("model_type")
-    own = model_type_of(model)
-    if saved and own and saved != own and not is_renamed():
+    if saved and not is_renamed():
+        _check_types(saved, model_type_of(model), where, into, "it was saved from", advice)
+
+
+def check_same_architecture(source: Any, model: Any, where: str) -> None:
+    """Refuse an adapter of a model in memory whose architecture is another one than the given model's.
+
+    Two architectures may name their norms alike, and compute something else with them.
+
+    Args:
+        source: the base model that has the adapter.
+        model: the model that is to have it.
+        where: what to call the adapter in the message.
+
+    Raises:
+        AdapterFileError: the two architectures differ.
+    """
+    advice = "Give the adapter of a model of this architecture."
+    _check_types(model_type_of(source), model_type_of(model), where, "this model", "it belongs to", advice)
+
+
+def _check_types(theirs: str | None, own: str | None, where: str, into: str, how: str, advice: str) -> None:
+    if theirs and own and theirs != own:
         raise AdapterFileError(
-            f"{where} does not fit {into}: it was saved from a model of type {saved!r}, and this one is of type "
-            f"{own!r}. {advice}"
+            f"{where} does not fit {into}: {how} a model of type {theirs!r}, and this one is of type {own!r}. {advice}"
         )
 
 

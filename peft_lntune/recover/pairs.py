@@ -119,9 +119,11 @@ def mask_of(batch: Batch, logits: Tensor) -> Tensor | None:
         logits: the answer, `(..., C)`.
 
     Returns:
-        The attention mask, if there is one of the positions of the answer; None: all count.
+        The attention mask, if there is one of the positions of the answer; None: all count. Answers of an
+        encoder-decoder are those of its decoder, so the mask of the encoder's texts is not theirs.
     """
-    mask = batch.get("attention_mask")
+    decodes = any(name.startswith("decoder_input") for name in batch)
+    mask = batch.get("decoder_attention_mask" if decodes else "attention_mask")
     return mask if isinstance(mask, Tensor) and mask.shape == logits.shape[:-1] else None
 
 

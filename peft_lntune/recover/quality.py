@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_lntune.errors import DataError
+from peft_lntune.core.module_tree import base_model
+from peft_lntune.errors import DataError, UnsupportedError
 from peft_lntune.recover.divergence import divergence
 from peft_lntune.recover.pairs import Batch, logits_of, mask_of
 
@@ -39,8 +40,14 @@ def quality(model: nn.Module, teacher: Callable[[Batch], Tensor], batches: Seque
         Perplexity and divergence, over all positions that the attention mask keeps.
 
     Raises:
+        UnsupportedError: the model is an encoder-decoder, or its answers are not one per token.
         DataError: there are no batches, or no token has one before it.
     """
+    if getattr(getattr(base_model(model), "config", None), "is_encoder_decoder", False):
+        raise UnsupportedError(
+            f"{type(base_model(model)).__name__} is an encoder-decoder, and perplexity is that of the input of a "
+            "causal language model. Compare its answers with those of the teacher by divergence alone."
+        )
     training = model.training
     model.eval()
     loss = gap = torch.zeros((), dtype=torch.float64)
@@ -48,6 +55,12 @@ def quality(model: nn.Module, teacher: Callable[[Batch], Tensor], batches: Seque
     try:
         for batch in batches:
             logits, ids = logits_of(model, batch), batch["input_ids"]
+            if logits.shape[:-1] != ids.shape:
+                raise UnsupportedError(
+                    f"perplexity needs logits of shape {tuple(ids.shape)} and one per token of the vocabulary, and "
+                    f"{type(base_model(model)).__name__} returns {tuple(logits.shape)}. Load it with "
+                    "AutoModelForCausalLM."
+                )
             mask = mask_of(batch, logits)
             kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
             said = kept[:, 1:] & kept[:, :-1]

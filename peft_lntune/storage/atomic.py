@@ -9,17 +9,20 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
 
+from peft_lntune.errors import ConfigError
+
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["STAGING", "locked", "new_file", "put", "staging"]
+__all__ = ["STAGING", "is_special", "locked", "new_file", "put", "staging"]
 
 STAGING = ".lntune-writing-"
 """Prefix of the names of folders that hold files before they are moved to their places."""
 
 _DAY = 24 * 60 * 60
+_DEVICES = (Path("/dev"), Path("/dev/fd"))
 
 
 @contextmanager
@@ -35,16 +38,36 @@ def new_file(path: str | os.PathLike) -> Iterator[Path]:
     Yields:
         The path to write to.
 
+    Raises:
+        ConfigError: the path is a device or a pipe. Moving a file there would take its place.
+
     Example:
         >>> import tempfile
         >>> with new_file(Path(tempfile.mkdtemp(), "table.csv")) as made:
         ...     _ = made.write_text("norm,score")
     """
     target = Path(path)
+    if is_special(target):
+        raise ConfigError(
+            f"{target} is a device or a pipe, and a file that appears whole would take its place. Give the path of an "
+            "ordinary file."
+        )
     with staging(target.parent) as folder:
         made = folder / target.name
         yield made
         put(made, target)
+
+
+def is_special(path: Path) -> bool:
+    """Whether a path is a device, a pipe or a socket, such as `/dev/stdout`, rather than a file or a folder.
+
+    Args:
+        path: the path.
+
+    Returns:
+        True also for links in `/dev` that lead to an ordinary file, because a file moved there would replace the link.
+    """
+    return (path.exists() and not path.is_file() and not path.is_dir()) or path.absolute().parent in _DEVICES
 
 
 @contextmanager

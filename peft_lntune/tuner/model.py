@@ -1,5 +1,6 @@
 """The tuner: it injects layers by a plan, and manages adapters. What a layer does is in `layers/`."""
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -104,6 +105,11 @@ class LNTuneModel(BaseTuner):
             raise ConfigError(
                 f"an adapter cannot be named {adapter_name!r}: the name is a key of a torch.nn.ModuleDict, which takes "
                 "no empty name, no dot and no name of its own attributes. Choose another name."
+            )
+        if adapter_name == BASE:
+            raise ConfigError(
+                f"an adapter cannot be named {BASE!r}: in adapter_names, that is the model without an adapter. Choose "
+                "another name."
             )
         config = self.peft_config[adapter_name]
         stored = "stored" in config.__dict__
@@ -445,12 +451,20 @@ class LNTuneModel(BaseTuner):
     def _check_weighted(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
         if adapter_name in self.peft_config:
             raise ConfigError(f"an adapter named {adapter_name!r} exists. Delete it first, or choose another name.")
+        if isinstance(adapters, str):
+            raise ConfigError(f"adapters should be a list of names, such as [{adapters!r}], but is {adapters!r}.")
         unknown = [name for name in adapters if name not in self.peft_config]
         if unknown or not adapters:
             raise ConfigError(f"adapters {unknown or adapters} not found; this model has {list(self.peft_config)}.")
         if len(weights) != len(adapters):
             raise ConfigError(
                 f"expected one weight per adapter, got {len(weights)} weights for {len(adapters)} adapters."
+            )
+        infinite = [(name, weight) for name, weight in zip(adapters, weights, strict=True) if not math.isfinite(weight)]
+        if infinite:
+            raise ConfigError(
+                f"the weight of adapter {infinite[0][0]!r} should be a finite number, but is {infinite[0][1]}: every "
+                "entry of the sum would be NaN or infinite."
             )
 
     # Every forward pass of a PeftModel: training, mixed batches.

@@ -17,7 +17,7 @@ from peft_lntune.errors import ConfigError, UnsupportedError
 from peft_lntune.layers.held import deltas_in
 from peft_lntune.norms.find import Norm, find_norms
 from peft_lntune.norms.names import own_parameter, role_of
-from peft_lntune.planning.claims import check_architecture
+from peft_lntune.planning.claims import check_architecture, check_same_architecture
 from peft_lntune.planning.plan import check_selected, plan
 from peft_lntune.storage.packing import PREFIX, ROOT
 from peft_lntune.storage.saved_adapter import SavedAdapter
@@ -158,6 +158,7 @@ class AdapterReader:
             raise ConfigError(f"adapter {adapter_name!r} not found; the given model has {known}.")
         config = model.peft_config[adapter_name]
         self._check_kind(name, config)
+        check_same_architecture(model.get_base_model(), self._model, f"adapter {name!r}")
         called = called_modules(model.get_base_model())
         deltas = {key: delta.dense() for key, delta in deltas_in(called, adapter_name).items()}
         shapes, _ = self._selection(name, config)

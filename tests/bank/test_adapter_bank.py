@@ -195,7 +195,7 @@ class TestSourcesThatAreModels:
 
     def test_another_model_is_refused(self):
         bank = AdapterBank(build("bert"))
-        with pytest.raises(AdapterFileError, match="does not fit this model for adapter 'x'"):
+        with pytest.raises(AdapterFileError, match="'x' does not fit this model: it belongs to a model of type 'gpt2'"):
             bank.add("x", (adapt(build("gpt2")), "default"))
         wide = build("bert")
         norm = wide.bert.encoder.layer[1].output.LayerNorm
@@ -289,6 +289,17 @@ class TestNames:
         with pytest.raises(ConfigError, match="an adapter cannot be named"):
             bank.add(name, (model, "a"))
 
+    def test_an_adapter_of_another_architecture_is_refused(self):
+        """Norms of Mistral and Llama have the same names and shapes."""
+        bank = AdapterBank(build("llama"))
+        other = adapt(build("llama"))
+        other.get_base_model().config.model_type = "mistral"
+        with pytest.raises(
+            AdapterFileError, match="'a' does not fit this model: it belongs to a model of type 'mistral'"
+        ):
+            bank.add("a", (other, "default"))
+        assert not len(bank)
+
     def test_taken_and_unknown_names_are_refused(self):
         model, bank = banked("bert")
         with pytest.raises(ConfigError, match=r"an adapter named 'a' is in the bank\. Remove it first"):
@@ -298,6 +309,8 @@ class TestNames:
                 call("z")
         with pytest.raises(RoutingError, match=r"non-existing adapter\(s\): z\. Known adapters: a, b, __base__\."):
             bank.index(["a", "z"])
+        with pytest.raises(RoutingError, match=r"non-existing adapter\(s\): \['a'\]"):
+            bank.index([["a"]])
 
     def test_what_it_says_of_itself(self):
         _, bank = banked("bert")

@@ -56,6 +56,26 @@ def test_the_head_of_the_adapter_sets_the_labels(tmp_path):
     torch.testing.assert_close(outputs(merged), outputs(with_adapter(model, adapter, 5)), rtol=1e-5, atol=1e-5)
 
 
+def test_more_labels_than_a_head_is_wide(tmp_path):
+    """The narrowest matrix of RoBERTa's head is then not that of the labels."""
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "vocab_size": 9,
+    }
+    hf.RobertaForMaskedLM(hf.RobertaConfig(**sizes)).save_pretrained(tmp_path / "model")
+    model = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=10).eval()
+    tuned = get_peft_model(model, LNTuningConfig(task_type="SEQ_CLS", init_weights=False)).eval()
+    tuned.save_pretrained(tmp_path / "adapter")
+    assert run("merge", tmp_path / "adapter", tmp_path / "out").exit_code == 0
+    merged = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    ids = torch.tensor([[3, 4, 5]])
+    torch.testing.assert_close(merged(input_ids=ids).logits, tuned(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+
+
 def test_an_adapter_without_a_task(tmp_path):
     model = save_model(tmp_path / "model")
     adapter = save_adapter(tmp_path / "a", model, config=LNTuningConfig())

@@ -1,6 +1,7 @@
 """Two checkpoints of a run: of plain models, of PEFT's adapters and of ours, from Python and by the command."""
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from peft import LNTuningConfig as StockLN
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import LlamaConfig
 
 from peft_lntune import LNTuningConfig
 from peft_lntune.analysis import open_tensors
@@ -58,10 +60,11 @@ def test_bfloat16_at_1e_4() -> None:
     assert any("learning rate" in note for note in unknown.notes)
 
 
-def test_gains_of_exactly_one_after_training() -> None:
-    """As in the models of three public reports: all gains are 1, and everything else has moved."""
-    before = {"norm.weight": torch.ones(8), "fc.weight": torch.zeros(8, 8)}
-    later = {"norm.weight": torch.ones(8), "fc.weight": torch.ones(8, 8)}
+@pytest.mark.parametrize("stored", [1.0, 0.0])
+def test_gains_of_exactly_one_after_training(stored: float) -> None:
+    """As in the models of three public reports: all gains are 1 (Gemma stores 0), and everything else has moved."""
+    before = {"norm.weight": torch.full((8,), stored), "fc.weight": torch.zeros(8, 8)}
+    later = {"norm.weight": torch.full((8,), stored), "fc.weight": torch.ones(8, 8)}
     assert kinds(compare_norms(before, later)) == {"did_not_move"}
 
 
@@ -123,6 +126,21 @@ def test_other_models_are_refused() -> None:
     longer = state(net()) | {"norm1.weight": torch.ones(4)}
     with pytest.raises(ConfigError, match=r"norm1.weight is \(32,\) before and \(4,\) after"):
         compare_norms(state(net()), longer)
+
+
+def test_norms_of_one_checkpoint_alone_are_named() -> None:
+    more = {"a.norm.weight": torch.ones(4), "b.norm.bias": torch.ones(4)}
+    before, later = state(net()), {name: value + 1 for name, value in state(net()).items()}
+    found = compare_norms(
+        before | {"a.norm.weight": more["a.norm.weight"]}, later | {"b.norm.bias": more["b.norm.bias"]}
+    )
+    assert (
+        "1 only in the earlier one, such as a.norm.weight; 1 only in the later one, such as b.norm.bias"
+        in found.notes[-2]
+    )
+    # A file of an adapter lacks the norms that it does not tune.
+    tuned = {"norm1.weight": later["norm1.weight"]}
+    assert "not compared" not in " ".join(compare_norms(before, tuned, adapter=True).notes)
 
 
 # Folders.
@@ -234,6 +252,25 @@ def test_the_command(base: Path, tmp_path: Path) -> None:
     assert data["findings"][0]["advice"]
     assert table.read_text().splitlines()[0] == "parameter,dtype,entries,can_move,moved,one_way"
     assert refused(run("doctor", base, tmp_path / "nothing"), "does not exist")
+
+
+def test_two_architectures_with_norms_of_one_name(base: Path, tmp_path: Path) -> None:
+    """Norms of Llama are called as some of Gemma's are."""
+    shutil.copytree(base, tmp_path / "later")
+    (base / "config.json").write_text('{"model_type": "gemma3"}')
+    (tmp_path / "later/config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ConfigError, match=r"is of type 'gemma3', and .* of type 'llama': they are not from one run"):
+        examine_checkpoints(str(base), str(tmp_path / "later"))
+    model = net()
+    model.config = LlamaConfig()
+    get_peft_model(model, LNTuningConfig()).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ConfigError, match="of type 'llama'"):
+        examine_checkpoints(str(base), str(tmp_path / "adapter"))
+    files = (str(folder / "model.safetensors") for folder in (base, tmp_path / "later"))
+    assert not examine_checkpoints(*files).findings
+    (base / "config.json").write_text("{")
+    with pytest.raises(AdapterFileError, match=r"config\.json is damaged"):
+        examine_checkpoints(str(base), str(tmp_path / "later"))
 
 
 def test_tensors_are_read_one_at_a_time(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,6 +194,10 @@ def test_a_quantized_weight_takes_no_delta(tmp_path):
         with pytest.raises(error, match=said):
             merge_into_safetensors(tmp_path / "a", base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    # Norms that a base model on this machine holds quantized are read before anything else.
+    place = next(p for p in tensors_of([tmp_path / "fp8/model.safetensors"]).values() if p.dtype is None)
+    with pytest.raises(UnsupportedError, match="is F8_E4M3, and a delta can be added to float32"):
+        place.read()
 
 
 @pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")
@@ -246,6 +250,7 @@ def test_several_places_or_none(tmp_path):
         ("header", AdapterFileError, "header is longer than the file"),
         ("shard", AdapterFileError, "which is not a file beside it"),
         ("outside", AdapterFileError, "names ../model-1.safetensors"),
+        ("overlap", AdapterFileError, "share bytes"),
         ("none", UnsupportedError, "holds neither model.safetensors"),
         ("type", AdapterFileError, "from a model of type 'llama', and .* of type 'qwen2'"),
         ("folder", ConfigError, "is not a folder on this machine"),
@@ -265,6 +270,13 @@ def test_damaged_and_wrong_models(damage, error, said, tmp_path):
         shard.unlink()
     elif damage == "outside":
         index.write_text(index.read_text().replace("model-1", "../model-1"))
+    elif damage == "overlap":
+        size = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + size])
+        norms = [name for name in header if "layernorm" in name][:2]
+        header[norms[0]]["data_offsets"] = header[norms[1]]["data_offsets"]
+        listed = json.dumps(header).encode()
+        shard.write_bytes(len(listed).to_bytes(8, "little") + listed + content[8 + size :])
     elif damage == "none":
         index.unlink()
     elif damage == "type":

@@ -448,6 +448,8 @@ def test_every_token_of_every_batch_counts_once_and_padding_does_not(tmp_path: P
     assert errors["parts"] == pytest.approx(errors["whole"], rel=1e-4)  # attention rounds by the shape of a batch
     assert errors["padded"] == pytest.approx(errors["whole"], rel=1e-4)
     assert errors["first"] != pytest.approx(errors["whole"], rel=1e-2)
+    with pytest.raises(ConfigError, match="leaves out all of its tokens"):
+        to_lora(ours, tmp_path / "none", rank=4, batches=[{"input_ids": ids, "attention_mask": 0 * ids}])
 
 
 def test_batches_decide_for_lora_of_its_own_too(tmp_path: Path) -> None:
@@ -638,6 +640,31 @@ def test_a_wrong_export_is_not_written(tmp_path: Path, monkeypatch: pytest.Monke
     own = lora_export.fold_gain
     monkeypatch.setattr(lora_export, "fold_gain", lambda weight, gain, delta: own(weight, gain + 1, delta))
     deny(ours, tmp_path, "loaded by PEFT, the export gives logits that differ by .* Nothing was written")
+
+
+class Masked(hf.LlamaForCausalLM):
+    """Forbids a token, as models with tokens of images do."""
+
+    value = -torch.inf
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits[..., -1] = self.value
+        return output
+
+
+def test_infinite_logits_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The difference of two infinities is NaN, which is not above any limit."""
+    from peft_lntune.interop import lora_export
+
+    served = Served(lambda: Masked(hf.LlamaConfig(**cases._DECODER)))
+    assert to_lora(tune(build(served)), tmp_path / "right").exact
+    own = lora_export.fold_gain
+    monkeypatch.setattr(lora_export, "fold_gain", lambda weight, gain, delta: own(weight, gain + 1, delta))
+    deny(tune(build(served)), tmp_path / "wrong", "loaded by PEFT, the export gives logits that differ")
+    monkeypatch.setattr(Masked, "value", torch.nan)
+    (tmp_path / "nan").mkdir()
+    deny(tune(build(served)), tmp_path / "nan", "answers with NaN or infinite values .* Nothing was written")
 
 
 def test_a_reader_that_was_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,9 @@ from peft import PeftModel
 from benchmarks.harness.damage import prune_smallest, round_to_bits
 from benchmarks.harness.models import default_model
 from peft_lntune import LNTuningConfig
-from peft_lntune.errors import ConfigError, DataError
+from peft_lntune.errors import ConfigError, DataError, UnsupportedError
 from peft_lntune.recover import check_pair, divergence, logits_of, quality, recover, recovery_config
+from peft_lntune.recover.pairs import mask_of
 from tests.adapted import assert_unchanged, snapshot
 from tests.recover.pairs import KINDS, SIZES, answers_of, linears, rounded, rows, teacher_of
 
@@ -169,6 +170,24 @@ def test_quality_is_perplexity_and_divergence():
     with pytest.raises(DataError, match="no token has another one before it"):
         quality(student, answers_of(teacher), [{"input_ids": torch.tensor([[3]])}])
     assert logits_of(teacher, batches[0]).shape == (2, 10, 40)
+
+
+def test_quality_is_that_of_causal_language_models():
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
+    model, ids = hf.T5ForConditionalGeneration(hf.T5Config(**sizes)), torch.tensor([[3, 4, 5]])
+    with pytest.raises(UnsupportedError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        quality(model, answers_of(model), [{"input_ids": ids, "decoder_input_ids": ids}])
+    classes = hf.LlamaForSequenceClassification(teacher_of().config)
+    with pytest.raises(UnsupportedError, match=r"logits of shape \(1, 3\) .* returns \(1, 2\)"):
+        quality(classes, answers_of(classes), [{"input_ids": ids}])
+
+
+def test_the_mask_of_an_encoder_is_not_that_of_its_decoder():
+    """Also where both texts are equally long."""
+    ids, mask = torch.ones(2, 3, dtype=torch.long), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids}
+    assert mask_of(batch, torch.zeros(2, 3, 5)) is None
+    assert torch.equal(mask_of(batch | {"decoder_attention_mask": 1 - mask}, torch.zeros(2, 3, 5)), 1 - mask)
 
 
 @pytest.mark.end_to_end

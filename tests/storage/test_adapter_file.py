@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from click import BadParameter
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from peft_lntune import LNTuningConfig
-from peft_lntune.errors import AdapterFileError
+from peft_lntune.cli.options import OutFile
+from peft_lntune.errors import AdapterFileError, ConfigError
 from peft_lntune.storage.adapter_file import WEIGHTS_FILE
-from peft_lntune.storage.atomic import new_file
+from peft_lntune.storage.atomic import is_special, new_file
 from peft_lntune.storage.keys import is_ours, of_adapter, without_adapter_name
 from peft_lntune.storage.manifest import check_tensors, manifest_of
 from peft_lntune.storage.packing import pack
@@ -175,6 +177,21 @@ def test_a_file_takes_the_place_of_an_old_one_when_it_is_written(tmp_path: Path)
         fail()
     assert path.read_text() == "new"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_device_or_a_pipe_is_not_replaced(tmp_path: Path) -> None:
+    """As `--csv /dev/stdout` would be."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="is a device or a pipe"), new_file(tmp_path / "pipe"):
+        pass
+    assert (tmp_path / "pipe").is_fifo()
+    assert [is_special(Path(path)) for path in ("/dev/stdout", "/dev/shm/table.csv", str(tmp_path))] == [
+        True,
+        False,
+        False,
+    ]
+    with pytest.raises(BadParameter, match="is a device or a pipe"):
+        OutFile().convert(str(tmp_path / "pipe"), None, None)
 
 
 def minilm() -> BertModel:

@@ -336,6 +336,13 @@ REFUSED = {
     ),
     "no adapter": (([], [], "sum"), {}, r"adapters \[\] not found"),
     "too few weights": ((["a", "b"], [1.0], "sum"), {}, "got 1 weights for 2 adapters"),
+    "a weight of NaN": (
+        (["a", "b"], [1.0, float("nan")], "sum"),
+        {},
+        "weight of adapter 'b' should be a finite number",
+    ),
+    "an infinite weight": ((["a"], [float("inf")], "sum"), {}, "should be a finite number, but is inf"),
+    "a name in place of a list": (("a", [1.0], "sum"), {}, r"such as \['a'\]"),
     "unknown combination": ((["a"], [1.0], "sum"), {"combination_type": "svd"}, "'svd': choose one of linear, ties"),
     "no density": ((["a"], [1.0], "sum"), {"combination_type": "ties"}, r"give density in \(0, 1\]"),
     "density of 2": ((["a"], [1.0], "sum"), {"combination_type": "ties", "density": 2.0}, r"give density in \(0, 1\]"),

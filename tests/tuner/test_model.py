@@ -352,8 +352,8 @@ class TestRefusals:
         peft_model = get_peft_model(model, LNTuningConfig())
         assert list(deltas(peft_model)) == ["first.1.weight", "first.1.bias"]
 
-    @pytest.mark.parametrize("name", ["modules", "training", "pop", "with.dot"])
-    def test_names_that_torch_cannot_hold_are_refused_before_anything_changes(self, name):
+    @pytest.mark.parametrize("name", ["modules", "training", "pop", "with.dot", "__base__"])
+    def test_names_that_cannot_be_used_are_refused_before_anything_changes(self, name):
         peft_model = adapt(build("bert"))
         before = snapshot(peft_model)
         with pytest.raises(ConfigError, match=rf"cannot be named '{name}'.* Choose another name"):

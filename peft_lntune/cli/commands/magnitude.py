@@ -65,7 +65,8 @@ def command(
     MODEL is local: a safetensors file, the index of a sharded checkpoint, or the folder of a model. It is read one
     tensor at a time. The column over_others compares the mean magnitude with that of all weights outside the norms:
     2 is twice as large. By default, outliers lie more than 3 standard deviations from the mean of their own gain or
-    bias. Matrices are not searched.
+    bias. Matrices are not searched. Values are measured as stored: norms that multiply by 1 + w, such as Gemma's, by
+    their w.
 
     With --fisher-mask, a second table shows the share of outliers that the adapter tunes, and the share that random
     masks of the same size would tune: by_chance if entries are drawn anywhere, by_chance_in_place if every parameter
