@@ -83,6 +83,11 @@ FAULTS = {
         "the learning rate of the norms is zero",
         "Give the group that holds the norms a learning rate, and check its schedule.",
     ),
+    "scaled_to_nothing": Fault(
+        "the optimizer scales its steps by the size of values that start at zero",
+        "Use AdamW, or transformers' Adafactor with scale_parameter=False as Trainer does: biases and deltas start at "
+        "zero and hardly move otherwise.",
+    ),
     "weight_decay": Fault(
         "weight decay pulls gains towards zero",
         "Put the norms into a group with weight_decay=0, as Trainer does: a gain is near 1, not near 0.",

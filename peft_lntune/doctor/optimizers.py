@@ -23,6 +23,8 @@ class Group:
         momentum: of SGD, 0 for others.
         epsilon: what is added to the denominator; 0 without one.
         by_gradient: whether the step grows with the gradient (SGD). Other optimizers divide by its magnitude.
+        smallest_size: where a step is the rate times the root mean square of a parameter's values (Adafactor), what
+            takes its place while it is smaller; None for other optimizers.
     """
 
     learning_rate: float | None
@@ -31,6 +33,7 @@ class Group:
     momentum: float
     epsilon: float
     by_gradient: bool
+    smallest_size: float | None = None
 
     def step(self, rate: float | None, gradient: float) -> float | None:
         """The largest step that the optimizer takes for entries with gradients up to this magnitude.
@@ -101,6 +104,7 @@ def holdings(optimizer: Any, model: nn.Module) -> Holdings:
             momentum=(_number(group.get("momentum")) or 0.0) if by_gradient else 0.0,
             epsilon=_epsilon(group.get("eps")),
             by_gradient=by_gradient,
+            smallest_size=_smallest_size(group),
         )
         for parameter in group["params"]:
             groups[id(parameter)] = settings
@@ -142,3 +146,10 @@ def _number(value: Any) -> float | None:
 
 def _epsilon(value: Any) -> float:
     return float(value) if isinstance(value, (int, float, torch.Tensor)) else 0.0  # Adafactor has a pair
+
+
+def _smallest_size(group: Mapping[str, Any]) -> float | None:
+    """The second epsilon of Adafactor, torch's (which alone has a beta2_decay) or transformers' with its option."""
+    if not (group.get("scale_parameter") or "beta2_decay" in group):
+        return None
+    return float(group["eps"][1])

@@ -56,6 +56,8 @@ class Record:
         one_way: entries that moved in the more frequent direction.
         inwards: entries that moved towards zero.
         shrank: the common factor by which all entries shrank, or None.
+        size_scale: what a step's rate is multiplied by because its values started near zero, with Adafactor; None where
+            they did not, or have moved further than one step of the rate since.
     """
 
     name: str
@@ -94,6 +96,7 @@ class Record:
     one_way: int = 0
     inwards: int = 0
     shrank: float | None = None
+    size_scale: float | None = None
 
     @property
     def is_tuned(self) -> bool:
@@ -161,6 +164,8 @@ def _first_cause(one: Record, ended: bool) -> str | None:
         return "zero_learning_rate"
     if one.reset >= 2:
         return "overwritten"
+    if enough and one.size_scale is not None:
+        return "scaled_to_nothing"
     return _rounding(one) if enough else None
 
 
@@ -224,6 +229,10 @@ _EVIDENCE: dict[str, Callable[[Sequence[Record]], str]] = {
     "vanishing_gradient": lambda found: f"The largest gradient is {_some(one.gradient for one in found)}.",
     "clipped_away": lambda found: f"The largest gradient after clipping is {_some(one.gradient for one in found)}.",
     "zero_learning_rate": lambda found: f"It was 0 in all {_looks(found)}.",
+    "scaled_to_nothing": lambda found: (
+        f"A step is at most {_some(one.size_scale for one in found)} times the learning rate of "
+        f"{_some(one.peak for one in found)} until the values have grown."
+    ),
     "weight_decay": lambda found: (
         f"weight_decay is {_some(one.weight_decay for one in found)}, so each step multiplies a gain by "
         f"1 - {_some((one.peak or 0.0) * one.weight_decay for one in found)}."

@@ -238,6 +238,10 @@ class NormWatch:
         if record.finite and record.weight_decay > 0:
             record.shrank = shrinks_alike(first, now)
         record.spacing = float(spacing(first).median())
+        scale = settings.smallest_size
+        if scale is not None and record.peak and float(first.double().square().mean().sqrt()) <= scale:
+            moved = float((now.double() - first.double()).abs().max()) if now.numel() else 0.0
+            record.size_scale = scale if moved < record.peak else None
         if key not in held.groups or has_master(self.optimizer, tensor):
             return
         bound = settings.step(record.peak, float("inf"))

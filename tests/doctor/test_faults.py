@@ -8,6 +8,7 @@ import torch
 from peft import LNTuningConfig as StockLN
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
+from transformers import Adafactor
 
 from peft_lntune import LNTuningConfig
 from peft_lntune.doctor import FAULTS, Report
@@ -199,6 +200,18 @@ def drift_by_decay_alone() -> Report:
     return train(model, adam(model.parameters(), weight_decay=0.1))
 
 
+def adafactor_scales_deltas_that_start_at_zero() -> Report:
+    model = get_peft_model(net(), LNTuningConfig(target_modules=NAMES))
+    return train(model, torch.optim.Adafactor([v for v in model.parameters() if v.requires_grad], lr=1e-3))
+
+
+def adafactor_of_transformers_scales_biases_that_start_at_zero() -> Report:
+    model = net()
+    for norm in (model.norm1, model.norm2):
+        nn.init.zeros_(norm.bias)
+    return train(model, Adafactor(model.parameters(), lr=1e-3, relative_step=False, scale_parameter=True))
+
+
 SEEDED: dict[Callable[[], Report], set[str]] = {
     bfloat16_at_1e_4: {"too_coarse"},
     float16_at_1e_4: {"too_coarse"},
@@ -224,6 +237,8 @@ SEEDED: dict[Callable[[], Report], set[str]] = {
     loss_far_too_small: {"vanishing_gradient"},
     overwritten_after_each_step: {"overwritten"},
     every_step_skipped: {"steps_skipped"},
+    adafactor_scales_deltas_that_start_at_zero: {"scaled_to_nothing"},
+    adafactor_of_transformers_scales_biases_that_start_at_zero: {"scaled_to_nothing"},
     drift_by_decay_alone: {"zero_gradient", "weight_decay", "decay_drift"},
 }
 

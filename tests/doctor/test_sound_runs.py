@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import Adafactor
 
 from peft_lntune import FisherLNConfig, LNTuningConfig, UnifiedConfig
 from peft_lntune.doctor import Report
@@ -146,6 +147,17 @@ def zero_centred_gains_with_decay() -> Report:
     return train(model, adam(model.parameters(), weight_decay=0.01))
 
 
+def adafactor_without_scaling() -> Report:
+    model = get_peft_model(net(), LNTuningConfig(target_modules=["norm1", "norm2"]))
+    return train(model, Adafactor(trained(model), lr=1e-3, relative_step=False, scale_parameter=False))
+
+
+def adafactor_on_gains() -> Report:
+    """It scales its steps by the size of values, which is 1 here."""
+    model = net(norm=nn.RMSNorm)
+    return train(model, torch.optim.Adafactor(model.parameters(), lr=1e-3))
+
+
 def a_net_without_norms() -> Report:
     model = net(norm=lambda width: nn.Identity())
     return train(model, adam(model.parameters()))
@@ -173,6 +185,8 @@ TUNED = {
     batch_norm: 4,
     zero_head_at_the_start: 4,
     zero_centred_gains_with_decay: 2,
+    adafactor_without_scaling: 4,
+    adafactor_on_gains: 2,
     a_net_without_norms: 0,
 }
 """How many parameters of norms each run tunes."""
