@@ -12,7 +12,7 @@ PACKAGE = Path(peft_lntune.__file__).parent
 
 # Rooms from the ground up; a room imports from itself and from those above it in this list. One line is one floor.
 FLOORS = [
-    {"errors", "version", "choices", "core"},
+    {"errors", "version", "core"},
     {"architectures", "storage"},
     {"norms"},
     {"routing", "selection"},
@@ -24,7 +24,7 @@ FLOORS = [
     {"__init__", "cli"},
 ]
 # Neither PEFT nor transformers: usable, and testable, without.
-BARE = {"errors", "version", "choices", "core", "architectures", "storage", "norms", "routing", "selection", "analysis"}
+BARE = {"errors", "version", "core", "architectures", "storage", "norms", "routing", "selection", "analysis"}
 FRAMEWORKS = {"peft", "transformers", "accelerate"}
 
 

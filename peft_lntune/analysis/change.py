@@ -8,7 +8,7 @@ from peft_lntune.analysis.checkpoints import check_same, facts_of
 from peft_lntune.analysis.pooling import moments, pieces, pool, ratio, rows_by_place
 from peft_lntune.analysis.tables import Table
 from peft_lntune.architectures.components import find_components
-from peft_lntune.choices import MEASURES
+from peft_lntune.core.choices import MEASURES
 from peft_lntune.errors import ConfigError
 from peft_lntune.selection.effective import effective_parameters
 

@@ -13,7 +13,7 @@ from peft_lntune.analysis.checkpoints import CheckpointSource, match_tensors
 from peft_lntune.analysis.pooling import pieces, ratio, rows_by_place
 from peft_lntune.analysis.tables import Table
 from peft_lntune.architectures.components import ParameterPlace, find_components
-from peft_lntune.choices import BY, DISTANCES
+from peft_lntune.core.choices import BY, DISTANCES
 from peft_lntune.errors import ConfigError
 from peft_lntune.selection.parameters import generator
 

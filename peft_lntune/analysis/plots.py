@@ -7,7 +7,7 @@ from os import PathLike
 from typing import Any
 
 from peft_lntune.analysis.tables import Table
-from peft_lntune.choices import DISTANCES, MEASURES, SIZES
+from peft_lntune.core.choices import DISTANCES, MEASURES, SIZES
 from peft_lntune.errors import ConfigError
 
 __all__ = ["plot_change", "plot_closeness", "plot_magnitude", "plot_overlap", "plot_score_map", "plot_sparsity"]

@@ -10,7 +10,7 @@ from peft_lntune.analysis.pooling import moments, pieces, pool, ratio, rows_by_p
 from peft_lntune.analysis.tables import Table
 from peft_lntune.architectures.components import ParameterPlace, find_components
 from peft_lntune.architectures.role_names import is_called_norm
-from peft_lntune.choices import DEVIATIONS, SIZES
+from peft_lntune.core.choices import DEVIATIONS, SIZES
 from peft_lntune.errors import ConfigError
 
 __all__ = ["find_outliers", "magnitude", "outlier_overlap", "outliers"]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from peft_lntune.architectures.role_rules import Tree, role_in
 from peft_lntune.architectures.table import ARCHITECTURES
-from peft_lntune.choices import ROLES
+from peft_lntune.core.choices import ROLES
 
 __all__ = ["ROLES", "find_roles"]
 

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from peft_lntune.choices import FISHER_KINDS, SCOPES, FisherKind, Scope
 from peft_lntune.config.base import check_choice, check_type, part_kind
 from peft_lntune.config.ln_tuning import LNTuningConfig
+from peft_lntune.core.choices import FISHER_KINDS, SCOPES, FisherKind, Scope
 from peft_lntune.errors import ConfigError
 from peft_lntune.selection.select import check_whole
 

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from peft_lntune.choices import ROLES, Role
 from peft_lntune.config.base import check_roles, part_kind
 from peft_lntune.config.deltas import DeltaConfig
+from peft_lntune.core.choices import ROLES, Role
 
 __all__ = ["LNTuningConfig"]
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from peft_lntune.choices import FISHER_KINDS
+from peft_lntune.core.choices import FISHER_KINDS
 from peft_lntune.core.module_tree import base_model
 from peft_lntune.errors import ConfigError, DataError, UnsupportedError
 from peft_lntune.norms.per_sample import PerSample, RowNorms, per_sample

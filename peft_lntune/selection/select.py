@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_lntune.choices import SCOPES
+from peft_lntune.core.choices import SCOPES
 from peft_lntune.errors import ConfigError
 
 __all__ = ["SCOPES", "check_whole", "group_of", "select"]

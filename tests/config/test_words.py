@@ -14,12 +14,12 @@ from transformers import HfArgumentParser
 
 from peft_lntune.architectures.sublayers import SUBLAYER_ROLES
 from peft_lntune.architectures.table import MATRICES, Component, ComponentName, MatrixName
-from peft_lntune.choices import ROLES, Role
 from peft_lntune.config import KINDS
 from peft_lntune.config.base import DtypeName
 from peft_lntune.config.bottleneck import REDUCTION_FACTORS
 from peft_lntune.config.module_tuning import PRESETS, ModulePreset
 from peft_lntune.core.bottleneck import ACTIVATIONS, Activation, Position
+from peft_lntune.core.choices import ROLES, Role
 from peft_lntune.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

@@ -5,9 +5,9 @@ from typing import Any
 
 import click
 
-from peft_lntune.choices import MEASURES
 from peft_lntune.cli.group import command as make
 from peft_lntune.cli.options import csv_option, json_option, layers_option, plot_option, refuse_without, shared_option
+from peft_lntune.core.choices import MEASURES
 
 __all__ = ["command"]
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from peft_lntune.choices import FISHER_KINDS, SCOPES
 from peft_lntune.cli.group import command as make
 from peft_lntune.cli.options import OutFile, check_encoding, csv_option, is_given, json_option, plot_option
+from peft_lntune.core.choices import FISHER_KINDS, SCOPES
 
 __all__ = ["command"]
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import click
 
-from peft_lntune.choices import DEVIATIONS, SIZES
 from peft_lntune.cli.group import command as make
 from peft_lntune.cli.options import OutFile, csv_option, json_option, layers_option, plot_option, refuse_without
+from peft_lntune.core.choices import DEVIATIONS, SIZES
 
 __all__ = ["command"]
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import click
 
-from peft_lntune.choices import ROLES
 from peft_lntune.cli.group import command as make
 from peft_lntune.cli.options import Layers, json_option
+from peft_lntune.core.choices import ROLES
 
 __all__ = ["command"]
 
