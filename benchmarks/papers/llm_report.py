@@ -27,6 +27,7 @@ SAID = {
     "ln-bf16": "ln-bf16: ln, over norms in bfloat16",
     "stock-ln-bf16": "stock-ln-bf16: PEFT's LN tuning, norms in bfloat16",
 }
+DIGITS = 2  # of a perplexity, which is near 1 for texts that follow from what is given
 # First and second, and what the difference is held to: the first is better, by as many points of perplexity.
 COMPARED = (
     ("ln", "lora"),
@@ -127,7 +128,7 @@ def _differences(found: Finals, scope: Scope, ran: Sequence[str]) -> Iterator[st
             pairs = differences(found.of(task, ours), found.of(task, theirs))
             paired = Paired({task: pairs})
             word = "" if paired.interval is None else f" ({paired.verdict(lambda mean: mean > 0)})"
-            cells.append(f"{_cell([*pairs.values()])}{word}" if pairs else None)
+            cells.append(f"{_cell([*pairs.values()], DIGITS)}{word}" if pairs else None)
         lines.append([f"{ours} - {theirs}", *cells])
     yield of_what_ran(("difference" if single else "difference (above 0)", *ran), lines)
     said = "One seed was run, so none of these differences is certain." if single else ABOUT_VERDICTS
@@ -147,7 +148,7 @@ def _methods(found: Finals, scope: Scope, ran: Sequence[str]) -> Iterator[str]:
     base: list[object] = ["the model as it is", 0, 0, "-"]
     for task in ran:
         row = [scope.base[task]] if task in scope.base else []
-        base += [_cell(figures(row)), None, *(_generated_cell(row, key) for key in kinds[task])]
+        base += [_cell(figures(row), DIGITS), None, *(_generated_cell(row, key) for key in kinds[task])]
     lines = [base]
     for arm, name in scope.arms.items():
         every = [row for task in ran for row in found.of(task, arm)]
@@ -163,7 +164,7 @@ def _methods(found: Finals, scope: Scope, ran: Sequence[str]) -> Iterator[str]:
         for task in ran:
             rows = found.of(task, arm)
             losses = [row["metrics"]["train_loss"] for row in rows if row["metrics"]["train_loss"] is not None]
-            line += [_cell(figures(rows)), _cell(losses, 3), *(_generated_cell(rows, key) for key in kinds[task])]
+            line += [_cell(figures(rows), DIGITS), _cell(losses, 3), *(_generated_cell(rows, key) for key in kinds[task])]
         lines.append(line)
     yield of_what_ran(header, lines)
     counts = {row["generated"]["count"] for task in ran for row in _rows(found, scope, task) if row.get("generated")}

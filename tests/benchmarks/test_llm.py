@@ -276,15 +276,15 @@ def test_the_page(seeds: int, line: list[str], tmp_path: Path, monkeypatch: pyte
     assert script.main([*line, "--report"]) == 0
     page = (tmp_path / "llm.md").read_text()
     assert f"seeds run: {seeds} of 3" in page
-    spread = " ± 0.1" if seeds > 1 else ""
+    spread = " ± 0.10" if seeds > 1 else ""
     verdict = " (holds)" if seeds > 1 else ""
     assert (
-        f"| lntune/SmolLM2-135M-Instruct-default | 1,234 | 5,678 | 0.01 | {32 + 0.1 * (seeds > 1):.1f}{spread} |"
+        f"| lntune/SmolLM2-135M-Instruct-default | 1,234 | 5,678 | 0.01 | {32 + 0.1 * (seeds > 1):.2f}{spread} |"
         in page
     )
-    assert f"| ln - lora | 8.0{' ± 0.0' if seeds > 1 else ''}{verdict} |" in page
+    assert f"| ln - lora | 8.00{' ± 0.00' if seeds > 1 else ''}{verdict} |" in page
     assert ("One seed was run" in page) == (seeds == 1)
-    assert f"| the model as it is | 0 | 0 | {NONE} | 77.0 |" in page
+    assert f"| the model as it is | 0 | 0 | {NONE} | 77.00 |" in page
     assert "0.01 (edge)" in page  # lora's largest rate
     assert "| 50.0% | 25.0% |" in page
     assert page.count("**30.0**") == page.count("**30.0** (edge)") + 1 == 2  # ln's best rate has rates on both sides
