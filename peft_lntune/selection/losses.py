@@ -99,7 +99,10 @@ def token_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tenso
     """
     if reduction not in ("mean", "sum"):
         raise UnsupportedError(f'reduction={reduction!r}: choose "mean" or "sum".')
-    each = F.cross_entropy(widened(logits).transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
+    # Classes along the last axis: along another one, torch adds up their exponentials one after the other, and loses
+    # digits where there are many.
+    rows = widened(logits).flatten(0, 1)
+    each = F.cross_entropy(rows, labels.flatten(), reduction="none", ignore_index=IGNORED).view(labels.shape)
     total = each.sum(1)
     return total if reduction == "sum" else total / (labels != IGNORED).sum(1).clamp(min=1)
 
@@ -115,7 +118,8 @@ def causal_lm_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> T
     Returns:
         The losses, `(B,)`.
     """
-    return token_loss(logits[:, :-1], labels[:, 1:], reduction)
+    # Labels are moved, not logits, which would be copied.
+    return token_loss(logits, F.pad(labels[:, 1:], (0, 1), value=IGNORED), reduction)
 
 
 def question_answering_loss(starts: Tensor, ends: Tensor, start: Tensor, end: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from peft_lntune.selection.losses import IGNORED, LOSS_HEADS, Batch, Head, field
 __all__ = ["FoundHead", "find_head"]
 
 _ROUNDINGS = 8
-"""How many roundings two computations of one loss may lie apart. Cross entropies of up to 200,000 tokens and of up to
-32,000 classes differ from float64 by less than one; kernels that subtract large logarithms, by some more."""
+"""How many roundings two computations of one loss may lie apart. Cross entropies of up to 200,000 tokens differ from
+float64 by less than one, of 49,152 classes by less than three; kernels that subtract large logarithms, by some more."""
 
 _LOGITS = ("logits", "start_logits", "end_logits")
 _ROUTER_LOSSES = ("aux_loss", "z_loss")  # endings of names in the outputs of transformers' mixtures of experts

@@ -5,7 +5,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from peft_lntune.errors import UnsupportedError
-from peft_lntune.selection.losses import LOSS_HEADS, grouped_losses, whole_loss
+from peft_lntune.selection.losses import IGNORED, LOSS_HEADS, grouped_losses, whole_loss
 from peft_lntune.selection.own_loss import find_head
 
 
@@ -119,3 +119,16 @@ def test_the_mean_and_the_sum_over_one_token_are_told_apart_later():
     batch["labels"][:, 1:] = -100
     outputs["loss"] = whole_loss(LOSS_HEADS["token_sum"], outputs, batch)
     assert not find_head(torch.nn.Identity(), outputs, batch).settled
+
+
+@pytest.mark.parametrize("name", ["token", "causal_lm"])
+def test_many_classes_cost_no_digits(name):
+    """As many as words: torch is a hundred roundings off where classes are not along the last axis."""
+    torch.manual_seed(0)
+    logits = 4 * torch.randn(12, 4, 49_152)
+    labels = torch.randint(49_152, (12, 4))
+    labels[:, :3] = IGNORED  # one token each, so that no mean hides what is lost
+    head, batch = LOSS_HEADS[name], {"labels": labels}
+    exact, found = (head.loss({"logits": each}, batch) for each in (logits.double(), logits))
+    largest = logits.abs().max()  # what is subtracted from a logarithm of its size
+    assert ((found - exact).abs() <= 8 * torch.finfo(torch.float32).eps * (exact + largest)).all()
