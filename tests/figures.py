@@ -260,14 +260,19 @@ def stories(arm: str) -> Seeds:
     return score(arm, "tinyshakespeare", protocol="cpu-stories260K")
 
 
-def smollm2(arm: str) -> Seeds:
-    """The perplexity of a method over SmolLM2 on tinyshakespeare."""
-    return score(arm, "tinyshakespeare", protocol="smollm2")
+def smollm2(arm: str, task: str = "tinyshakespeare") -> Seeds:
+    """The perplexity of a method over SmolLM2."""
+    return score(arm, task, protocol="smollm2")
 
 
-def smollm2_base() -> float:
-    """The perplexity of SmolLM2 on tinyshakespeare without training."""
-    return float(row("llm", protocol="smollm2", phase="base", task="tinyshakespeare")["metrics"]["perplexity"])
+def smollm2_base(task: str = "tinyshakespeare") -> float:
+    """The perplexity of SmolLM2 without training."""
+    return float(row("llm", protocol="smollm2", phase="base", task=task)["metrics"]["perplexity"])
+
+
+def smollm2_texts(task: str, *arms: str) -> str:
+    """The cells of a task: the perplexity of SmolLM2 as it is, and of each method."""
+    return " | ".join(f"{each:.2f}" for each in (smollm2_base(task), *(smollm2(arm, task) for arm in arms)))
 
 
 def smollm2_search(arm: str) -> dict[float, Row]:
