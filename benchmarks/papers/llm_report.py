@@ -164,7 +164,8 @@ def _methods(found: Finals, scope: Scope, ran: Sequence[str]) -> Iterator[str]:
         for task in ran:
             rows = found.of(task, arm)
             losses = [row["metrics"]["train_loss"] for row in rows if row["metrics"]["train_loss"] is not None]
-            line += [_cell(figures(rows), DIGITS), _cell(losses, 3), *(_generated_cell(rows, key) for key in kinds[task])]
+            line += [_cell(figures(rows), DIGITS), _cell(losses, 3)]
+            line += [_generated_cell(rows, key) for key in kinds[task]]
         lines.append(line)
     yield of_what_ran(header, lines)
     counts = {row["generated"]["count"] for task in ran for row in _rows(found, scope, task) if row.get("generated")}
