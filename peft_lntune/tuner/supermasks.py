@@ -94,7 +94,7 @@ def sampled_masks(model: nn.Module, adapter_name: str = "default") -> Iterator[N
         >>> config = SupermaskConfig(target_modules=["0"], initial_score=0.01)
         >>> model = get_peft_model(nn.Sequential(nn.Linear(9, 9)), config).eval()
         >>> with sampled_masks(model):
-        ...     bool((model(Tensor(1, 9)) == model(Tensor(1, 9))).all())
+        ...     bool((model(torch.ones(1, 9)) == model(torch.ones(1, 9))).all())
         False
     """
     masks = _masks(model, adapter_name)
