@@ -72,9 +72,9 @@ def reported(rows: Rows, protocol: Protocol, dtype: str = "float32", every: bool
     return [cell for cell in cells if cell["protocol"] == protocol.name and cell["dtype"] == dtype]
 
 
-def seeds_of(rows: Rows, protocol: Protocol, dtype: str = "float32") -> tuple[int, ...]:
-    """Return the seeds that every arm is to have, and those that this experiment has run beside them."""
-    return tuple(sorted({*SEEDS, *(cell["seed"] for cell in reported(rows, protocol, dtype))}))
+def seeds_of(cells: Iterable[Cell]) -> tuple[int, ...]:
+    """Return the seeds that every arm is to have, and those of these cells beside them."""
+    return tuple(sorted({*SEEDS, *(cell["seed"] for cell in cells)}))
 
 
 def figures(rows: Sequence[Row]) -> list[float]:

@@ -183,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.list:
         run = [cell for cell in reported(rows, protocol) if cell["arm"] in ARM_NAMES]
         tasks = tuple(dict.fromkeys((*TASKS, *options.tasks, *(cell["task"] for cell in run))))
-        write_report(rows, options.results, protocol, tasks, ARM_NAMES, seeds_of(rows, protocol))
+        write_report(rows, options.results, protocol, tasks, ARM_NAMES, seeds_of(run))
     return failed
 
 

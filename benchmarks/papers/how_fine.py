@@ -550,7 +550,7 @@ def scope(options: argparse.Namespace, protocol: Protocol, rows: Rows) -> Scope:
         protocol=protocol,
         tasks=tuple(dict.fromkeys(tasks)),
         sparsities=tuple(sorted({*planned, *(cell["sparsity"] for cell in finals if "sparsity" in cell)})),
-        seeds=seeds_of(rows, protocol, DTYPE),
+        seeds=seeds_of(finals),
     )
 
 

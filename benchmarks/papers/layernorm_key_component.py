@@ -536,7 +536,7 @@ def scope(options: argparse.Namespace, protocol: Protocol, rows: Rows) -> Scope:
         masks=(*FIRST_MASKS, *MORE_MASKS),
         densities=tuple(sorted({*extent.densities, *masks})),
         unions=tuple(dict.fromkeys(joined or planned)),
-        seeds=seeds_of(rows, protocol, DTYPE),
+        seeds=seeds_of(finals),
     )
 
 

@@ -30,7 +30,7 @@ from benchmarks.harness.classification import (
     run_experiment,
     search_first,
 )
-from benchmarks.harness.finals import seeds_of
+from benchmarks.harness.finals import reported, seeds_of
 from benchmarks.harness.generation import NEW_TOKENS, answer_row, load_prompts
 from benchmarks.harness.method_costs import time_methods
 from benchmarks.harness.rows import Cell, Row, Rows
@@ -221,7 +221,7 @@ def scope(protocol: TextProtocol, rows: Rows) -> Scope:
         protocol=protocol,
         tasks=tuple(TEXTS),
         arms={arm: experiment(arm, protocol) for arm in EXPERIMENTS},
-        seeds=seeds_of(rows, protocol, DTYPE),
+        seeds=seeds_of(reported(rows, protocol, DTYPE)),
         searched_on=protocol.searched_on,
         base={task: row for task, row in base.items() if row is not None},
         cost=rows.get(cost_cell(protocol)),

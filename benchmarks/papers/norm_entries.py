@@ -477,7 +477,7 @@ def scope(options: argparse.Namespace, protocol: Protocol, rows: Rows) -> Scope:
     """Return what is reported: what the protocol plans, and what else has been asked for or run."""
     run = [row["cell"] for row in rows if row["cell"]["phase"] == PHASE and row["cell"]["protocol"] == protocol.name]
     tasks = tuple(dict.fromkeys((*TASKS, *options.tasks, *(cell["task"] for cell in run))))
-    seeds = seeds_of(rows, protocol)
+    seeds = seeds_of(run)
     found = {task: [row for row in map(rows.get, entry_cells(protocol, task, seeds)) if row] for task in tasks}
     finals = Finals(rows, protocol, seeds)
     edges = edge_note({ARM: [task for task in tasks if found[task] and finals.at_edge(task, ARM, DTYPE)]})

@@ -324,7 +324,7 @@ def scope(options: argparse.Namespace, protocol: Protocol, rows: Rows) -> Scope:
         protocol=protocol,
         tasks=tuple(dict.fromkeys((*planned, *(cell["task"] for cell in run)))),
         arms=options.possible,
-        seeds=seeds_of(rows, protocol, DTYPE),
+        seeds=seeds_of(run),
         cost=rows.get(cost_cell(options, protocol)),
     )
 

@@ -557,7 +557,7 @@ def scope(options: argparse.Namespace, protocol: Protocol, shape: Shape, rows: R
         shape=shape,
         counts=tuple(sorted({*options.counts, *counts})),
         first=tuple(options.counts[:FIRST]),
-        seeds=seeds_of(rows, protocol, DTYPE),
+        seeds=seeds_of(run),
     )
 
 

@@ -206,7 +206,7 @@ class Route:
         Raises:
             RoutingError: the batch has another length than the list of names.
         """
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and (self.alike or self.refusing):
             fact = self.facts.get(label)
             alike = self.alike and shape[0] != self.count
             if alike or (fact is not None and fact.refused and self._equal(owner)):

@@ -239,7 +239,7 @@ def field_of(outputs: Any, name: str) -> Any:
         name: such as `"logits"`.
 
     Returns:
-        The output; None where there is none of this name.
+        The output of that name, or None.
     """
     if isinstance(outputs, Mapping):
         return outputs.get(name)
